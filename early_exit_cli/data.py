@@ -1,0 +1,338 @@
+"""Texts and prompts from files or data sets, answered by the backbone where asked, packed into token sequences.
+
+A `Document` is one text as token ids. Documents are split once, by a seeded shuffle, into `train`, `eval` and
+`calibrate`; every command draws the same split from the same configuration. Sequences are packed: documents stand one
+after another in rows of `max_length`, and attention never crosses from one to the next (`block_mask`).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from early_exit_cli.artifacts import sha256_of, user_cache_dir
+from early_exit_cli.backbone import Backbone
+from early_exit_cli.config import DataConfig
+from early_exit_cli.errors import DataError
+
+Split = Literal["train", "eval", "calibrate"]
+TEXT_COLUMNS = ("text", "prompt", "turns", "messages", "instruction", "question")
+IGNORED = -1
+
+Progress = Callable[[int, int, int], None]
+"""Called with (documents done, documents in all, tokens so far)."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """Token ids of one text; `source` names where it came from."""
+
+    ids: list[int]
+    source: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed sequences.
+
+    input_ids: [batch, seq] int64. documents: [batch, seq] int64, the number of the document a token belongs to within
+    its row, IGNORED (-1) for padding. positions need no tensor: rotary attention sees differences only.
+    """
+
+    input_ids: Tensor
+    documents: Tensor
+
+    @property
+    def valid(self) -> Tensor:
+        """[batch, seq] bool: not padding."""
+        return self.documents != IGNORED
+
+    @property
+    def next_token_valid(self) -> Tensor:
+        """[batch, seq] bool: the following token is of the same document, so predicting it is a fair question."""
+        same = torch.zeros_like(self.documents, dtype=torch.bool)
+        same[:, :-1] = self.documents[:, 1:] == self.documents[:, :-1]
+        return same & self.valid
+
+    def block_mask(self) -> Tensor:
+        """[batch, 1, seq, seq] bool: causal, within a document; a padding row sees itself."""
+        seq = self.input_ids.shape[1]
+        causal = torch.ones(seq, seq, dtype=torch.bool, device=self.input_ids.device).tril()
+        same = self.documents[:, :, None] == self.documents[:, None, :]
+        return (causal & same)[:, None]
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.input_ids.to(device), self.documents.to(device))
+
+
+def read_records(config: DataConfig) -> list[dict[str, Any]]:
+    """Rows of the data set as `{"text": str, "source": str}`.
+
+    Raises:
+        DataError: no name given, file or column missing, nothing in it.
+    """
+    name = config.dataset_name
+    if not name:
+        raise DataError("no text to work on", hint="name it with --dataset-name: a Hub id or a local file")
+    rows = _load_rows(config, name)
+    column = config.text_column or next((key for key in TEXT_COLUMNS if rows and key in rows[0]), None)
+    if rows and (column is None or column not in rows[0]):
+        raise DataError(
+            f"{name} has no column {column or 'text'!r}; its columns: {', '.join(map(str, rows[0]))}", hint="--text-column NAME"
+        )
+    records = [
+        {"text": text, "source": str(row.get("source", Path(name).stem))}
+        for row in rows
+        if (text := _as_text(row[column])).strip()
+    ]
+    if not records:
+        raise DataError(f"{name} holds no text")
+    return records
+
+
+def _load_rows(config: DataConfig, name: str) -> list[dict[str, Any]]:
+    from datasets import Dataset, load_dataset, load_from_disk
+
+    path = Path(name).expanduser()
+    kinds = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}
+    try:
+        if path.is_file() and path.suffix in (".jsonl", ".json"):
+            return _read_json_lines(path)
+        if path.is_file():
+            if path.suffix not in kinds:
+                raise DataError(f"{path}: unknown kind of file; supported: {', '.join(kinds)}")
+            options = {"sample_by": "paragraph"} if path.suffix == ".txt" else {}
+            loaded: Any = load_dataset(kinds[path.suffix], data_files=str(path), split="train", **options)
+        elif path.is_dir():
+            loaded = load_from_disk(str(path))
+        elif path.suffix in kinds:
+            raise DataError(f"no file {path}")
+        else:
+            loaded = load_dataset(name, config.dataset_config_name, split=config.split)
+    except DataError:
+        raise
+    except Exception as error:  # datasets raises builder-specific classes; all mean: this cannot be read
+        raise DataError(f"cannot read the data set {name!r}: {' '.join(str(error).split())[:300]}") from error
+    if not isinstance(loaded, Dataset):
+        loaded = loaded[config.split]
+    return list(loaded)
+
+
+def _read_json_lines(path: Path) -> list[dict[str, Any]]:
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        value = json.loads(text)
+        return value if isinstance(value, list) else value["data"]
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{path}:{number} is not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{path}:{number} must hold a JSON object")
+            rows.append(row)
+    return rows
+
+
+def _as_text(value: Any) -> str:
+    """A text column's value: a string, the first of Spec-Bench's turns, or the first user message."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value:
+        first = value[0]
+        return first if isinstance(first, str) else str(first.get("content", ""))
+    return ""
+
+
+def read_prompts(path: Path) -> list[dict[str, Any]]:
+    """Prompts of a .jsonl file: rows with `prompt`, or Spec-Bench's `turns` (the first one counts).
+
+    Raises:
+        DataError: unreadable, or a row without a prompt.
+    """
+    try:
+        rows = _read_json_lines(path)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    for number, row in enumerate(rows, start=1):
+        row["prompt"] = _as_text(row.get("prompt") or row.get("turns"))
+        if not row["prompt"].strip():
+            raise DataError(f"{path}: row {number} has neither `prompt` nor `turns`")
+    if not rows:
+        raise DataError(f"{path} holds no prompts")
+    return rows
+
+
+def load_documents(config: DataConfig, backbone: Backbone, split: Split, progress: Progress | None = None) -> list[Document]:
+    """The documents of one split, tokenised; with `on_policy`, prompts together with the backbone's own answers."""
+    records = read_records(config)
+    random.Random(config.data_seed).shuffle(records)
+    if config.max_documents:
+        records = records[: config.max_documents]
+    if config.on_policy:
+        documents = answer_prompts(records, config, backbone, progress)
+    else:
+        ids = backbone.tokenizer([record["text"] for record in records])["input_ids"]
+        end = sorted(backbone.eos_token_ids)[:1]
+        documents = [Document([*row, *end], record["source"]) for row, record in zip(ids, records, strict=True)]
+    part = split_documents(documents, config.holdout, split)
+    if not any(len(document.ids) > 1 for document in part):
+        raise DataError(
+            f"{config.dataset_name}: the {split} part of {len(documents)} texts is empty", hint="use more text, or --holdout"
+        )
+    return part
+
+
+def split_documents(documents: list[Document], holdout: float, split: Split) -> list[Document]:
+    """`train` is the head of the list; the last `holdout` share is halved into `eval` and `calibrate`."""
+    held = max(2, round(len(documents) * holdout))
+    start, middle = len(documents) - held, len(documents) - held // 2
+    return {"train": documents[:start], "eval": documents[start:middle], "calibrate": documents[middle:]}[split]
+
+
+def pack(documents: list[Document], max_length: int, pad_id: int) -> list[Batch]:
+    """Rows of `max_length` tokens, each a [1, max_length] Batch.
+
+    Documents follow one another; one longer than what is left of a row is cut there and goes on, as a document of its
+    own, in the next. Only the last row is padded.
+    """
+    rows: list[Batch] = []
+    ids: list[int] = []
+    owners: list[int] = []
+    owner = 0
+
+    def close() -> None:
+        nonlocal owner
+        missing = max_length - len(ids)
+        rows.append(
+            Batch(
+                torch.tensor([ids + [pad_id] * missing], dtype=torch.int64),
+                torch.tensor([owners + [IGNORED] * missing], dtype=torch.int64),
+            )
+        )
+        ids.clear()
+        owners.clear()
+        owner = 0
+
+    for document in documents:
+        start = 0
+        while start < len(document.ids):
+            piece = document.ids[start : start + max_length - len(ids)]
+            ids.extend(piece)
+            owners.extend([owner] * len(piece))
+            owner += 1
+            start += len(piece)
+            if len(ids) == max_length:
+                close()
+    if ids:
+        close()
+    return rows
+
+
+def batches(rows: list[Batch], batch_size: int, seed: int | None = None) -> Iterator[Batch]:
+    """Batches of `batch_size` rows; shuffled by `seed`, in order without one. The last batch may be smaller."""
+    order = list(range(len(rows)))
+    if seed is not None:
+        random.Random(seed).shuffle(order)
+    for start in range(0, len(order), batch_size):
+        chosen = [rows[index] for index in order[start : start + batch_size]]
+        yield Batch(torch.cat([row.input_ids for row in chosen]), torch.cat([row.documents for row in chosen]))
+
+
+def answer_prompts(
+    records: list[dict[str, Any]], config: DataConfig, backbone: Backbone, progress: Progress | None = None
+) -> list[Document]:
+    """Let the backbone answer each prompt, greedily or sampled; prompt and answer are one document.
+
+    Answers are kept in the user's cache folder under a name made of everything that decides them, written batch by
+    batch: a stopped run goes on where it was, and calibration reuses what training made.
+    """
+    prompts = [(record["source"], backbone.encode_prompt(record["text"])) for record in records]
+    prompts = [(source, ids) for source, ids in prompts if len(ids) <= config.prompt_tokens]
+    if not prompts:
+        raise DataError(f"every prompt is longer than {config.prompt_tokens} tokens", hint="--prompt-tokens N")
+    key = sha256_of(
+        json.dumps(backbone.fingerprint, sort_keys=True),
+        json.dumps([ids for _, ids in prompts]),
+        f"{config.answer_tokens} {config.sampled_share} {config.temperature} {config.answer_batch} {config.data_seed}",
+    )
+    path = user_cache_dir() / "answers" / f"{key[:24]}.jsonl"
+    answers = _read_answers(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = sum(len(prompts[index][1]) + len(answer) for index, answer in answers.items())
+    with open(path, "a", encoding="utf-8") as file:
+        for number, chunk in enumerate(_chunks_of_like_length(prompts, config.answer_batch)):
+            chunk = [index for index in chunk if index not in answers]
+            if not chunk:
+                continue
+            greedy = random.Random(f"{config.data_seed} {number}").random() >= config.sampled_share
+            torch.manual_seed(config.data_seed + number)
+            for index, answer in zip(chunk, _answer([prompts[i][1] for i in chunk], greedy, config, backbone), strict=True):
+                answers[index] = answer
+                done += len(prompts[index][1]) + len(answer)
+                file.write(json.dumps({"index": index, "answer": answer}) + "\n")
+            file.flush()
+            if progress:
+                progress(len(answers), len(prompts), done)
+    return [Document(ids + answers[index], source) for index, (source, ids) in enumerate(prompts)]
+
+
+def _read_answers(path: Path) -> dict[int, list[int]]:
+    answers: dict[int, list[int]] = {}
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+                answers[int(record["index"])] = [int(token) for token in record["answer"]]
+            except (ValueError, KeyError, TypeError):
+                continue  # the last line of a killed run; its batch is answered again
+    return answers
+
+
+def _chunks_of_like_length(prompts: list[tuple[str, list[int]]], size: int) -> list[list[int]]:
+    """Indices in groups of `size` prompts of like length, so that little of a batch is padding."""
+    by_length = sorted(range(len(prompts)), key=lambda index: (len(prompts[index][1]), index))
+    return [by_length[start : start + size] for start in range(0, len(by_length), size)]
+
+
+def _answer(prompts: list[list[int]], greedy: bool, config: DataConfig, backbone: Backbone) -> list[list[int]]:
+    """New tokens for each prompt, up to and with the end token."""
+    longest = max(len(ids) for ids in prompts)
+    pad = pad_token_id(backbone)
+    input_ids = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in prompts], device=backbone.device)
+    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=backbone.device)
+    sampling: dict[str, Any] = {"do_sample": False} if greedy else {"do_sample": True, "temperature": config.temperature, "top_k": 0}
+    # The library hands the LM head a strided slice, for which torch copies the whole weight once per row.
+    contiguous = backbone.lm_head.register_forward_pre_hook(lambda _module, args: (args[0].contiguous(),))
+    try:
+        with torch.inference_mode():
+            output = backbone.model.generate(  # type: ignore[operator]
+                input_ids=input_ids,
+                attention_mask=mask,
+                max_new_tokens=config.answer_tokens,
+                pad_token_id=pad,
+                eos_token_id=sorted(backbone.eos_token_ids),
+                **sampling,
+            )
+    finally:
+        contiguous.remove()
+    answers = []
+    for row in output[:, longest:].tolist():
+        end = next((place for place, token in enumerate(row) if token in backbone.eos_token_ids), len(row) - 1)
+        answers.append(row[: end + 1])
+    return answers
+
+
+def pad_token_id(backbone: Backbone) -> int:
+    """The tokenizer's padding token, else an end token: padding is masked everywhere, its value never counts."""
+    pad = backbone.tokenizer.pad_token_id
+    return int(pad) if pad is not None else min(backbone.eos_token_ids, default=0)

@@ -1,0 +1,120 @@
+"""From flags, a YAML file and defaults to one validated `Config`, with the origin of every value.
+
+Pure: it raises `ConfigError` with all faults at once and touches nothing but the YAML file it is given.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from early_exit_cli.config import Config
+from early_exit_cli.errors import ConfigError
+
+DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A validated configuration; `origins` maps a dotted key to `default`, `FILE` or `--flag`."""
+
+    config: Config
+    origins: dict[str, str]
+
+    def is_default(self, key: str) -> bool:
+        """Whether nobody set `key` (dotted, as `backbone.model_name`)."""
+        return self.origins[key] == DEFAULT
+
+    def rows(self) -> list[tuple[str, Any, str]]:
+        """(dotted key, value, origin) of every setting, in the tree's order."""
+        dump = self.config.model_dump(mode="json")
+        return [
+            (f"{section}.{name}", value, self.origins[f"{section}.{name}"])
+            for section, fields in dump.items()
+            for name, value in fields.items()
+        ]
+
+
+def setting_keys() -> list[str]:
+    """All dotted keys of the tree."""
+    return [f"{section}.{name}" for section, cls in sections().items() for name in cls.model_fields]
+
+
+def sections() -> dict[str, type[BaseModel]]:
+    """Section name to its class."""
+    return {name: field.annotation for name, field in Config.model_fields.items()}  # type: ignore[misc]
+
+
+def resolve(flags: Mapping[str, tuple[Any, str]], yaml_path: Path | None = None) -> Resolved:
+    """Layer flags over a YAML file over defaults.
+
+    Args:
+        flags: dotted key -> (value, the flag as the person would write it).
+        yaml_path: optional file with any part of the tree.
+
+    Raises:
+        ConfigError: unreadable file, unknown keys, values out of bounds; all of them in one message.
+    """
+    values: dict[str, dict[str, Any]] = {}
+    origins = dict.fromkeys(setting_keys(), DEFAULT)
+    faults: list[str] = []
+    if yaml_path is not None:
+        for section, fields in _read_yaml(yaml_path, faults).items():
+            for name, value in fields.items():
+                key = f"{section}.{name}"
+                if key in origins:
+                    values.setdefault(section, {})[name] = value
+                    origins[key] = str(yaml_path)
+                else:
+                    faults.append(f"{yaml_path}: unknown key {key!r}{nearest(key, origins)}")
+    for key, (value, flag) in flags.items():
+        if key not in origins:
+            faults.append(f"{flag}: unknown key {key!r}{nearest(key, origins)}")
+            continue
+        section, name = key.split(".", 1)
+        values.setdefault(section, {})[name] = value
+        origins[key] = flag
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        faults.extend(_describe(item, origins) for item in error.errors())
+    if faults:
+        raise ConfigError("\n".join(faults), hint="eexit COMMAND --help lists every setting")
+    return Resolved(config, origins)
+
+
+def nearest(word: str, known: Mapping[str, Any] | list[str]) -> str:
+    """`, did you mean 'x'?`, or nothing when no known name is near."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def _read_yaml(path: Path, faults: list[str]) -> dict[str, dict[str, Any]]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise ConfigError(f"no configuration file at {path}", hint="configs/ holds examples") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold sections ({', '.join(sections())}), not {type(tree).__name__}")
+    for section, fields in tree.items():
+        if section not in sections():
+            faults.append(f"{path}: unknown section {section!r}{nearest(str(section), list(sections()))}")
+        elif not isinstance(fields, dict):
+            faults.append(f"{path}: section {section!r} must hold settings, not {type(fields).__name__}")
+    return {name: fields for name, fields in tree.items() if name in sections() and isinstance(fields, dict)}
+
+
+def _describe(item: Any, origins: Mapping[str, str]) -> str:
+    key = ".".join(str(part) for part in item["loc"][:2])
+    origin = origins.get(key, DEFAULT)
+    if len(item["loc"]) < 2:  # a cross-field check speaks for its section
+        return f"{key}: {item['msg'].removeprefix('Value error, ')}"
+    return f"{origin}: {key} = {item['input']!r}: {item['msg'].removeprefix('Value error, ')}"
