@@ -1,0 +1,400 @@
+"""Running the backbone's decoder blocks a to b over a preallocated KV cache.
+
+The contract of both runners, on which every promise of this program stands:
+
+* A pass takes `width` rows: the tokens at `position .. position + width - 1`. Row i attends to keys 0 .. position + i.
+* The KV cache is one preallocated buffer per block. A pass overwrites its rows there; what lies behind the last
+  committed token is never read, so rolling back is forgetting a number.
+* **Width invariance**: for widths of `widths`, a token's result has the same bits whatever its row, its neighbours
+  (rejected drafts, padding), the width and the number of keys read. `measure_widths` checks this on the device at hand.
+
+`HFBlocks` runs the library's own modules, for any supported family. `FusedBlocks` is our lean path for the Llama shape:
+merged projections, grouped-query attention with the query heads of one key head laid side by side as rows (no repeated
+keys), no module overhead. Both round at the same places, so they agree bit for bit where their products do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from early_exit_cli.backbone import Backbone
+from early_exit_cli.errors import UnsupportedBackboneError
+
+CANDIDATE_WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
+LARGEST_WIDTH = 16
+PREFILL_WIDTH = 64
+KEY_STEP = 64
+
+LinearMap = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a pass needs to know of its rows, made once and shared by all blocks.
+
+    cos, sin: [width, 1, head_dim]; sin carries the sign of rotate_half. keys: how many keys are read.
+    masks: window -> additive mask [1, 1, width, keys]. grouped: the same with each row repeated for the query heads of
+    a key head, [1, 1, width * group, keys].
+    """
+
+    position: int
+    width: int
+    keys: int
+    cos: Tensor
+    sin: Tensor
+    masks: dict[int | None, Tensor]
+    grouped: dict[int | None, Tensor]
+
+
+class KVCache:
+    """Keys and values of every block, [kv_heads, capacity, head_dim] each, and the number of committed tokens."""
+
+    def __init__(self, keys: list[Tensor], values: list[Tensor], cos: Tensor, sin: Tensor) -> None:
+        self.keys = keys
+        self.values = values
+        self.cos = cos
+        self.sin = sin
+        self.length = 0
+        self.rows: Rows | None = None
+
+    @property
+    def capacity(self) -> int:
+        return self.keys[0].shape[1]
+
+
+class Blocks(ABC):
+    """Interface of the runners."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        config = backbone.config
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type", "default") not in ("default", "linear", "llama3", "yarn"):
+            raise UnsupportedBackboneError(
+                f"{backbone.name}: rotary scaling {rope['rope_type']!r} depends on the length of the text"
+            )
+        self.backbone = backbone
+        self.num_blocks = backbone.num_blocks
+        self.query_heads = int(config.num_attention_heads)
+        self.kv_heads = int(getattr(config, "num_key_value_heads", None) or self.query_heads)
+        self.head_dim = int(getattr(config, "head_dim", None) or backbone.hidden_size // self.query_heads)
+        self.windows = [backbone.window_of(block) for block in range(self.num_blocks)]
+        self.widths: tuple[int, ...] = (LARGEST_WIDTH,)
+        self.reads_fewer_keys = False
+
+    @abstractmethod
+    def run(self, hidden: Tensor, cache: KVCache, position: int, first: int, last: int) -> Tensor:
+        """Run blocks first .. last - 1 on the rows at `position`, [width, hidden] to [width, hidden]."""
+
+    def new_cache(self, capacity: int) -> KVCache:
+        """A KV cache for `capacity` tokens, rounded up to whole steps of keys."""
+        capacity = -(-capacity // KEY_STEP) * KEY_STEP
+        device, dtype = self.backbone.device, self.backbone.dtype
+        shape = (self.kv_heads, capacity, self.head_dim)
+        positions = torch.arange(capacity, device=device)[None]
+        cos, sin = self.backbone.rotary(torch.empty(0, dtype=dtype, device=device), positions)  # [1, capacity, head_dim]
+        half = self.head_dim // 2
+        signed = torch.cat((-sin[..., :half], sin[..., half:]), -1)
+        return KVCache(
+            keys=[torch.zeros(shape, dtype=dtype, device=device) for _ in range(self.num_blocks)],
+            values=[torch.zeros(shape, dtype=dtype, device=device) for _ in range(self.num_blocks)],
+            cos=cos[0, :, None],
+            sin=signed[0, :, None],
+        )
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """[width] int64 -> [width, hidden]."""
+        return self.backbone.embedding(token_ids)
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """The norm in front of the LM head, [width, hidden] -> [width, hidden]."""
+        return self.backbone.norm(hidden)
+
+    def logits(self, normed: Tensor) -> Tensor:
+        """[width, hidden], final norm applied -> [width, vocab]."""
+        return self.backbone.lm_head(normed)
+
+    def rows(self, cache: KVCache, position: int, width: int) -> Rows:
+        """Rotary tables and masks of a pass; the last one is kept, since a pass is often run in parts."""
+        kept = cache.rows
+        if kept is not None and kept.position == position and kept.width == width:
+            return kept
+        end = position + width
+        keys = min(-(-end // KEY_STEP) * KEY_STEP, cache.capacity) if self.reads_fewer_keys else cache.capacity
+        device, dtype = self.backbone.device, self.backbone.dtype
+        row = torch.arange(position, end, device=device)[:, None]
+        key = torch.arange(keys, device=device)
+        masks: dict[int | None, Tensor] = {}
+        grouped: dict[int | None, Tensor] = {}
+        for window in set(self.windows):
+            hidden_keys = key > row
+            if window is not None:
+                hidden_keys |= key <= row - window
+            mask = torch.zeros(width, keys, dtype=dtype, device=device).masked_fill_(hidden_keys, float("-inf"))
+            masks[window] = mask[None, None]
+            grouped[window] = mask.repeat_interleave(self.query_heads // self.kv_heads, 0)[None, None]
+        cache.rows = Rows(position, width, keys, cache.cos[position:end], cache.sin[position:end], masks, grouped)
+        return cache.rows
+
+    def pass_width(self, rows: int) -> int:
+        """The smallest invariant width that holds `rows`."""
+        return next(width for width in self.widths if width >= rows)
+
+
+class HFBlocks(Blocks):
+    """The library's own decoder blocks, fed a KV cache object of ours."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__(backbone)
+        forward = inspect.signature(type(backbone.blocks[0]).forward).parameters
+        self.cache_argument = "cache" if "cache" in forward else "past_key_values"
+
+    def run(self, hidden: Tensor, cache: KVCache, position: int, first: int, last: int) -> Tensor:
+        rows = self.rows(cache, position, hidden.shape[0])
+        half = self.head_dim // 2
+        sin = torch.cat((-rows.sin[..., :half], rows.sin[..., half:]), -1)  # the library applies the sign itself
+        arguments: dict[str, Any] = {
+            "position_embeddings": (rows.cos[None, :, 0], sin[None, :, 0]),
+            "position_ids": torch.arange(position, position + rows.width, device=hidden.device)[None],
+            self.cache_argument: _LibraryCache(cache, rows),
+        }
+        hidden = hidden[None]
+        for block in range(first, last):
+            output = self.backbone.blocks[block](hidden, attention_mask=rows.masks[self.windows[block]], **arguments)
+            hidden = output[0] if isinstance(output, tuple) else output
+        return hidden[0]
+
+
+class _LibraryCache:
+    """The one method of `transformers.Cache` that attention modules call."""
+
+    def __init__(self, cache: KVCache, rows: Rows) -> None:
+        self.cache = cache
+        self.rows = rows
+
+    def update(self, keys: Tensor, values: Tensor, block: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write [1, kv_heads, width, head_dim] in place; give back all keys and values that may be read."""
+        rows = self.rows
+        end = rows.position + rows.width
+        stored_keys, stored_values = self.cache.keys[block], self.cache.values[block]
+        stored_keys[:, rows.position : end] = keys[0]
+        stored_values[:, rows.position : end] = values[0]
+        return stored_keys[None, :, : rows.keys], stored_values[None, :, : rows.keys]
+
+
+class FusedBlocks(Blocks):
+    """Our own lean path for the Llama shape.
+
+    RMSNorm, rotary embedding, grouped-query attention, gated MLP; with a norm on queries and keys (Qwen3), bias on the
+    projections (Qwen2), sliding windows (Mistral). Queries, keys and values are one product, gate and up another.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__(backbone)
+        from transformers.activations import ACT2FN
+
+        self.activation = ACT2FN[backbone.config.hidden_act]
+        self.eps = float(backbone.config.rms_norm_eps)
+        self.scale = self.head_dim**-0.5
+        self.layers = [self._merge(block) for block in backbone.blocks]
+
+    def _merge(self, block: nn.Module) -> _FusedBlock:
+        attention, mlp = block.self_attn, block.mlp
+        qk_norm = None
+        if getattr(attention, "q_norm", None) is not None:
+            qk_norm = torch.cat(
+                (
+                    attention.q_norm.weight.expand(self.query_heads, -1),
+                    attention.k_norm.weight.expand(self.kv_heads, -1),
+                )
+            )
+        return _FusedBlock(
+            input_norm=block.input_layernorm.weight,
+            qkv=merged_linear([attention.q_proj, attention.k_proj, attention.v_proj]),
+            qk_norm=qk_norm,
+            output=merged_linear([attention.o_proj]),
+            mlp_norm=block.post_attention_layernorm.weight,
+            gate_up=merged_linear([mlp.gate_proj, mlp.up_proj]),
+            down=merged_linear([mlp.down_proj]),
+            inner=int(mlp.down_proj.in_features),
+        )
+
+    def run(self, hidden: Tensor, cache: KVCache, position: int, first: int, last: int) -> Tensor:
+        width = hidden.shape[0]
+        rows = self.rows(cache, position, width)
+        end, keys = position + width, rows.keys
+        heads = self.query_heads + self.kv_heads
+        group = self.query_heads // self.kv_heads
+        split = self.query_heads * self.head_dim
+        half = self.head_dim // 2
+        shape = (hidden.shape[1],)
+        for block in range(first, last):
+            layer = self.layers[block]
+            normed = layer.input_norm * F.rms_norm(hidden, shape, None, self.eps)
+            qkv = layer.qkv(normed)  # [width, (query_heads + 2 kv_heads) * head_dim]
+            qk = qkv[:, : heads * self.head_dim].view(width, heads, self.head_dim)
+            if layer.qk_norm is not None:
+                qk = layer.qk_norm * F.rms_norm(qk, (self.head_dim,), None, self.eps)
+            qk = qk * rows.cos + qk.roll(half, -1) * rows.sin
+            stored_keys, stored_values = cache.keys[block], cache.values[block]
+            stored_keys[:, position:end] = qk[:, self.query_heads :].transpose(0, 1)
+            stored_values[:, position:end] = (
+                qkv[:, heads * self.head_dim :].view(width, self.kv_heads, self.head_dim).transpose(0, 1)
+            )
+            # Rows (token, query head) of one key head side by side: [1, kv_heads, width * group, head_dim]
+            query = (
+                qk[:, : self.query_heads]
+                .reshape(width, self.kv_heads, group, self.head_dim)
+                .transpose(0, 1)
+                .reshape(1, self.kv_heads, width * group, self.head_dim)
+            )
+            attended = F.scaled_dot_product_attention(
+                query,
+                stored_keys[None, :, :keys],
+                stored_values[None, :, :keys],
+                attn_mask=rows.grouped[self.windows[block]],
+                scale=self.scale,
+            )
+            attended = attended.view(self.kv_heads, width, group * self.head_dim).transpose(0, 1).reshape(width, split)
+            hidden = hidden + layer.output(attended)
+            normed = layer.mlp_norm * F.rms_norm(hidden, shape, None, self.eps)
+            gate_up = layer.gate_up(normed)  # [width, 2 * inner]
+            hidden = hidden + layer.down(self.activation(gate_up[:, : layer.inner]) * gate_up[:, layer.inner :])
+        return hidden
+
+
+@dataclass(frozen=True)
+class _FusedBlock:
+    input_norm: Tensor
+    qkv: LinearMap
+    qk_norm: Tensor | None
+    output: LinearMap
+    mlp_norm: Tensor
+    gate_up: LinearMap
+    down: LinearMap
+    inner: int
+
+
+def merged_linear(modules: list[Any]) -> LinearMap:
+    """One linear map whose output rows are those of `modules` (same input), in order.
+
+    NF4 weights that bitsandbytes has packed for the CPU are tiles of 32 rows with one scale per row and 64 inputs, so
+    they merge exactly by concatenation. Kinds that do not merge keep their own products.
+    """
+    bias = None
+    if any(getattr(module, "bias", None) is not None for module in modules):
+        bias = torch.cat([module.bias for module in modules])
+    if all(type(module) is nn.Linear for module in modules):
+        weight = modules[0].weight if len(modules) == 1 else torch.cat([module.weight for module in modules])
+        return lambda x: F.linear(x, weight, bias)
+    if all(_is_packed_nf4(module) for module in modules):
+        return PackedNF4(modules, bias)
+    if len(modules) == 1:
+        return modules[0]
+    return lambda x: torch.cat([module(x) for module in modules], -1)
+
+
+def _is_packed_nf4(module: Any) -> bool:
+    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    return (
+        state is not None
+        and getattr(state, "packing_format_for_cpu", False)
+        and state.quant_type == "nf4"
+        and _nf4_kernel() is not None
+    )
+
+
+def _nf4_kernel() -> Any:
+    """bitsandbytes' CPU kernel for packed NF4 weights; none where this build has none.
+
+    The torch operator around it costs 16 us a call, half of what the product itself takes at small widths.
+    """
+    from bitsandbytes.cextension import lib
+
+    return getattr(lib, "gemv_4bit_inference_cpu_nf4_bf16", None)
+
+
+class PackedNF4:
+    """x [width, in] bf16 -> [width, out] bf16 for NF4 weights packed by bitsandbytes for AVX512-BF16."""
+
+    def __init__(self, modules: list[Any], bias: Tensor | None) -> None:
+        states = [module.weight.quant_state for module in modules]
+        one = len(modules) == 1
+        self.weight = modules[0].weight.data if one else torch.cat([module.weight.data for module in modules])
+        self.scales = states[0].absmax if one else torch.cat([state.absmax for state in states], 1)  # [in / 64, out]
+        self.bias = bias
+        self.out_features = sum(int(state.shape[0]) for state in states)
+        self.in_features = int(states[0].shape[1])
+        self.kernel = _nf4_kernel()
+        self.arguments = (
+            ctypes.c_int64(self.out_features),
+            ctypes.c_int64(self.in_features),
+            ctypes.c_void_p(self.weight.data_ptr()),
+            ctypes.c_void_p(self.scales.data_ptr()),
+            ctypes.c_int64(int(states[0].blocksize)),
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        width = x.shape[0]
+        out = torch.empty(width, self.out_features, dtype=torch.bfloat16)
+        n, k, weight, scales, block = self.arguments
+        self.kernel(
+            ctypes.c_int64(width), n, k, ctypes.c_void_p(x.data_ptr()), weight, scales, ctypes.c_void_p(out.data_ptr()), block, k, n
+        )
+        return out if self.bias is None else out + self.bias
+
+
+def make_blocks(backbone: Backbone, runner: str = "auto") -> Blocks:
+    """The runner asked for, with its invariant widths measured on this device."""
+    blocks: Blocks = HFBlocks(backbone) if runner == "hf" else FusedBlocks(backbone)
+    with torch.inference_mode():
+        measure_widths(blocks)
+    return blocks
+
+
+def measure_widths(blocks: Blocks) -> None:
+    """Find the widths at which a token's bits depend on nothing but the tokens before it, and set `blocks.widths`.
+
+    The same tokens are run at the largest width and then, at every other one, in windows that put each token into
+    other rows with other neighbours; all blocks, states compared bit for bit. Then once more with fewer keys read.
+    Where even the largest width fails with itself, `widths` is that width alone and nothing is promised
+    (`is_invariant` is false).
+    """
+    length = 2 * LARGEST_WIDTH
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(blocks.backbone.vocab_size, (length,), generator=generator).to(blocks.backbone.device)
+
+    def states(width: int, offset: int) -> Tensor:
+        """Final states of tokens offset .. length - 1, computed in windows of `width`; the rest at the full width."""
+        cache = blocks.new_cache(length + 3 * KEY_STEP)
+        result = []
+        for start in range(0, length, LARGEST_WIDTH):
+            hidden = blocks.embed(ids[start : start + LARGEST_WIDTH])
+            result.append(blocks.run(hidden, cache, start, 0, blocks.num_blocks))
+        reference = torch.cat(result)
+        if width == LARGEST_WIDTH and offset == 0:
+            return reference
+        rows = []
+        for start in range(offset, length - width + 1, width):
+            hidden = blocks.embed(ids[start : start + width])
+            rows.append(blocks.run(hidden, cache, start, 0, blocks.num_blocks))
+        return torch.cat([reference[:offset], *rows, reference[offset + len(rows) * width :]])
+
+    blocks.reads_fewer_keys = False
+    reference = states(LARGEST_WIDTH, 0)
+    found = [
+        width for width in CANDIDATE_WIDTHS if all(torch.equal(states(width, offset), reference) for offset in (3, 5))
+    ]
+    blocks.widths = tuple(found) if LARGEST_WIDTH in found else (LARGEST_WIDTH,)
+    blocks.reads_fewer_keys = True
+    if not torch.equal(states(LARGEST_WIDTH, 3), reference):
+        blocks.reads_fewer_keys = False

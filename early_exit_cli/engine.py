@@ -1,0 +1,257 @@
+"""`EarlyExitModel`: a backbone, its block runner, its heads and their thresholds; and the bundle on disk.
+
+A bundle is a folder: `config.json` and `calibration.json` as DSSD reads them, `heads.safetensors`, `aux_heads.pt` when
+the heads are linear, and `eexit.json` with everything else we know: the backbone's fingerprint, the kind of head, the
+training and calibration records.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from early_exit_cli.artifacts import fingerprint_differences, read_json, write_atomic, write_json
+from early_exit_cli.backbone import Backbone, load_backbone
+from early_exit_cli.blocks import LARGEST_WIDTH, PREFILL_WIDTH, Blocks, KVCache, make_blocks
+from early_exit_cli.config import SHIPPED_BUNDLE, BackboneConfig, BundleConfig
+from early_exit_cli.errors import BundleError, ConfigError, NumericsError
+from early_exit_cli.gating import Thresholds, level_key
+from early_exit_cli.heads import ExitHeads, load_heads
+
+FORMAT_VERSION = 1
+CONFIG_FILE, CALIBRATION_FILE, HEADS_FILE, DSSD_HEADS_FILE, RECORD_FILE = (
+    "config.json",
+    "calibration.json",
+    "heads.safetensors",
+    "aux_heads.pt",
+    "eexit.json",
+)
+CONFIG_KEYS = {
+    "model_name": str,
+    "num_heads": int,
+    "head_layer_indices": list,
+    "quantization": str,
+    "hidden_size": int,
+    "vocab_size": int,
+    "num_hidden_layers": int,
+}
+
+
+@dataclass
+class EarlyExitModel:
+    """A backbone with exit heads, ready to decode one text at a time."""
+
+    backbone: Backbone
+    blocks: Blocks
+    heads: ExitHeads | None = None
+    thresholds: Thresholds | None = None
+    record: dict[str, Any] = field(default_factory=dict)
+
+    def start(self, prompt_ids: list[int], max_new_tokens: int) -> KVCache:
+        """A KV cache holding the prompt but for its last token, which is the first one to be run by decoding.
+
+        The number of keys read may decide a token's last bits, so the capacity depends on the request alone.
+
+        Raises:
+            ConfigError: empty prompt, or prompt and new tokens beyond the context.
+        """
+        if not prompt_ids:
+            raise ConfigError("the prompt is empty")
+        context = self.backbone.context_length
+        if len(prompt_ids) + max_new_tokens > context:
+            raise ConfigError(
+                f"the prompt's {len(prompt_ids)} tokens and {max_new_tokens} new ones exceed the context of {context}",
+                hint="shorten the prompt, or lower --max-tokens",
+            )
+        outside = [token for token in prompt_ids if not 0 <= token < self.backbone.embedding.num_embeddings]
+        if outside:
+            raise ConfigError(f"token {outside[0]} of the prompt is not in the vocabulary")
+        cache = self.blocks.new_cache(len(prompt_ids) + max_new_tokens + max(LARGEST_WIDTH, PREFILL_WIDTH))
+        for position in range(0, len(prompt_ids) - 1, PREFILL_WIDTH):
+            tokens = prompt_ids[position : min(position + PREFILL_WIDTH, len(prompt_ids) - 1)]
+            self.run(self.embed(tokens), cache, position, 0, self.blocks.num_blocks)
+        cache.length = len(prompt_ids) - 1
+        return cache
+
+    def embed(self, tokens: list[int]) -> Tensor:
+        """Token ids -> [len(tokens), hidden]."""
+        return self.blocks.embed(torch.tensor(tokens, device=self.backbone.device))
+
+    def run(self, hidden: Tensor, cache: KVCache, position: int, first: int, last: int) -> Tensor:
+        """Blocks first .. last - 1 over [rows, hidden] at `position`, padded to an invariant width.
+
+        Padding rows hold zeros; what they leave in the KV cache lies behind the last row and is overwritten before
+        any real row can see it.
+        """
+        rows = hidden.shape[0]
+        width = self.blocks.pass_width(rows) if rows <= LARGEST_WIDTH else rows
+        if width > rows:
+            hidden = torch.cat((hidden, hidden.new_zeros(width - rows, hidden.shape[1])))
+        return self.blocks.run(hidden, cache, position, first, last)[:rows]
+
+    def finish(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """States after the last block -> (normed states [rows, hidden], the backbone's choices [rows] int64).
+
+        Raises:
+            NumericsError: a NaN or infinite state; argmax would silently say token 0.
+        """
+        rows = hidden.shape[0]
+        width = self.blocks.pass_width(rows)
+        if width > rows:
+            hidden = torch.cat((hidden, hidden.new_zeros(width - rows, hidden.shape[1])))
+        normed = self.blocks.final_norm(hidden)
+        logits = self.blocks.logits(normed)
+        best, choices = logits.max(-1)
+        if not torch.isfinite(best).all():
+            raise NumericsError("the backbone's logits are NaN or infinite", hint="check the model file, or --quantization none")
+        return normed[:rows], choices[:rows]
+
+
+def bundle_folder(config: BundleConfig) -> Path:
+    """The folder a bundle setting names: a folder, its config.json, or the shipped bundle.
+
+    Raises:
+        BundleError: nothing there.
+    """
+    path = Path(config.bundle).expanduser()
+    if path.name == CONFIG_FILE:
+        path = path.parent
+    if path.is_dir():
+        return path
+    shipped = Path(__file__).parent / "bundles" / config.bundle
+    if config.bundle == SHIPPED_BUNDLE and shipped.is_dir():
+        return shipped
+    raise BundleError(f"no bundle at {config.bundle}", hint="make one with eexit train")
+
+
+def read_bundle_config(folder: Path) -> dict[str, Any]:
+    """config.json of a bundle, with the seven keys that DSSD's loader requires.
+
+    Raises:
+        BundleError: a key missing, of another type, or heads out of range.
+    """
+    path = folder / CONFIG_FILE
+    config = read_json(path)
+    for key, kind in CONFIG_KEYS.items():
+        if key not in config:
+            raise BundleError(f"{path} has no {key!r}")
+        if not isinstance(config[key], kind) or isinstance(config[key], bool):
+            raise BundleError(f"{path}: {key} must be {kind.__name__}, found {config[key]!r}")
+    layers = config["head_layer_indices"]
+    depth = config["num_hidden_layers"]
+    if (
+        len(layers) != config["num_heads"]
+        or not layers
+        or any(not isinstance(layer, int) or not 0 <= layer < depth for layer in layers)
+        or sorted(set(layers)) != layers
+    ):
+        raise BundleError(
+            f"{path}: head_layer_indices {layers} must be {config['num_heads']} ascending blocks between 0 and {depth - 1}"
+        )
+    return config
+
+
+def read_thresholds(path: Path, num_heads: int) -> Thresholds:
+    """calibration.json's thresholds.
+
+    Raises:
+        BundleError: a level without its block, a head without its number.
+    """
+    record = read_json(path)
+    levels = record.get("accuracy_levels")
+    blocks = record.get("thresholds")
+    if not isinstance(levels, list) or not isinstance(blocks, dict):
+        raise BundleError(f"{path} must hold accuracy_levels and thresholds")
+    found: dict[str, list[float]] = {}
+    for level in levels:
+        block = blocks.get(level_key(level)) if isinstance(level, (int, float)) else None
+        if not isinstance(block, dict):
+            raise BundleError(f"{path}: level {level!r} has no thresholds")
+        row = [block.get(str(head)) for head in range(num_heads)]
+        for head, value in enumerate(row):
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+                raise BundleError(f"{path}: level {level_key(level)}, head {head}: no threshold, found {value!r}")
+        found[level_key(level)] = [float(value) for value in row if value is not None]
+    return Thresholds(found)
+
+
+def load_model(backbone_config: BackboneConfig, bundle: BundleConfig | None) -> EarlyExitModel:
+    """Load a backbone and, with `bundle`, its heads and thresholds.
+
+    Raises:
+        BundleError: damaged bundle, or heads that were made for another backbone (both values are named).
+    """
+    folder = bundle_folder(bundle) if bundle else None
+    config = read_bundle_config(folder) if folder else None
+    backbone = load_backbone(backbone_config)
+    model = EarlyExitModel(backbone, make_blocks(backbone, backbone_config.runner))
+    if folder is None or config is None or bundle is None:
+        return model
+    model.record = read_json(folder / RECORD_FILE)
+    check_fingerprint(config, model.record, backbone, folder)
+    heads = model.record.get("heads", {})
+    model.heads = load_heads(
+        folder / HEADS_FILE, backbone, heads.get("kind", "linear"), config["head_layer_indices"], int(heads.get("rank", 0))
+    )
+    calibration = bundle.calibration_path or folder / CALIBRATION_FILE
+    if bundle.calibration_path or calibration.exists():
+        model.thresholds = read_thresholds(calibration, config["num_heads"])
+    return model
+
+
+def check_fingerprint(config: dict[str, Any], record: dict[str, Any], backbone: Backbone, folder: Path) -> None:
+    """Refuse heads of another backbone, naming the field and both values."""
+    found = backbone.fingerprint
+    expected = {key: config[key] for key in ("hidden_size", "vocab_size", "num_hidden_layers", "quantization")}
+    expected |= record.get("fingerprint", {})
+    differences = fingerprint_differences(expected, found)
+    if differences:
+        named = "; ".join(f"{key}: heads {theirs!r}, backbone {ours!r}" for key, theirs, ours in differences)
+        raise BundleError(
+            f"the heads in {folder} were made for another backbone than {backbone.name} ({named})",
+            hint=f"their backbone is {config['model_name']} in {config['quantization']}",
+        )
+
+
+def save_bundle(
+    folder: Path, backbone: Backbone, heads: ExitHeads, training_config: dict[str, Any], record: dict[str, Any]
+) -> None:
+    """Write heads, config.json and eexit.json; a calibration of other heads is removed. eexit.json comes last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in (CALIBRATION_FILE, DSSD_HEADS_FILE, RECORD_FILE):
+        (folder / stale).unlink(missing_ok=True)
+    heads.save(folder / HEADS_FILE, backbone.dtype)
+    if heads.kind == "linear":
+        weights = heads.dssd_state_dict(backbone.dtype)
+        write_atomic(folder / DSSD_HEADS_FILE, lambda temporary: torch.save(weights, temporary))
+    write_json(
+        folder / CONFIG_FILE,
+        {
+            "model_name": backbone.name,
+            "num_heads": len(heads),
+            "head_layer_indices": heads.layers,
+            "quantization": backbone.quantization,
+            "hidden_size": backbone.hidden_size,
+            "vocab_size": backbone.vocab_size,
+            "num_hidden_layers": backbone.num_blocks,
+            "training_config": training_config,
+        },
+    )
+    write_json(
+        folder / RECORD_FILE,
+        {
+            "format_version": FORMAT_VERSION,
+            "fingerprint": backbone.fingerprint,
+            "heads": {
+                "kind": heads.kind,
+                "rank": heads.rank,
+                "draft_vocab": 0 if heads.draft_vocab is None else int(heads.draft_vocab.numel()),
+            },
+            **record,
+        },
+    )

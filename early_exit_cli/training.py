@@ -1,0 +1,397 @@
+"""Training exit heads beside the running, frozen backbone.
+
+One step: the backbone runs packed sequences; every head reads the state after its exit layer and learns the backbone's
+own distribution for the same position by KL divergence. `accelerate` carries processes, accumulation and checkpoints.
+
+On disk, under `output_dir`: the best bundle so far (by held-out agreement, averaged over heads), `last/` with the newest
+one, `checkpoints/step-N/` with what resuming needs. Everything is written to a temporary sibling and renamed; a folder
+without its marker is not a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor
+
+from early_exit_cli.artifacts import atomic_folder, read_json, write_json
+from early_exit_cli.backbone import Backbone
+from early_exit_cli.config import DataConfig, HeadsConfig, TrainingConfig
+from early_exit_cli.data import Batch, Document, batches, pack, pad_token_id
+from early_exit_cli.engine import save_bundle
+from early_exit_cli.errors import CheckpointError, DataError, NumericsError
+from early_exit_cli.heads import ExitHeads, head_layers
+
+MARKER = "complete.json"
+KEPT_CHECKPOINTS = 2
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Progress of one optimizer step; losses are per head, in nats."""
+
+    step: int
+    max_steps: int
+    losses: list[float]
+    learning_rate: float
+    tokens_per_second: float
+    agreement: list[float] | None
+    """Held-out agreement per head, when this step evaluated."""
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """Where the bundles are and how good the heads became on held-out text."""
+
+    output_dir: str
+    steps: int
+    tokens_seen: int
+    seconds: float
+    exit_layers: list[int]
+    best_step: int
+    best_agreement: list[float]
+    last_agreement: list[float]
+
+
+def draft_vocabulary(documents: Iterable[Document], size: int, vocab_size: int, always: Iterable[int]) -> Tensor | None:
+    """The `size` most frequent tokens of the documents, ascending, int64, `always` among them; None keeps all."""
+    if not size or size >= vocab_size:
+        return None
+    counts = Counter(token for document in documents for token in document.ids)
+    ranked = [*dict.fromkeys([*always, *(token for token, _ in counts.most_common()), *range(vocab_size)])]
+    return torch.tensor(sorted(ranked[:size]), dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What the backbone says of every position.
+
+    choices: [positions] int64, its argmax over the whole vocabulary. probabilities: [positions, draft vocab] float32,
+    renormalised to the draft vocabulary. mass: [positions] float32, the probability it gives to that vocabulary.
+    """
+
+    choices: Tensor
+    probabilities: Tensor
+    mass: Tensor
+
+
+def distillation_losses(logits: list[Tensor], teacher: Teacher) -> list[Tensor]:
+    """KL(backbone || head) in nats per head, averaged over positions (Hinton et al. 2015, at temperature 1).
+
+    A position counts as much as the probability the backbone gives to the draft vocabulary: what no head can say
+    should not be taught. The teacher's own entropy is subtracted, so that a perfect head has loss 0.
+
+    Args:
+        logits: one tensor [positions, draft vocab] per head.
+    """
+    weight = teacher.mass / max(teacher.mass.numel(), 1)
+    p = teacher.probabilities
+    negative_entropy = torch.xlogy(p, p).sum(-1)
+    return [
+        ((negative_entropy - torch.einsum("pv,pv->p", p, torch.log_softmax(row, -1, dtype=torch.float32))) * weight).sum()
+        for row in logits
+    ]
+
+
+def teach(backbone: Backbone, final: Tensor, draft_vocab: Tensor | None) -> Teacher:
+    """The teacher's view of [positions, hidden] states with the final norm applied.
+
+    Raises:
+        NumericsError: NaN or infinite logits.
+    """
+    logits = backbone.lm_head(final)
+    highest, choices = logits.max(-1)
+    if not torch.isfinite(highest).all():
+        raise NumericsError("the backbone gave NaN or infinite logits", hint="check the text and the model file")
+    if draft_vocab is None:
+        return Teacher(choices, torch.softmax(logits, -1, dtype=torch.float32), torch.ones_like(highest, dtype=torch.float32))
+    normalizer = logits.logsumexp(-1).float()
+    kept = logits[:, draft_vocab].float()
+    mass = (kept.logsumexp(-1) - normalizer).exp().clamp(max=1.0)
+    return Teacher(choices, torch.softmax(kept, -1), mass)
+
+
+class Trainer:
+    """The training loop's state; `run` goes from the current step to the end."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        heads_config: HeadsConfig,
+        config: TrainingConfig,
+        data_config: DataConfig,
+        train: list[Document],
+        held_out: list[Document],
+        record: dict[str, Any],
+    ) -> None:
+        self.backbone, self.config, self.data_config, self.record = backbone, config, data_config, record
+        self.accelerator = Accelerator(
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            cpu=backbone.device.type == "cpu",
+            log_with=None if config.report_to == "none" else config.report_to,
+            project_dir=str(config.output_dir),
+        )
+        set_seed(config.seed)
+        layers = head_layers(heads_config, backbone.num_blocks)
+        vocab = draft_vocabulary(train, heads_config.draft_vocab, backbone.vocab_size, backbone.eos_token_ids)
+        self.heads = ExitHeads(
+            backbone, heads_config.kind, layers, heads_config.rank, vocab if heads_config.kind == "adapter" else None
+        ).to(backbone.device)
+        self.heads.start_from(backbone)
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        pad = pad_token_id(backbone)
+        self.rows = pack(train, data_config.max_length, pad)[rank::world]
+        self.held_out = pack(held_out, data_config.max_length, pad)[: config.eval_batches * config.batch_size]
+        if not self.rows:
+            raise DataError("too little training text: less than one sequence for each process", hint="--max-length N, or more text")
+        warmup = math.ceil(0.05 * config.max_steps) if config.warmup_steps is None else config.warmup_steps
+        from transformers import get_cosine_schedule_with_warmup
+
+        optimizer = self._optimizer()
+        # accelerate steps a prepared scheduler once per process and step; the counts are scaled to match.
+        schedule = get_cosine_schedule_with_warmup(optimizer, warmup * world, max(config.max_steps, 1) * world)
+        self.model, self.optimizer, self.schedule = self.accelerator.prepare(self.heads, optimizer, schedule)
+        self.step = 0
+        self.tokens_seen = 0
+        self.best_step, self.best_agreement = 0, [-1.0] * len(layers)
+        if config.resume:
+            self._resume()
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        parameters = [
+            {"params": [p for p in self.heads.parameters() if p.ndim > 1], "weight_decay": self.config.weight_decay},
+            {"params": [p for p in self.heads.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        eight_bit = self.config.optimizer == "adamw8bit" or (
+            self.config.optimizer == "auto" and self.backbone.quantization != "none" and self.backbone.device.type == "cuda"
+        )
+        if eight_bit:
+            import bitsandbytes
+
+            return bitsandbytes.optim.AdamW8bit(parameters, lr=self.config.lr)
+        return torch.optim.AdamW(parameters, lr=self.config.lr)
+
+    def run(self, on_step: Callable[[StepReport], None] | None = None) -> TrainingResult:
+        """Train to max_steps. Ctrl-C writes a checkpoint and goes on as KeyboardInterrupt.
+
+        Raises:
+            NumericsError: a loss that is not finite, with the step.
+        """
+        config = self.config
+        started = time.perf_counter()
+        seen_before = self.tokens_seen
+        self.accelerator.init_trackers("eexit", config=json.loads(config.model_dump_json()))
+        agreement: list[float] = []
+        try:
+            while self.step < config.max_steps:
+                losses = self._optimizer_step()
+                self.step += 1
+                last = self.step == config.max_steps
+                agreement = self.evaluate() if last or self.step % config.eval_every == 0 else []
+                if agreement:
+                    self._keep(agreement)
+                if last or self.step % config.save_every == 0:
+                    self.save_checkpoint()
+                report = StepReport(
+                    self.step,
+                    config.max_steps,
+                    losses,
+                    self.schedule.get_last_lr()[0],
+                    (self.tokens_seen - seen_before) / (time.perf_counter() - started),
+                    agreement or None,
+                )
+                self._track(report)
+                if on_step and self.accelerator.is_main_process:
+                    on_step(report)
+        except KeyboardInterrupt:
+            self.save_checkpoint()
+            raise
+        if not agreement:  # nothing left to do: max_steps 0, or a resumed run that was complete
+            agreement = self.evaluate()
+            self._keep(agreement)
+        self.accelerator.end_training()
+        return TrainingResult(
+            str(config.output_dir),
+            self.step,
+            self.tokens_seen,
+            time.perf_counter() - started,
+            self.heads.exit_layers,
+            self.best_step,
+            self.best_agreement,
+            agreement,
+        )
+
+    def _batch(self, number: int) -> Batch:
+        """The number-th batch of this process: epochs of seeded shuffles, so that resuming needs only the number."""
+        size = self.config.batch_size
+        per_epoch = -(-len(self.rows) // size)
+        epoch, index = divmod(number, per_epoch)
+        cached = getattr(self, "_epoch", None)
+        if cached is None or cached[0] != epoch:
+            self._epoch = (epoch, list(batches(self.rows, size, seed=self.config.seed * 1_000_003 + epoch)))
+        return self._epoch[1][index].to(self.backbone.device)
+
+    def _states(self, batch: Batch) -> tuple[list[Tensor], Teacher]:
+        """Run the backbone: one [positions, hidden] per head, padding left out, and what the backbone says itself."""
+        with torch.no_grad():
+            states = self.backbone.hidden_states_at(batch.input_ids, batch.block_mask(), self.heads.exit_layers)
+            *exits, final = [state[batch.valid] for state in states]
+            return exits, teach(self.backbone, final, self.heads.draft_vocab)
+
+    def _autocast(self) -> torch.autocast:
+        """bfloat16 products for the heads where the backbone computes in it; weights and losses stay float32."""
+        return torch.autocast(self.backbone.device.type, torch.bfloat16, enabled=self.backbone.dtype == torch.bfloat16)
+
+    def _optimizer_step(self) -> list[float]:
+        sums = [0.0] * len(self.heads)
+        accumulation = self.config.gradient_accumulation_steps
+        for micro in range(accumulation):
+            batch = self._batch(self.step * accumulation + micro)
+            exits, teacher = self._states(batch)
+            with self.accelerator.accumulate(self.model):
+                with self._autocast():
+                    logits = self.model(exits)
+                losses = distillation_losses(logits, teacher)
+                self.accelerator.backward(torch.stack(losses).sum())
+                if self.accelerator.sync_gradients:
+                    self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+                self.optimizer.step()
+                self.schedule.step()
+                self.optimizer.zero_grad()
+            for head, loss in enumerate(losses):
+                sums[head] += float(loss.detach()) / accumulation
+            self.tokens_seen += int(batch.valid.sum()) * self.accelerator.num_processes
+        if not all(math.isfinite(value) for value in sums):
+            raise NumericsError(f"the loss is not finite at step {self.step + 1}: {sums}", hint="lower --lr")
+        return sums
+
+    def evaluate(self) -> list[float]:
+        """Held-out agreement per head: share of positions where the head's argmax equals the backbone's."""
+        hits = torch.zeros(len(self.heads), dtype=torch.float64)
+        total = 0
+        with torch.no_grad():
+            for batch in batches(self.held_out, self.config.batch_size):
+                batch = batch.to(self.backbone.device)
+                exits, teacher = self._states(batch)
+                with self._autocast():
+                    rows = self.heads(exits)
+                for head, row in enumerate(rows):
+                    hits[head] += (self.heads.token_ids(row.argmax(-1)) == teacher.choices).sum().cpu()
+                total += teacher.choices.numel()
+        return (hits / max(total, 1)).tolist()
+
+    def _keep(self, agreement: list[float]) -> None:
+        """Write last/, and the best bundle when this is the best so far."""
+        better = sum(agreement) > sum(self.best_agreement)
+        if better:
+            self.best_step, self.best_agreement = self.step, agreement
+        if self.accelerator.is_main_process:
+            training_config = {
+                "dataset_name": self.data_config.dataset_name,
+                "dataset_config_name": self.data_config.dataset_config_name,
+                **{
+                    key: getattr(self.config, key)
+                    for key in ("batch_size", "gradient_accumulation_steps", "max_steps", "lr", "mode")
+                },
+                "max_length": self.data_config.max_length,
+            }
+            record = {
+                "training": {
+                    "step": self.step,
+                    "tokens_seen": self.tokens_seen,
+                    "agreement": agreement,
+                    "data": json.loads(self.data_config.model_dump_json()),
+                    **self.record,
+                }
+            }
+            for folder in [self.config.output_dir / "last", *([self.config.output_dir] if better else [])]:
+                save_bundle(folder, self.backbone, self.heads, training_config, record)
+        self.accelerator.wait_for_everyone()
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint to be resumed."""
+        config = json.loads(self.config.model_dump_json(exclude={"output_dir", "resume", "eval_every", "save_every", "report_to"}))
+        return {
+            "world_size": self.accelerator.num_processes,
+            "fingerprint": self.backbone.fingerprint,
+            "head_layer_indices": self.heads.layers,
+            "kind": self.heads.kind,
+            "rank": self.heads.rank,
+            "sequences": len(self.rows),
+            **config,
+        }
+
+    def save_checkpoint(self) -> None:
+        """Write checkpoints/step-N, marker last, and drop all but the newest two."""
+        folder = self.config.output_dir / "checkpoints"
+        target = folder / f"step-{self.step:07d}"
+        if not self.accelerator.is_main_process and self.accelerator.num_processes == 1:
+            return
+        state = {
+            "step": self.step,
+            "tokens_seen": self.tokens_seen,
+            "best_step": self.best_step,
+            "best_agreement": self.best_agreement,
+            "identity": self._identity(),
+        }
+        try:
+            if self.accelerator.num_processes == 1:
+                with atomic_folder(target) as temporary:
+                    self.accelerator.save_state(str(temporary), safe_serialization=True)
+                    write_json(temporary / MARKER, state)
+            else:  # all processes write into one folder, which counts once its marker is there
+                if self.accelerator.is_main_process:
+                    shutil.rmtree(target, ignore_errors=True)
+                self.accelerator.wait_for_everyone()
+                self.accelerator.save_state(str(target), safe_serialization=True)
+                self.accelerator.wait_for_everyone()
+                if self.accelerator.is_main_process:
+                    write_json(target / MARKER, state)
+        except OSError as error:
+            raise CheckpointError(f"cannot write the checkpoint {target}: {error.strerror or error}") from error
+        if self.accelerator.is_main_process:
+            for old in complete_checkpoints(self.config.output_dir)[:-KEPT_CHECKPOINTS]:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def _resume(self) -> None:
+        found = complete_checkpoints(self.config.output_dir)
+        if not found:
+            return
+        state = read_json(found[-1] / MARKER)
+        ours = self._identity()
+        changed = [f"{key}: {state['identity'].get(key)!r} then, {value!r} now" for key, value in ours.items() if state["identity"].get(key) != value]
+        if changed:
+            raise CheckpointError(f"{found[-1]} belongs to another run ({'; '.join(changed)})", hint="use another --output-dir")
+        self.accelerator.load_state(str(found[-1]))
+        self.step, self.tokens_seen = int(state["step"]), int(state["tokens_seen"])
+        self.best_step, self.best_agreement = int(state["best_step"]), list(state["best_agreement"])
+
+    def _track(self, report: StepReport) -> None:
+        values: dict[str, Any] = {"tokens_per_second": report.tokens_per_second, "learning_rate": report.learning_rate}
+        for head, loss in enumerate(report.losses):
+            values[f"head_{head}/loss"] = loss
+        for head, share in enumerate(report.agreement or []):
+            values[f"head_{head}/agreement"] = share
+        self.accelerator.log(values, step=report.step)
+
+
+def complete_checkpoints(output_dir: Path) -> list[Path]:
+    """Checkpoint folders that carry their marker, oldest first; half-written ones are passed over."""
+    folder = output_dir / "checkpoints"
+    return sorted(path for path in folder.glob("step-*") if (path / MARKER).is_file()) if folder.is_dir() else []
+
+
+def result_record(result: TrainingResult) -> dict[str, Any]:
+    """The result as JSON."""
+    return asdict(result)
