@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import inspect
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,8 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from early_exit_cli.artifacts import processor_name, read_json, sha256_of, user_cache_dir, versions, write_json
 from early_exit_cli.backbone import Backbone
-from early_exit_cli.errors import UnsupportedBackboneError
+from early_exit_cli.errors import BundleError, UnsupportedBackboneError
 
 CANDIDATE_WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 LARGEST_WIDTH = 16
@@ -89,6 +91,7 @@ class Blocks(ABC):
         self.windows = [backbone.window_of(block) for block in range(self.num_blocks)]
         self.widths: tuple[int, ...] = (LARGEST_WIDTH,)
         self.reads_fewer_keys = False
+        self.is_invariant = False
 
     @abstractmethod
     def run(self, hidden: Tensor, cache: KVCache, position: int, first: int, last: int) -> Tensor:
@@ -354,47 +357,113 @@ class PackedNF4:
 
 
 def make_blocks(backbone: Backbone, runner: str = "auto") -> Blocks:
-    """The runner asked for, with its invariant widths measured on this device."""
+    """The runner asked for, with what was measured of it on this device.
+
+    Measured once for each backbone, device, runner and set of versions; kept in the user's cache folder.
+    """
     blocks: Blocks = HFBlocks(backbone) if runner == "hf" else FusedBlocks(backbone)
-    with torch.inference_mode():
-        measure_widths(blocks)
+    identity = {
+        "fingerprint": backbone.fingerprint,
+        "device": processor_name() if backbone.device.type == "cpu" else torch.cuda.get_device_name(backbone.device),
+        "dtype": str(backbone.dtype),
+        "runner": type(blocks).__name__,
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+    path = user_cache_dir() / "widths" / f"{sha256_of(json.dumps(identity, sort_keys=True))[:24]}.json"
+    try:
+        found = read_json(path)
+        blocks.widths, blocks.reads_fewer_keys = tuple(map(int, found["widths"])), bool(found["reads_fewer_keys"])
+        blocks.is_invariant = bool(found["is_invariant"])
+    except (BundleError, KeyError, TypeError, ValueError):
+        with torch.inference_mode():
+            measure_widths(blocks)
+        measured = {
+            "widths": list(blocks.widths),
+            "reads_fewer_keys": blocks.reads_fewer_keys,
+            "is_invariant": blocks.is_invariant,
+        }
+        write_json(path, {**measured, **identity})
     return blocks
 
 
 def measure_widths(blocks: Blocks) -> None:
-    """Find the widths at which a token's bits depend on nothing but the tokens before it, and set `blocks.widths`.
+    """Find the widths at which a token's bits depend on nothing but the tokens before it, and set them on `blocks`.
 
-    The same tokens are run at the largest width and then, at every other one, in windows that put each token into
-    other rows with other neighbours; all blocks, states compared bit for bit. Then once more with fewer keys read.
-    Where even the largest width fails with itself, `widths` is that width alone and nothing is promised
-    (`is_invariant` is false).
+    The same tokens are run at the largest width, then at every other one in windows that put each token into other
+    rows with other neighbours: all blocks and the LM head, compared bit for bit; and one block far into a long text.
+    Then with as few keys read as possible. Where even the largest width disagrees with itself in other rows, it is the
+    only one used and `is_invariant` is false: nothing is promised there.
     """
-    length = 2 * LARGEST_WIDTH
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(blocks.backbone.vocab_size, (length,), generator=generator).to(blocks.backbone.device)
-
-    def states(width: int, offset: int) -> Tensor:
-        """Final states of tokens offset .. length - 1, computed in windows of `width`; the rest at the full width."""
-        cache = blocks.new_cache(length + 3 * KEY_STEP)
-        result = []
-        for start in range(0, length, LARGEST_WIDTH):
-            hidden = blocks.embed(ids[start : start + LARGEST_WIDTH])
-            result.append(blocks.run(hidden, cache, start, 0, blocks.num_blocks))
-        reference = torch.cat(result)
-        if width == LARGEST_WIDTH and offset == 0:
-            return reference
-        rows = []
-        for start in range(offset, length - width + 1, width):
-            hidden = blocks.embed(ids[start : start + width])
-            rows.append(blocks.run(hidden, cache, start, 0, blocks.num_blocks))
-        return torch.cat([reference[:offset], *rows, reference[offset + len(rows) * width :]])
-
     blocks.reads_fewer_keys = False
-    reference = states(LARGEST_WIDTH, 0)
-    found = [
-        width for width in CANDIDATE_WIDTHS if all(torch.equal(states(width, offset), reference) for offset in (3, 5))
-    ]
-    blocks.widths = tuple(found) if LARGEST_WIDTH in found else (LARGEST_WIDTH,)
-    blocks.reads_fewer_keys = True
-    if not torch.equal(states(LARGEST_WIDTH, 3), reference):
-        blocks.reads_fewer_keys = False
+    probe = _Probe(blocks)
+    blocks.is_invariant = probe.agrees(LARGEST_WIDTH)
+    found = [width for width in CANDIDATE_WIDTHS if width < LARGEST_WIDTH and probe.agrees(width)] if blocks.is_invariant else []
+    blocks.widths = (*found, LARGEST_WIDTH)
+    blocks.reads_fewer_keys = blocks.is_invariant and probe.agrees_with_fewer_keys()
+
+
+class _Probe:
+    """Random tokens through all blocks, and random states through one block over long random keys."""
+
+    length = 2 * LARGEST_WIDTH
+    offset = 3
+    far_positions = (60, 125, 300, 505, 700, 1010, 1500)
+    far_capacity = 2048
+
+    def __init__(self, blocks: Blocks) -> None:
+        self.blocks = blocks
+        backbone = blocks.backbone
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(backbone.device, backbone.dtype)
+
+        self.ids = torch.randint(backbone.vocab_size, (self.length,), generator=generator).to(backbone.device)
+        self.hidden = random(LARGEST_WIDTH, backbone.hidden_size)
+        self.far_keys = random(blocks.kv_heads, self.far_capacity, blocks.head_dim)
+        self.far_values = random(blocks.kv_heads, self.far_capacity, blocks.head_dim)
+        self.reference = self._outputs(LARGEST_WIDTH, 0, None)
+        self.far_reference = self._far(LARGEST_WIDTH)
+
+    def _outputs(self, width: int, offset: int, prefix: KVCache | None) -> tuple[Tensor, Tensor, KVCache]:
+        """Normed final states and logits of tokens `offset` and on, in windows of `width`, over an earlier KV cache."""
+        blocks = self.blocks
+        cache = prefix or blocks.new_cache(self.length + KEY_STEP)
+        states = torch.cat(
+            [
+                blocks.final_norm(blocks.run(blocks.embed(self.ids[start : start + width]), cache, start, 0, blocks.num_blocks))
+                for start in range(offset, self.length - width + 1, width)
+            ]
+        )
+        logits = torch.cat([blocks.logits(states[start : start + width]) for start in range(0, states.shape[0], width)])
+        return states, logits, cache
+
+    def _far(self, width: int) -> list[Tensor]:
+        """The first `width` random states through block 0 at each far position; every row sees all keys before it."""
+        cache = self.blocks.new_cache(self.far_capacity)
+        results = []
+        for position in self.far_positions:
+            cache.keys[0].copy_(self.far_keys)
+            cache.values[0].copy_(self.far_values)
+            results.append(self.blocks.run(self.hidden[:width], cache, position, 0, 1))
+        return results
+
+    def agrees(self, width: int) -> bool:
+        """Whether this width gives the reference's bits, in windows shifted against it."""
+        states, logits, _ = self._outputs(width, self.offset, self._outputs(LARGEST_WIDTH, 0, None)[2])
+        end = self.offset + states.shape[0]
+        return (
+            torch.equal(states, self.reference[0][self.offset : end])
+            and torch.equal(logits, self.reference[1][self.offset : end])
+            and all(torch.equal(far, whole[:width]) for far, whole in zip(self._far(width), self.far_reference, strict=True))
+        )
+
+    def agrees_with_fewer_keys(self) -> bool:
+        """Whether reading only the keys a pass needs, instead of the whole buffer, keeps the bits; leaves it switched on."""
+        self.blocks.reads_fewer_keys = True
+        return all(
+            torch.equal(far, whole[:width])
+            for width in self.blocks.widths
+            for far, whole in zip(self._far(width), self.far_reference, strict=True)
+        )

@@ -142,8 +142,10 @@ class CalibrationConfig(Section):
 
     num_samples: int = setting(1000, "Held-out sequences to calibrate on, at most.", ge=1)
     accuracy_levels: FloatList = setting(DEFAULT_ACCURACY_LEVELS, "Target accuracies, separated by commas.")
-    threshold_strategy: Literal["max_coverage", "min_coverage"] = setting(
-        "max_coverage", "Which position of the cumulative accuracy curve gives the threshold."
+    threshold_strategy: Literal["max_coverage", "min_coverage", "midpoint", "platt_scaling"] = setting(
+        "max_coverage",
+        "Where on the curve of cumulative accuracy a threshold lies: its last position at the level, its first, half way "
+        "to the next one, or by a logistic fit.",
     )
     uncertainty_metric: Literal["entropy"] = setting("entropy", "What a head's certainty is measured by (nats).")
     output_path: Path | None = setting(None, "Where calibration.json goes; default: into the bundle.")

@@ -19,8 +19,9 @@ from early_exit_cli.artifacts import fingerprint_differences, read_json, write_a
 from early_exit_cli.backbone import Backbone, load_backbone
 from early_exit_cli.blocks import LARGEST_WIDTH, PREFILL_WIDTH, Blocks, KVCache, make_blocks
 from early_exit_cli.config import SHIPPED_BUNDLE, BackboneConfig, BundleConfig
+from early_exit_cli.data import Batch
 from early_exit_cli.errors import BundleError, ConfigError, NumericsError
-from early_exit_cli.gating import Thresholds, level_key
+from early_exit_cli.gating import Thresholds, entropy, level_key
 from early_exit_cli.heads import ExitHeads, load_heads
 
 FORMAT_VERSION = 1
@@ -60,14 +61,7 @@ class EarlyExitModel:
         Raises:
             ConfigError: empty prompt, or prompt and new tokens beyond the context.
         """
-        if not prompt_ids:
-            raise ConfigError("the prompt is empty")
-        context = self.backbone.context_length
-        if len(prompt_ids) + max_new_tokens > context:
-            raise ConfigError(
-                f"the prompt's {len(prompt_ids)} tokens and {max_new_tokens} new ones exceed the context of {context}",
-                hint="shorten the prompt, or lower --max-tokens",
-            )
+        self.check_length(len(prompt_ids), max_new_tokens)
         outside = [token for token in prompt_ids if not 0 <= token < self.backbone.embedding.num_embeddings]
         if outside:
             raise ConfigError(f"token {outside[0]} of the prompt is not in the vocabulary")
@@ -77,6 +71,17 @@ class EarlyExitModel:
             self.run(self.embed(tokens), cache, position, 0, self.blocks.num_blocks)
         cache.length = len(prompt_ids) - 1
         return cache
+
+    def check_length(self, prompt_tokens: int, max_new_tokens: int) -> None:
+        """Refuse an empty prompt, and one that does not fit the context together with its answer."""
+        if prompt_tokens == 0:
+            raise ConfigError("the prompt is empty")
+        context = self.backbone.context_length
+        if prompt_tokens + max_new_tokens > context:
+            raise ConfigError(
+                f"the prompt's {prompt_tokens} tokens and {max_new_tokens} new ones exceed the context of {context}",
+                hint="shorten the prompt, or lower --max-tokens",
+            )
 
     def embed(self, tokens: list[int]) -> Tensor:
         """Token ids -> [len(tokens), hidden]."""
@@ -180,7 +185,9 @@ def read_thresholds(path: Path, num_heads: int) -> Thresholds:
     return Thresholds(found)
 
 
-def load_model(backbone_config: BackboneConfig, bundle: BundleConfig | None) -> EarlyExitModel:
+def load_model(
+    backbone_config: BackboneConfig, bundle: BundleConfig | None, *, with_thresholds: bool = True
+) -> EarlyExitModel:
     """Load a backbone and, with `bundle`, its heads and thresholds.
 
     Raises:
@@ -199,7 +206,7 @@ def load_model(backbone_config: BackboneConfig, bundle: BundleConfig | None) -> 
         folder / HEADS_FILE, backbone, heads.get("kind", "linear"), config["head_layer_indices"], int(heads.get("rank", 0))
     )
     calibration = bundle.calibration_path or folder / CALIBRATION_FILE
-    if bundle.calibration_path or calibration.exists():
+    if with_thresholds and (bundle.calibration_path or calibration.exists()):
         model.thresholds = read_thresholds(calibration, config["num_heads"])
     return model
 
@@ -255,3 +262,64 @@ def save_bundle(
             **record,
         },
     )
+
+
+@dataclass(frozen=True)
+class Readings:
+    """What backbone and heads say at the positions of a batch where the next token is known.
+
+    All on the CPU. choices, targets: [positions] int64, the backbone's argmax and the text's next token.
+    backbone_top5: [positions, 5]. tokens, entropies: [heads, positions]; top5: [heads, positions, 5], token ids.
+    """
+
+    choices: Tensor
+    targets: Tensor
+    backbone_top5: Tensor
+    tokens: Tensor
+    entropies: Tensor
+    top5: Tensor
+
+
+def read_batch(model: EarlyExitModel, batch: Batch) -> Readings:
+    """Run a packed batch and read every head; padding and the last token of a document do not count.
+
+    Raises:
+        NumericsError: NaN or infinite logits of the backbone.
+    """
+    heads = require_heads(model)
+    batch = batch.to(model.backbone.device)
+    with torch.inference_mode():
+        states = model.backbone.hidden_states_at(batch.input_ids, batch.block_mask(), heads.exit_layers)
+        valid = batch.next_token_valid
+        targets = batch.input_ids.roll(-1, 1)[valid]
+        *exits, final = [state[valid] for state in states]
+        backbone_logits = model.backbone.lm_head(final)
+        highest, choices = backbone_logits.max(-1)
+        if not torch.isfinite(highest).all():
+            raise NumericsError("the backbone's logits are NaN or infinite", hint="check the model file, or --quantization none")
+        tokens, entropies, top5 = [], [], []
+        for head, hidden in enumerate(exits):
+            logits = heads.logits(head, hidden)
+            entropies.append(entropy(logits))
+            best = heads.token_ids(logits.topk(5, -1).indices)
+            top5.append(best)
+            tokens.append(best[:, 0])
+        return Readings(
+            choices.cpu(),
+            targets.cpu(),
+            backbone_logits.topk(5, -1).indices.cpu(),
+            torch.stack(tokens).cpu(),
+            torch.stack(entropies).cpu(),
+            torch.stack(top5).cpu(),
+        )
+
+
+def require_heads(model: EarlyExitModel) -> ExitHeads:
+    """The model's heads.
+
+    Raises:
+        BundleError: loaded without a bundle.
+    """
+    if model.heads is None:
+        raise BundleError("this needs trained heads", hint="name a bundle with --bundle")
+    return model.heads

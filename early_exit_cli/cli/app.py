@@ -1,0 +1,58 @@
+"""The command tree, and the one place where errors become a line and an exit code.
+
+Nothing heavy is imported here: each command's file imports torch when it runs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from early_exit_cli import __version__, console
+from early_exit_cli.cli import calibrate, evaluate, infer, train
+from early_exit_cli.errors import EexitError
+
+app = typer.Typer(
+    name="eexit",
+    help="Faster answers from a 4-bit language model, with exactly the same output.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("infer", help="Answer prompts: plainly, with early exits, or both side by side.")(infer.command)
+app.command("train", help="Train exit heads beside the running backbone.")(train.command)
+app.command("calibrate", help="Fit entropy thresholds for each head and target accuracy.")(calibrate.command)
+app.command("evaluate", help="Measure the heads on text.")(evaluate.command)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"eexit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Faster answers from a 4-bit language model, with exactly the same output."""
+
+
+def main() -> None:
+    """Entry point of `eexit` and `python -m early_exit_cli`."""
+    try:
+        app()
+    except EexitError as error:
+        if os.environ.get("EEXIT_DEBUG"):
+            raise
+        console.error(error.message, error.hint)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        console.note("interrupted")
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

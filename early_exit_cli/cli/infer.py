@@ -1,0 +1,230 @@
+"""`eexit infer`: resolve, load, decode, report. Text goes to stdout as it is committed, statistics to stderr."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from early_exit_cli import console
+from early_exit_cli.artifacts import write_json
+from early_exit_cli.cli.options import configured
+from early_exit_cli.config import InferenceConfig
+from early_exit_cli.errors import BundleError, ConfigError, DataError
+from early_exit_cli.resolve import Resolved
+
+if TYPE_CHECKING:
+    from early_exit_cli.decoding import Stats
+    from early_exit_cli.drafters import Drafter
+    from early_exit_cli.engine import EarlyExitModel
+
+
+@configured("bundle", "backbone", "inference")
+def command(resolved: Resolved, as_json: bool) -> None:
+    """Answer prompts."""
+    settings = resolved.config.inference
+    prompts = gather_prompts(settings)
+    if settings.trace and settings.mode == "compare":
+        raise ConfigError("--trace runs every head on every token and would spoil the times of --mode compare")
+    model = load(resolved)
+    drafter = make_drafter(model, settings)
+    width = choose_width(model, settings)
+    encoded = [encode(model, settings, prompt["prompt"]) for prompt in prompts]
+    if settings.prompts:
+        answer_many(model, settings, drafter, width, prompts, encoded, as_json)
+    elif settings.mode == "compare":
+        answer_compare(model, settings, drafter, width, encoded[0], as_json)
+    else:
+        answer_one(model, settings, drafter, width, encoded[0], as_json)
+
+
+def gather_prompts(settings: InferenceConfig) -> list[dict[str, Any]]:
+    """The prompts to answer, from exactly one place.
+
+    Raises:
+        ConfigError: several places, or an empty prompt.
+    """
+    given = [name for name in ("prompt", "prompt_file", "prompts") if getattr(settings, name) is not None]
+    if len(given) > 1:
+        raise ConfigError(f"several prompts given: {', '.join('--' + name.replace('_', '-') for name in given)}")
+    if settings.prompts:
+        from early_exit_cli.data import read_prompts
+
+        return read_prompts(settings.prompts)[: settings.limit]
+    if settings.prompt_file:
+        try:
+            prompt = settings.prompt_file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"cannot read {settings.prompt_file}: {error}") from error
+    elif settings.prompt is not None:
+        prompt = settings.prompt
+    else:
+        if sys.stdin.isatty():
+            console.note("type the prompt, then Ctrl-D:")
+        prompt = sys.stdin.read()
+    if not prompt.strip():
+        raise ConfigError("the prompt is empty", hint='eexit infer --prompt "..."')
+    return [{"prompt": prompt}]
+
+
+def load(resolved: Resolved) -> EarlyExitModel:
+    """The model; plain decoding of a named backbone needs no bundle."""
+    from early_exit_cli.cli.shared import backbone_of_bundle
+    from early_exit_cli.engine import load_model
+
+    config = resolved.config
+    plain = config.inference.mode == "full"
+    if plain and resolved.is_default("bundle.bundle") and not resolved.is_default("backbone.model_name"):
+        return load_model(config.backbone, None)
+    return load_model(backbone_of_bundle(resolved), config.bundle, with_thresholds=not plain)
+
+
+def make_drafter(model: EarlyExitModel, settings: InferenceConfig) -> Drafter:
+    """The drafter of the mode and accuracy level.
+
+    Raises:
+        ConfigError: a level that was not calibrated.
+        BundleError: no calibration.
+    """
+    from early_exit_cli.drafters import ExitDrafter, NoDrafter
+    from early_exit_cli.gating import level_key
+
+    if settings.mode == "full":
+        return NoDrafter()
+    if model.thresholds is None:
+        raise BundleError("the bundle is not calibrated", hint="eexit calibrate --bundle FOLDER")
+    if level_key(settings.accuracy_level) not in model.thresholds.levels:
+        raise ConfigError(
+            f"accuracy level {level_key(settings.accuracy_level)} was not calibrated; "
+            f"calibrated: {', '.join(model.thresholds.levels)}"
+        )
+    return ExitDrafter(model.thresholds.at(settings.accuracy_level))
+
+
+def choose_width(model: EarlyExitModel, settings: InferenceConfig) -> int:
+    """The verifying width asked for, or the default."""
+    from early_exit_cli.decoding import DEFAULT_WIDTH
+
+    return settings.width or min(DEFAULT_WIDTH, model.blocks.widths[-1])
+
+
+def encode(model: EarlyExitModel, settings: InferenceConfig, prompt: str) -> list[int]:
+    """Token ids of a prompt, refused when it is empty or beyond the context."""
+    ids = model.backbone.encode_prompt(prompt, raw=settings.raw)
+    model.check_length(len(ids), settings.max_tokens)
+    return ids
+
+
+def answer_one(
+    model: EarlyExitModel, settings: InferenceConfig, drafter: Drafter, width: int, ids: list[int], as_json: bool
+) -> None:
+    """One prompt, one method, streamed."""
+    from early_exit_cli.decoding import generate, trace_records
+
+    result = generate(
+        model,
+        ids,
+        drafter,
+        settings.max_tokens,
+        mode=settings.mode,
+        width=width,
+        trace=settings.trace is not None,
+        on_text=None if as_json else console.stream_text,
+    )
+    if settings.trace:
+        write_json(settings.trace, trace_records(model, result, len(ids)))
+    if as_json:
+        console.emit_json({settings.mode: result.record()})
+        return
+    console.stream_text("\n")
+    console.table("", ["", "value"], stats_rows(result.stats))
+
+
+def answer_compare(
+    model: EarlyExitModel, settings: InferenceConfig, drafter: Drafter, width: int, ids: list[int], as_json: bool
+) -> None:
+    """Both methods on one prompt, after a warm-up that is not counted."""
+    from early_exit_cli.decoding import generate
+    from early_exit_cli.evaluation import compare
+
+    for warm in (drafter, make_plain()):
+        generate(model, ids, warm, min(8, settings.max_tokens), mode="warm-up", width=width)
+    result = compare(model, ids, drafter, settings.max_tokens, width=width, repeats=settings.repeats)
+    if as_json:
+        console.emit_json(result.record())
+        return
+    console.stream_text(result.adaptive.text + "\n")
+    full, adaptive = dict(stats_rows(result.full.stats)), dict(stats_rows(result.adaptive.stats))
+    console.table(
+        f"{model.backbone.name}, {model.backbone.quantization}, accuracy level {settings.accuracy_level:.2f}",
+        ["", "full", "adaptive"],
+        [(name, full[name], adaptive[name]) for name in full],
+    )
+    same = "identical" if result.identical else f"DIFFERENT from token {result.first_difference}"
+    bits = "bit-exact" if result.bit_exact else "not bit-exact"
+    console.note(f"{same}, {bits}; speed-up {result.speedup:.2f}x (median of {settings.repeats} alternating repeats)")
+
+
+def make_plain() -> Drafter:
+    """The drafter of plain decoding."""
+    from early_exit_cli.drafters import NoDrafter
+
+    return NoDrafter()
+
+
+def answer_many(
+    model: EarlyExitModel,
+    settings: InferenceConfig,
+    drafter: Drafter,
+    width: int,
+    prompts: list[dict[str, Any]],
+    encoded: list[list[int]],
+    as_json: bool,
+) -> None:
+    """A record per prompt."""
+    from early_exit_cli.decoding import generate
+    from early_exit_cli.evaluation import compare
+
+    generate(model, encoded[0], drafter, 8, mode="warm-up", width=width)
+    records: list[dict[str, Any]] = []
+    with console.progress("prompts", len(prompts)) as ticker:
+        for prompt, ids in zip(prompts, encoded, strict=True):
+            known = {key: prompt[key] for key in ("question_id", "category") if key in prompt}
+            if settings.mode == "compare":
+                record = compare(model, ids, drafter, settings.max_tokens, width=width, repeats=settings.repeats).record()
+            else:
+                run = generate(model, ids, drafter, settings.max_tokens, mode=settings.mode, width=width)
+                record = {settings.mode: run.record()}
+            records.append({**known, "prompt_tokens": len(ids), **record})
+            ticker.update(len(records))
+    if as_json:
+        console.emit_json({"records": records})
+        return
+    methods = ["full", "adaptive_early_exit"] if settings.mode == "compare" else [settings.mode]
+    rows = []
+    for number, record in enumerate(records):
+        speeds = [f"{record[method]['stats']['tokens_per_second']:.1f}" for method in methods]
+        extra = [f"{record['speedup']:.2f}x", record["identical"], record["bit_exact"]] if "speedup" in record else []
+        rows.append((number, str(record.get("category", "")), record["prompt_tokens"], *speeds, *extra))
+    compared = ["speed-up", "identical", "bit-exact"] if settings.mode == "compare" else []
+    console.table("tokens/s", ["prompt", "category", "tokens", *methods, *compared], rows, result=True)
+
+
+def stats_rows(stats: Stats) -> list[tuple[str, str]]:
+    """Statistics of one answer for a person."""
+
+    def share(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1%}"
+
+    exits = "  ".join(
+        f"{'backbone' if name == 'full' else 'head ' + name}: {count}" for name, count in stats.exit_distribution.items()
+    )
+    return [
+        ("tokens", str(stats.total_tokens_generated)),
+        ("tokens/s", f"{stats.tokens_per_second:.1f}"),
+        ("time to first token", f"{stats.time_to_first_token_seconds * 1000:.0f} ms"),
+        ("accept length", f"{stats.accept_length:.2f}"),
+        ("drafted, accepted", f"{stats.tokens_drafted}, {stats.tokens_accepted} ({share(stats.acceptance_rate)})"),
+        ("average exit layer", f"{stats.average_exit_layer:.1f}"),
+        ("decided by", exits),
+    ]
+

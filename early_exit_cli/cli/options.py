@@ -1,0 +1,146 @@
+"""Settings as flags: a command names its configuration sections and gets one option per field.
+
+`--max-steps` and `--max_steps` are the same option. An option that is not given stays out of the overrides, so that
+YAML and defaults below it count.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+
+from early_exit_cli import console
+from early_exit_cli.errors import ConfigError
+from early_exit_cli.resolve import Resolved, resolve, sections
+
+Command = Callable[..., None]
+
+CONFIG = typer.Option("--config", help="YAML file with any part of the settings.", rich_help_panel="Settings")
+SET = typer.Option("--set", help="Any setting by its dotted name: --set training.lr=2e-4. Repeatable.", rich_help_panel="Settings")
+SHOW = typer.Option("--show-config", help="Print every setting with its origin, and stop.", rich_help_panel="Settings")
+JSON = typer.Option("--json", help="The result as JSON on stdout.", rich_help_panel="Output")
+
+
+def flag_names(name: str, field: FieldInfo) -> list[str]:
+    """All spellings of a field's flag, dashed first."""
+    extra = field.json_schema_extra
+    aliases = extra.get("aliases", []) if isinstance(extra, dict) else []
+    names = [f"--{name}", *aliases]  # type: ignore[misc]
+    return list(dict.fromkeys(s for n in names for s in ("--" + str(n)[2:].replace("_", "-"), "--" + str(n)[2:].replace("-", "_"))))
+
+
+def option_type(annotation: Any) -> Any:
+    """The type Typer should parse; lists and choices arrive as text and are validated by the configuration."""
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    if get_origin(annotation) in (typing.Union, types.UnionType):
+        annotation = next(part for part in get_args(annotation) if part is not type(None))
+        return option_type(annotation)
+    if get_origin(annotation) in (Literal, list):
+        return str
+    return annotation if annotation in (str, int, float, bool, Path) else str
+
+
+def _help(field: FieldInfo) -> str:
+    annotation: Any = field.annotation
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    parts = [field.description or ""]
+    if get_origin(annotation) is Literal:
+        parts.append(f"[{'|'.join(map(str, get_args(annotation)))}]")
+    default = field.get_default(call_default_factory=True)  # type: ignore[call-arg]
+    if default is not None and default is not False:
+        text = ",".join(map(str, default)) if isinstance(default, list) else str(default)
+        parts.append(f"(default: {text})")
+    return " ".join(parts)
+
+
+def configured(*names: str, json_output: bool = True) -> Callable[[Callable[..., None]], Command]:
+    """Give a command the flags of the sections `names`; it is called with the `Resolved` settings.
+
+    A command without a JSON result passes `json_output=False`.
+    """
+
+    def decorate(function: Callable[..., None]) -> Command:
+        parameters: list[inspect.Parameter] = []
+        keys: dict[str, tuple[str, str]] = {}
+        for section in names:
+            for name, field in sections()[section].model_fields.items():
+                kind = option_type(field.annotation)
+                spellings = flag_names(name, field)
+                if kind is bool:
+                    spellings = [f"{s}/--no-{s[2:]}" for s in spellings[:1]] + spellings[1:]
+                option = typer.Option(
+                    *spellings, help=_help(field), show_default=False, rich_help_panel=f"{section.capitalize()}"
+                )
+                keys[name] = (f"{section}.{name}", flag_names(name, field)[0])
+                parameters.append(
+                    inspect.Parameter(
+                        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+                    )
+                )
+        fixed: list[tuple[str, Any, Any]] = [
+            ("config", Annotated[Path | None, CONFIG], None),
+            ("set_", Annotated[list[str] | None, SET], None),
+            ("show_config", Annotated[bool, SHOW], False),
+        ]
+        if json_output:
+            fixed.append(("json_", Annotated[bool, JSON], False))
+        parameters += [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            for name, annotation, default in fixed
+        ]
+
+        @functools.wraps(function)
+        def command(**values: Any) -> None:
+            path, assignments, show = values.pop("config"), values.pop("set_"), values.pop("show_config")
+            as_json = values.pop("json_", False)
+            flags = {key: (values[name], flag) for name, (key, flag) in keys.items() if values[name] is not None}
+            flags |= parse_assignments(assignments or [])
+            resolved = resolve(flags, path)
+            if show:
+                show_settings(resolved, names, as_json)
+                return
+            if json_output:
+                function(resolved, as_json)
+            else:
+                function(resolved)
+
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return command
+
+    return decorate
+
+
+def parse_assignments(assignments: list[str]) -> dict[str, tuple[Any, str]]:
+    """`a.b=value` pairs; the value is read as YAML."""
+    import yaml
+
+    found = {}
+    for assignment in assignments:
+        key, separator, text = assignment.partition("=")
+        if not separator:
+            raise ConfigError(f"--set {assignment}: write it as section.name=value")
+        try:
+            found[key.strip()] = (yaml.safe_load(text), f"--set {key.strip()}")
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {assignment}: the value is not readable") from None
+    return found
+
+
+def show_settings(resolved: Resolved, names: tuple[str, ...], as_json: bool) -> None:
+    """The settings a command would run with, and where each comes from."""
+    rows = [row for row in resolved.rows() if row[0].split(".")[0] in names]
+    if as_json:
+        console.emit_json({key: {"value": value, "origin": origin} for key, value, origin in rows})
+    else:
+        console.table("", ["setting", "value", "origin"], [(k, "-" if v is None else str(v), o) for k, v, o in rows], result=True)

@@ -1,0 +1,57 @@
+"""Steps that several commands share: settings a bundle already knows, and held-out sequences."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from early_exit_cli.config import BackboneConfig, DataConfig
+from early_exit_cli.resolve import Resolved
+
+if TYPE_CHECKING:
+    from early_exit_cli.data import Batch
+    from early_exit_cli.engine import EarlyExitModel
+
+
+def backbone_of_bundle(resolved: Resolved) -> BackboneConfig:
+    """The backbone section, with name and quantization taken from the bundle unless somebody set them."""
+    from early_exit_cli.engine import bundle_folder, read_bundle_config
+
+    known = read_bundle_config(bundle_folder(resolved.config.bundle))
+    changes = {
+        field: known[field]
+        for field in ("model_name", "quantization")
+        if resolved.is_default(f"backbone.{field}")
+    }
+    return BackboneConfig.model_validate(resolved.config.backbone.model_dump() | changes)
+
+
+def data_of_bundle(resolved: Resolved, record: dict[str, Any]) -> DataConfig:
+    """The data section; without a data set named, the one the heads were trained on, so that its split is the same."""
+    trained = record.get("training", {}).get("data")
+    if not resolved.is_default("data.dataset_name") or not trained:
+        return resolved.config.data
+    set_here = {
+        key.split(".")[1]: value
+        for key, value, _ in resolved.rows()
+        if key.startswith("data.") and not resolved.is_default(key)
+    }
+    return DataConfig.model_validate(trained | set_here)
+
+
+def held_out_batches(
+    resolved: Resolved, model: EarlyExitModel, split: Any, limit: int, batch_size: int = 4
+) -> tuple[list[Batch], DataConfig]:
+    """Packed batches of a held-out split, at most `limit` sequences."""
+    from early_exit_cli.data import batches, load_documents, pack, pad_token_id
+
+    config = data_of_bundle(resolved, model.record)
+    documents = load_documents(config, model.backbone, split)
+    rows = pack(documents, config.max_length, pad_token_id(model.backbone))[:limit]
+    return list(batches(rows, batch_size)), config
+
+
+def dataset_label(config: DataConfig) -> str:
+    """The data set's name, without the folder of a local file."""
+    name = Path(config.dataset_name or "").name if Path(config.dataset_name or "").exists() else config.dataset_name or ""
+    return f"{name}/{config.dataset_config_name}" if config.dataset_config_name else name

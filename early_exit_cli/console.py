@@ -1,0 +1,113 @@
+"""What a person sees: results on stdout, everything else on stderr. The only user of rich.
+
+Progress is drawn on a terminal only; elsewhere a plain line now and then says how far things are.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+PLAIN_LINE_SECONDS = 15.0
+PLAIN_WIDTH = 160
+
+
+def stdout() -> Console:
+    """Results."""
+    return Console(file=sys.stdout, highlight=False, soft_wrap=True)
+
+
+def stderr() -> Console:
+    """Progress, notes, statistics, errors."""
+    return Console(file=sys.stderr, highlight=False, soft_wrap=True)
+
+
+def emit_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def stream_text(piece: str) -> None:
+    """Answer text, as it comes."""
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def note(message: str) -> None:
+    """One line to the person."""
+    stderr().print(message, style="dim", markup=False)
+
+
+def warn(message: str) -> None:
+    """One line that deserves attention."""
+    stderr().print(f"warning: {message}", style="yellow", markup=False)
+
+
+def error(message: str, hint: str | None) -> None:
+    """What went wrong, and the next thing to try."""
+    lines = message.splitlines() or [""]
+    if len(lines) == 1:
+        stderr().print(f"error: {lines[0]}", style="red", markup=False)
+    else:
+        stderr().print(f"error: {len(lines)} faults", style="red", markup=False)
+        for line in lines:
+            stderr().print(f"  {line}", style="red", markup=False)
+    if hint:
+        stderr().print(f"  try: {hint}", markup=False)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, result: bool = False) -> None:
+    """A small table; numbers right, text left. `result` puts it on stdout."""
+    drawn = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    for index, column in enumerate(columns):
+        number = bool(rows) and all(isinstance(row[index], (int, float)) or _looks_numeric(row[index]) for row in rows)
+        drawn.add_column(column, justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        drawn.add_row(*("" if cell is None else str(cell) for cell in row))
+    console = stdout() if result else stderr()
+    if not console.is_terminal:
+        console.width = PLAIN_WIDTH
+    console.print(drawn, soft_wrap=False)
+
+
+def _looks_numeric(cell: Any) -> bool:
+    return cell is None or (isinstance(cell, str) and cell[:1] in "0123456789-")
+
+
+class Ticker:
+    """Progress of one task: `update(done, text)`."""
+
+    def __init__(self, label: str, total: int, bar: Progress | None) -> None:
+        self.label, self.total, self.bar = label, total, bar
+        self.task = bar.add_task(label, total=total, detail="") if bar else None
+        self.last_line = time.monotonic()
+
+    def update(self, done: int, detail: str = "", total: int | None = None) -> None:
+        """Say that `done` of the total is done."""
+        self.total = total or self.total
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, completed=done, total=self.total, detail=detail)
+        elif done >= self.total or time.monotonic() - self.last_line > PLAIN_LINE_SECONDS:
+            self.last_line = time.monotonic()
+            note(f"{self.label} {done}/{self.total} {detail}".rstrip())
+
+
+@contextmanager
+def progress(label: str, total: int) -> Iterator[Ticker]:
+    """A progress bar on a terminal, plain lines elsewhere."""
+    console = stderr()
+    if not console.is_terminal:
+        yield Ticker(label, total, None)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn(), TextColumn("{task.fields[detail]}"))
+    with Progress(*columns, console=console, transient=True) as bar:
+        yield Ticker(label, total, bar)

@@ -1,0 +1,302 @@
+"""The one decoding loop: draft, verify, accept, roll back, stop. Plain decoding is the loop with `NoDrafter`.
+
+State between rounds: the KV cache holds all committed tokens but the newest, which is `pending`. A round asks the
+drafter for tokens after `pending`, runs what is left of the blocks over pending and draft in one pass, and commits the
+longest prefix of the draft that equals the backbone's own choices, then the backbone's next choice (the bonus token).
+Rolling back is `cache.length`. Greedy, one text at a time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Container, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from tokenizers.decoders import DecodeStream
+from torch import Tensor
+
+from early_exit_cli.blocks import LARGEST_WIDTH, KVCache
+from early_exit_cli.drafters import Draft, Drafter, Exit
+from early_exit_cli.engine import EarlyExitModel
+from early_exit_cli.errors import ConfigError
+from early_exit_cli.gating import entropy
+
+DEFAULT_WIDTH = 8
+REPLACEMENT = "\ufffd"
+
+
+@dataclass(frozen=True)
+class HeadReading:
+    """What one head said for a token: its choice and its entropy (nats)."""
+
+    head: int
+    token_id: int
+    entropy: float
+
+
+@dataclass(frozen=True)
+class Round:
+    """One verify step.
+
+    tokens: committed, the first `accepted` of them drafted. decided_by: the Exit of each committed token, None where
+    the backbone decided. drafted: how many were proposed. states: [len(tokens), hidden], the final normed state that
+    decided each token, when asked for. readings: every head's view of each committed token, when traced.
+    """
+
+    tokens: list[int]
+    accepted: int
+    drafted: int
+    decided_by: list[Exit | None]
+    states: Tensor | None = None
+    readings: list[list[HeadReading]] = field(default_factory=list)
+
+
+def accepted_length(draft: list[int], choices: list[int]) -> int:
+    """Length of the longest prefix of the draft that equals the backbone's choices."""
+    length = 0
+    while length < min(len(draft), len(choices)) and draft[length] == choices[length]:
+        length += 1
+    return length
+
+
+def cut_at_stop(tokens: list[int], stop_ids: Container[int], remaining: int) -> tuple[list[int], bool]:
+    """The stop rule: up to and with the first stop token, at most `remaining`; and whether the text ends here."""
+    tokens = tokens[:remaining]
+    for place, token in enumerate(tokens):
+        if token in stop_ids:
+            return tokens[: place + 1], True
+    return tokens, len(tokens) == remaining
+
+
+def decode(
+    model: EarlyExitModel,
+    prompt_ids: list[int],
+    drafter: Drafter,
+    max_new_tokens: int,
+    *,
+    width: int = DEFAULT_WIDTH,
+    stop_ids: Container[int] | None = None,
+    keep_states: bool = False,
+    trace: bool = False,
+) -> Iterator[Round]:
+    """Decode greedily, a Round at a time.
+
+    Args:
+        width: rows of a verifying pass, at most LARGEST_WIDTH; at most width - 1 tokens are drafted.
+        stop_ids: tokens that end the text; the backbone's by default.
+
+    Raises:
+        ConfigError: empty prompt, beyond the context, width out of range.
+        NumericsError: the backbone's logits are not finite.
+    """
+    if not 1 <= width <= LARGEST_WIDTH:
+        raise ConfigError(f"width {width} is out of range", hint=f"--width takes 2 to {LARGEST_WIDTH}")
+    stops = model.backbone.eos_token_ids if stop_ids is None else stop_ids
+    with torch.inference_mode():
+        cache = model.start(prompt_ids, max_new_tokens)
+    pending = prompt_ids[-1]
+    produced = 0
+    ended = False
+    while not ended:
+        remaining = max_new_tokens - produced
+        with torch.inference_mode():
+            draft = drafter.propose(model, cache, pending, min(width, remaining) - 1, stops)
+            states, choices, readings = verify(model, cache, pending, draft, trace)
+        accepted = accepted_length(draft.tokens, choices)
+        tokens, ended = cut_at_stop(choices[: accepted + 1], stops, remaining)
+        accepted = min(accepted, len(tokens))
+        cache.length += len(tokens)
+        pending = tokens[-1]
+        produced += len(tokens)
+        yield Round(
+            tokens=tokens,
+            accepted=accepted,
+            drafted=len(draft.tokens),
+            decided_by=[draft.exits[i] if i < accepted and draft.exits else None for i in range(len(tokens))],
+            states=states[: len(tokens)].clone() if keep_states else None,
+            readings=readings[: len(tokens)],
+        )
+
+
+def verify(
+    model: EarlyExitModel, cache: KVCache, pending: int, draft: Draft, trace: bool
+) -> tuple[Tensor, list[int], list[list[HeadReading]]]:
+    """One pass of the remaining blocks over pending and draft.
+
+    Returns:
+        (final normed states [rows, hidden], the backbone's choice after each row, head readings per row when traced).
+    """
+    hidden = model.embed([pending, *draft.tokens]) if draft.hidden is None else draft.hidden
+    layer = draft.layer
+    readings: list[list[HeadReading]] = [[] for _ in range(hidden.shape[0] if trace else 0)]
+    if trace and model.heads is not None:
+        for head, exit_layer in enumerate(model.heads.exit_layers):
+            hidden = model.run(hidden, cache, cache.length, layer, exit_layer)
+            layer = exit_layer
+            logits = model.heads.logits(head, hidden)
+            chosen = model.heads.token_ids(logits.argmax(-1)).tolist()
+            for row, token, uncertainty in zip(readings, chosen, entropy(logits).tolist(), strict=True):
+                row.append(HeadReading(head, token, uncertainty))
+    hidden = model.run(hidden, cache, cache.length, layer, model.blocks.num_blocks)
+    states, choices = model.finish(hidden)
+    return states, choices.tolist(), readings
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Counts and times of one answer, named as formats of other programs name them."""
+
+    mode: str
+    total_tokens_generated: int
+    total_time_seconds: float
+    tokens_per_second: float
+    time_to_first_token_seconds: float
+    draft_attempts: int
+    tokens_drafted: int
+    tokens_accepted: int
+    acceptance_rate: float | None
+    average_draft_length: float | None
+    accept_length: float
+    partly_rejected_drafts: int
+    exit_distribution: dict[str, int]
+    average_exit_layer: float
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer. states: [tokens, hidden], the final state that decided each token, when they were kept."""
+
+    text: str
+    token_ids: list[int]
+    stats: Stats
+    rounds: list[Round]
+    states: Tensor | None = None
+
+    def record(self) -> dict[str, Any]:
+        """The answer as JSON."""
+        return {"text": self.text, "token_ids": self.token_ids, "stats": asdict(self.stats)}
+
+
+class TextStream:
+    """Token ids to text, piece by piece; never half a character, and the pieces joined are the final text."""
+
+    def __init__(self, model: EarlyExitModel) -> None:
+        self.tokenizer = model.backbone.tokenizer
+        self.stream = DecodeStream(skip_special_tokens=True)
+        self.ids: list[int] = []
+        self.text = ""
+
+    def push(self, tokens: list[int]) -> str:
+        """Text that became certain with these tokens."""
+        pieces = []
+        for token in tokens:
+            self.ids.append(token)
+            if token < len(self.tokenizer):  # padded vocabularies hold rows without a token
+                pieces.append(self.stream.step(self.tokenizer.backend_tokenizer, token) or "")
+        piece = "".join(pieces)
+        self.text += piece
+        return piece
+
+    def finish(self) -> str:
+        """What is left; a character whose bytes never became complete is dropped."""
+        whole = self.tokenizer.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        rest = whole[len(self.text) :].rstrip(REPLACEMENT) if whole.startswith(self.text) else ""
+        self.text += rest
+        return rest
+
+
+def generate(
+    model: EarlyExitModel,
+    prompt_ids: list[int],
+    drafter: Drafter,
+    max_new_tokens: int,
+    *,
+    mode: str,
+    width: int = DEFAULT_WIDTH,
+    keep_states: bool = False,
+    trace: bool = False,
+    on_text: Callable[[str], None] | None = None,
+) -> Generation:
+    """Decode to the end, timed from before the prompt is run to after the last token.
+
+    Args:
+        on_text: called with each piece of text as its tokens are committed.
+    """
+    stream = TextStream(model)
+    rounds: list[Round] = []
+    first_token = 0.0
+    synchronize(model)
+    started = time.perf_counter()
+    for step in decode(model, prompt_ids, drafter, max_new_tokens, width=width, keep_states=keep_states, trace=trace):
+        rounds.append(step)
+        first_token = first_token or time.perf_counter() - started
+        piece = stream.push(step.tokens)
+        if on_text and piece:
+            on_text(piece)
+    synchronize(model)
+    seconds = time.perf_counter() - started
+    rest = stream.finish()
+    if on_text and rest:
+        on_text(rest)
+    states = torch.cat([step.states for step in rounds if step.states is not None]) if keep_states else None
+    return Generation(stream.text, stream.ids, collect_stats(model, mode, rounds, seconds, first_token), rounds, states)
+
+
+def synchronize(model: EarlyExitModel) -> None:
+    """Wait for the device, so that a clock read after it counts finished work."""
+    if model.backbone.device.type == "cuda":
+        torch.cuda.synchronize(model.backbone.device)
+
+
+def collect_stats(model: EarlyExitModel, mode: str, rounds: list[Round], seconds: float, first_token: float) -> Stats:
+    """The one place where tokens, drafts and exits are counted; committed tokens only."""
+    tokens = sum(len(step.tokens) for step in rounds)
+    drafted = sum(step.drafted for step in rounds)
+    accepted = sum(step.accepted for step in rounds)
+    attempts = sum(step.drafted > 0 for step in rounds)
+    deciders = [exit for step in rounds for exit in step.decided_by]
+    distribution = {str(head): 0 for head in range(len(model.heads) if model.heads is not None else 0)}
+    distribution["full"] = 0
+    for exit in deciders:
+        distribution["full" if exit is None else str(exit.head)] += 1
+    depth = model.blocks.num_blocks
+    return Stats(
+        mode=mode,
+        total_tokens_generated=tokens,
+        total_time_seconds=seconds,
+        tokens_per_second=tokens / seconds,
+        time_to_first_token_seconds=first_token,
+        draft_attempts=attempts,
+        tokens_drafted=drafted,
+        tokens_accepted=accepted,
+        acceptance_rate=accepted / drafted if drafted else None,
+        average_draft_length=drafted / attempts if attempts else None,
+        accept_length=tokens / len(rounds),
+        partly_rejected_drafts=sum(0 < step.accepted < step.drafted for step in rounds),
+        exit_distribution=distribution,
+        average_exit_layer=sum(depth if exit is None else exit.exit_layer for exit in deciders) / tokens,
+    )
+
+
+def trace_records(model: EarlyExitModel, generation: Generation, prompt_length: int) -> list[dict[str, Any]]:
+    """A record per committed token: who decided it, how sure, and what every head would have said."""
+    records = []
+    position = prompt_length
+    for step in generation.rounds:
+        for token, exit, readings in zip(step.tokens, step.decided_by, step.readings, strict=True):
+            records.append(
+                {
+                    "position": position,
+                    "token_id": token,
+                    "token_text": model.backbone.tokenizer.decode([token]),
+                    "exit_layer": model.blocks.num_blocks if exit is None else exit.exit_layer,
+                    "head": None if exit is None else exit.head,
+                    "entropy": None if exit is None else exit.entropy,
+                    "threshold": None if exit is None else exit.threshold,
+                    "heads": [asdict(reading) for reading in readings],
+                }
+            )
+            position += 1
+    return records
