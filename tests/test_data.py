@@ -1,0 +1,137 @@
+import json
+
+import pytest
+import torch
+
+from early_exit_cli import data
+from early_exit_cli.config import DataConfig
+from early_exit_cli.data import Document, load_documents, pack, read_prompts, read_records, split_documents
+from early_exit_cli.errors import DataError
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
+def test_packing_keeps_every_token_and_pads_only_the_last_row():
+    documents = [Document(list(range(10 * i, 10 * i + n)), "s") for i, n in enumerate([5, 9, 3, 20], start=1)]
+    rows = pack(documents, 8, pad_id=0)
+    kept = torch.cat([row.input_ids[row.valid] for row in rows]).tolist()
+    assert kept == [token for document in documents for token in document.ids]
+    assert all(row.valid.all() for row in rows[:-1])
+    assert int(rows[-1].valid.sum()) == 37 % 8
+
+
+def test_attention_and_targets_never_cross_documents():
+    (row,) = pack([Document([1, 2, 3], "a"), Document([4, 5], "b")], 8, pad_id=0)
+    mask = row.block_mask()[0, 0]
+    assert mask[2].tolist() == [True, True, True] + [False] * 5
+    assert mask[4].tolist() == [False] * 3 + [True, True] + [False] * 3
+    assert row.next_token_valid[0].tolist() == [True, True, False, True, False, False, False, False]
+
+
+def test_packed_documents_give_the_states_they_have_alone(tiny_backbone):
+    backbone = tiny_backbone("llama")
+    documents = [Document([5, 6, 7, 8], "a"), Document([50, 60, 70], "b")]
+    (row,) = pack(documents, 8, pad_id=0)
+    packed = backbone.hidden_states_at(row.input_ids, row.block_mask(), [2])
+    start = 0
+    for document in documents:
+        ids = torch.tensor([document.ids])
+        alone = backbone.hidden_states_at(ids, torch.ones_like(ids), [2])
+        end = start + len(document.ids)
+        for ours, theirs in zip(packed, alone, strict=True):
+            assert torch.allclose(ours[0, start:end], theirs[0], atol=1e-4)
+        start = end
+
+
+def test_the_split_is_disjoint_complete_and_stable():
+    documents = [Document([i], "s") for i in range(100)]
+    parts = [split_documents(documents, 0.1, name) for name in ("train", "eval", "calibrate")]
+    assert [len(part) for part in parts] == [90, 5, 5]
+    assert sorted(d.ids[0] for part in parts for d in part) == list(range(100))
+
+
+def test_local_files_of_every_kind_are_read(tmp_path):
+    from datasets import Dataset
+
+    rows = [{"text": "first text"}, {"text": "second\u2028text"}]
+    write_lines(tmp_path / "a.jsonl", rows)
+    (tmp_path / "a.txt").write_text("first text\n\nsecond text")
+    Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    Dataset.from_list(rows).save_to_disk(tmp_path / "folder")
+    for name in ("a.jsonl", "a.txt", "a.parquet", "folder"):
+        records = read_records(DataConfig(dataset_name=str(tmp_path / name)))
+        assert [record["text"].split()[0] for record in records] == ["first", "second"], name
+
+
+def test_data_faults_name_file_line_and_flag(tmp_path):
+    with pytest.raises(DataError, match="no text"):
+        read_records(DataConfig())
+    with pytest.raises(DataError, match="no file"):
+        read_records(DataConfig(dataset_name=str(tmp_path / "none.jsonl")))
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": ')
+    with pytest.raises(DataError, match=r"bad\.jsonl:2 is not JSON"):
+        read_records(DataConfig(dataset_name=str(tmp_path / "bad.jsonl")))
+    write_lines(tmp_path / "other.jsonl", [{"body": "x"}])
+    with pytest.raises(DataError, match="its columns: body"):
+        read_records(DataConfig(dataset_name=str(tmp_path / "other.jsonl")))
+    write_lines(tmp_path / "empty.jsonl", [{"text": "  "}])
+    with pytest.raises(DataError, match="holds no text"):
+        read_records(DataConfig(dataset_name=str(tmp_path / "empty.jsonl")))
+
+
+def test_prompts_may_be_spec_bench_turns(tmp_path):
+    path = write_lines(tmp_path / "p.jsonl", [{"prompt": "a"}, {"turns": ["b", "c"], "category": "qa"}])
+    assert [row["prompt"] for row in read_prompts(path)] == ["a", "b"]
+    write_lines(path, [{"prompt": "a"}, {"question": "b"}])
+    with pytest.raises(DataError, match="row 2"):
+        read_prompts(path)
+
+
+def test_on_policy_text_is_the_backbones_own_answer_and_is_made_once(tmp_path, tiny_backbone, monkeypatch):
+    monkeypatch.setenv("EEXIT_HOME", str(tmp_path / "home"))
+    backbone = tiny_backbone("llama")
+    path = write_lines(tmp_path / "p.jsonl", [{"prompt": f"question {i}"} for i in range(10)])
+    config = DataConfig(dataset_name=str(path), on_policy=True, answer_tokens=6, sampled_share=0.0, answer_batch=4, holdout=0.5)
+    documents = [d for split in ("train", "eval", "calibrate") for d in load_documents(config, backbone, split)]
+    assert len(documents) == 10
+    for document in documents:
+        prompt = document.ids[: len("question 0")]
+        ids = torch.tensor([prompt])
+        answer = backbone.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+        assert document.ids == answer[0].tolist()
+
+    def forbidden(*_):
+        raise AssertionError("answered again")
+
+    monkeypatch.setattr(data, "_answer", forbidden)
+    again = [d for split in ("train", "eval", "calibrate") for d in load_documents(config, backbone, split)]
+    assert again == documents
+
+
+def test_an_interrupted_answering_goes_on_where_it_was(tmp_path, tiny_backbone, monkeypatch):
+    monkeypatch.setenv("EEXIT_HOME", str(tmp_path / "home"))
+    backbone = tiny_backbone("llama")
+    path = write_lines(tmp_path / "p.jsonl", [{"prompt": f"question {i}"} for i in range(12)])
+    config = DataConfig(dataset_name=str(path), on_policy=True, answer_tokens=5, sampled_share=0.5, answer_batch=4)
+    real, calls = data._answer, []
+
+    def dies_at_the_third(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(data, "_answer", dies_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        load_documents(config, backbone, "train")
+    answers = next((tmp_path / "home" / "answers").iterdir())
+    answers.write_text(answers.read_text() + '{"index": 9, "ans')  # killed while writing
+    load_documents(config, backbone, "train")
+    assert len(calls) == 4
+    monkeypatch.setenv("EEXIT_HOME", str(tmp_path / "fresh"))
+    resumed = load_documents(config, backbone, "train")
+    monkeypatch.setenv("EEXIT_HOME", str(tmp_path / "home"))
+    assert load_documents(config, backbone, "train") == resumed

@@ -1,0 +1,249 @@
+"""The decoding loop: exact tokens with drafters that are right, wrong and half right, on small real models."""
+
+import pytest
+import torch
+from conftest import END, FAMILIES
+
+from early_exit_cli.decoding import TextStream, accepted_length, cut_at_stop, decode, generate, trace_records
+from early_exit_cli.drafters import Draft, ExitDrafter, NoDrafter
+from early_exit_cli.errors import ConfigError, NumericsError
+
+PROMPT = [72, 101, 108, 108, 111, 32, 119, 111, 114, 108, 100]
+
+
+class ScriptedDrafter:
+    """Proposes the known continuation, with tokens made wrong where `wrong(index)` says so."""
+
+    def __init__(self, continuation, wrong=lambda index: False):
+        self.continuation, self.wrong = continuation, wrong
+
+    def propose(self, model, cache, pending, limit, stop_ids):
+        done = cache.length + 1 - len(PROMPT)
+        tokens = [
+            (token + 1) % 256 if self.wrong(done + index) else token
+            for index, token in enumerate(self.continuation[done : done + limit])
+        ]
+        return Draft(tokens=tokens)
+
+
+def tokens_of(rounds):
+    return [token for step in rounds for token in step.tokens]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="module")
+def plain(model):
+    return tokens_of(decode(model, PROMPT, NoDrafter(), 40, stop_ids=()))
+
+
+def test_plain_decoding_commits_one_token_a_round(model, plain):
+    rounds = list(decode(model, PROMPT, NoDrafter(), 40, stop_ids=()))
+    assert [len(step.tokens) for step in rounds] == [1] * 40
+    assert all(step.drafted == 0 for step in rounds)
+    assert len(set(plain)) > 5  # a text, not one token over and over
+
+
+def test_right_drafts_are_all_accepted(model, plain):
+    rounds = list(decode(model, PROMPT, ScriptedDrafter(plain), 40, width=8, stop_ids=()))
+    assert tokens_of(rounds) == plain
+    assert [len(step.tokens) for step in rounds] == [8] * 5
+    assert [step.accepted for step in rounds] == [7] * 5
+
+
+def test_wrong_drafts_are_never_accepted(model, plain):
+    rounds = list(decode(model, PROMPT, ScriptedDrafter(plain, lambda _: True), 40, width=8, stop_ids=()))
+    assert tokens_of(rounds) == plain
+    assert [step.accepted for step in rounds] == [0] * 40
+
+
+def test_half_right_drafts_are_accepted_up_to_the_first_error(model, plain):
+    rounds = list(decode(model, PROMPT, ScriptedDrafter(plain, lambda i: i % 3 == 2), 40, width=8, stop_ids=()))
+    assert tokens_of(rounds) == plain
+    assert [step.accepted for step in rounds[:4]] == [2, 2, 2, 2]
+    assert all(len(step.tokens) == step.accepted + 1 for step in rounds)
+
+
+@pytest.mark.parametrize("place", [0, 1, 5, 7, 8, 12])
+@pytest.mark.parametrize("wrong", [lambda _: False, lambda i: i % 4 == 3], ids=["right", "partly"])
+def test_the_end_token_inside_a_draft_ends_the_text_there(model, plain, place, wrong):
+    end = plain[place]
+    expected = plain[: plain.index(end) + 1]
+    rounds = list(decode(model, PROMPT, ScriptedDrafter(plain, wrong), 40, width=8, stop_ids={end}))
+    assert tokens_of(rounds) == expected
+
+
+@pytest.mark.parametrize("cap", [1, 2, 3, 7, 8, 9, 15, 16, 17])
+def test_the_token_cap_inside_a_draft_is_kept(model, plain, cap):
+    rounds = list(decode(model, PROMPT, ScriptedDrafter(plain), cap, width=8, stop_ids=()))
+    assert tokens_of(rounds) == plain[:cap]
+    assert all(step.accepted <= len(step.tokens) for step in rounds)
+
+
+def test_a_drafter_that_overshoots_the_cap_changes_nothing(model, plain):
+    class Eager(ScriptedDrafter):
+        def propose(self, model, cache, pending, limit, stop_ids):
+            return super().propose(model, cache, pending, 7, stop_ids)
+
+    rounds = list(decode(model, PROMPT, Eager(plain), 10, width=8, stop_ids=()))
+    assert tokens_of(rounds) == plain[:10]
+
+
+def thresholds_between(model, share):
+    """Thresholds at which about `share` of the plain text's tokens would exit."""
+    run = generate(model, PROMPT, NoDrafter(), 40, mode="full", trace=True)
+    rows = [[reading.entropy for reading in token] for step in run.rounds for token in step.readings]
+    return torch.tensor(rows).quantile(share, 0).tolist()
+
+
+@pytest.mark.parametrize("runner", ["fused", "hf"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adaptive_decoding_equals_transformers_generate(tiny_model, family, runner):
+    """Every supported family in float32, over widths, thresholds and prompts: the same tokens, one by one."""
+    model = tiny_model(family, runner)
+    accepted = partly = rounds = 0
+    for prompt in (PROMPT, [10], list(range(60, 130))):
+        ids = torch.tensor([prompt])
+        expected = model.backbone.model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, do_sample=False
+        )[0, len(prompt) :].tolist()
+        assert tokens_of(decode(model, prompt, NoDrafter(), 48)) == expected
+        for width in (2, 3, 8, 16) if runner == "fused" else (8,):
+            for share in (0.0, 0.3, 0.7, 1.0) if width == 8 else (0.5,):
+                thresholds = [1e9] * 3 if share == 1.0 else thresholds_between(model, share)
+                run = generate(model, prompt, ExitDrafter(thresholds), 48, mode="adaptive", width=width)
+                assert run.token_ids == expected, (prompt, width, share)
+                accepted += run.stats.tokens_accepted
+                partly += run.stats.partly_rejected_drafts
+                rounds += len(run.rounds)
+    assert accepted > 0
+    assert rounds > 50
+    assert partly > 0 or family == "smollm"
+
+
+def test_states_of_adaptive_decoding_are_the_plain_ones_bit_for_bit(smollm2_model):
+    model = smollm2_model
+    prompt = model.backbone.encode_prompt("Tell me three facts about the sea.")
+    plain = generate(model, prompt, NoDrafter(), 48, mode="full", keep_states=True)
+    readings = torch.tensor(
+        [
+            [reading.entropy for reading in token]
+            for step in generate(model, prompt, NoDrafter(), 48, mode="full", trace=True).rounds
+            for token in step.readings
+        ]
+    )
+    partly = accepted = 0
+    for share in (0.0, 0.2, 0.5, 0.9):
+        drafter = ExitDrafter(readings.quantile(share, 0).tolist())
+        for width in (4, 8, 16):
+            run = generate(model, prompt, drafter, 48, mode="adaptive", width=width, keep_states=True)
+            assert run.token_ids == plain.token_ids
+            assert torch.equal(run.states, plain.states)
+            partly += run.stats.partly_rejected_drafts
+            accepted += run.stats.tokens_accepted
+    assert accepted > 0
+    assert partly > 0
+
+
+@pytest.fixture(scope="module")
+def smollm2_model(smollm2):
+    from early_exit_cli.blocks import make_blocks
+    from early_exit_cli.engine import EarlyExitModel
+    from early_exit_cli.heads import ExitHeads
+
+    torch.manual_seed(0)
+    heads = ExitHeads(smollm2, "adapter", [7, 15, 22], 16, torch.arange(8192))
+    return EarlyExitModel(smollm2, make_blocks(smollm2), heads.to(smollm2.dtype).requires_grad_(False))
+
+
+def test_statistics_count_committed_tokens_only(model, plain):
+    end = plain[12]
+    run = generate(model, PROMPT, ExitDrafter([1e9] * 3), 40, mode="adaptive")
+    assert run.stats.total_tokens_generated == len(run.token_ids) == sum(run.stats.exit_distribution.values())
+    assert run.stats.tokens_accepted == sum(n for name, n in run.stats.exit_distribution.items() if name != "full")
+    assert run.stats.acceptance_rate == run.stats.tokens_accepted / run.stats.tokens_drafted
+    assert run.stats.accept_length == len(run.token_ids) / len(run.rounds)
+    assert end in plain
+    full = generate(model, PROMPT, NoDrafter(), 5, mode="full")
+    assert full.stats.acceptance_rate is None
+    assert full.stats.exit_distribution == {"0": 0, "1": 0, "2": 0, "full": 5}
+    assert full.stats.average_exit_layer == model.blocks.num_blocks
+
+
+def test_the_trace_names_every_heads_view_of_every_token(model):
+    run = generate(model, PROMPT, ExitDrafter(thresholds_between(model, 0.6)), 20, mode="adaptive", trace=True)
+    records = trace_records(model, run, len(PROMPT))
+    assert [record["position"] for record in records] == list(range(len(PROMPT), len(PROMPT) + 20))
+    assert [record["token_id"] for record in records] == run.token_ids
+    exited = [record for record in records if record["head"] is not None]
+    assert exited
+    for record in records:
+        assert [reading["head"] for reading in record["heads"]] == [0, 1, 2]
+    for record in exited:
+        reading = record["heads"][record["head"]]
+        assert record["entropy"] < record["threshold"]
+        assert reading["token_id"] == record["token_id"]
+        assert reading["entropy"] == pytest.approx(record["entropy"], abs=1e-4)
+
+
+def test_nothing_exits_at_thresholds_that_no_entropy_is_below(model, plain):
+    run = generate(model, PROMPT, ExitDrafter([float("-inf")] * 3), 40, mode="adaptive")
+    assert run.stats.tokens_drafted == 0
+    assert run.token_ids == generate(model, PROMPT, NoDrafter(), 40, mode="full").token_ids
+
+
+def test_accepted_length_stops_at_the_first_difference():
+    assert accepted_length([1, 2, 3], [1, 2, 3, 4]) == 3
+    assert accepted_length([1, 9, 3], [1, 2, 3, 4]) == 1
+    assert accepted_length([9], [1, 2]) == 0
+    assert accepted_length([1, 2, END], [1, 2, END]) == 3
+    assert accepted_length([], [5]) == 0
+
+
+def test_the_stop_rule_cuts_at_the_first_end_token_and_the_cap():
+    assert cut_at_stop([1, 2, END, 3], {END}, 10) == ([1, 2, END], True)
+    assert cut_at_stop([1, 2, 3], {END}, 3) == ([1, 2, 3], True)
+    assert cut_at_stop([1, 2, 3], {END}, 2) == ([1, 2], True)
+    assert cut_at_stop([1, 2, END], {END}, 2) == ([1, 2], True)
+    assert cut_at_stop([1, 2], {END}, 3) == ([1, 2], False)
+
+
+def test_a_stream_never_shows_half_a_character(model):
+    text = "naïve – 日本語 🙂 end"
+    ids = model.backbone.tokenizer(text)["input_ids"]
+    stream = TextStream(model)
+    pieces = [stream.push([token]) for token in ids]
+    pieces.append(stream.finish())
+    assert "".join(pieces) == text == stream.text
+    assert "\ufffd" not in "".join(pieces)
+    assert len([piece for piece in pieces if piece]) < len(ids)  # some tokens waited for their character
+
+
+def test_a_character_cut_by_the_cap_is_dropped(model):
+    ids = model.backbone.tokenizer("ab🙂")["input_ids"][:-1]
+    stream = TextStream(model)
+    assert stream.push(ids) + stream.finish() == "ab" == stream.text
+
+
+def test_refuses_an_empty_prompt_and_one_beyond_the_context(model):
+    with pytest.raises(ConfigError, match="empty"):
+        list(decode(model, [], NoDrafter(), 4))
+    with pytest.raises(ConfigError, match="500 tokens and 13 new ones exceed the context of 512"):
+        list(decode(model, [1] * 500, NoDrafter(), 13))
+
+
+def test_nan_logits_stop_the_run(tiny_model):
+    model = tiny_model("qwen3")
+    weight = model.backbone.norm.weight
+    kept = weight.clone()
+    try:
+        with torch.no_grad():
+            weight[3] = float("nan")
+        with pytest.raises(NumericsError, match="NaN or infinite"):
+            list(decode(model, PROMPT, NoDrafter(), 4))
+    finally:
+        with torch.no_grad():
+            weight.copy_(kept)
