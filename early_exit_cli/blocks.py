@@ -27,7 +27,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from early_exit_cli.artifacts import processor_name, read_json, sha256_of, user_cache_dir, versions, write_json
+from early_exit_cli.artifacts import (
+    processor_name,
+    read_json,
+    sha256_of,
+    user_cache_dir,
+    versions,
+    write_json,
+)
 from early_exit_cli.backbone import Backbone
 from early_exit_cli.errors import BundleError, UnsupportedBackboneError
 
@@ -103,7 +110,9 @@ class Blocks(ABC):
         device, dtype = self.backbone.device, self.backbone.dtype
         shape = (self.kv_heads, capacity, self.head_dim)
         positions = torch.arange(capacity, device=device)[None]
-        cos, sin = self.backbone.rotary(torch.empty(0, dtype=dtype, device=device), positions)  # [1, capacity, head_dim]
+        cos, sin = self.backbone.rotary(
+            torch.empty(0, dtype=dtype, device=device), positions
+        )  # [1, capacity, head_dim]
         half = self.head_dim // 2
         signed = torch.cat((-sin[..., :half], sin[..., half:]), -1)
         return KVCache(
@@ -209,7 +218,7 @@ class FusedBlocks(Blocks):
         self.scale = self.head_dim**-0.5
         self.layers = [self._merge(block) for block in backbone.blocks]
 
-    def _merge(self, block: nn.Module) -> _FusedBlock:
+    def _merge(self, block: Any) -> _FusedBlock:
         attention, mlp = block.self_attn, block.mlp
         qk_norm = None
         if getattr(attention, "q_norm", None) is not None:
@@ -351,7 +360,16 @@ class PackedNF4:
         out = torch.empty(width, self.out_features, dtype=torch.bfloat16)
         n, k, weight, scales, block = self.arguments
         self.kernel(
-            ctypes.c_int64(width), n, k, ctypes.c_void_p(x.data_ptr()), weight, scales, ctypes.c_void_p(out.data_ptr()), block, k, n
+            ctypes.c_int64(width),
+            n,
+            k,
+            ctypes.c_void_p(x.data_ptr()),
+            weight,
+            scales,
+            ctypes.c_void_p(out.data_ptr()),
+            block,
+            k,
+            n,
         )
         return out if self.bias is None else out + self.bias
 
@@ -373,7 +391,10 @@ def make_blocks(backbone: Backbone, runner: str = "auto") -> Blocks:
     path = user_cache_dir() / "widths" / f"{sha256_of(json.dumps(identity, sort_keys=True))[:24]}.json"
     try:
         found = read_json(path)
-        blocks.widths, blocks.reads_fewer_keys = tuple(map(int, found["widths"])), bool(found["reads_fewer_keys"])
+        blocks.widths, blocks.reads_fewer_keys = (
+            tuple(map(int, found["widths"])),
+            bool(found["reads_fewer_keys"]),
+        )
         blocks.is_invariant = bool(found["is_invariant"])
     except (BundleError, KeyError, TypeError, ValueError):
         with torch.inference_mode():
@@ -398,7 +419,11 @@ def measure_widths(blocks: Blocks) -> None:
     blocks.reads_fewer_keys = False
     probe = _Probe(blocks)
     blocks.is_invariant = probe.agrees(LARGEST_WIDTH)
-    found = [width for width in CANDIDATE_WIDTHS if width < LARGEST_WIDTH and probe.agrees(width)] if blocks.is_invariant else []
+    found = (
+        [width for width in CANDIDATE_WIDTHS if width < LARGEST_WIDTH and probe.agrees(width)]
+        if blocks.is_invariant
+        else []
+    )
     blocks.widths = (*found, LARGEST_WIDTH)
     blocks.reads_fewer_keys = blocks.is_invariant and probe.agrees_with_fewer_keys()
 
@@ -432,7 +457,9 @@ class _Probe:
         cache = prefix or blocks.new_cache(self.length + KEY_STEP)
         states = torch.cat(
             [
-                blocks.final_norm(blocks.run(blocks.embed(self.ids[start : start + width]), cache, start, 0, blocks.num_blocks))
+                blocks.final_norm(
+                    blocks.run(blocks.embed(self.ids[start : start + width]), cache, start, 0, blocks.num_blocks)
+                )
                 for start in range(offset, self.length - width + 1, width)
             ]
         )
@@ -456,7 +483,9 @@ class _Probe:
         return (
             torch.equal(states, self.reference[0][self.offset : end])
             and torch.equal(logits, self.reference[1][self.offset : end])
-            and all(torch.equal(far, whole[:width]) for far, whole in zip(self._far(width), self.far_reference, strict=True))
+            and all(
+                torch.equal(far, whole[:width]) for far, whole in zip(self._far(width), self.far_reference, strict=True)
+            )
         )
 
     def agrees_with_fewer_keys(self) -> bool:

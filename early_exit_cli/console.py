@@ -108,6 +108,12 @@ def progress(label: str, total: int) -> Iterator[Ticker]:
     if not console.is_terminal:
         yield Ticker(label, total, None)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn(), TextColumn("{task.fields[detail]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[detail]}"),
+    )
     with Progress(*columns, console=console, transient=True) as bar:
         yield Ticker(label, total, bar)

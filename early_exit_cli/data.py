@@ -82,10 +82,11 @@ def read_records(config: DataConfig) -> list[dict[str, Any]]:
     if not name:
         raise DataError("no text to work on", hint="name it with --dataset-name: a Hub id or a local file")
     rows = _load_rows(config, name)
-    column = config.text_column or next((key for key in TEXT_COLUMNS if rows and key in rows[0]), None)
-    if rows and (column is None or column not in rows[0]):
+    column = config.text_column or next((key for key in TEXT_COLUMNS if rows and key in rows[0]), "text")
+    if rows and column not in rows[0]:
         raise DataError(
-            f"{name} has no column {column or 'text'!r}; its columns: {', '.join(map(str, rows[0]))}", hint="--text-column NAME"
+            f"{name} has no column {column!r}; its columns: {', '.join(map(str, rows[0]))}",
+            hint="--text-column NAME",
         )
     records = [
         {"text": text, "source": str(row.get("source", Path(name).stem))}
@@ -172,7 +173,9 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def load_documents(config: DataConfig, backbone: Backbone, split: Split, progress: Progress | None = None) -> list[Document]:
+def load_documents(
+    config: DataConfig, backbone: Backbone, split: Split, progress: Progress | None = None
+) -> list[Document]:
     """The documents of one split, tokenised; with `on_policy`, prompts together with the backbone's own answers."""
     records = read_records(config)
     random.Random(config.data_seed).shuffle(records)
@@ -187,7 +190,8 @@ def load_documents(config: DataConfig, backbone: Backbone, split: Split, progres
     part = split_documents(documents, config.holdout, split)
     if not any(len(document.ids) > 1 for document in part):
         raise DataError(
-            f"{config.dataset_name}: the {split} part of {len(documents)} texts is empty", hint="use more text, or --holdout"
+            f"{config.dataset_name}: the {split} part of {len(documents)} texts is empty",
+            hint="use more text, or --holdout",
         )
     return part
 
@@ -275,7 +279,9 @@ def answer_prompts(
                 continue  # a batch is answered whole or again: sampling depends on all of it
             greedy = random.Random(f"{config.data_seed} {number}").random() >= config.sampled_share
             torch.manual_seed(config.data_seed + number)
-            for index, answer in zip(chunk, _answer([prompts[i][1] for i in chunk], greedy, config, backbone), strict=True):
+            for index, answer in zip(
+                chunk, _answer([prompts[i][1] for i in chunk], greedy, config, backbone), strict=True
+            ):
                 answers[index] = answer
                 done += len(prompts[index][1]) + len(answer)
                 file.write(json.dumps({"index": index, "answer": answer}) + "\n")
@@ -293,12 +299,12 @@ def _read_answers(path: Path) -> dict[int, list[int]]:
     whole = 0
     with open(path, "rb+") as file:
         for line in file:
+            if not line.endswith(b"\n"):
+                break
             try:
                 record = json.loads(line)
                 answers[int(record["index"])] = [int(token) for token in record["answer"]]
             except (ValueError, KeyError, TypeError):
-                break
-            if not line.endswith(b"\n"):
                 break
             whole += len(line)
         file.truncate(whole)
@@ -317,12 +323,14 @@ def _answer(prompts: list[list[int]], greedy: bool, config: DataConfig, backbone
     pad = pad_token_id(backbone)
     input_ids = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in prompts], device=backbone.device)
     mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=backbone.device)
-    sampling: dict[str, Any] = {"do_sample": False} if greedy else {"do_sample": True, "temperature": config.temperature, "top_k": 0}
+    sampling: dict[str, Any] = (
+        {"do_sample": False} if greedy else {"do_sample": True, "temperature": config.temperature, "top_k": 0}
+    )
     # The library hands the LM head a strided slice, for which torch copies the whole weight once per row.
     contiguous = backbone.lm_head.register_forward_pre_hook(lambda _module, args: (args[0].contiguous(),))
     try:
         with torch.inference_mode():
-            output = backbone.model.generate(  # type: ignore[operator]
+            output = backbone.model.generate(
                 input_ids=input_ids,
                 attention_mask=mask,
                 max_new_tokens=config.answer_tokens,

@@ -113,7 +113,10 @@ class EarlyExitModel:
         logits = self.blocks.logits(normed)
         best, choices = logits.max(-1)
         if not torch.isfinite(best).all():
-            raise NumericsError("the backbone's logits are NaN or infinite", hint="check the model file, or --quantization none")
+            raise NumericsError(
+                "the backbone's logits are NaN or infinite",
+                hint="check the model file, or --quantization none",
+            )
         return normed[:rows], choices[:rows]
 
 
@@ -203,7 +206,11 @@ def load_model(
     check_fingerprint(config, model.record, backbone, folder)
     heads = model.record.get("heads", {})
     model.heads = load_heads(
-        folder / HEADS_FILE, backbone, heads.get("kind", "linear"), config["head_layer_indices"], int(heads.get("rank", 0))
+        folder / HEADS_FILE,
+        backbone,
+        heads.get("kind", "linear"),
+        config["head_layer_indices"],
+        int(heads.get("rank", 0)),
     )
     calibration = bundle.calibration_path or folder / CALIBRATION_FILE
     if with_thresholds and (bundle.calibration_path or calibration.exists()):
@@ -214,9 +221,10 @@ def load_model(
 def check_fingerprint(config: dict[str, Any], record: dict[str, Any], backbone: Backbone, folder: Path) -> None:
     """Refuse heads of another backbone, naming the field and both values."""
     found = backbone.fingerprint
-    expected = {key: config[key] for key in ("hidden_size", "vocab_size", "num_hidden_layers", "quantization")}
-    expected |= record.get("fingerprint", {})
-    differences = fingerprint_differences(expected, found)
+    declared = {key: config[key] for key in ("hidden_size", "vocab_size", "num_hidden_layers", "quantization")}
+    differences = fingerprint_differences(declared, found) or fingerprint_differences(
+        record.get("fingerprint", {}), found
+    )
     if differences:
         named = "; ".join(f"{key}: heads {theirs!r}, backbone {ours!r}" for key, theirs, ours in differences)
         raise BundleError(
@@ -226,7 +234,11 @@ def check_fingerprint(config: dict[str, Any], record: dict[str, Any], backbone: 
 
 
 def save_bundle(
-    folder: Path, backbone: Backbone, heads: ExitHeads, training_config: dict[str, Any], record: dict[str, Any]
+    folder: Path,
+    backbone: Backbone,
+    heads: ExitHeads,
+    training_config: dict[str, Any],
+    record: dict[str, Any],
 ) -> None:
     """Write heads, config.json and eexit.json; a calibration of other heads is removed. eexit.json comes last."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -296,7 +308,10 @@ def read_batch(model: EarlyExitModel, batch: Batch) -> Readings:
         backbone_logits = model.backbone.lm_head(final)
         highest, choices = backbone_logits.max(-1)
         if not torch.isfinite(highest).all():
-            raise NumericsError("the backbone's logits are NaN or infinite", hint="check the model file, or --quantization none")
+            raise NumericsError(
+                "the backbone's logits are NaN or infinite",
+                hint="check the model file, or --quantization none",
+            )
         tokens, entropies, top5 = [], [], []
         for head, hidden in enumerate(exits):
             logits = heads.logits(head, hidden)

@@ -47,7 +47,9 @@ class Evaluation:
         return asdict(self)
 
 
-def evaluate(model: EarlyExitModel, batches: Iterable[Batch], on_batch: Callable[[int], None] | None = None) -> Evaluation:
+def evaluate(
+    model: EarlyExitModel, batches: Iterable[Batch], on_batch: Callable[[int], None] | None = None
+) -> Evaluation:
     """Score every head.
 
     Raises:
@@ -116,7 +118,13 @@ class Comparison:
 
 
 def compare(
-    model: EarlyExitModel, prompt_ids: list[int], drafter: Drafter, max_new_tokens: int, *, width: int, repeats: int
+    model: EarlyExitModel,
+    prompt_ids: list[int],
+    drafter: Drafter,
+    max_new_tokens: int,
+    *,
+    width: int,
+    repeats: int,
 ) -> Comparison:
     """Decode a prompt with and without drafts, in turns, `repeats` times each, with no warm-up of its own."""
     runs: dict[str, list[Generation]] = {FULL: [], ADAPTIVE: []}
@@ -152,9 +160,7 @@ def _median_run(runs: list[Generation]) -> Generation:
 
 def _first_difference(model: EarlyExitModel, full: Generation, adaptive: Generation) -> dict[str, Any]:
     pairs = zip(full.token_ids, adaptive.token_ids, strict=False)
-    place = next(
-        (i for i, (a, b) in enumerate(pairs) if a != b), min(len(full.token_ids), len(adaptive.token_ids)) - 1
-    )
+    place = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(full.token_ids), len(adaptive.token_ids)) - 1)
     with torch.inference_mode():
         best = model.blocks.logits(_states(full)[place : place + 1])[0].float().topk(2).values
     return {"index": place, "top2_gap": float(best[0] - best[1])}

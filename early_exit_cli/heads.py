@@ -39,13 +39,15 @@ def head_layers(config: HeadsConfig, num_blocks: int) -> list[int]:
             more heads than places.
     """
     layers = config.head_layer_indices or default_placement(config.num_heads, num_blocks)
+    if len(set(layers)) < len(layers):
+        raise ConfigError(
+            f"heads.num_heads = {len(layers)}: a backbone of {num_blocks} blocks has no place for so many"
+        )
     if layers[-1] > num_blocks - 2:
         raise ConfigError(
             f"heads.head_layer_indices: block {layers[-1]} is out of range; a backbone of {num_blocks} blocks takes "
             f"heads after blocks 0 to {num_blocks - 2}"
         )
-    if len(set(layers)) < len(layers):
-        raise ConfigError(f"heads.num_heads = {len(layers)}: a backbone of {num_blocks} blocks has no place for so many")
     return layers
 
 
@@ -110,7 +112,9 @@ class ExitHeads(nn.Module):
 
     draft_vocab: Tensor | None
 
-    def __init__(self, backbone: Backbone, kind: str, layers: Sequence[int], rank: int, draft_vocab: Tensor | None) -> None:
+    def __init__(
+        self, backbone: Backbone, kind: str, layers: Sequence[int], rank: int, draft_vocab: Tensor | None
+    ) -> None:
         super().__init__()
         eps = float(backbone.config.rms_norm_eps)
         self.kind = kind
@@ -143,7 +147,7 @@ class ExitHeads(nn.Module):
         """Linear heads start as the backbone's own norm and LM head."""
         for head in self.heads:
             if isinstance(head, LinearHead):
-                head.norm["weight"].data.copy_(backbone.norm.weight.float())  # type: ignore[union-attr]
+                head.norm["weight"].data.copy_(backbone.norm.weight.float())
                 head.linear.weight.data.copy_(backbone.lm_head.weight.float())
 
     def save(self, path: Path, dtype: torch.dtype) -> None:
@@ -159,7 +163,9 @@ class ExitHeads(nn.Module):
 
     def dssd_state_dict(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The keys and shapes of DSSD's aux_heads.pt; for linear heads only."""
-        return {name.removeprefix("heads."): value.detach().to("cpu", dtype) for name, value in self.state_dict().items()}
+        return {
+            name.removeprefix("heads."): value.detach().to("cpu", dtype) for name, value in self.state_dict().items()
+        }
 
 
 def load_heads(path: Path, backbone: Backbone, kind: str, layers: Sequence[int], rank: int) -> ExitHeads:
@@ -193,6 +199,9 @@ def load_heads(path: Path, backbone: Backbone, kind: str, layers: Sequence[int],
     if len(tensors) != len(expected):
         raise BundleError(f"{path}: {len(tensors)} tensors where {len(expected)} belong to {len(layers)} {kind} heads")
     heads.load_state_dict(
-        {**{f"heads.{name}": value for name, value in tensors.items()}, **({DRAFT_VOCAB: draft_vocab} if draft_vocab is not None else {})}
+        {
+            **{f"heads.{name}": value for name, value in tensors.items()},
+            **({DRAFT_VOCAB: draft_vocab} if draft_vocab is not None else {}),
+        }
     )
     return heads.to(backbone.device, backbone.dtype).requires_grad_(False)

@@ -99,7 +99,9 @@ def distillation_losses(logits: list[Tensor], teacher: Teacher) -> list[Tensor]:
     p = teacher.probabilities
     negative_entropy = torch.xlogy(p, p).sum(-1)
     return [
-        ((negative_entropy - torch.einsum("pv,pv->p", p, torch.log_softmax(row, -1, dtype=torch.float32))) * weight).sum()
+        (
+            (negative_entropy - torch.einsum("pv,pv->p", p, torch.log_softmax(row, -1, dtype=torch.float32))) * weight
+        ).sum()
         for row in logits
     ]
 
@@ -115,7 +117,11 @@ def teach(backbone: Backbone, final: Tensor, draft_vocab: Tensor | None) -> Teac
     if not torch.isfinite(highest).all():
         raise NumericsError("the backbone gave NaN or infinite logits", hint="check the text and the model file")
     if draft_vocab is None:
-        return Teacher(choices, torch.softmax(logits, -1, dtype=torch.float32), torch.ones_like(highest, dtype=torch.float32))
+        return Teacher(
+            choices,
+            torch.softmax(logits, -1, dtype=torch.float32),
+            torch.ones_like(highest, dtype=torch.float32),
+        )
     normalizer = logits.logsumexp(-1).float()
     kept = logits[:, draft_vocab].float()
     mass = (kept.logsumexp(-1) - normalizer).exp().clamp(max=1.0)
@@ -146,7 +152,11 @@ class Trainer:
         layers = head_layers(heads_config, backbone.num_blocks)
         vocab = draft_vocabulary(train, heads_config.draft_vocab, backbone.vocab_size, backbone.eos_token_ids)
         self.heads = ExitHeads(
-            backbone, heads_config.kind, layers, heads_config.rank, vocab if heads_config.kind == "adapter" else None
+            backbone,
+            heads_config.kind,
+            layers,
+            heads_config.rank,
+            vocab if heads_config.kind == "adapter" else None,
         ).to(backbone.device)
         self.heads.start_from(backbone)
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -154,7 +164,10 @@ class Trainer:
         self.rows = pack(train, data_config.max_length, pad)[rank::world]
         self.held_out = pack(held_out, data_config.max_length, pad)[: config.eval_batches * config.batch_size]
         if not self.rows:
-            raise DataError("too little training text: less than one sequence for each process", hint="--max-length N, or more text")
+            raise DataError(
+                "too little training text: less than one sequence for each process",
+                hint="--max-length N, or more text",
+            )
         warmup = math.ceil(0.05 * config.max_steps) if config.warmup_steps is None else config.warmup_steps
         from transformers import get_cosine_schedule_with_warmup
 
@@ -170,11 +183,16 @@ class Trainer:
 
     def _optimizer(self) -> torch.optim.Optimizer:
         parameters = [
-            {"params": [p for p in self.heads.parameters() if p.ndim > 1], "weight_decay": self.config.weight_decay},
+            {
+                "params": [p for p in self.heads.parameters() if p.ndim > 1],
+                "weight_decay": self.config.weight_decay,
+            },
             {"params": [p for p in self.heads.parameters() if p.ndim <= 1], "weight_decay": 0.0},
         ]
         eight_bit = self.config.optimizer == "adamw8bit" or (
-            self.config.optimizer == "auto" and self.backbone.quantization != "none" and self.backbone.device.type == "cuda"
+            self.config.optimizer == "auto"
+            and self.backbone.quantization != "none"
+            and self.backbone.device.type == "cuda"
         )
         if eight_bit:
             import bitsandbytes
@@ -321,7 +339,9 @@ class Trainer:
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be resumed."""
-        config = json.loads(self.config.model_dump_json(exclude={"output_dir", "resume", "eval_every", "save_every", "report_to"}))
+        config = json.loads(
+            self.config.model_dump_json(exclude={"output_dir", "resume", "eval_every", "save_every", "report_to"})
+        )
         return {
             "world_size": self.accelerator.num_processes,
             "fingerprint": self.backbone.fingerprint,
@@ -370,15 +390,24 @@ class Trainer:
             return
         state = read_json(found[-1] / MARKER)
         ours = self._identity()
-        changed = [f"{key}: {state['identity'].get(key)!r} then, {value!r} now" for key, value in ours.items() if state["identity"].get(key) != value]
+        changed = [
+            f"{key}: {state['identity'].get(key)!r} then, {value!r} now"
+            for key, value in ours.items()
+            if state["identity"].get(key) != value
+        ]
         if changed:
-            raise CheckpointError(f"{found[-1]} belongs to another run ({'; '.join(changed)})", hint="use another --output-dir")
+            raise CheckpointError(
+                f"{found[-1]} belongs to another run ({'; '.join(changed)})", hint="use another --output-dir"
+            )
         self.accelerator.load_state(str(found[-1]))
         self.step, self.tokens_seen = int(state["step"]), int(state["tokens_seen"])
         self.best_step, self.best_agreement = int(state["best_step"]), list(state["best_agreement"])
 
     def _track(self, report: StepReport) -> None:
-        values: dict[str, Any] = {"tokens_per_second": report.tokens_per_second, "learning_rate": report.learning_rate}
+        values: dict[str, Any] = {
+            "tokens_per_second": report.tokens_per_second,
+            "learning_rate": report.learning_rate,
+        }
         for head, loss in enumerate(report.losses):
             values[f"head_{head}/loss"] = loss
         for head, share in enumerate(report.agreement or []):

@@ -26,7 +26,16 @@ from early_exit_cli.config import BackboneConfig
 from early_exit_cli.engine import EarlyExitModel
 from early_exit_cli.heads import ExitHeads
 
-FAMILIES = ("llama", "llama3-rope", "linear-rope", "mistral-window", "qwen2", "qwen2-window", "qwen3", "smollm")
+FAMILIES = (
+    "llama",
+    "llama3-rope",
+    "linear-rope",
+    "mistral-window",
+    "qwen2",
+    "qwen2-window",
+    "qwen3",
+    "smollm",
+)
 VOCAB = 320
 END = 256
 
@@ -45,7 +54,7 @@ def family_config(family: str):
     shared = dict(
         vocab_size=VOCAB,
         hidden_size=64,
-        intermediate_size=96,
+        intermediate_size=128,
         num_hidden_layers=6,
         num_attention_heads=4,
         num_key_value_heads=2,

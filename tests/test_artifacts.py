@@ -43,7 +43,7 @@ def test_a_failed_folder_leaves_the_old_one(tmp_path):
 def test_json_that_is_no_object_is_a_bundle_error(tmp_path, text):
     path = tmp_path / "config.json"
     path.write_bytes(text.encode("latin-1"))
-    with pytest.raises(BundleError, match="config.json"):
+    with pytest.raises(BundleError, match=r"config\.json"):
         read_json(path)
 
 

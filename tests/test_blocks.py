@@ -125,7 +125,9 @@ def test_the_measurement_finds_a_runner_that_is_not_invariant(tiny_backbone):
 
     class WidthDependent(HFBlocks):
         def run(self, hidden, cache, position, first, last):
-            return super().run(hidden, cache, position, first, last) * (1 + 1e-6 * hidden.shape[0] + 1e-6 * (position % 2))
+            return super().run(hidden, cache, position, first, last) * (
+                1 + 1e-6 * hidden.shape[0] + 1e-6 * (position % 2)
+            )
 
     blocks = WidthDependent(tiny_backbone("llama"))
     with torch.inference_mode():

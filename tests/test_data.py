@@ -94,13 +94,22 @@ def test_on_policy_text_is_the_backbones_own_answer_and_is_made_once(tmp_path, t
     monkeypatch.setenv("EEXIT_HOME", str(tmp_path / "home"))
     backbone = tiny_backbone("llama")
     path = write_lines(tmp_path / "p.jsonl", [{"prompt": f"question {i}"} for i in range(10)])
-    config = DataConfig(dataset_name=str(path), on_policy=True, answer_tokens=6, sampled_share=0.0, answer_batch=4, holdout=0.5)
+    config = DataConfig(
+        dataset_name=str(path),
+        on_policy=True,
+        answer_tokens=6,
+        sampled_share=0.0,
+        answer_batch=4,
+        holdout=0.5,
+    )
     documents = [d for split in ("train", "eval", "calibrate") for d in load_documents(config, backbone, split)]
     assert len(documents) == 10
     for document in documents:
         prompt = document.ids[: len("question 0")]
         ids = torch.tensor([prompt])
-        answer = backbone.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+        answer = backbone.model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False
+        )
         assert document.ids == answer[0].tolist()
 
     def forbidden(*_):

@@ -15,7 +15,7 @@ def test_default_placement_is_the_seeds():
 
 
 def test_placement_beyond_the_depth_is_refused_with_the_range():
-    with pytest.raises(ConfigError, match="block 29 is out of range.* 0 to 28"):
+    with pytest.raises(ConfigError, match=r"block 29 is out of range.* 0 to 28"):
         head_layers(HeadsConfig(head_layer_indices=[3, 29]), 30)
     with pytest.raises(ConfigError, match="no place"):
         head_layers(HeadsConfig(num_heads=9), 6)
@@ -57,7 +57,9 @@ def test_a_draft_vocabulary_selects_rows_of_the_lm_head(tiny_backbone):
     assert heads.token_ids(torch.tensor([2, 0])).tolist() == [200, 3]
 
 
-@pytest.mark.parametrize(("kind", "vocab"), [("adapter", torch.tensor([3, 50, 200])), ("adapter", None), ("linear", None)])
+@pytest.mark.parametrize(
+    ("kind", "vocab"), [("adapter", torch.tensor([3, 50, 200])), ("adapter", None), ("linear", None)]
+)
 def test_saved_heads_load_as_they_were(tmp_path, tiny_backbone, kind, vocab):
     backbone = tiny_backbone("llama")
     heads = make(backbone, kind, vocab)

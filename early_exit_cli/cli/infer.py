@@ -115,7 +115,12 @@ def encode(model: EarlyExitModel, settings: InferenceConfig, prompt: str) -> lis
 
 
 def answer_one(
-    model: EarlyExitModel, settings: InferenceConfig, drafter: Drafter, width: int, ids: list[int], as_json: bool
+    model: EarlyExitModel,
+    settings: InferenceConfig,
+    drafter: Drafter,
+    width: int,
+    ids: list[int],
+    as_json: bool,
 ) -> None:
     """One prompt, one method, streamed."""
     from early_exit_cli.decoding import generate, trace_records
@@ -140,7 +145,12 @@ def answer_one(
 
 
 def answer_compare(
-    model: EarlyExitModel, settings: InferenceConfig, drafter: Drafter, width: int, ids: list[int], as_json: bool
+    model: EarlyExitModel,
+    settings: InferenceConfig,
+    drafter: Drafter,
+    width: int,
+    ids: list[int],
+    as_json: bool,
 ) -> None:
     """Both methods on one prompt, after a warm-up that is not counted."""
     from early_exit_cli.decoding import generate
@@ -188,9 +198,11 @@ def answer_many(
     records: list[dict[str, Any]] = []
     with console.progress("prompts", len(prompts)) as ticker:
         for prompt, ids in zip(prompts, encoded, strict=True):
-            known = {key: prompt[key] for key in ("question_id", "category") if key in prompt}
+            known: dict[str, Any] = {key: prompt[key] for key in ("question_id", "category") if key in prompt}
             if settings.mode == "compare":
-                record = compare(model, ids, drafter, settings.max_tokens, width=width, repeats=settings.repeats).record()
+                record = compare(
+                    model, ids, drafter, settings.max_tokens, width=width, repeats=settings.repeats
+                ).record()
             else:
                 run = generate(model, ids, drafter, settings.max_tokens, mode=settings.mode, width=width)
                 record = {settings.mode: run.record()}
@@ -216,15 +228,18 @@ def stats_rows(stats: Stats) -> list[tuple[str, str]]:
         return "-" if value is None else f"{value:.1%}"
 
     exits = "  ".join(
-        f"{'backbone' if name == 'full' else 'head ' + name}: {count}" for name, count in stats.exit_distribution.items()
+        f"{'backbone' if name == 'full' else 'head ' + name}: {count}"
+        for name, count in stats.exit_distribution.items()
     )
     return [
         ("tokens", str(stats.total_tokens_generated)),
         ("tokens/s", f"{stats.tokens_per_second:.1f}"),
         ("time to first token", f"{stats.time_to_first_token_seconds * 1000:.0f} ms"),
         ("accept length", f"{stats.accept_length:.2f}"),
-        ("drafted, accepted", f"{stats.tokens_drafted}, {stats.tokens_accepted} ({share(stats.acceptance_rate)})"),
+        (
+            "drafted, accepted",
+            f"{stats.tokens_drafted}, {stats.tokens_accepted} ({share(stats.acceptance_rate)})",
+        ),
         ("average exit layer", f"{stats.average_exit_layer:.1f}"),
         ("decided by", exits),
     ]
-

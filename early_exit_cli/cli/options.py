@@ -24,7 +24,11 @@ from early_exit_cli.resolve import Resolved, resolve, sections
 Command = Callable[..., None]
 
 CONFIG = typer.Option("--config", help="YAML file with any part of the settings.", rich_help_panel="Settings")
-SET = typer.Option("--set", help="Any setting by its dotted name: --set training.lr=2e-4. Repeatable.", rich_help_panel="Settings")
+SET = typer.Option(
+    "--set",
+    help="Any setting by its dotted name: --set training.lr=2e-4. Repeatable.",
+    rich_help_panel="Settings",
+)
 SHOW = typer.Option("--show-config", help="Print every setting with its origin, and stop.", rich_help_panel="Settings")
 JSON = typer.Option("--json", help="The result as JSON on stdout.", rich_help_panel="Output")
 
@@ -34,7 +38,11 @@ def flag_names(name: str, field: FieldInfo) -> list[str]:
     extra = field.json_schema_extra
     aliases = extra.get("aliases", []) if isinstance(extra, dict) else []
     names = [f"--{name}", *aliases]  # type: ignore[misc]
-    return list(dict.fromkeys(s for n in names for s in ("--" + str(n)[2:].replace("_", "-"), "--" + str(n)[2:].replace("-", "_"))))
+    return list(
+        dict.fromkeys(
+            s for n in names for s in ("--" + str(n)[2:].replace("_", "-"), "--" + str(n)[2:].replace("-", "_"))
+        )
+    )
 
 
 def option_type(annotation: Any) -> Any:
@@ -56,7 +64,7 @@ def _help(field: FieldInfo) -> str:
     parts = [field.description or ""]
     if get_origin(annotation) is Literal:
         parts.append(f"[{'|'.join(map(str, get_args(annotation)))}]")
-    default = field.get_default(call_default_factory=True)  # type: ignore[call-arg]
+    default = field.get_default(call_default_factory=True)
     if default is not None and default is not False:
         text = ",".join(map(str, default)) if isinstance(default, list) else str(default)
         parts.append(f"(default: {text})")
@@ -79,12 +87,18 @@ def configured(*names: str, json_output: bool = True) -> Callable[[Callable[...,
                 if kind is bool:
                     spellings = [f"{s}/--no-{s[2:]}" for s in spellings[:1]] + spellings[1:]
                 option = typer.Option(
-                    *spellings, help=_help(field), show_default=False, rich_help_panel=f"{section.capitalize()}"
+                    *spellings,
+                    help=_help(field),
+                    show_default=False,
+                    rich_help_panel=f"{section.capitalize()}",
                 )
                 keys[name] = (f"{section}.{name}", flag_names(name, field)[0])
                 parameters.append(
                     inspect.Parameter(
-                        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+                        name,
+                        inspect.Parameter.KEYWORD_ONLY,
+                        default=None,
+                        annotation=Annotated[kind | None, option],
                     )
                 )
         fixed: list[tuple[str, Any, Any]] = [
@@ -143,4 +157,9 @@ def show_settings(resolved: Resolved, names: tuple[str, ...], as_json: bool) -> 
     if as_json:
         console.emit_json({key: {"value": value, "origin": origin} for key, value, origin in rows})
     else:
-        console.table("", ["setting", "value", "origin"], [(k, "-" if v is None else str(v), o) for k, v, o in rows], result=True)
+        console.table(
+            "",
+            ["setting", "value", "origin"],
+            [(k, "-" if v is None else str(v), o) for k, v, o in rows],
+            result=True,
+        )

@@ -19,9 +19,7 @@ def backbone_of_bundle(resolved: Resolved) -> BackboneConfig:
 
     known = read_bundle_config(bundle_folder(resolved.config.bundle))
     changes = {
-        field: known[field]
-        for field in ("model_name", "quantization")
-        if resolved.is_default(f"backbone.{field}")
+        field: known[field] for field in ("model_name", "quantization") if resolved.is_default(f"backbone.{field}")
     }
     return BackboneConfig.model_validate(resolved.config.backbone.model_dump() | changes)
 
@@ -53,5 +51,7 @@ def held_out_batches(
 
 def dataset_label(config: DataConfig) -> str:
     """The data set's name, without the folder of a local file."""
-    name = Path(config.dataset_name or "").name if Path(config.dataset_name or "").exists() else config.dataset_name or ""
+    name = (
+        Path(config.dataset_name or "").name if Path(config.dataset_name or "").exists() else config.dataset_name or ""
+    )
     return f"{name}/{config.dataset_config_name}" if config.dataset_config_name else name

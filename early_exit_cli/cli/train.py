@@ -42,7 +42,9 @@ def command(resolved: Resolved, as_json: bool) -> None:
             ticker.update(report.step, f"loss {losses}  {report.tokens_per_second:,.0f} tokens/s")
             if report.agreement:
                 shares = "  ".join(f"head {head} {share:.1%}" for head, share in enumerate(report.agreement))
-                console.note(f"step {report.step}: held-out agreement {shares}; loss {losses}; {report.tokens_per_second:,.0f} tokens/s")
+                console.note(
+                    f"step {report.step}: held-out agreement {shares}; loss {losses}; {report.tokens_per_second:,.0f} tokens/s"
+                )
 
         result = trainer.run(on_step)
     if not main_process:

