@@ -37,6 +37,7 @@ from early_exit_cli.artifacts import (
 )
 from early_exit_cli.backbone import Backbone
 from early_exit_cli.errors import BundleError, UnsupportedBackboneError
+from early_exit_cli.lm_head import ExactArgmax, faster_widths, full_argmax, usable
 
 CANDIDATE_WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 LARGEST_WIDTH = 16
@@ -99,6 +100,8 @@ class Blocks(ABC):
         self.widths: tuple[int, ...] = (LARGEST_WIDTH,)
         self.reads_fewer_keys = False
         self.is_invariant = False
+        self.argmax_widths: tuple[int, ...] = ()
+        self.exact_argmax: ExactArgmax | None = None
 
     @abstractmethod
     def run(self, hidden: Tensor, cache: KVCache, position: int, first: int, last: int) -> Tensor:
@@ -133,6 +136,15 @@ class Blocks(ABC):
     def logits(self, normed: Tensor) -> Tensor:
         """[width, hidden], final norm applied -> [width, vocab]."""
         return self.backbone.lm_head(normed)
+
+    def choose(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """The backbone's choice after each row, [width, hidden] -> ([width] int64, [width] best logits or near them).
+
+        Always the argmax of `logits`; by `ExactArgmax` at the widths where that is faster on this device.
+        """
+        if self.exact_argmax is not None and normed.shape[0] in self.argmax_widths:
+            return self.exact_argmax(normed)
+        return full_argmax(self.backbone.lm_head.weight, normed)
 
     def rows(self, cache: KVCache, position: int, width: int) -> Rows:
         """Rotary tables and masks of a pass; the last one is kept, since a pass is often run in parts."""
@@ -395,7 +407,7 @@ def make_blocks(backbone: Backbone, runner: str = "auto") -> Blocks:
             tuple(map(int, found["widths"])),
             bool(found["reads_fewer_keys"]),
         )
-        blocks.is_invariant = bool(found["is_invariant"])
+        blocks.is_invariant, blocks.argmax_widths = bool(found["is_invariant"]), tuple(map(int, found["argmax_widths"]))
     except (BundleError, KeyError, TypeError, ValueError):
         with torch.inference_mode():
             measure_widths(blocks)
@@ -403,8 +415,11 @@ def make_blocks(backbone: Backbone, runner: str = "auto") -> Blocks:
             "widths": list(blocks.widths),
             "reads_fewer_keys": blocks.reads_fewer_keys,
             "is_invariant": blocks.is_invariant,
+            "argmax_widths": list(blocks.argmax_widths),
         }
         write_json(path, {**measured, **identity})
+    if blocks.argmax_widths:
+        blocks.exact_argmax = ExactArgmax(backbone.lm_head.weight)
     return blocks
 
 
@@ -426,6 +441,9 @@ def measure_widths(blocks: Blocks) -> None:
     )
     blocks.widths = (*found, LARGEST_WIDTH)
     blocks.reads_fewer_keys = blocks.is_invariant and probe.agrees_with_fewer_keys()
+    head = blocks.backbone.lm_head
+    if head.bias is None and usable(head.weight):
+        blocks.argmax_widths = faster_widths(ExactArgmax(head.weight), probe.reference[0], blocks.widths)
 
 
 class _Probe:

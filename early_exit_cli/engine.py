@@ -90,14 +90,16 @@ class EarlyExitModel:
     def run(self, hidden: Tensor, cache: KVCache, position: int, first: int, last: int) -> Tensor:
         """Blocks first .. last - 1 over [rows, hidden] at `position`, padded to an invariant width.
 
-        Padding rows hold zeros; what they leave in the KV cache lies behind the last row and is overwritten before
-        any real row can see it.
+        What padding rows leave in the KV cache lies behind the last row and is overwritten before any real row can
+        see it.
         """
+        return self.blocks.run(self._padded(hidden), cache, position, first, last)[: hidden.shape[0]]
+
+    def _padded(self, hidden: Tensor) -> Tensor:
+        """[rows, hidden] with its last row repeated up to an invariant width."""
         rows = hidden.shape[0]
         width = self.blocks.pass_width(rows) if rows <= LARGEST_WIDTH else rows
-        if width > rows:
-            hidden = torch.cat((hidden, hidden.new_zeros(width - rows, hidden.shape[1])))
-        return self.blocks.run(hidden, cache, position, first, last)[:rows]
+        return hidden if width == rows else torch.cat((hidden, hidden[-1:].expand(width - rows, -1)))
 
     def finish(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """States after the last block -> (normed states [rows, hidden], the backbone's choices [rows] int64).
@@ -106,12 +108,8 @@ class EarlyExitModel:
             NumericsError: a NaN or infinite state; argmax would silently say token 0.
         """
         rows = hidden.shape[0]
-        width = self.blocks.pass_width(rows)
-        if width > rows:
-            hidden = torch.cat((hidden, hidden.new_zeros(width - rows, hidden.shape[1])))
-        normed = self.blocks.final_norm(hidden)
-        logits = self.blocks.logits(normed)
-        best, choices = logits.max(-1)
+        normed = self.blocks.final_norm(self._padded(hidden))
+        choices, best = self.blocks.choose(normed)
         if not torch.isfinite(best).all():
             raise NumericsError(
                 "the backbone's logits are NaN or infinite",

@@ -65,7 +65,7 @@ class LinearHead(nn.Module):
         self.linear = nn.Linear(hidden_size, vocab_size, bias=False)
         self.eps = eps
 
-    def forward(self, hidden: Tensor, _lm_head: LMHead) -> Tensor:
+    def forward(self, hidden: Tensor, _lm_head: DraftLMHead) -> Tensor:
         return self.linear(rms_norm(hidden, self.norm["weight"], self.eps))
 
 
@@ -84,12 +84,12 @@ class AdapterHead(nn.Module):
         nn.init.zeros_(self.up.weight)
         self.eps = eps
 
-    def forward(self, hidden: Tensor, lm_head: LMHead) -> Tensor:
+    def forward(self, hidden: Tensor, lm_head: DraftLMHead) -> Tensor:
         moved = hidden + self.up(F.silu(self.down(rms_norm(hidden, self.norm["weight"], self.eps))))
         return lm_head(moved)
 
 
-class LMHead:
+class DraftLMHead:
     """The backbone's final norm and the rows of its LM head that heads may choose; frozen, not part of any file."""
 
     def __init__(self, backbone: Backbone, draft_vocab: Tensor | None) -> None:
@@ -126,7 +126,7 @@ class ExitHeads(nn.Module):
             LinearHead(hidden, vocab, eps) if kind == "linear" else AdapterHead(hidden, rank, eps) for _ in layers
         )
         self.register_buffer("draft_vocab", draft_vocab)
-        self.lm_head = LMHead(backbone, draft_vocab)
+        self.lm_head = DraftLMHead(backbone, draft_vocab)
 
     def __len__(self) -> int:
         return len(self.heads)

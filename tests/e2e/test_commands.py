@@ -150,7 +150,7 @@ def test_the_trace_is_written(bundle, tmp_path):
     code, _, err = eexit("infer", "--bundle", bundle, "--prompt", "abc", "--max-tokens", 8, "--trace", path)
     assert code == 0, err
     records = json.loads(path.read_text())
-    assert [record["position"] for record in records][0] == 3
+    assert next(record["position"] for record in records) == 3
     assert all(len(record["heads"]) == 2 for record in records)
 
 
