@@ -10,8 +10,9 @@ import json
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -130,13 +131,7 @@ class Backbone:
 
     def encode_prompt(self, prompt: str, *, raw: bool = False) -> list[int]:
         """Token ids of a prompt; with the chat template where the model has one, unless `raw`."""
-        if not raw and self.tokenizer.chat_template:
-            ids = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
-            )["input_ids"]
-        else:
-            ids = self.tokenizer(prompt)["input_ids"]
-        return [int(token) for token in ids]
+        return encode_prompt(self.tokenizer, prompt, raw=raw)
 
     def hidden_states_at(self, input_ids: Tensor, attention_mask: Tensor, exit_layers: list[int]) -> list[Tensor]:
         """Run all blocks over whole sequences and keep the states after `exit_layers`, and the final normed state.
@@ -166,6 +161,29 @@ class Backbone:
             for hook in hooks:
                 hook.remove()
         return [*(kept[layer] for layer in exit_layers), final]
+
+
+def encode_prompt(tokenizer: Any, prompt: str, *, raw: bool = False) -> list[int]:
+    """Token ids of a prompt; with the chat template where the tokenizer has one, unless `raw`."""
+    if not raw and tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    else:
+        ids = tokenizer(prompt)["input_ids"]
+    return [int(token) for token in ids]
+
+
+def load_tokenizer(config: BackboneConfig) -> Callable[[str], list[int]]:
+    """A backbone's way of turning a prompt into token ids, without its weights."""
+    from transformers import AutoTokenizer
+
+    _quiet_libraries()
+    source, revision = _locate(config)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    except (OSError, ValueError) as error:
+        raise _load_error(config.model_name, error) from error
+    return partial(encode_prompt, tokenizer)
 
 
 def load_backbone(config: BackboneConfig) -> Backbone:

@@ -225,6 +225,29 @@ class EvaluationConfig(Section):
     output_path: Path | None = setting(None, "Write the JSON record to this file too.")
 
 
+def _names(value: Any) -> Any:
+    return [name for name in value.replace(",", " ").split() if name] if isinstance(value, str) else value
+
+
+NameList = Annotated[list[str], BeforeValidator(_names)]
+
+
+class BenchConfig(Section):
+    """Methods side by side on one prompt set."""
+
+    prompts: Path | None = setting(None, "A .jsonl file with `prompt`, or Spec-Bench's `turns`, a line.")
+    methods: NameList = setting(
+        ["full", "adaptive", "transformers"],
+        "full, adaptive (or adaptive@LEVEL), transformers, transformers-lookup, transformers-early-exit, llama.cpp.",
+    )
+    limit: int | None = setting(None, "At most so many prompts of each category, evenly spread.", ge=1)
+    categories: NameList = setting([], "Only these categories; MT-bench's eight are mt_bench.")
+    max_tokens: int = setting(128, "New tokens, at most.", ge=1, aliases=("--max-new-tokens",))
+    repeats: int = setting(3, "Repeats; the median of a prompt counts.", ge=1)
+    accuracy_level: float = setting(0.75, "Level of the method adaptive.", gt=0.0, lt=1.0)
+    output_dir: Path = setting(Path("runs/bench"), "Folder of records.jsonl, report.json and run.json.")
+
+
 class Config(Section):
     """The whole tree; a YAML file holds any part of it."""
 
@@ -236,3 +259,4 @@ class Config(Section):
     bundle: BundleConfig = Field(default_factory=BundleConfig)
     inference: InferenceConfig = Field(default_factory=InferenceConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    bench: BenchConfig = Field(default_factory=BenchConfig)

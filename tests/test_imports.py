@@ -24,6 +24,8 @@ MAY_IMPORT = {
     "calibration": {"engine", "data", "gating", "artifacts"},
     "drafters": {"blocks", "engine", "gating"},
     "decoding": {"blocks", "engine", "drafters", "gating"},
+    "bench_methods": {"backbone", "engine", "drafters", "decoding", "gating"},
+    "bench": {"artifacts", "bench_methods"},
     "evaluation": {"engine", "decoding", "drafters", "data", "artifacts"},
 }
 NEVER_TORCH = ("errors", "config", "resolve", "artifacts", "console")

@@ -353,3 +353,25 @@ def test_help_needs_neither_torch_nor_transformers():
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "HEAVY []" in result.stdout
     assert "infer" in result.stdout
+
+
+def test_bench_measures_each_method_in_its_own_process(bundle, prompts, tmp_path):
+    code, out, err = eexit(
+        "bench", "--bundle", bundle, "--prompts", prompts, "--limit", 2, "--max-tokens", 12, "--repeats", 2,
+        "--methods", "full,adaptive@0.60,transformers,transformers-lookup", "--output-dir", tmp_path / "bench", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    report = json.loads(out)
+    assert set(report) == {"methods", "categories", "environment"}
+    adaptive = report["methods"]["adaptive@0.60"]
+    assert {"tokens_per_second", "speedup_over_full", "accept_length", "identical_prompts", "prompts", "ttft_s"} <= set(
+        adaptive
+    )
+    assert adaptive["identical_prompts"] == adaptive["bit_exact_prompts"] == adaptive["prompts"] == 2
+    assert report["methods"]["transformers"]["identical_prompts"] == 2  # float32: the library says the same
+    assert report["methods"]["full"]["speedup_over_full"] == 1.0
+    records = [json.loads(line) for line in (tmp_path / "bench" / "records.jsonl").read_text().splitlines()]
+    assert len(records) == 2 * 2 * 4
+    code, out, err = eexit("bench", "--bundle", bundle, "--prompts", prompts, "--methods", "full,quick")
+    assert code == 2
+    assert "unknown method 'quick'" in err

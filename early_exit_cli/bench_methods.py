@@ -1,0 +1,251 @@
+"""The ways of decoding that `eexit bench` compares, each in a process of its own.
+
+A worker loads its model, warms up, then answers one prompt at a time, greedily, on request. While one works the others
+wait on their pipe, so nobody's threads disturb the measured one. Identity is reported as token ids; our own methods add a
+hash of the final states that decided their tokens, so that equal bits can be seen across processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import multiprocessing
+import os
+import time
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from typing import Any, Protocol
+
+from early_exit_cli.config import EMBEDDED_MODEL, BackboneConfig, BundleConfig
+from early_exit_cli.errors import BackboneError, ConfigError, EexitError
+from early_exit_cli.gating import level_key
+
+OURS = ("full", "adaptive")
+PEERS = ("transformers", "transformers-lookup", "transformers-early-exit", "llama.cpp")
+LOOKUP_TOKENS = 10
+WARM_UP_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One timed answer: new token ids, seconds in all and to the first token; our own counts where there are any."""
+
+    token_ids: list[int]
+    seconds: float
+    first_token_seconds: float | None
+    accept_length: float | None = None
+    drafted: int | None = None
+    accepted: int | None = None
+    partly_rejected: int | None = None
+    states_hash: str | None = None
+
+
+class Method(Protocol):
+    """A loaded way of decoding."""
+
+    def answer(self, prompt_ids: list[int], max_tokens: int) -> Answer: ...
+
+
+def check_methods(names: list[str]) -> None:
+    """Refuse unknown method names and peers whose package is missing, before anything loads."""
+    for name in names:
+        kind, _, level = name.partition("@")
+        if kind not in OURS + PEERS or (level and kind != "adaptive"):
+            raise ConfigError(f"unknown method {name!r}", hint=f"methods: {', '.join(OURS + PEERS)}, adaptive@LEVEL")
+        if kind == "llama.cpp" and importlib.util.find_spec("xllamacpp") is None:
+            raise ConfigError("method llama.cpp needs the package xllamacpp", hint="pip install 'eexit[peers]'")
+
+
+def load_method(name: str, backbone: BackboneConfig, bundle: BundleConfig, level: float) -> Method:
+    """Build a method in this process."""
+    kind, _, at = name.partition("@")
+    if kind in OURS:
+        return _Ours(kind, backbone, bundle, float(at) if at else level)
+    if kind == "llama.cpp":
+        return _LlamaCpp(backbone)
+    return _Transformers(kind, backbone, bundle)
+
+
+class _Ours:
+    """Plain or adaptive decoding of this program."""
+
+    def __init__(self, kind: str, backbone: BackboneConfig, bundle: BundleConfig, level: float) -> None:
+        from early_exit_cli.drafters import Drafter, ExitDrafter, NoDrafter
+        from early_exit_cli.engine import load_model
+
+        self.model = load_model(backbone, bundle)
+        self.kind = kind
+        self.drafter: Drafter = NoDrafter()
+        if kind == "adaptive":
+            if self.model.thresholds is None or level_key(level) not in self.model.thresholds.levels:
+                raise ConfigError(f"accuracy level {level_key(level)} was not calibrated")
+            self.drafter = ExitDrafter(self.model.thresholds.at(level))
+
+    def answer(self, prompt_ids: list[int], max_tokens: int) -> Answer:
+        import torch
+
+        from early_exit_cli.decoding import generate
+
+        run = generate(self.model, prompt_ids, self.drafter, max_tokens, mode=self.kind, keep_states=True)
+        states = run.states.contiguous().view(torch.uint8).cpu().numpy().tobytes() if run.states is not None else b""
+        return Answer(
+            run.token_ids,
+            run.stats.total_time_seconds,
+            run.stats.time_to_first_token_seconds,
+            run.stats.accept_length,
+            run.stats.tokens_drafted,
+            run.stats.tokens_accepted,
+            run.stats.partly_rejected_drafts,
+            hashlib.sha256(states).hexdigest()[:16],
+        )
+
+
+class _Transformers:
+    """The library's own `generate` on the same 4-bit weights: plain, prompt lookup, or early exit."""
+
+    def __init__(self, kind: str, backbone: BackboneConfig, bundle: BundleConfig) -> None:
+        from early_exit_cli.backbone import load_backbone
+        from early_exit_cli.engine import bundle_folder, read_bundle_config
+
+        self.backbone = load_backbone(backbone)
+        self.options: dict[str, Any] = {}
+        if kind == "transformers-lookup":
+            self.options = {"prompt_lookup_num_tokens": LOOKUP_TOKENS}
+        if kind == "transformers-early-exit":
+            first = read_bundle_config(bundle_folder(bundle))["head_layer_indices"][0]
+            self.options = {"assistant_early_exit": first + 1}
+
+    def answer(self, prompt_ids: list[int], max_tokens: int) -> Answer:
+        import torch
+
+        clock = _FirstTokenClock()
+        inputs = torch.tensor([prompt_ids], device=self.backbone.device)
+        started = time.perf_counter()
+        with torch.inference_mode():
+            output = self.backbone.model.generate(
+                input_ids=inputs,
+                attention_mask=torch.ones_like(inputs),
+                max_new_tokens=max_tokens,
+                do_sample=False,
+                stopping_criteria=[clock],
+                **self.options,
+            )
+        tokens = output[0, len(prompt_ids) :].tolist()
+        seconds = time.perf_counter() - started
+        return Answer(tokens, seconds, (clock.first or time.perf_counter()) - started)
+
+
+class _FirstTokenClock:
+    """A stopping criterion that never stops; it notes when it was first asked, which is after the first token."""
+
+    def __init__(self) -> None:
+        self.first: float | None = None
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        import torch
+
+        self.first = self.first or time.perf_counter()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+class _LlamaCpp:
+    """llama.cpp on the GGUF file of the same model, with as many threads as torch uses."""
+
+    def __init__(self, backbone: BackboneConfig) -> None:
+        import torch
+        import xllamacpp
+
+        from early_exit_cli.backbone import embedded_gguf
+
+        path = embedded_gguf() if backbone.model_name == EMBEDDED_MODEL else backbone.model_name
+        if path is None or not str(path).endswith(".gguf"):
+            raise BackboneError("llama.cpp needs the model's GGUF file", hint="--model-name FILE.gguf")
+        params = xllamacpp.CommonParams()
+        params.model.path = str(path)
+        params.n_ctx = 4096
+        params.n_parallel = 1
+        params.warmup = True
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
+        self.server = xllamacpp.Server(params)
+
+    def answer(self, prompt_ids: list[int], max_tokens: int) -> Answer:
+        request = {
+            "prompt": prompt_ids,
+            "n_predict": max_tokens,
+            "temperature": 0.0,
+            "top_k": 1,
+            "cache_prompt": False,
+            "return_tokens": True,
+            "stream": False,
+        }
+        started = time.perf_counter()
+        reply = self.server.handle_completions(request)
+        seconds = time.perf_counter() - started
+        if not isinstance(reply, dict) or "error" in reply:
+            raise BackboneError(f"llama.cpp: {str(reply)[:200]}")
+        # /completion puts tokens beside the text; /v1/completions only counts them
+        tokens = reply.get("tokens") or [-1] * int(reply.get("usage", {}).get("completion_tokens", 0))
+        timings = reply.get("timings", {})
+        first = (
+            (timings["prompt_ms"] + timings.get("predicted_per_token_ms", 0.0)) / 1000
+            if "prompt_ms" in timings
+            else None
+        )
+        return Answer(list(tokens), seconds, first)
+
+
+class Worker:
+    """A method in a child process."""
+
+    def __init__(self, name: str, backbone: BackboneConfig, bundle: BundleConfig, level: float) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.name = name
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, name, backbone, bundle, level), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def ready(self) -> dict[str, float]:
+        """Wait until it has loaded and warmed up; what that cost."""
+        return self._receive()
+
+    def answer(self, prompt_ids: list[int], max_tokens: int) -> Answer:
+        """One timed answer."""
+        self.pipe.send((prompt_ids, max_tokens))
+        return Answer(**self._receive())
+
+    def _receive(self) -> Any:
+        try:
+            kind, value = self.pipe.recv()
+        except EOFError:
+            raise BackboneError(f"the process of method {self.name} died") from None
+        if kind == "error":
+            raise BackboneError(f"method {self.name}: {value}")
+        return value
+
+    def close(self) -> None:
+        """End the process."""
+        self.pipe.close()
+        self.process.join(timeout=10)
+        if self.process.is_alive():
+            self.process.kill()
+
+
+def _serve(pipe: Connection, name: str, backbone: BackboneConfig, bundle: BundleConfig, level: float) -> None:
+    """The child's life: load, warm up, answer until the pipe closes. Its stdout goes to stderr: stdout is the result."""
+    os.dup2(2, 1)
+    try:
+        started = time.perf_counter()
+        method = load_method(name, backbone, bundle, level)
+        loaded = time.perf_counter()
+        method.answer(list(range(10, 42)), WARM_UP_TOKENS)
+        pipe.send(("ready", {"load_s": loaded - started, "warm_up_s": time.perf_counter() - loaded}))
+        while True:
+            prompt_ids, max_tokens = pipe.recv()
+            pipe.send(("answer", asdict(method.answer(prompt_ids, max_tokens))))
+    except EOFError:
+        return
+    except EexitError as error:
+        pipe.send(("error", error.message))
+    except Exception as error:  # whatever a peer raises is told to the parent, which names the method
+        pipe.send(("error", f"{type(error).__name__}: {error}"))

@@ -1,0 +1,74 @@
+"""The report from raw records: worked by hand, so that no speed can be claimed that the records do not hold."""
+
+import pytest
+
+from early_exit_cli.bench import category_of, select_prompts, summarize
+from early_exit_cli.bench_methods import check_methods
+from early_exit_cli.config import BenchConfig
+from early_exit_cli.errors import ConfigError, DataError
+
+
+def record(method, prompt, repeat, tokens, seconds, category="qa", states="a", **more):
+    return {
+        "prompt": prompt, "category": category, "method": method, "repeat": repeat, "token_ids": tokens, "seconds": seconds,
+        "first_token_seconds": 0.1, "accept_length": None, "states_hash": states, "drafted": None, "accepted": None,
+        "partly_rejected": None, **more,
+    }  # fmt: skip
+
+
+def test_figures_are_ratios_of_medians():
+    records = [
+        *(record("full", 0, r, [1] * 10, s) for r, s in enumerate([1.0, 2.0, 9.0])),
+        *(record("full", 1, r, [2] * 10, s, "math") for r, s in enumerate([2.0, 2.0, 2.0])),
+        *(record("adaptive", 0, r, [1] * 10, s, accept_length=2.0) for r, s in enumerate([1.0, 1.0, 4.0])),
+        *(record("adaptive", 1, r, [2] * 10, s, "math", accept_length=1.0) for r, s in enumerate([1.0, 1.0, 1.0])),
+    ]
+    report = summarize(records, {}, BenchConfig(repeats=3))
+    full, adaptive = report["methods"]["full"], report["methods"]["adaptive"]
+    assert full["tokens_per_second"] == pytest.approx(20 / 4.0)
+    assert adaptive["tokens_per_second"] == pytest.approx(20 / 2.0)
+    assert adaptive["speedup_over_full"] == pytest.approx(2.0)
+    assert adaptive["accept_length"] == pytest.approx(1.5)
+    assert adaptive["identical_prompts"] == adaptive["bit_exact_prompts"] == adaptive["prompts"] == 2
+    assert report["categories"]["qa"]["adaptive"]["speedup_over_full"] == pytest.approx(2.0)
+
+
+def test_one_differing_repeat_costs_a_prompt_its_identity():
+    records = [record("full", 0, r, [1, 2], 1.0) for r in range(2)] + [
+        record("adaptive", 0, 0, [1, 2], 1.0),
+        record("adaptive", 0, 1, [1, 3], 1.0),
+    ]
+    figure = summarize(records, {}, BenchConfig(repeats=2))["methods"]["adaptive"]
+    assert figure["identical_prompts"] == 0
+    assert figure["bit_exact_prompts"] == 1
+
+
+def test_peers_are_also_held_against_their_own_plain_decoding():
+    records = [
+        record("full", 0, 0, [1, 2], 1.0),
+        record("transformers", 0, 0, [1, 9], 1.0, states=None),
+        record("transformers-lookup", 0, 0, [1, 9], 1.0, states=None),
+    ]
+    figures = summarize(records, {}, BenchConfig(repeats=1))["methods"]
+    assert figures["transformers-lookup"]["identical_prompts"] == 0
+    assert figures["transformers-lookup"]["identical_to_own_plain"] == 1
+    assert figures["transformers-lookup"]["bit_exact_prompts"] is None
+
+
+def test_prompts_are_spread_over_a_category():
+    rows = (
+        [{"category": "writing"}] * 10 + [{"category": "coding"}] * 10 + [{"category": "qa", "n": n} for n in range(80)]
+    )
+    chosen = select_prompts(rows, BenchConfig(limit=4))
+    assert [category_of(row) for row in chosen] == ["mt_bench"] * 4 + ["qa"] * 4
+    assert [row["category"] for row in chosen[:4]] == ["writing", "writing", "coding", "coding"]
+    assert [row["n"] for row in chosen[4:]] == [0, 20, 40, 60]
+    assert len(select_prompts(rows, BenchConfig(categories=["qa"]))) == 80
+    with pytest.raises(DataError, match="summaries"):
+        select_prompts(rows, BenchConfig(categories=["summaries"]))
+
+
+@pytest.mark.parametrize("name", ["fast", "full@0.5", "transformers@0.9"])
+def test_unknown_methods_are_refused(name):
+    with pytest.raises(ConfigError, match="unknown method"):
+        check_methods(["full", name])
