@@ -1,12 +1,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
+PROMPTS ?= prompts.jsonl
 PROMPT ?= Explain step by step how to solve 2x + 6 = 14, then check the answer.
 
-.PHONY: demo test check format install clean
+.PHONY: demo bench test check format install clean
 
 # The main job: the 4-bit model answers plainly and with early exits, side by side.
 demo: .venv/installed
 	$(BIN)/eexit infer --mode compare --max-tokens 96 --prompt "$(PROMPT)"
+
+# Methods side by side, about ten minutes: make bench PROMPTS=spec_bench.jsonl
+bench: .venv/installed
+	$(BIN)/eexit bench --prompts $(PROMPTS) --limit 2 --max-tokens 128 --repeats 3 \
+		--methods full,adaptive,transformers,transformers-lookup,transformers-early-exit
 
 test: .venv/installed-dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest

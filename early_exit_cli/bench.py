@@ -21,7 +21,7 @@ from early_exit_cli.errors import ConfigError, DataError
 
 MT_BENCH = {"writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"}
 BASELINE = "full"
-PLAIN_OF = {"transformers-lookup": "transformers", "transformers-early-exit": "transformers", "llama.cpp": "llama.cpp"}
+PLAIN_OF = {"transformers-lookup": "transformers", "transformers-early-exit": "transformers"}
 
 
 def category_of(row: dict[str, Any]) -> str:
@@ -146,7 +146,7 @@ def _figures(records: list[dict[str, Any]], config: BenchConfig) -> dict[str, di
             "speedup_over_full": rates[name] / rates[BASELINE],
             "accept_length": statistics.fmean(accepts) if accepts else None,
             "identical_prompts": _identical(prompts, runs[BASELINE]),
-            "identical_to_own_plain": _identical(prompts, plain) if name in PEERS and plain else None,
+            "identical_to_own_plain": _identical(prompts, plain) if name in PLAIN_OF and plain else None,
             "bit_exact_prompts": _bit_exact(prompts, runs[BASELINE]) if name not in PEERS else None,
             "prompts": len(prompts),
             "ttft_s": statistics.median(firsts) if firsts else None,

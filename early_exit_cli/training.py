@@ -10,6 +10,7 @@ without its marker is not a checkpoint.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import shutil
@@ -30,7 +31,7 @@ from early_exit_cli.backbone import Backbone
 from early_exit_cli.config import DataConfig, HeadsConfig, TrainingConfig
 from early_exit_cli.data import Batch, Document, batches, pack, pad_token_id
 from early_exit_cli.engine import save_bundle
-from early_exit_cli.errors import CheckpointError, DataError, NumericsError
+from early_exit_cli.errors import CheckpointError, ConfigError, DataError, NumericsError
 from early_exit_cli.heads import ExitHeads, head_layers
 
 MARKER = "complete.json"
@@ -62,6 +63,19 @@ class TrainingResult:
     best_step: int
     best_agreement: list[float]
     last_agreement: list[float]
+
+
+def check_tracker(name: str) -> None:
+    """Refuse a tracker whose package is not installed, before anything loads.
+
+    Raises:
+        ConfigError: with the package to install.
+    """
+    package = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}.get(name)
+    if package and importlib.util.find_spec(package) is None:
+        raise ConfigError(
+            f"training.report_to = {name}: the package {package} is not installed", hint=f"pip install {package}"
+        )
 
 
 def draft_vocabulary(documents: Iterable[Document], size: int, vocab_size: int, always: Iterable[int]) -> Tensor | None:

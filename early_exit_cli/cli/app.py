@@ -43,7 +43,7 @@ def root(
 
 
 def main() -> None:
-    """Entry point of `eexit` and `python -m early_exit_cli`."""
+    """Entry point of `eexit` and `python -m early_exit_cli`. Typer ends an interrupted run with 130."""
     try:
         app()
     except EexitError as error:
@@ -51,9 +51,3 @@ def main() -> None:
             raise
         console.error(error.message, error.hint)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        console.note("interrupted")
-        sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)

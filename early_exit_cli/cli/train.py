@@ -11,14 +11,19 @@ from early_exit_cli.resolve import Resolved
 @configured("backbone", "heads", "data", "training")
 def command(resolved: Resolved, as_json: bool) -> None:
     """Train exit heads on the hidden states of the running backbone."""
+    from accelerate import PartialState
+
     from early_exit_cli.backbone import load_backbone
     from early_exit_cli.data import load_documents, read_records
-    from early_exit_cli.training import StepReport, Trainer, result_record
+    from early_exit_cli.training import StepReport, Trainer, check_tracker, result_record
 
     config = resolved.config
+    check_tracker(config.training.report_to)
     read_records(config.data)  # refuse unreadable data before a model loads
     backbone = load_backbone(config.backbone)
-    with console.progress("answering prompts", 1) as ticker:
+    processes = PartialState(cpu=backbone.device.type == "cpu")
+    # The first process answers the prompts; the others then read what it wrote.
+    with processes.main_process_first(), console.progress("answering prompts", 1) as ticker:
 
         def on_answers(done: int, total: int, tokens: int) -> None:
             ticker.update(done, f"{tokens:,} tokens", total)

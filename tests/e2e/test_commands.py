@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -375,3 +376,67 @@ def test_bench_measures_each_method_in_its_own_process(bundle, prompts, tmp_path
     code, out, err = eexit("bench", "--bundle", bundle, "--prompts", prompts, "--methods", "full,quick")
     assert code == 2
     assert "unknown method 'quick'" in err
+
+
+def test_ctrl_c_saves_a_checkpoint_and_ends_with_130(tiny_folder, prompts, tmp_path):
+    arguments = [
+        "train", "--model-name", tiny_folder("llama"), "--quantization", "none", "--num-heads", 1, "--dataset-name", prompts,
+        "--max-length", 64, "--max-steps", 1_000_000, "--output-dir", tmp_path / "run", "--holdout", 0.3, "--eval-every", 5,
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "early_exit_cli", *map(str, arguments)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stderr:
+        if line.startswith("step 5:"):
+            break
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert (checkpoint / "complete.json").exists()
+
+
+def test_a_closed_pipe_ends_quietly(bundle):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "early_exit_cli", "infer", "--bundle", bundle, "--prompt", "a", "--max-tokens", "200"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.close()
+    assert "Traceback" not in process.stderr.read()
+    assert process.wait(timeout=60) == 1
+
+
+def test_two_processes_train_one_set_of_heads(tiny_folder, prompts, tmp_path):
+    """As accelerate launch starts them (it needs MPI for processes on a CPU, torch's launcher does not)."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        "-m", "early_exit_cli", "train",
+        "--model-name", tiny_folder("llama"), "--quantization", "none", "--num-heads", 2, "--dataset-name", prompts,
+        "--on-policy", "--answer-tokens", 8, "--max-length", 64, "--max-steps", 4, "--holdout", 0.3,
+        "--output-dir", tmp_path / "run", "--json",
+    ]  # fmt: skip
+    environment = {
+        **os.environ,
+        "EEXIT_HOME": str(tmp_path / "home"),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    report = json.loads(result.stdout[result.stdout.index("{") :])
+    assert report["steps"] == 4
+    (answers,) = (tmp_path / "home" / "answers").iterdir()
+    assert len(answers.read_text().splitlines()) == 60
+    marker = json.loads(next((tmp_path / "run" / "checkpoints").glob("*/complete.json")).read_text())
+    assert marker["identity"]["world_size"] == 2
+
+
+def test_a_tracker_that_is_not_installed_is_named(prompts):
+    code, _, err = eexit("train", "--dataset-name", prompts, "--report-to", "trackio")
+    assert code == 2
+    assert "pip install trackio" in err
