@@ -76,7 +76,7 @@ def run_bench(
     config.output_dir.mkdir(parents=True, exist_ok=True)
     try:
         for name in config.methods:  # one after another, so that loading does not disturb a warm-up
-            workers[name] = Worker(name, backbone, bundle, config.accuracy_level)
+            workers[name] = Worker(name, backbone, bundle, config.accuracy_level, config.read_heads)
             costs[name] = workers[name].ready()
         with open(config.output_dir / "records.jsonl", "w", encoding="utf-8") as file:
             for repeat in range(config.repeats):

@@ -18,7 +18,6 @@ from typing import Any, Protocol
 
 from early_exit_cli.config import EMBEDDED_MODEL, BackboneConfig, BundleConfig
 from early_exit_cli.errors import BackboneError, ConfigError, EexitError
-from early_exit_cli.gating import level_key
 
 OURS = ("full", "adaptive")
 PEERS = ("transformers", "transformers-lookup", "transformers-early-exit", "llama.cpp")
@@ -56,11 +55,11 @@ def check_methods(names: list[str]) -> None:
             raise ConfigError("method llama.cpp needs the package xllamacpp", hint="pip install 'eexit[peers]'")
 
 
-def load_method(name: str, backbone: BackboneConfig, bundle: BundleConfig, level: float) -> Method:
+def load_method(name: str, backbone: BackboneConfig, bundle: BundleConfig, level: float, read_heads: str) -> Method:
     """Build a method in this process."""
     kind, _, at = name.partition("@")
     if kind in OURS:
-        return _Ours(kind, backbone, bundle, float(at) if at else level)
+        return _Ours(kind, backbone, bundle, float(at) if at else level, read_heads)
     if kind == "llama.cpp":
         return _LlamaCpp(backbone)
     return _Transformers(kind, backbone, bundle)
@@ -69,17 +68,19 @@ def load_method(name: str, backbone: BackboneConfig, bundle: BundleConfig, level
 class _Ours:
     """Plain or adaptive decoding of this program."""
 
-    def __init__(self, kind: str, backbone: BackboneConfig, bundle: BundleConfig, level: float) -> None:
-        from early_exit_cli.drafters import Drafter, ExitDrafter, NoDrafter
+    def __init__(
+        self, kind: str, backbone: BackboneConfig, bundle: BundleConfig, level: float, read_heads: str
+    ) -> None:
+        from early_exit_cli.costs import exit_drafter
+        from early_exit_cli.decoding import DEFAULT_WIDTH
+        from early_exit_cli.drafters import Drafter, NoDrafter
         from early_exit_cli.engine import load_model
 
         self.model = load_model(backbone, bundle)
         self.kind = kind
         self.drafter: Drafter = NoDrafter()
         if kind == "adaptive":
-            if self.model.thresholds is None or level_key(level) not in self.model.thresholds.levels:
-                raise ConfigError(f"accuracy level {level_key(level)} was not calibrated")
-            self.drafter = ExitDrafter(self.model.thresholds.at(level))
+            self.drafter = exit_drafter(self.model, level, min(DEFAULT_WIDTH, self.model.blocks.widths[-1]), read_heads)
 
     def answer(self, prompt_ids: list[int], max_tokens: int) -> Answer:
         import torch
@@ -197,11 +198,15 @@ class _LlamaCpp:
 class Worker:
     """A method in a child process."""
 
-    def __init__(self, name: str, backbone: BackboneConfig, bundle: BundleConfig, level: float) -> None:
+    def __init__(
+        self, name: str, backbone: BackboneConfig, bundle: BundleConfig, level: float, read_heads: str
+    ) -> None:
         context = multiprocessing.get_context("spawn")
         self.name = name
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, name, backbone, bundle, level), daemon=True)
+        self.process = context.Process(
+            target=_serve, args=(theirs, name, backbone, bundle, level, read_heads), daemon=True
+        )
         self.process.start()
         theirs.close()
 
@@ -231,12 +236,14 @@ class Worker:
             self.process.kill()
 
 
-def _serve(pipe: Connection, name: str, backbone: BackboneConfig, bundle: BundleConfig, level: float) -> None:
+def _serve(
+    pipe: Connection, name: str, backbone: BackboneConfig, bundle: BundleConfig, level: float, read_heads: str
+) -> None:
     """The child's life: load, warm up, answer until the pipe closes. Its stdout goes to stderr: stdout is the result."""
     os.dup2(2, 1)
     try:
         started = time.perf_counter()
-        method = load_method(name, backbone, bundle, level)
+        method = load_method(name, backbone, bundle, level, read_heads)
         loaded = time.perf_counter()
         method.answer(list(range(10, 42)), WARM_UP_TOKENS)
         pipe.send(("ready", {"load_s": loaded - started, "warm_up_s": time.perf_counter() - loaded}))

@@ -6,6 +6,7 @@ what DSSD's loader reads, and nothing else; coverage, agreement and curves go in
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -57,6 +58,8 @@ class Calibration:
     dataset: str
     sequences: int
     strategy: str
+    head_sets: dict[str, list[dict[str, list[Any]]]]
+    """level -> for every set of heads: how often each exits when the heads before it declined, and how often rightly."""
 
 
 def threshold_for(entropies: Tensor, correct: Tensor, level: float, strategy: str) -> float:
@@ -139,7 +142,34 @@ def calibrate(
         _calibrate_head(exit_layer, all_entropies[head], all_correct[head], config)
         for head, exit_layer in enumerate(model.heads.exit_layers if model.heads is not None else [])
     ]
-    return Calibration(config.accuracy_levels, heads, dataset, sequences, config.threshold_strategy)
+    sets = {
+        level_key(level): count_head_sets(
+            all_entropies, all_correct, [head.cells[level_key(level)].threshold for head in heads]
+        )
+        for level in config.accuracy_levels
+    }
+    return Calibration(config.accuracy_levels, heads, dataset, sequences, config.threshold_strategy, sets)
+
+
+def count_head_sets(entropies: Tensor, correct: Tensor, thresholds: list[float]) -> list[dict[str, list[Any]]]:
+    """For every set of at most four heads: the share of tokens that exits at each, in order, and their agreement.
+
+    Args:
+        entropies, correct: [heads, samples].
+    """
+    counted: list[dict[str, list[Any]]] = []
+    for size in range(1, min(len(thresholds), 4) + 1):
+        for heads in itertools.combinations(range(len(thresholds)), size):
+            left = torch.ones(entropies.shape[1], dtype=torch.bool)
+            shares, agreements = [], []
+            for head in heads:
+                exits = left & (entropies[head] < thresholds[head])
+                count = int(exits.sum())
+                shares.append(count / entropies.shape[1])
+                agreements.append(int((exits & correct[head]).sum()) / count if count else 0.0)
+                left &= ~exits
+            counted.append({"heads": list(heads), "exit_share": shares, "agreement": agreements})
+    return counted
 
 
 def _calibrate_head(exit_layer: int, entropies: Tensor, correct: Tensor, config: CalibrationConfig) -> HeadCalibration:
@@ -203,6 +233,7 @@ def save_calibration(calibration: Calibration, folder: Path, output_path: Path) 
         "dataset": calibration.dataset,
         "sequences": calibration.sequences,
         "strategy": calibration.strategy,
+        "head_sets": calibration.head_sets,
         "heads": [
             {
                 "exit_layer": head.exit_layer,

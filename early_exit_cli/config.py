@@ -213,6 +213,9 @@ class InferenceConfig(Section):
         "Rows of a verifying pass: at most width - 1 tokens are drafted. Default: measured choice.",
         ge=2,
     )
+    read_heads: Literal["auto", "all"] = setting(
+        "auto", "auto reads the heads that are worth it by costs measured here; all reads every head."
+    )
     raw: bool = setting(False, "Use the prompt as it is, without the model's chat template.")
     repeats: int = setting(3, "compare: timed repeats of each method, in turns; medians count.", ge=1)
     trace: Path | None = setting(None, "Write a record per token (every head's choice and entropy) to this JSON file.")
@@ -245,6 +248,7 @@ class BenchConfig(Section):
     max_tokens: int = setting(128, "New tokens, at most.", ge=1, aliases=("--max-new-tokens",))
     repeats: int = setting(3, "Repeats; the median of a prompt counts.", ge=1)
     accuracy_level: float = setting(0.75, "Level of the method adaptive.", gt=0.0, lt=1.0)
+    read_heads: Literal["auto", "all"] = setting("auto", "Adaptive: read the heads that are worth it here, or all.")
     output_dir: Path = setting(Path("runs/bench"), "Folder of records.jsonl, report.json and run.json.")
 
 

@@ -8,6 +8,7 @@ Rolling back is `cache.length`. Greedy, one text at a time.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Container, Iterator
 from dataclasses import asdict, dataclass, field
@@ -18,7 +19,7 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from early_exit_cli.blocks import LARGEST_WIDTH, KVCache
-from early_exit_cli.drafters import Draft, Drafter, Exit
+from early_exit_cli.drafters import Draft, Drafter, Exit, Row
 from early_exit_cli.engine import EarlyExitModel
 from early_exit_cli.errors import ConfigError
 from early_exit_cli.gating import entropy
@@ -123,25 +124,47 @@ def decode(
 def verify(
     model: EarlyExitModel, cache: KVCache, pending: int, draft: Draft, trace: bool
 ) -> tuple[Tensor, list[int], list[list[HeadReading]]]:
-    """One pass of the remaining blocks over pending and draft.
+    """Run what is left of the blocks over pending and draft.
 
     Returns:
         (final normed states [rows, hidden], the backbone's choice after each row, head readings per row when traced).
     """
-    hidden = model.embed([pending, *draft.tokens]) if draft.hidden is None else draft.hidden
-    layer = draft.layer
-    readings: list[list[HeadReading]] = [[] for _ in range(hidden.shape[0] if trace else 0)]
+    rows = draft.rows or [{0: hidden} for hidden in model.embed([pending, *draft.tokens]).split(1)]
+    layers = {layer for row in rows for layer in row}
+    readings: list[list[HeadReading]] = [[] for _ in rows] if trace else []
+    if trace and model.heads is not None:
+        layers.update(layer for layer in model.heads.exit_layers if layer > min(layers))
+    states, choices = model.finish(torch.cat(catch_up(model, cache, rows, sorted(layers))))
     if trace and model.heads is not None:
         for head, exit_layer in enumerate(model.heads.exit_layers):
-            hidden = model.run(hidden, cache, cache.length, layer, exit_layer)
-            layer = exit_layer
-            logits = model.heads.logits(head, hidden)
+            if exit_layer < min(layers):
+                continue  # drafting went past this head without a stop
+            logits = model.heads.logits(head, torch.cat([row[exit_layer] for row in rows]))
             chosen = model.heads.token_ids(logits.argmax(-1)).tolist()
-            for row, token, uncertainty in zip(readings, chosen, entropy(logits).tolist(), strict=True):
-                row.append(HeadReading(head, token, uncertainty))
-    hidden = model.run(hidden, cache, cache.length, layer, model.blocks.num_blocks)
-    states, choices = model.finish(hidden)
+            for row_readings, token, uncertainty in zip(readings, chosen, entropy(logits).tolist(), strict=True):
+                row_readings.append(HeadReading(head, token, uncertainty))
     return states, choices.tolist(), readings
+
+
+def catch_up(model: EarlyExitModel, cache: KVCache, rows: list[Row], layers: list[int]) -> list[Tensor]:
+    """Bring rows that stopped at different `layers` to the end of the blocks; their final states, [1, hidden] each.
+
+    From layer to layer only the stretch of rows that are still behind is run. Padding of a pass would overwrite the
+    keys and values of rows behind the stretch, so it grows over those rows instead, which gives them the same bits
+    once more; only behind the last row is padding free to fall.
+    """
+    for layer, following in itertools.pairwise([*layers, model.blocks.num_blocks]):
+        behind = [place for place, row in enumerate(rows) if following not in row]
+        if not behind:
+            continue
+        first, last = behind[0], behind[-1] + 1
+        last = min(first + model.blocks.pass_width(last - first), len(rows))
+        hidden = model.run(
+            torch.cat([row[layer] for row in rows[first:last]]), cache, cache.length + first, layer, following
+        )
+        for row, state in zip(rows[first:last], hidden.split(1), strict=True):
+            row[following] = state
+    return [row[model.blocks.num_blocks] for row in rows]
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from early_exit_cli.blocks import KVCache
 from early_exit_cli.engine import EarlyExitModel
 from early_exit_cli.gating import entropy, may_exit
+from early_exit_cli.heads import ExitHeads
 
 
 @dataclass(frozen=True)
@@ -29,19 +29,22 @@ class Exit:
     threshold: float
 
 
+Row = dict[int, Tensor]
+"""States of one token by the number of blocks run, [1, hidden] each: what verification may resume from."""
+
+
 @dataclass(frozen=True)
 class Draft:
     """Proposed tokens and what was computed for them.
 
-    tokens: the proposals, for the positions after the pending token. exits: one Exit per token.
-    hidden: [rows, hidden] states of the pending token and the drafted ones after `layer` blocks, for verification to
-    resume from; None when nothing was run. The last drafted token has no row when it ends the text.
+    tokens: the proposals, for the positions after the pending token. exits: one Exit per token, where heads drafted.
+    rows: the states of the pending token and of the drafted ones; empty when nothing was run. The last drafted token
+    has no row when it ends the text.
     """
 
     tokens: list[int] = field(default_factory=list)
     exits: list[Exit] = field(default_factory=list)
-    hidden: Tensor | None = None
-    layer: int = 0
+    rows: list[Row] = field(default_factory=list)
 
 
 class Drafter(Protocol):
@@ -63,50 +66,50 @@ class NoDrafter:
 
 @dataclass
 class ExitDrafter:
-    """Early exit with the entropy thresholds of one target accuracy, one per head in depth order."""
+    """Early exit with the entropy thresholds of one target accuracy.
+
+    thresholds: nats, one per head in depth order. active: the heads that are read, ascending; all by default.
+    """
 
     thresholds: list[float]
+    active: list[int] | None = None
 
     def propose(
         self, model: EarlyExitModel, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]
     ) -> Draft:
         heads = model.heads
-        if limit < 1 or heads is None:
+        active = list(range(len(self.thresholds))) if self.active is None else self.active
+        if limit < 1 or heads is None or not active:
             return Draft()
-        first_layer = heads.exit_layers[0]
-        tokens: list[int] = []
-        exits: list[Exit] = []
-        rows: list[Tensor] = []
+        first_layer = heads.exit_layers[active[0]]
+        draft = Draft()
         token = pending
         while True:
-            position = cache.length + len(tokens)
-            hidden = model.run(model.embed([token]), cache, position, 0, first_layer)
-            rows.append(hidden)
-            if len(tokens) == limit:
-                break
-            found = self._read_heads(model, cache, hidden, position)
+            position = cache.length + len(draft.tokens)
+            row = {first_layer: model.run(model.embed([token]), cache, position, 0, first_layer)}
+            draft.rows.append(row)
+            if len(draft.tokens) == limit:
+                return draft
+            found = self._read_heads(model, heads, active, cache, row, position)
             if found is None:
-                break
+                return draft
             token, reason = found
-            tokens.append(token)
-            exits.append(reason)
+            draft.tokens.append(token)
+            draft.exits.append(reason)
             if token in stop_ids:
-                break
-        return Draft(tokens, exits, torch.cat(rows), first_layer)
+                return draft
 
     def _read_heads(
-        self, model: EarlyExitModel, cache: KVCache, hidden: Tensor, position: int
+        self, model: EarlyExitModel, heads: ExitHeads, active: list[int], cache: KVCache, row: Row, position: int
     ) -> tuple[int, Exit] | None:
-        """Go from head to head until one is sure; None when none is."""
-        heads = model.heads
-        if heads is None:
-            return None
-        layer = heads.exit_layers[0]
-        for head, (exit_layer, threshold) in enumerate(zip(heads.exit_layers, self.thresholds, strict=True)):
+        """Go from head to head until one is sure; None when none is. Every state passed is kept in `row`."""
+        layer = next(iter(row))
+        for head in active:
+            exit_layer, threshold = heads.exit_layers[head], self.thresholds[head]
             if exit_layer > layer:
-                hidden = model.run(hidden, cache, position, layer, exit_layer)
+                row[exit_layer] = model.run(row[layer], cache, position, layer, exit_layer)
                 layer = exit_layer
-            logits = heads.logits(head, hidden)
+            logits = heads.logits(head, row[layer])
             uncertainty = float(entropy(logits))
             if may_exit(uncertainty, threshold):
                 return int(heads.token_ids(logits.argmax(-1))), Exit(head, exit_layer, uncertainty, threshold)

@@ -22,9 +22,10 @@ MAY_IMPORT = {
     "engine": {"backbone", "blocks", "data", "heads", "gating", "artifacts"},
     "training": {"backbone", "engine", "heads", "data", "artifacts"},
     "calibration": {"engine", "data", "gating", "artifacts"},
-    "drafters": {"blocks", "engine", "gating"},
+    "drafters": {"blocks", "engine", "gating", "heads"},
     "decoding": {"blocks", "engine", "drafters", "gating"},
-    "bench_methods": {"backbone", "engine", "drafters", "decoding", "gating"},
+    "costs": {"blocks", "engine", "drafters", "gating"},
+    "bench_methods": {"backbone", "engine", "costs", "drafters", "decoding"},
     "bench": {"artifacts", "bench_methods"},
     "evaluation": {"engine", "decoding", "drafters", "data", "artifacts"},
 }

@@ -9,7 +9,7 @@ from early_exit_cli import console
 from early_exit_cli.artifacts import write_json
 from early_exit_cli.cli.options import configured
 from early_exit_cli.config import InferenceConfig
-from early_exit_cli.errors import BundleError, ConfigError, DataError
+from early_exit_cli.errors import ConfigError, DataError
 from early_exit_cli.resolve import Resolved
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ def command(resolved: Resolved, as_json: bool) -> None:
     if settings.trace and settings.mode == "compare":
         raise ConfigError("--trace runs every head on every token and would spoil the times of --mode compare")
     model = load(resolved)
-    drafter = make_drafter(model, settings)
     width = choose_width(model, settings)
+    drafter = make_drafter(model, settings, width)
     encoded = [encode(model, settings, prompt["prompt"]) for prompt in prompts]
     if settings.prompts:
         answer_many(model, settings, drafter, width, prompts, encoded, as_json)
@@ -78,26 +78,20 @@ def load(resolved: Resolved) -> EarlyExitModel:
     return load_model(backbone_of_bundle(resolved), config.bundle, with_thresholds=not plain)
 
 
-def make_drafter(model: EarlyExitModel, settings: InferenceConfig) -> Drafter:
-    """The drafter of the mode and accuracy level.
-
-    Raises:
-        ConfigError: a level that was not calibrated.
-        BundleError: no calibration.
-    """
-    from early_exit_cli.drafters import ExitDrafter, NoDrafter
-    from early_exit_cli.gating import level_key
+def make_drafter(model: EarlyExitModel, settings: InferenceConfig, width: int) -> Drafter:
+    """The drafter of the mode and accuracy level; says on stderr which heads it leaves unread."""
+    from early_exit_cli.costs import exit_drafter
+    from early_exit_cli.drafters import NoDrafter
 
     if settings.mode == "full":
         return NoDrafter()
-    if model.thresholds is None:
-        raise BundleError("the bundle is not calibrated", hint="eexit calibrate --bundle FOLDER")
-    if level_key(settings.accuracy_level) not in model.thresholds.levels:
-        raise ConfigError(
-            f"accuracy level {level_key(settings.accuracy_level)} was not calibrated; "
-            f"calibrated: {', '.join(model.thresholds.levels)}"
+    drafter = exit_drafter(model, settings.accuracy_level, width, settings.read_heads)
+    if drafter.active is not None and len(drafter.active) < len(drafter.thresholds):
+        unread = [str(head) for head in range(len(drafter.thresholds)) if head not in drafter.active]
+        console.note(
+            f"head {', '.join(unread)} not read: by the costs measured here it would not pay (--read-heads all)"
         )
-    return ExitDrafter(model.thresholds.at(settings.accuracy_level))
+    return drafter
 
 
 def choose_width(model: EarlyExitModel, settings: InferenceConfig) -> int:

@@ -1,0 +1,163 @@
+"""What a pass costs on this device, and which heads are worth reading.
+
+Early exit earns what it skips and costs what it reads. Both differ between machines, so the costs are measured where the
+model runs, and combined with how often each head exits and how often it is right, which calibration has counted for every
+set of heads. The set with the highest expected tokens per second is read; where even the best set is below plain
+decoding, nothing is drafted.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from early_exit_cli.blocks import LARGEST_WIDTH
+from early_exit_cli.drafters import ExitDrafter
+from early_exit_cli.engine import EarlyExitModel
+from early_exit_cli.errors import BundleError, ConfigError
+from early_exit_cli.gating import entropy, level_key
+
+REPEATS = 7
+CONTEXT = 192
+NEED = 1.02
+"""A set of heads must be expected to beat plain decoding by this factor: exits come in runs, the model takes them as
+independent, and ties should fall to the simpler side."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Milliseconds on this device. per_block and finish by invariant width; head for reading one head of one row."""
+
+    per_block: dict[int, float]
+    finish: dict[int, float]
+    head: float
+
+    def plain(self, num_blocks: int) -> float:
+        """One token of plain decoding."""
+        width = min(self.per_block)
+        return self.per_block[width] * num_blocks + self.finish[width]
+
+
+@dataclass(frozen=True)
+class HeadSet:
+    """A set of heads at one level: for each, the share of tokens that exit there (after those before it in the set
+    declined) and how many of these agree with the backbone."""
+
+    heads: list[int]
+    exit_share: list[float]
+    agreement: list[float]
+
+
+def measure_costs(model: EarlyExitModel, widths: list[int]) -> Costs:
+    """Median milliseconds of each part, over a context of 192 tokens."""
+    cache = model.start([1] * CONTEXT, 2 * max(widths))
+    position, depth = CONTEXT - 1, model.blocks.num_blocks
+    tokens = [2 + index for index in range(max(widths))]
+
+    def median(call: Callable[[], Any]) -> float:
+        times = []
+        for _ in range(REPEATS):
+            started = time.perf_counter()
+            call()
+            if model.backbone.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+        return statistics.median(times) * 1000
+
+    per_block, finish = {}, {}
+    with torch.inference_mode():
+        for width in widths:
+            hidden = model.embed(tokens[:width])
+            final = model.run(hidden, cache, position, 0, depth)
+            per_block[width] = median(lambda h=hidden: model.run(h, cache, position, 0, depth)) / depth  # type: ignore[misc]
+            finish[width] = median(lambda h=final: model.finish(h))  # type: ignore[misc]
+        head = 0.0
+        if model.heads is not None:
+            heads, row = model.heads, model.embed(tokens[:1])
+
+            def read() -> None:
+                logits = heads.logits(0, row)
+                float(entropy(logits))
+
+            head = median(read)
+    return Costs(per_block, finish, head)
+
+
+def expected_rate(
+    costs: Costs, choice: HeadSet, exit_layers: list[int], num_blocks: int, widths: list[int], width: int
+) -> float:
+    """Expected tokens per millisecond when the heads of `choice` are read and at most width - 1 tokens are drafted.
+
+    Tokens exit and agree independently of each other in this model. A round drafts k tokens with probability
+    p^k (1 - p), or p^K at the cap K = width - 1, where p is the sum of exit shares; draft i counts when all before it
+    agree, a^i; one more token is the backbone's own (Leviathan et al. 2023, section 3.1, with a gate in front).
+    """
+    base = min(widths)
+    layers = [exit_layers[head] for head in choice.heads]
+    p = sum(choice.exit_share)
+    a = sum(s * r for s, r in zip(choice.exit_share, choice.agreement, strict=True)) / p if p else 0.0
+    block = costs.per_block[base]
+    # One drafting step: blocks up to the layer that decides, and a reading of every head on the way.
+    exits = sum(
+        share * (layer * block + (number + 1) * costs.head)
+        for number, (layer, share) in enumerate(zip(layers, choice.exit_share, strict=True))
+    )
+    declined = layers[-1] * block + len(layers) * costs.head
+    step_exit = exits / p if p else 0.0
+    cap = width - 1
+    tokens = time_spent = 0.0
+    for k in range(cap + 1):
+        chance = p**k * (1 - p) if k < cap else p**k
+        rows = next(w for w in widths if w >= k + 1)
+        last_step = declined if k < cap else layers[0] * block
+        begin = layers[0] if k else layers[-1]
+        verify = (num_blocks - begin) * costs.per_block[rows] + costs.finish[rows]
+        tokens += chance * (1 + sum(a**i for i in range(1, k + 1)))
+        time_spent += chance * (k * step_exit + last_step + verify)
+    return tokens / time_spent
+
+
+def choose_heads(model: EarlyExitModel, level: float, width: int, costs: Costs | None = None) -> list[int]:
+    """The heads to read at a level on this device; none when no set is expected to beat plain decoding.
+
+    A bundle whose calibration counted no sets (one made elsewhere) has all its heads read.
+    """
+    if model.heads is None:
+        return []
+    counted = model.record.get("calibration", {}).get("head_sets", {}).get(level_key(level))
+    if not counted:
+        return list(range(len(model.heads)))
+    widths = [w for w in model.blocks.widths if w <= max(width, min(model.blocks.widths))]
+    widths = widths if widths[-1] >= width else [*widths, model.blocks.pass_width(width)]
+    costs = costs or measure_costs(model, widths)
+    best, best_rate = [], NEED / costs.plain(model.blocks.num_blocks)
+    for entry in counted:
+        choice = HeadSet(entry["heads"], entry["exit_share"], entry["agreement"])
+        rate = expected_rate(costs, choice, model.heads.exit_layers, model.blocks.num_blocks, widths, width)
+        if rate > best_rate:
+            best, best_rate = choice.heads, rate
+    return best
+
+
+def exit_drafter(model: EarlyExitModel, level: float, width: int, read_heads: str) -> ExitDrafter:
+    """Early exit at a calibrated level, reading the heads that are worth it (`auto`) or `all`.
+
+    Raises:
+        BundleError: no calibration.
+        ConfigError: a level that was not calibrated, or a width out of range.
+    """
+    if model.thresholds is None:
+        raise BundleError("the bundle is not calibrated", hint="eexit calibrate --bundle FOLDER")
+    if level_key(level) not in model.thresholds.levels:
+        raise ConfigError(
+            f"accuracy level {level_key(level)} was not calibrated; calibrated: {', '.join(model.thresholds.levels)}"
+        )
+    if not 2 <= width <= LARGEST_WIDTH:
+        raise ConfigError(f"width {width} is out of range", hint=f"--width takes 2 to {LARGEST_WIDTH}")
+    active = choose_heads(model, level, width) if read_heads == "auto" else None
+    return ExitDrafter(model.thresholds.at(level), active)

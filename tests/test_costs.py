@@ -1,0 +1,104 @@
+"""Which heads are worth reading: the expected rate against a simulation, and the choice at the extremes."""
+
+import random
+
+import pytest
+import torch
+
+from early_exit_cli.calibration import count_head_sets
+from early_exit_cli.costs import Costs, HeadSet, choose_heads, expected_rate, measure_costs
+
+WIDTHS = [2, 4, 8]
+COSTS = Costs(per_block={2: 0.25, 4: 0.28, 8: 0.4}, finish={2: 2.5, 4: 3.0, 8: 5.0}, head=0.6)
+
+
+def simulate(choice: HeadSet, layers: list[int], depth: int, width: int, tokens: int) -> float:
+    """Tokens per millisecond of rounds played out by chance, with the same costs."""
+    dice = random.Random(0)
+    made = spent = 0.0
+    while made < tokens:
+        right = 0
+        all_right = True
+        k = 0
+        while True:
+            if k == width - 1:
+                spent += layers[0] * COSTS.per_block[2]
+                break
+            draw, head = dice.random(), None
+            for number, share in enumerate(choice.exit_share):
+                if draw < share:
+                    head = number
+                    break
+                draw -= share
+            if head is None:
+                spent += layers[-1] * COSTS.per_block[2] + len(layers) * COSTS.head
+                break
+            spent += layers[head] * COSTS.per_block[2] + (head + 1) * COSTS.head
+            k += 1
+            average = sum(s * r for s, r in zip(choice.exit_share, choice.agreement, strict=True)) / sum(
+                choice.exit_share
+            )
+            all_right = all_right and dice.random() < average
+            right += all_right
+        rows = next(w for w in WIDTHS if w >= k + 1)
+        spent += (depth - (layers[0] if k else layers[-1])) * COSTS.per_block[rows] + COSTS.finish[rows]
+        made += right + 1
+    return made / spent
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        HeadSet([0], [0.3], [0.8]),
+        HeadSet([0, 2], [0.2, 0.3], [0.9, 0.7]),
+        HeadSet([1], [0.9], [0.95]),
+        HeadSet([2], [0.0], [0.0]),
+    ],
+)
+def test_the_expected_rate_is_what_chance_gives(choice):
+    layers = [[8, 16, 23][head] for head in choice.heads]
+    expected = expected_rate(COSTS, choice, [8, 16, 23], 30, WIDTHS, 8)
+    assert expected == pytest.approx(simulate(choice, layers, 30, 8, 40_000), rel=0.02)
+
+
+def record(*sets):
+    return {
+        "calibration": {
+            "head_sets": {"0.80": [dict(zip(("heads", "exit_share", "agreement"), s, strict=True)) for s in sets]}
+        }
+    }
+
+
+def test_heads_that_never_exit_are_not_read(tiny_model):
+    model = tiny_model("llama")
+    model.record = record(([0], [0.0], [0.0]), ([0, 1, 2], [0.0, 0.0, 0.01], [0.0, 0.0, 0.5]))
+    assert choose_heads(model, 0.8, 8, COSTS) == []
+
+
+def test_the_set_that_earns_most_is_read(tiny_model):
+    model = tiny_model("llama")
+    model.record = record(([0], [0.05], [0.8]), ([1], [0.95], [0.99]), ([0, 1], [0.05, 0.9], [0.8, 0.99]))
+    costs = Costs(COSTS.per_block, COSTS.finish, 0.05)
+    assert choose_heads(model, 0.8, 8, costs) in ([1], [0, 1])
+
+
+def test_a_bundle_without_counts_has_all_heads_read(tiny_model):
+    model = tiny_model("llama")
+    model.record = {}
+    assert choose_heads(model, 0.8, 8, COSTS) == [0, 1, 2]
+
+
+def test_head_sets_are_counted_in_order():
+    entropies = torch.tensor([[0.1, 0.9, 0.2, 0.9], [0.1, 0.1, 0.9, 0.1]])
+    correct = torch.tensor([[True, True, False, True], [True, False, True, True]])
+    counted = {tuple(entry["heads"]): entry for entry in count_head_sets(entropies, correct, [0.5, 0.5])}
+    assert counted[(0,)] == {"heads": [0], "exit_share": [0.5], "agreement": [0.5]}
+    assert counted[(1,)]["exit_share"] == [0.75]
+    assert counted[(0, 1)]["exit_share"] == [0.5, 0.5]
+    assert counted[(0, 1)]["agreement"] == [0.5, 0.5]
+
+
+def test_measured_costs_are_times_of_this_device(tiny_model):
+    costs = measure_costs(tiny_model("llama"), [8, 16])
+    assert set(costs.per_block) == set(costs.finish) == {8, 16}
+    assert all(value > 0 for value in [*costs.per_block.values(), *costs.finish.values(), costs.head])
