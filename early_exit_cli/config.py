@@ -247,7 +247,7 @@ class BenchConfig(Section):
     categories: NameList = setting([], "Only these categories; MT-bench's eight are mt_bench.")
     max_tokens: int = setting(128, "New tokens, at most.", ge=1, aliases=("--max-new-tokens",))
     repeats: int = setting(3, "Repeats; the median of a prompt counts.", ge=1)
-    accuracy_level: float = setting(0.75, "Level of the method adaptive.", gt=0.0, lt=1.0)
+    accuracy_level: float = setting(0.9, "Level of the method adaptive.", gt=0.0, lt=1.0)
     read_heads: Literal["auto", "all"] = setting("auto", "Adaptive: read the heads that are worth it here, or all.")
     output_dir: Path = setting(Path("runs/bench"), "Folder of records.jsonl, report.json and run.json.")
 

@@ -32,10 +32,11 @@ Progress = Callable[[int, int, int], None]
 
 @dataclass(frozen=True)
 class Document:
-    """Token ids of one text; `source` names where it came from."""
+    """Token ids of one text. `source` names where it came from; the backbone's own answer begins at `answer_start`."""
 
     ids: list[int]
     source: str
+    answer_start: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,13 @@ class Batch:
     """Packed sequences.
 
     input_ids: [batch, seq] int64. documents: [batch, seq] int64, the number of the document a token belongs to within
-    its row, IGNORED (-1) for padding. positions need no tensor: rotary attention sees differences only.
+    its row, IGNORED (-1) for padding. answers: [batch, seq] bool, the token is of an answer (of plain text, all are).
+    positions need no tensor: rotary attention sees differences only.
     """
 
     input_ids: Tensor
     documents: Tensor
+    answers: Tensor
 
     @property
     def valid(self) -> Tensor:
@@ -55,10 +58,14 @@ class Batch:
         return self.documents != IGNORED
 
     @property
-    def next_token_valid(self) -> Tensor:
-        """[batch, seq] bool: the following token is of the same document, so predicting it is a fair question."""
+    def measured(self) -> Tensor:
+        """[batch, seq] bool: the following token is of the same document, and of an answer.
+
+        Heads are calibrated and scored on these positions only: a chat template and a prompt are never decoded, and
+        the template's fixed words would flatter every head.
+        """
         same = torch.zeros_like(self.documents, dtype=torch.bool)
-        same[:, :-1] = self.documents[:, 1:] == self.documents[:, :-1]
+        same[:, :-1] = (self.documents[:, 1:] == self.documents[:, :-1]) & self.answers[:, 1:]
         return same & self.valid
 
     def block_mask(self) -> Tensor:
@@ -69,7 +76,7 @@ class Batch:
         return (causal & same)[:, None]
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.input_ids.to(device), self.documents.to(device))
+        return Batch(self.input_ids.to(device), self.documents.to(device), self.answers.to(device))
 
 
 def read_records(config: DataConfig) -> list[dict[str, Any]]:
@@ -212,6 +219,7 @@ def pack(documents: list[Document], max_length: int, pad_id: int) -> list[Batch]
     rows: list[Batch] = []
     ids: list[int] = []
     owners: list[int] = []
+    answers: list[bool] = []
     owner = 0
 
     def close() -> None:
@@ -221,10 +229,12 @@ def pack(documents: list[Document], max_length: int, pad_id: int) -> list[Batch]
             Batch(
                 torch.tensor([ids + [pad_id] * missing], dtype=torch.int64),
                 torch.tensor([owners + [IGNORED] * missing], dtype=torch.int64),
+                torch.tensor([answers + [False] * missing]),
             )
         )
         ids.clear()
         owners.clear()
+        answers.clear()
         owner = 0
 
     for document in documents:
@@ -233,6 +243,7 @@ def pack(documents: list[Document], max_length: int, pad_id: int) -> list[Batch]
             piece = document.ids[start : start + max_length - len(ids)]
             ids.extend(piece)
             owners.extend([owner] * len(piece))
+            answers.extend(place >= document.answer_start for place in range(start, start + len(piece)))
             owner += 1
             start += len(piece)
             if len(ids) == max_length:
@@ -249,7 +260,11 @@ def batches(rows: list[Batch], batch_size: int, seed: int | None = None) -> Iter
         random.Random(seed).shuffle(order)
     for start in range(0, len(order), batch_size):
         chosen = [rows[index] for index in order[start : start + batch_size]]
-        yield Batch(torch.cat([row.input_ids for row in chosen]), torch.cat([row.documents for row in chosen]))
+        yield Batch(
+            torch.cat([row.input_ids for row in chosen]),
+            torch.cat([row.documents for row in chosen]),
+            torch.cat([row.answers for row in chosen]),
+        )
 
 
 def answer_prompts(
@@ -288,7 +303,7 @@ def answer_prompts(
             file.flush()
             if progress:
                 progress(len(answers), len(prompts), done)
-    return [Document(ids + answers[index], source) for index, (source, ids) in enumerate(prompts)]
+    return [Document(ids + answers[index], source, len(ids)) for index, (source, ids) in enumerate(prompts)]
 
 
 def _read_answers(path: Path) -> dict[int, list[int]]:

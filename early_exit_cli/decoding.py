@@ -8,7 +8,6 @@ Rolling back is `cache.length`. Greedy, one text at a time.
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Container, Iterator
 from dataclasses import asdict, dataclass, field
@@ -19,7 +18,7 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from early_exit_cli.blocks import LARGEST_WIDTH, KVCache
-from early_exit_cli.drafters import Draft, Drafter, Exit, Row
+from early_exit_cli.drafters import Draft, Drafter, Exit, catch_up
 from early_exit_cli.engine import EarlyExitModel
 from early_exit_cli.errors import ConfigError
 from early_exit_cli.gating import entropy
@@ -129,42 +128,21 @@ def verify(
     Returns:
         (final normed states [rows, hidden], the backbone's choice after each row, head readings per row when traced).
     """
-    rows = draft.rows or [{0: hidden} for hidden in model.embed([pending, *draft.tokens]).split(1)]
-    layers = {layer for row in rows for layer in row}
+    rows = draft.rows
+    if trace or not rows:  # a trace needs every row at every exit layer, also where drafting did not stop
+        rows = [{0: hidden} for hidden in model.embed([pending, *draft.tokens]).split(1)]
     readings: list[list[HeadReading]] = [[] for _ in rows] if trace else []
     if trace and model.heads is not None:
-        layers.update(layer for layer in model.heads.exit_layers if layer > min(layers))
-    states, choices = model.finish(torch.cat(catch_up(model, cache, rows, sorted(layers))))
-    if trace and model.heads is not None:
         for head, exit_layer in enumerate(model.heads.exit_layers):
-            if exit_layer < min(layers):
-                continue  # drafting went past this head without a stop
+            catch_up(model, cache, rows, exit_layer)
             logits = model.heads.logits(head, torch.cat([row[exit_layer] for row in rows]))
             chosen = model.heads.token_ids(logits.argmax(-1)).tolist()
             for row_readings, token, uncertainty in zip(readings, chosen, entropy(logits).tolist(), strict=True):
                 row_readings.append(HeadReading(head, token, uncertainty))
+    depth = model.blocks.num_blocks
+    catch_up(model, cache, rows, depth)
+    states, choices = model.finish(torch.cat([row[depth] for row in rows]))
     return states, choices.tolist(), readings
-
-
-def catch_up(model: EarlyExitModel, cache: KVCache, rows: list[Row], layers: list[int]) -> list[Tensor]:
-    """Bring rows that stopped at different `layers` to the end of the blocks; their final states, [1, hidden] each.
-
-    From layer to layer only the stretch of rows that are still behind is run. Padding of a pass would overwrite the
-    keys and values of rows behind the stretch, so it grows over those rows instead, which gives them the same bits
-    once more; only behind the last row is padding free to fall.
-    """
-    for layer, following in itertools.pairwise([*layers, model.blocks.num_blocks]):
-        behind = [place for place, row in enumerate(rows) if following not in row]
-        if not behind:
-            continue
-        first, last = behind[0], behind[-1] + 1
-        last = min(first + model.blocks.pass_width(last - first), len(rows))
-        hidden = model.run(
-            torch.cat([row[layer] for row in rows[first:last]]), cache, cache.length + first, layer, following
-        )
-        for row, state in zip(rows[first:last], hidden.split(1), strict=True):
-            row[following] = state
-    return [row[model.blocks.num_blocks] for row in rows]
 
 
 @dataclass(frozen=True)

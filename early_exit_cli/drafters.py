@@ -11,6 +11,7 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from early_exit_cli.blocks import KVCache
@@ -45,6 +46,21 @@ class Draft:
     tokens: list[int] = field(default_factory=list)
     exits: list[Exit] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
+
+
+def catch_up(model: EarlyExitModel, cache: KVCache, rows: list[Row], layer: int) -> None:
+    """Bring all rows to `layer` blocks, in passes over those that stopped earlier.
+
+    Rows stand one after another from the pending token on, and no row has run deeper than one before it: its keys and
+    values would have been missing there. So the rows behind are always the last ones, and no block runs twice.
+    """
+    while layer not in rows[-1]:
+        start = max(rows[-1])
+        first = next(place for place, row in enumerate(rows) if max(row) == start)
+        target = min(layer, max(rows[first - 1])) if first else layer
+        hidden = model.run(torch.cat([row[start] for row in rows[first:]]), cache, cache.length + first, start, target)
+        for row, state in zip(rows[first:], hidden.split(1), strict=True):
+            row[target] = state
 
 
 class Drafter(Protocol):
@@ -86,11 +102,10 @@ class ExitDrafter:
         token = pending
         while True:
             position = cache.length + len(draft.tokens)
-            row = {first_layer: model.run(model.embed([token]), cache, position, 0, first_layer)}
-            draft.rows.append(row)
+            draft.rows.append({first_layer: model.run(model.embed([token]), cache, position, 0, first_layer)})
             if len(draft.tokens) == limit:
                 return draft
-            found = self._read_heads(model, heads, active, cache, row, position)
+            found = self._read_heads(model, heads, active, cache, draft.rows)
             if found is None:
                 return draft
             token, reason = found
@@ -100,16 +115,17 @@ class ExitDrafter:
                 return draft
 
     def _read_heads(
-        self, model: EarlyExitModel, heads: ExitHeads, active: list[int], cache: KVCache, row: Row, position: int
+        self, model: EarlyExitModel, heads: ExitHeads, active: list[int], cache: KVCache, rows: list[Row]
     ) -> tuple[int, Exit] | None:
-        """Go from head to head until one is sure; None when none is. Every state passed is kept in `row`."""
-        layer = next(iter(row))
+        """Go from head to head with the last row until one is sure; None when none is.
+
+        A deeper head needs the keys of the drafted tokens before it, so these go deeper too, in the same pass: blocks
+        that verification would have to run anyway.
+        """
         for head in active:
             exit_layer, threshold = heads.exit_layers[head], self.thresholds[head]
-            if exit_layer > layer:
-                row[exit_layer] = model.run(row[layer], cache, position, layer, exit_layer)
-                layer = exit_layer
-            logits = heads.logits(head, row[layer])
+            catch_up(model, cache, rows, exit_layer)
+            logits = heads.logits(head, rows[-1][exit_layer])
             uncertainty = float(entropy(logits))
             if may_exit(uncertainty, threshold):
                 return int(heads.token_ids(logits.argmax(-1))), Exit(head, exit_layer, uncertainty, threshold)

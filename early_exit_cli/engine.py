@@ -291,7 +291,7 @@ class Readings:
 
 
 def read_batch(model: EarlyExitModel, batch: Batch) -> Readings:
-    """Run a packed batch and read every head; padding and the last token of a document do not count.
+    """Run a packed batch and read every head at the positions that count (`Batch.measured`).
 
     Raises:
         NumericsError: NaN or infinite logits of the backbone.
@@ -300,7 +300,7 @@ def read_batch(model: EarlyExitModel, batch: Batch) -> Readings:
     batch = batch.to(model.backbone.device)
     with torch.inference_mode():
         states = model.backbone.hidden_states_at(batch.input_ids, batch.block_mask(), heads.exit_layers)
-        valid = batch.next_token_valid
+        valid = batch.measured
         targets = batch.input_ids.roll(-1, 1)[valid]
         *exits, final = [state[valid] for state in states]
         backbone_logits = model.backbone.lm_head(final)

@@ -274,11 +274,11 @@ class Trainer:
             self._epoch = (epoch, list(batches(self.rows, size, seed=self.config.seed * 1_000_003 + epoch)))
         return self._epoch[1][index].to(self.backbone.device)
 
-    def _states(self, batch: Batch) -> tuple[list[Tensor], Teacher]:
-        """Run the backbone: one [positions, hidden] per head, padding left out, and what the backbone says itself."""
+    def _states(self, batch: Batch, positions: Tensor) -> tuple[list[Tensor], Teacher]:
+        """Run the backbone: at `positions` ([batch, seq] bool), the states per head and what the backbone says itself."""
         with torch.no_grad():
             states = self.backbone.hidden_states_at(batch.input_ids, batch.block_mask(), self.heads.exit_layers)
-            *exits, final = [state[batch.valid] for state in states]
+            *exits, final = [state[positions] for state in states]
             return exits, teach(self.backbone, final, self.heads.draft_vocab)
 
     def _autocast(self) -> torch.autocast:
@@ -290,7 +290,7 @@ class Trainer:
         accumulation = self.config.gradient_accumulation_steps
         for micro in range(accumulation):
             batch = self._batch(self.step * accumulation + micro)
-            exits, teacher = self._states(batch)
+            exits, teacher = self._states(batch, batch.valid)
             with self.accelerator.accumulate(self.model):
                 with self._autocast():
                     logits = self.model(exits)
@@ -315,7 +315,7 @@ class Trainer:
         with torch.no_grad():
             for batch in batches(self.held_out, self.config.batch_size):
                 batch = batch.to(self.backbone.device)
-                exits, teacher = self._states(batch)
+                exits, teacher = self._states(batch, batch.measured)
                 with self._autocast():
                     rows = self.heads(exits)
                 for head, row in enumerate(rows):

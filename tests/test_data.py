@@ -28,7 +28,18 @@ def test_attention_and_targets_never_cross_documents():
     mask = row.block_mask()[0, 0]
     assert mask[2].tolist() == [True, True, True] + [False] * 5
     assert mask[4].tolist() == [False] * 3 + [True, True] + [False] * 3
-    assert row.next_token_valid[0].tolist() == [True, True, False, True, False, False, False, False]
+    assert row.measured[0].tolist() == [True, True, False, True, False, False, False, False]
+
+
+def test_only_answers_are_measured():
+    """Of [prompt 1 2][answer 3 4], the positions that predict 3 and 4 count; a cut answer goes on in the next row."""
+    first, second = pack(
+        [Document([1, 2, 3, 4], "a", answer_start=2), Document([5, 6, 7], "b", answer_start=1)], 6, pad_id=0
+    )
+    assert first.measured[0].tolist() == [False, True, True, False, True, False]
+    assert second.input_ids[0, 0] == 7
+    assert first.answers[0].tolist() == [False, False, True, True, False, True]
+    assert second.answers[0].tolist() == [True] + [False] * 5
 
 
 def test_packed_documents_give_the_states_they_have_alone(tiny_backbone):

@@ -136,8 +136,14 @@ def test_states_of_adaptive_decoding_are_the_plain_ones_bit_for_bit(smollm2_mode
         ]
     )
     partly = accepted = 0
-    for share in (0.0, 0.2, 0.5, 0.9):
-        drafter = ExitDrafter(readings.quantile(share, 0).tolist())
+    some = readings.quantile(0.5, 0).tolist()
+    mixed = [readings.quantile(0.1, 0).tolist()[0], some[1], 1e9]  # rows of one draft stop at different depths
+    for drafter in (
+        *(ExitDrafter(readings.quantile(share, 0).tolist()) for share in (0.2, 0.5, 0.9)),
+        ExitDrafter(mixed),
+        ExitDrafter(some, active=[2]),
+        ExitDrafter(some, active=[0, 2]),
+    ):
         for width in (4, 8, 16):
             run = generate(model, prompt, drafter, 48, mode="adaptive", width=width, keep_states=True)
             assert run.token_ids == plain.token_ids

@@ -17,10 +17,11 @@ def test_the_bundle_is_complete_and_under_20_mb():
     assert sum(path.stat().st_size for path in BUNDLE.iterdir()) < 20_000_000
 
 
-@pytest.mark.parametrize("level", ["0.60", "0.75", "0.99"])
+@pytest.mark.parametrize("level", ["0.60", "0.80", "0.99"])
 def test_adaptive_answers_are_the_plain_ones_bit_for_bit(level):
     code, out, err = eexit(
         "infer", "--mode", "compare", "--repeats", "1", "--max-tokens", "64", "--accuracy-level", level, "--json",
+        "--read-heads", "all",
         "--prompt", "A shop sells 3 apples for 2 dollars. How much do 12 apples cost? Think step by step.",
     )  # fmt: skip
     assert code == 0, err
@@ -31,9 +32,13 @@ def test_adaptive_answers_are_the_plain_ones_bit_for_bit(level):
     assert len(record["full"]["token_ids"]) > 20
 
 
-def test_the_shipped_heads_agree_with_the_backbone_as_recorded():
-    """Agreement on text this test brings along is near what the record says of held-out answers."""
+def test_the_records_of_the_bundle_belong_together():
+    """Deeper heads agree more; calibration.json and eexit.json are of the same calibration; no path of a machine."""
     record = json.loads((BUNDLE / "eexit.json").read_text())
+    calibration = json.loads((BUNDLE / "calibration.json").read_text())
     shares = [head["agreement"] for head in record["calibration"]["heads"]]
-    assert shares == sorted(shares)  # deeper heads agree more
-    assert shares[-1] > 0.6
+    assert shares == sorted(shares)
+    assert shares[-1] > 0.5
+    assert [calibration["statistics"][str(head)]["overall_accuracy"] for head in range(3)] == shares
+    assert set(record["calibration"]["head_sets"]) == set(calibration["thresholds"])
+    assert not Path(record["training"]["data"]["dataset_name"]).is_absolute()
