@@ -6,7 +6,8 @@ The contract of both runners, on which every promise of this program stands:
 * The KV cache is one preallocated buffer per block. A pass overwrites its rows there; what lies behind the last
   committed token is never read, so rolling back is forgetting a number.
 * **Width invariance**: for widths of `widths`, a token's result has the same bits whatever its row, its neighbours
-  (rejected drafts, padding), the width and the number of keys read. `measure_widths` checks this on the device at hand.
+  (rejected drafts, padding) and the width. `measure_widths` checks this on the device at hand. The number of keys read
+  may change the last bits, so a pass always reads the whole buffer, masked: one length for a request.
 
 `HFBlocks` runs the library's own modules, for any supported family. `FusedBlocks` is our lean path for the Llama shape:
 merged projections, grouped-query attention with the query heads of one key head laid side by side as rows (no repeated
@@ -51,14 +52,13 @@ LinearMap = Callable[[Tensor], Tensor]
 class Rows:
     """What a pass needs to know of its rows, made once and shared by all blocks.
 
-    cos, sin: [width, 1, head_dim]; sin carries the sign of rotate_half. keys: how many keys are read.
-    masks: window -> additive mask [1, 1, width, keys]. grouped: the same with each row repeated for the query heads of
-    a key head, [1, 1, width * group, keys].
+    cos, sin: [width, 1, head_dim]; sin carries the sign of rotate_half.
+    masks: window -> additive mask [1, 1, width, capacity]. grouped: the same with each row repeated for the query heads
+    of a key head, [1, 1, width * group, capacity].
     """
 
     position: int
     width: int
-    keys: int
     cos: Tensor
     sin: Tensor
     masks: dict[int | None, Tensor]
@@ -98,7 +98,6 @@ class Blocks(ABC):
         self.head_dim = int(getattr(config, "head_dim", None) or backbone.hidden_size // self.query_heads)
         self.windows = [backbone.window_of(block) for block in range(self.num_blocks)]
         self.widths: tuple[int, ...] = (LARGEST_WIDTH,)
-        self.reads_fewer_keys = False
         self.is_invariant = False
         self.argmax_widths: tuple[int, ...] = ()
         self.exact_argmax: ExactArgmax | None = None
@@ -152,20 +151,21 @@ class Blocks(ABC):
         if kept is not None and kept.position == position and kept.width == width:
             return kept
         end = position + width
-        keys = min(-(-end // KEY_STEP) * KEY_STEP, cache.capacity) if self.reads_fewer_keys else cache.capacity
         device, dtype = self.backbone.device, self.backbone.dtype
         row = torch.arange(position, end, device=device)[:, None]
-        key = torch.arange(keys, device=device)
+        key = torch.arange(cache.capacity, device=device)
         masks: dict[int | None, Tensor] = {}
         grouped: dict[int | None, Tensor] = {}
         for window in set(self.windows):
             hidden_keys = key > row
             if window is not None:
                 hidden_keys |= key <= row - window
-            mask = torch.zeros(width, keys, dtype=dtype, device=device).masked_fill_(hidden_keys, float("-inf"))
+            mask = torch.zeros(width, cache.capacity, dtype=dtype, device=device).masked_fill_(
+                hidden_keys, float("-inf")
+            )
             masks[window] = mask[None, None]
             grouped[window] = mask.repeat_interleave(self.query_heads // self.kv_heads, 0)[None, None]
-        cache.rows = Rows(position, width, keys, cache.cos[position:end], cache.sin[position:end], masks, grouped)
+        cache.rows = Rows(position, width, cache.cos[position:end], cache.sin[position:end], masks, grouped)
         return cache.rows
 
     def pass_width(self, rows: int) -> int:
@@ -211,7 +211,7 @@ class _LibraryCache:
         stored_keys, stored_values = self.cache.keys[block], self.cache.values[block]
         stored_keys[:, rows.position : end] = keys[0]
         stored_values[:, rows.position : end] = values[0]
-        return stored_keys[None, :, : rows.keys], stored_values[None, :, : rows.keys]
+        return stored_keys[None], stored_values[None]
 
 
 class FusedBlocks(Blocks):
@@ -254,7 +254,7 @@ class FusedBlocks(Blocks):
     def run(self, hidden: Tensor, cache: KVCache, position: int, first: int, last: int) -> Tensor:
         width = hidden.shape[0]
         rows = self.rows(cache, position, width)
-        end, keys = position + width, rows.keys
+        end = position + width
         heads = self.query_heads + self.kv_heads
         group = self.query_heads // self.kv_heads
         split = self.query_heads * self.head_dim
@@ -282,8 +282,8 @@ class FusedBlocks(Blocks):
             )
             attended = F.scaled_dot_product_attention(
                 query,
-                stored_keys[None, :, :keys],
-                stored_values[None, :, :keys],
+                stored_keys[None],
+                stored_values[None],
                 attn_mask=rows.grouped[self.windows[block]],
                 scale=self.scale,
             )
@@ -403,17 +403,13 @@ def make_blocks(backbone: Backbone, runner: str = "auto") -> Blocks:
     path = user_cache_dir() / "widths" / f"{sha256_of(json.dumps(identity, sort_keys=True))[:24]}.json"
     try:
         found = read_json(path)
-        blocks.widths, blocks.reads_fewer_keys = (
-            tuple(map(int, found["widths"])),
-            bool(found["reads_fewer_keys"]),
-        )
+        blocks.widths = tuple(map(int, found["widths"]))
         blocks.is_invariant, blocks.argmax_widths = bool(found["is_invariant"]), tuple(map(int, found["argmax_widths"]))
     except (BundleError, KeyError, TypeError, ValueError):
         with torch.inference_mode():
             measure_widths(blocks)
         measured = {
             "widths": list(blocks.widths),
-            "reads_fewer_keys": blocks.reads_fewer_keys,
             "is_invariant": blocks.is_invariant,
             "argmax_widths": list(blocks.argmax_widths),
         }
@@ -427,11 +423,10 @@ def measure_widths(blocks: Blocks) -> None:
     """Find the widths at which a token's bits depend on nothing but the tokens before it, and set them on `blocks`.
 
     The same tokens are run at the largest width, then at every other one in windows that put each token into other
-    rows with other neighbours: all blocks and the LM head, compared bit for bit; and one block far into a long text.
-    Then with as few keys read as possible. Where even the largest width disagrees with itself in other rows, it is the
-    only one used and `is_invariant` is false: nothing is promised there.
+    rows with other neighbours: all blocks and the LM head, compared bit for bit; and one block over random keys, at
+    many lengths and positions. Where even the largest width disagrees with itself in other rows, it is the only one
+    used and `is_invariant` is false: nothing is promised there.
     """
-    blocks.reads_fewer_keys = False
     probe = _Probe(blocks)
     blocks.is_invariant = probe.agrees(LARGEST_WIDTH)
     found = (
@@ -440,7 +435,6 @@ def measure_widths(blocks: Blocks) -> None:
         else []
     )
     blocks.widths = (*found, LARGEST_WIDTH)
-    blocks.reads_fewer_keys = blocks.is_invariant and probe.agrees_with_fewer_keys()
     head = blocks.backbone.lm_head
     if head.bias is None and usable(head.weight):
         blocks.argmax_widths = faster_widths(ExactArgmax(head.weight), probe.reference[0], blocks.widths)
@@ -451,8 +445,12 @@ class _Probe:
 
     length = 2 * LARGEST_WIDTH
     offset = 3
-    far_positions = (60, 125, 300, 505, 700, 1010, 1500)
-    far_capacity = 2048
+    far = tuple(
+        (capacity, int(capacity * share))
+        for capacity in (128, 256, 320, 512, 768, 832, 1024, 2048)
+        for share in (0.4, 0.85)
+    )
+    """(keys in the buffer, position of the first row) of the passes over random keys."""
 
     def __init__(self, blocks: Blocks) -> None:
         self.blocks = blocks
@@ -464,10 +462,10 @@ class _Probe:
 
         self.ids = torch.randint(backbone.vocab_size, (self.length,), generator=generator).to(backbone.device)
         self.hidden = random(LARGEST_WIDTH, backbone.hidden_size)
-        self.far_keys = random(blocks.kv_heads, self.far_capacity, blocks.head_dim)
-        self.far_values = random(blocks.kv_heads, self.far_capacity, blocks.head_dim)
+        self.far_keys = random(blocks.kv_heads, self.far[-1][0], blocks.head_dim)
+        self.far_values = random(blocks.kv_heads, self.far[-1][0], blocks.head_dim)
         self.reference = self._outputs(LARGEST_WIDTH, 0, None)
-        self.far_reference = self._far(LARGEST_WIDTH)
+        self.far_reference = self._far(LARGEST_WIDTH, 0)
 
     def _outputs(self, width: int, offset: int, prefix: KVCache | None) -> tuple[Tensor, Tensor, KVCache]:
         """Normed final states and logits of tokens `offset` and on, in windows of `width`, over an earlier KV cache."""
@@ -484,14 +482,16 @@ class _Probe:
         logits = torch.cat([blocks.logits(states[start : start + width]) for start in range(0, states.shape[0], width)])
         return states, logits, cache
 
-    def _far(self, width: int) -> list[Tensor]:
-        """The first `width` random states through block 0 at each far position; every row sees all keys before it."""
-        cache = self.blocks.new_cache(self.far_capacity)
+    def _far(self, width: int, offset: int) -> list[Tensor]:
+        """`width` of the random states, from the `offset`-th on, through block 0 over the random keys."""
         results = []
-        for position in self.far_positions:
-            cache.keys[0].copy_(self.far_keys)
-            cache.values[0].copy_(self.far_values)
-            results.append(self.blocks.run(self.hidden[:width], cache, position, 0, 1))
+        for capacity, position in self.far:
+            cache = self.blocks.new_cache(capacity)
+            cache.keys[0].copy_(self.far_keys[:, :capacity])
+            cache.values[0].copy_(self.far_values[:, :capacity])
+            if offset:  # the rows before are there already
+                self.blocks.run(self.hidden, cache, position, 0, 1)
+            results.append(self.blocks.run(self.hidden[offset : offset + width], cache, position + offset, 0, 1))
         return results
 
     def agrees(self, width: int) -> bool:
@@ -501,16 +501,10 @@ class _Probe:
         return (
             torch.equal(states, self.reference[0][self.offset : end])
             and torch.equal(logits, self.reference[1][self.offset : end])
-            and all(
-                torch.equal(far, whole[:width]) for far, whole in zip(self._far(width), self.far_reference, strict=True)
-            )
+            and self._far_agrees(width, 0)
+            and (width == LARGEST_WIDTH or self._far_agrees(width, min(self.offset, LARGEST_WIDTH - width)))
         )
 
-    def agrees_with_fewer_keys(self) -> bool:
-        """Whether reading only the keys a pass needs, instead of the whole buffer, keeps the bits; leaves it switched on."""
-        self.blocks.reads_fewer_keys = True
-        return all(
-            torch.equal(far, whole[:width])
-            for width in self.blocks.widths
-            for far, whole in zip(self._far(width), self.far_reference, strict=True)
-        )
+    def _far_agrees(self, width: int, offset: int) -> bool:
+        pairs = zip(self._far(width, offset), self.far_reference, strict=True)
+        return all(torch.equal(rows, whole[offset : offset + width]) for rows, whole in pairs)

@@ -65,7 +65,7 @@ class EarlyExitModel:
         outside = [token for token in prompt_ids if not 0 <= token < self.backbone.embedding.num_embeddings]
         if outside:
             raise ConfigError(f"token {outside[0]} of the prompt is not in the vocabulary")
-        cache = self.blocks.new_cache(len(prompt_ids) + max_new_tokens + max(LARGEST_WIDTH, PREFILL_WIDTH))
+        cache = self.blocks.new_cache(len(prompt_ids) + max_new_tokens + LARGEST_WIDTH)
         for position in range(0, len(prompt_ids) - 1, PREFILL_WIDTH):
             tokens = prompt_ids[position : min(position + PREFILL_WIDTH, len(prompt_ids) - 1)]
             self.run(self.embed(tokens), cache, position, 0, self.blocks.num_blocks)
