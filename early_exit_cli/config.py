@@ -206,7 +206,7 @@ class InferenceConfig(Section):
     limit: int | None = setting(None, "With --prompts: answer only the first so many.", ge=1)
     max_tokens: int = setting(128, "New tokens, at most.", ge=1, aliases=("--max-new-tokens",))
     accuracy_level: float = setting(
-        0.75, "Target accuracy of exited tokens; must be a calibrated level.", gt=0.0, lt=1.0
+        0.9, "Target accuracy of exited tokens; must be a calibrated level.", gt=0.0, lt=1.0
     )
     width: int | None = setting(
         None,
