@@ -7,6 +7,7 @@ its tokens over all those medians; a speed-up is the ratio of two such figures o
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 from collections import defaultdict
@@ -31,7 +32,8 @@ def category_of(row: dict[str, Any]) -> str:
 
 
 def select_prompts(rows: list[dict[str, Any]], config: BenchConfig) -> list[dict[str, Any]]:
-    """At most `limit` prompts of each category, evenly spread over the file, so that no part of it is left out.
+    """At most `limit` prompts of each category, evenly spread over the file; one of each category after another, so that
+    a machine that drifts, or a run cut short, treats all categories alike.
 
     Raises:
         DataError: a category that the file does not hold.
@@ -43,12 +45,12 @@ def select_prompts(rows: list[dict[str, Any]], config: BenchConfig) -> list[dict
     missing = [name for name in wanted if name not in groups]
     if missing:
         raise DataError(f"no prompts of category {', '.join(missing)}; there are {', '.join(groups)}")
-    chosen = []
+    columns = []
     for name in wanted:
         group = groups[name]
         count = min(config.limit or len(group), len(group))
-        chosen += [group[index * len(group) // count] for index in range(count)]
-    return chosen
+        columns.append([group[index * len(group) // count] for index in range(count)])
+    return [row for rows in itertools.zip_longest(*columns) for row in rows if row is not None]
 
 
 def run_bench(
