@@ -14,9 +14,12 @@ import importlib.util
 import json
 import math
 import shutil
+import signal
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -142,6 +145,31 @@ def teach(backbone: Backbone, final: Tensor, draft_vocab: Tensor | None) -> Teac
     return Teacher(choices, torch.softmax(kept, -1), mass)
 
 
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Turn Ctrl-C and SIGTERM into a question to ask between steps; a second one ends the process at once.
+
+    An interrupt raised in the middle of a step may fall into a callback of a library and be lost there.
+    """
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, _frame: Any) -> None:
+        asked.append(number)
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class Trainer:
     """The training loop's state; `run` goes from the current step to the end."""
 
@@ -226,26 +254,29 @@ class Trainer:
         self.accelerator.init_trackers("eexit", config=json.loads(config.model_dump_json()))
         agreement: list[float] = []
         try:
-            while self.step < config.max_steps:
-                losses = self._optimizer_step()
-                self.step += 1
-                last = self.step == config.max_steps
-                agreement = self.evaluate() if last or self.step % config.eval_every == 0 else []
-                if agreement:
-                    self._keep(agreement)
-                if last or self.step % config.save_every == 0:
-                    self.save_checkpoint()
-                report = StepReport(
-                    self.step,
-                    config.max_steps,
-                    losses,
-                    self.schedule.get_last_lr()[0],
-                    (self.tokens_seen - seen_before) / (time.perf_counter() - started),
-                    agreement or None,
-                )
-                self._track(report)
-                if on_step and self.accelerator.is_main_process:
-                    on_step(report)
+            with stop_requests() as stopped:
+                while self.step < config.max_steps:
+                    losses = self._optimizer_step()
+                    self.step += 1
+                    last = self.step == config.max_steps
+                    agreement = self.evaluate() if last or self.step % config.eval_every == 0 else []
+                    if agreement:
+                        self._keep(agreement)
+                    if last or self.step % config.save_every == 0:
+                        self.save_checkpoint()
+                    report = StepReport(
+                        self.step,
+                        config.max_steps,
+                        losses,
+                        self.schedule.get_last_lr()[0],
+                        (self.tokens_seen - seen_before) / (time.perf_counter() - started),
+                        agreement or None,
+                    )
+                    self._track(report)
+                    if on_step and self.accelerator.is_main_process:
+                        on_step(report)
+                    if stopped():
+                        raise KeyboardInterrupt
         except KeyboardInterrupt:
             self.save_checkpoint()
             raise
