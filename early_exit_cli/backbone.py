@@ -11,7 +11,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,6 @@ class Backbone:
     name: str
     quantization: str
     revision: str | None = None
-    source: str = field(default="", repr=False)
 
     @property
     def config(self) -> Any:
@@ -221,7 +220,6 @@ def load_backbone(config: BackboneConfig) -> Backbone:
         name=config.model_name,
         quantization=config.quantization,
         revision=getattr(model.config, "_commit_hash", None) or config.revision,
-        source=source,
     )
     _preflight(backbone)
     return backbone

@@ -401,8 +401,6 @@ class Trainer:
         """Write checkpoints/step-N, marker last, and drop all but the newest two."""
         folder = self.config.output_dir / "checkpoints"
         target = folder / f"step-{self.step:07d}"
-        if not self.accelerator.is_main_process and self.accelerator.num_processes == 1:
-            return
         state = {
             "step": self.step,
             "tokens_seen": self.tokens_seen,
