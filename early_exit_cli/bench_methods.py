@@ -72,7 +72,7 @@ class _Ours:
         self, kind: str, backbone: BackboneConfig, bundle: BundleConfig, level: float, read_heads: str
     ) -> None:
         from early_exit_cli.costs import exit_drafter
-        from early_exit_cli.decoding import DEFAULT_WIDTH
+        from early_exit_cli.decoding import default_width
         from early_exit_cli.drafters import Drafter, NoDrafter
         from early_exit_cli.engine import load_model
 
@@ -80,7 +80,7 @@ class _Ours:
         self.kind = kind
         self.drafter: Drafter = NoDrafter()
         if kind == "adaptive":
-            self.drafter = exit_drafter(self.model, level, min(DEFAULT_WIDTH, self.model.blocks.widths[-1]), read_heads)
+            self.drafter = exit_drafter(self.model, level, default_width(self.model), read_heads)
 
     def answer(self, prompt_ids: list[int], max_tokens: int) -> Answer:
         import torch

@@ -53,6 +53,11 @@ class Round:
     readings: list[list[HeadReading]] = field(default_factory=list)
 
 
+def default_width(model: EarlyExitModel) -> int:
+    """Rows of a verifying pass when nobody asks for another number: 8, or the largest invariant width below."""
+    return min(DEFAULT_WIDTH, model.blocks.widths[-1])
+
+
 def accepted_length(draft: list[int], choices: list[int]) -> int:
     """Length of the longest prefix of the draft that equals the backbone's choices."""
     length = 0

@@ -26,7 +26,9 @@ def command(resolved: Resolved, as_json: bool) -> None:
     if settings.trace and settings.mode == "compare":
         raise ConfigError("--trace runs every head on every token and would spoil the times of --mode compare")
     model = load(resolved)
-    width = choose_width(model, settings)
+    from early_exit_cli.decoding import default_width
+
+    width = settings.width or default_width(model)
     drafter = make_drafter(model, settings, width)
     encoded = [encode(model, settings, prompt["prompt"]) for prompt in prompts]
     if settings.prompts:
@@ -94,13 +96,6 @@ def make_drafter(model: EarlyExitModel, settings: InferenceConfig, width: int) -
     return drafter
 
 
-def choose_width(model: EarlyExitModel, settings: InferenceConfig) -> int:
-    """The verifying width asked for, or the default."""
-    from early_exit_cli.decoding import DEFAULT_WIDTH
-
-    return settings.width or min(DEFAULT_WIDTH, model.blocks.widths[-1])
-
-
 def encode(model: EarlyExitModel, settings: InferenceConfig, prompt: str) -> list[int]:
     """Token ids of a prompt, refused when it is empty or beyond the context."""
     ids = model.backbone.encode_prompt(prompt, raw=settings.raw)
@@ -148,9 +143,10 @@ def answer_compare(
 ) -> None:
     """Both methods on one prompt, after a warm-up that is not counted."""
     from early_exit_cli.decoding import generate
+    from early_exit_cli.drafters import NoDrafter
     from early_exit_cli.evaluation import compare
 
-    for warm in (drafter, make_plain()):
+    for warm in (drafter, NoDrafter()):
         generate(model, ids, warm, min(8, settings.max_tokens), mode="warm-up", width=width)
     result = compare(model, ids, drafter, settings.max_tokens, width=width, repeats=settings.repeats)
     if as_json:
@@ -166,13 +162,6 @@ def answer_compare(
     same = "identical" if result.identical else f"DIFFERENT from token {result.first_difference}"
     bits = "bit-exact" if result.bit_exact else "not bit-exact"
     console.note(f"{same}, {bits}; speed-up {result.speedup:.2f}x (median of {settings.repeats} alternating repeats)")
-
-
-def make_plain() -> Drafter:
-    """The drafter of plain decoding."""
-    from early_exit_cli.drafters import NoDrafter
-
-    return NoDrafter()
 
 
 def answer_many(
