@@ -48,12 +48,20 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    _write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
+
+def _write_text(path: Path, text: str) -> None:
     def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
 
     write_atomic(path, write)
+
+
+def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    """Write one JSON object a line, atomically."""
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    _write_text(path, text)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -143,13 +151,16 @@ def commit() -> str | None:
     return result.stdout.strip()
 
 
+def environment() -> dict[str, Any]:
+    """What a measurement was made on and with."""
+    return {"processor": processor_name(), "versions": versions(), "commit": commit()}
+
+
 def run_record(settings: list[tuple[str, Any, str]], **extra: Any) -> dict[str, Any]:
     """What `run.json` holds: command, settings with origins, versions, commit, hardware, and `extra`."""
     return {
         "command": ["eexit", *sys.argv[1:]],
         "settings": {key: {"value": value, "origin": origin} for key, value, origin in settings},
-        "versions": versions(),
-        "commit": commit(),
-        "processor": processor_name(),
+        **environment(),
         **extra,
     }

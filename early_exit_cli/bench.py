@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from early_exit_cli.artifacts import commit, processor_name, versions
+from early_exit_cli.artifacts import environment, write_lines
 from early_exit_cli.bench_methods import PEERS, Worker, check_methods
 from early_exit_cli.config import BackboneConfig, BenchConfig, BundleConfig
 from early_exit_cli.errors import ConfigError, DataError
@@ -61,7 +61,8 @@ def run_bench(
     encode: Callable[[str], list[int]],
     on_answer: Callable[[int, str], None] | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]]]:
-    """Measure. Records are written to `output_dir/records.jsonl` as they come.
+    """Measure. Records are written to `output_dir/records.jsonl` as they come, and again at the end with their
+    differences from `full`.
 
     Returns:
         (a record per prompt, method and repeat; load and warm-up seconds per method).
@@ -101,13 +102,45 @@ def run_bench(
                         file.flush()
                         if on_answer:
                             on_answer(len(records), name)
+        encoded = [encode(prompt["prompt"]) for prompt in prompts]
+        compare_with_baseline(records, lambda p, tokens: workers[BASELINE].top2_gap(encoded[p] + tokens))
+        write_lines(config.output_dir / "records.jsonl", records)
     finally:
         for worker in workers.values():
             worker.close()
     return records, costs
 
 
-def summarize(records: list[dict[str, Any]], costs: dict[str, dict[str, float]], config: BenchConfig) -> dict[str, Any]:
+def compare_with_baseline(records: list[dict[str, Any]], top2_gap: Callable[[int, list[int]], float]) -> None:
+    """Add to each record whether its tokens are those of `full`, and else where they first differ and how near the
+    backbone's two best logits are there.
+
+    Args:
+        top2_gap: (prompt, answer so far) -> gap.
+    """
+    plain: dict[int, list[int]] = {}
+    for record in records:
+        if record["method"] == BASELINE:
+            plain.setdefault(record["prompt"], record["token_ids"])
+    gaps: dict[tuple[int, int], float] = {}
+    for record in records:
+        ours, theirs = plain[record["prompt"]], record["token_ids"]
+        record["identical"] = ours == theirs
+        record["first_difference"] = record["top2_gap"] = None
+        if ours != theirs:
+            pairs = enumerate(zip(ours, theirs, strict=False))
+            at = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
+            key = (record["prompt"], at)
+            gaps[key] = gaps[key] if key in gaps else top2_gap(record["prompt"], ours[:at])
+            record["first_difference"], record["top2_gap"] = at, gaps[key]
+
+
+def summarize(
+    records: list[dict[str, Any]],
+    start_up: dict[str, dict[str, float]],
+    config: BenchConfig,
+    backbone: BackboneConfig,
+) -> dict[str, Any]:
     """The report: methods, categories, environment."""
     categories = list(dict.fromkeys(record["category"] for record in records))
     return {
@@ -116,12 +149,12 @@ def summarize(records: list[dict[str, Any]], costs: dict[str, dict[str, float]],
             name: _figures([record for record in records if record["category"] == name], config) for name in categories
         },
         "environment": {
-            "processor": processor_name(),
-            "versions": versions(),
-            "commit": commit(),
+            **environment(),
+            "model": backbone.model_name,
+            "quantization": backbone.quantization,
             "max_tokens": config.max_tokens,
             "repeats": config.repeats,
-            "start_up": costs,
+            "start_up": start_up,
         },
     }
 

@@ -20,7 +20,8 @@ from early_exit_cli.config import EMBEDDED_MODEL, BackboneConfig, BundleConfig
 from early_exit_cli.errors import BackboneError, ConfigError, EexitError
 
 OURS = ("full", "adaptive")
-PEERS = ("transformers", "transformers-lookup", "transformers-early-exit", "llama.cpp")
+PEERS = ("transformers", "transformers-lookup", "transformers-early-exit", "llama.cpp", "economize")
+PACKAGES = {"llama.cpp": "xllamacpp", "economize": "economize"}
 LOOKUP_TOKENS = 10
 WARM_UP_TOKENS = 8
 
@@ -51,8 +52,9 @@ def check_methods(names: list[str]) -> None:
         kind, _, level = name.partition("@")
         if kind not in OURS + PEERS or (level and kind != "adaptive"):
             raise ConfigError(f"unknown method {name!r}", hint=f"methods: {', '.join(OURS + PEERS)}, adaptive@LEVEL")
-        if kind == "llama.cpp" and importlib.util.find_spec("xllamacpp") is None:
-            raise ConfigError("method llama.cpp needs the package xllamacpp", hint="pip install 'eexit[peers]'")
+        package = PACKAGES.get(kind)
+        if package and importlib.util.find_spec(package) is None:
+            raise ConfigError(f"method {kind} needs the package {package}", hint="pip install 'eexit[peers]'")
 
 
 def load_method(name: str, backbone: BackboneConfig, bundle: BundleConfig, level: float, read_heads: str) -> Method:
@@ -62,6 +64,8 @@ def load_method(name: str, backbone: BackboneConfig, bundle: BundleConfig, level
         return _Ours(kind, backbone, bundle, float(at) if at else level, read_heads)
     if kind == "llama.cpp":
         return _LlamaCpp(backbone)
+    if kind == "economize":
+        return _Economize(backbone)
     return _Transformers(kind, backbone, bundle)
 
 
@@ -100,6 +104,17 @@ class _Ours:
             hashlib.sha256(states).hexdigest()[:16],
         )
 
+    def top2_gap(self, token_ids: list[int]) -> float:
+        """How far apart the backbone's two best logits after these tokens are: near 0, rounding decides."""
+        import torch
+
+        model = self.model
+        with torch.inference_mode():
+            cache = model.start(token_ids, 1)
+            state = model.run(model.embed(token_ids[-1:]), cache, cache.length, 0, model.blocks.num_blocks)
+            first, second = model.blocks.logits(model.blocks.final_norm(state))[0].float().topk(2).values.tolist()
+        return first - second
+
 
 class _Transformers:
     """The library's own `generate` on the same 4-bit weights: plain, prompt lookup, or early exit."""
@@ -134,6 +149,35 @@ class _Transformers:
         tokens = output[0, len(prompt_ids) :].tolist()
         seconds = time.perf_counter() - started
         return Answer(tokens, seconds, (clock.first or time.perf_counter()) - started)
+
+
+class _Economize:
+    """The lookup drafter of the package economize, at its defaults, on the same 4-bit weights."""
+
+    def __init__(self, backbone: BackboneConfig) -> None:
+        import economize
+        from economize.techniques.lookup import LookupConfig
+
+        from early_exit_cli.backbone import load_backbone
+
+        self.backbone = load_backbone(backbone)
+        self.model = economize.apply(
+            self.backbone.model,
+            LookupConfig(),
+            decoding=economize.DecodeConfig(cycle_length=LOOKUP_TOKENS + 1),
+        )
+
+    def answer(self, prompt_ids: list[int], max_tokens: int) -> Answer:
+        import torch
+
+        inputs = torch.tensor([prompt_ids], device=self.backbone.device)
+        started = time.perf_counter()
+        with torch.inference_mode():
+            output = self.model.generate(
+                inputs, max_new_tokens=max_tokens, eos_token_id=sorted(self.backbone.eos_token_ids)
+            )
+        tokens = output[0, len(prompt_ids) :].tolist()
+        return Answer(tokens, time.perf_counter() - started, None)
 
 
 class _FirstTokenClock:
@@ -216,8 +260,13 @@ class Worker:
 
     def answer(self, prompt_ids: list[int], max_tokens: int) -> Answer:
         """One timed answer."""
-        self.pipe.send((prompt_ids, max_tokens))
+        self.pipe.send(("answer", prompt_ids, max_tokens))
         return Answer(**self._receive())
+
+    def top2_gap(self, token_ids: list[int]) -> float:
+        """The gap between the backbone's two best logits; only our own methods can tell."""
+        self.pipe.send(("top2_gap", token_ids))
+        return float(self._receive())
 
     def _receive(self) -> Any:
         try:
@@ -248,8 +297,9 @@ def _serve(
         method.answer(list(range(10, 42)), WARM_UP_TOKENS)
         pipe.send(("ready", {"load_s": loaded - started, "warm_up_s": time.perf_counter() - loaded}))
         while True:
-            prompt_ids, max_tokens = pipe.recv()
-            pipe.send(("answer", asdict(method.answer(prompt_ids, max_tokens))))
+            request, *arguments = pipe.recv()
+            result = getattr(method, request)(*arguments)
+            pipe.send((request, asdict(result) if isinstance(result, Answer) else result))
     except EOFError:
         return
     except EexitError as error:

@@ -3,62 +3,51 @@
 The contract of both runners, on which every promise of this program stands:
 
 * A pass takes `width` rows: the tokens at `position .. position + width - 1`. Row i attends to keys 0 .. position + i.
-* The KV cache is one preallocated buffer per block. A pass overwrites its rows there; what lies behind the last
-  committed token is never read, so rolling back is forgetting a number.
+* The KV cache is one buffer per block. A pass overwrites its rows there; what lies behind the last committed token is
+  never read, so rolling back is forgetting a number.
 * **Width invariance**: for widths of `widths`, a token's result has the same bits whatever its row, its neighbours
-  (rejected drafts, padding) and the width. `measure_widths` checks this on the device at hand. The number of keys read
-  may change the last bits, so a pass always reads the whole buffer, masked: one length for a request.
+  (rejected drafts, padding) and the width. `runners.measure_widths` checks this on the device at hand. The number of
+  keys read may change the last bits, so a decoding pass reads the whole buffer, masked: one length for a request.
+  Where the runner's attention was found to give the same bits at every length, the buffer of a long request starts
+  small and grows. Passes wider than `LARGEST_WIDTH` are the prompt's, always cut the same way, and read what they must.
 
-`HFBlocks` runs the library's own modules, for any supported family. `FusedBlocks` is our lean path for the Llama shape:
-merged projections, grouped-query attention with the query heads of one key head laid side by side as rows (no repeated
-keys), no module overhead. Both round at the same places, so they agree bit for bit where their products do.
+`HFBlocks` runs the library's own modules, for any supported family; `fused_blocks.FusedBlocks` is our lean path for the
+Llama shape. Both round at the same places, so they agree bit for bit where their products do.
 """
 
 from __future__ import annotations
 
-import ctypes
 import inspect
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from early_exit_cli.artifacts import (
-    processor_name,
-    read_json,
-    sha256_of,
-    user_cache_dir,
-    versions,
-    write_json,
-)
 from early_exit_cli.backbone import Backbone
-from early_exit_cli.errors import BundleError, UnsupportedBackboneError
-from early_exit_cli.lm_head import ExactArgmax, faster_widths, full_argmax, usable
+from early_exit_cli.errors import UnsupportedBackboneError
+from early_exit_cli.lm_head import ExactArgmax, full_argmax
 
-CANDIDATE_WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 LARGEST_WIDTH = 16
 PREFILL_WIDTH = 64
 KEY_STEP = 64
-
-LinearMap = Callable[[Tensor], Tensor]
+GROWTH = 256
 
 
 @dataclass(frozen=True)
 class Rows:
     """What a pass needs to know of its rows, made once and shared by all blocks.
 
-    cos, sin: [width, 1, head_dim]; sin carries the sign of rotate_half.
-    masks: window -> additive mask [1, 1, width, capacity]. grouped: the same with each row repeated for the query heads
-    of a key head, [1, 1, width * group, capacity].
+    keys: how many are read. cos, sin: [width, 1, head_dim]; sin carries the sign of rotate_half.
+    masks: window -> additive mask [1, 1, width, keys]. grouped: the same with each row repeated for the query heads
+    of a key head, [1, 1, width * group, keys].
     """
 
     position: int
     width: int
+    keys: int
     cos: Tensor
     sin: Tensor
     masks: dict[int | None, Tensor]
@@ -66,7 +55,10 @@ class Rows:
 
 
 class KVCache:
-    """Keys and values of every block, [kv_heads, capacity, head_dim] each, and the number of committed tokens."""
+    """Keys and values of every block, [kv_heads, capacity, head_dim] each, and the number of committed tokens.
+
+    cos, sin: [limit, 1, head_dim]; limit is what the request may need, capacity what is allocated.
+    """
 
     def __init__(self, keys: list[Tensor], values: list[Tensor], cos: Tensor, sin: Tensor) -> None:
         self.keys = keys
@@ -79,6 +71,16 @@ class KVCache:
     @property
     def capacity(self) -> int:
         return self.keys[0].shape[1]
+
+    @property
+    def limit(self) -> int:
+        return self.cos.shape[0]
+
+    def grow(self, capacity: int) -> None:
+        """Move to buffers of `capacity` tokens: contiguous ones, which products read several times faster."""
+        for buffers in (self.keys, self.values):
+            for block, old in enumerate(buffers):
+                buffers[block] = F.pad(old, (0, 0, 0, capacity - old.shape[1]))
 
 
 class Blocks(ABC):
@@ -101,20 +103,29 @@ class Blocks(ABC):
         self.is_invariant = False
         self.argmax_widths: tuple[int, ...] = ()
         self.exact_argmax: ExactArgmax | None = None
+        self.any_length = False
+        """Whether bits are the same at every length of the buffer: measured, see `runners.measure_widths`."""
 
     @abstractmethod
     def run(self, hidden: Tensor, cache: KVCache, position: int, first: int, last: int) -> Tensor:
         """Run blocks first .. last - 1 on the rows at `position`, [width, hidden] to [width, hidden]."""
 
-    def new_cache(self, capacity: int) -> KVCache:
-        """A KV cache for `capacity` tokens, rounded up to whole steps of keys."""
-        capacity = -(-capacity // KEY_STEP) * KEY_STEP
+    def keys_read(self, cache: KVCache, end: int, width: int) -> int:
+        """How many keys a pass of `width` rows up to position `end` reads."""
+        needed = min(-(-end // KEY_STEP) * KEY_STEP, cache.capacity)
+        return needed if width > LARGEST_WIDTH else cache.capacity
+
+    def grows(self, limit: int) -> bool:
+        """Whether the buffer of a request that may need `limit` tokens starts empty and grows."""
+        return False
+
+    def new_cache(self, limit: int) -> KVCache:
+        """A KV cache for up to `limit` tokens, rounded up to whole steps of keys."""
+        limit = -(-limit // KEY_STEP) * KEY_STEP
         device, dtype = self.backbone.device, self.backbone.dtype
-        shape = (self.kv_heads, capacity, self.head_dim)
-        positions = torch.arange(capacity, device=device)[None]
-        cos, sin = self.backbone.rotary(
-            torch.empty(0, dtype=dtype, device=device), positions
-        )  # [1, capacity, head_dim]
+        shape = (self.kv_heads, 0 if self.grows(limit) else limit, self.head_dim)
+        positions = torch.arange(limit, device=device)[None]
+        cos, sin = self.backbone.rotary(torch.empty(0, dtype=dtype, device=device), positions)  # [1, limit, head_dim]
         half = self.head_dim // 2
         signed = torch.cat((-sin[..., :half], sin[..., half:]), -1)
         return KVCache(
@@ -151,21 +162,22 @@ class Blocks(ABC):
         if kept is not None and kept.position == position and kept.width == width:
             return kept
         end = position + width
+        if end > cache.capacity:
+            cache.grow(min(-(-end // GROWTH) * GROWTH, cache.limit))
         device, dtype = self.backbone.device, self.backbone.dtype
+        keys = self.keys_read(cache, end, width)
         row = torch.arange(position, end, device=device)[:, None]
-        key = torch.arange(cache.capacity, device=device)
+        key = torch.arange(keys, device=device)
         masks: dict[int | None, Tensor] = {}
         grouped: dict[int | None, Tensor] = {}
         for window in set(self.windows):
             hidden_keys = key > row
             if window is not None:
                 hidden_keys |= key <= row - window
-            mask = torch.zeros(width, cache.capacity, dtype=dtype, device=device).masked_fill_(
-                hidden_keys, float("-inf")
-            )
+            mask = torch.zeros(width, keys, dtype=dtype, device=device).masked_fill_(hidden_keys, float("-inf"))
             masks[window] = mask[None, None]
             grouped[window] = mask.repeat_interleave(self.query_heads // self.kv_heads, 0)[None, None]
-        cache.rows = Rows(position, width, cache.cos[position:end], cache.sin[position:end], masks, grouped)
+        cache.rows = Rows(position, width, keys, cache.cos[position:end], cache.sin[position:end], masks, grouped)
         return cache.rows
 
     def pass_width(self, rows: int) -> int:
@@ -211,300 +223,4 @@ class _LibraryCache:
         stored_keys, stored_values = self.cache.keys[block], self.cache.values[block]
         stored_keys[:, rows.position : end] = keys[0]
         stored_values[:, rows.position : end] = values[0]
-        return stored_keys[None], stored_values[None]
-
-
-class FusedBlocks(Blocks):
-    """Our own lean path for the Llama shape.
-
-    RMSNorm, rotary embedding, grouped-query attention, gated MLP; with a norm on queries and keys (Qwen3), bias on the
-    projections (Qwen2), sliding windows (Mistral). Queries, keys and values are one product, gate and up another.
-    """
-
-    def __init__(self, backbone: Backbone) -> None:
-        super().__init__(backbone)
-        from transformers.activations import ACT2FN
-
-        self.activation = ACT2FN[backbone.config.hidden_act]
-        self.eps = float(backbone.config.rms_norm_eps)
-        self.scale = self.head_dim**-0.5
-        self.layers = [self._merge(block) for block in backbone.blocks]
-
-    def _merge(self, block: Any) -> _FusedBlock:
-        attention, mlp = block.self_attn, block.mlp
-        qk_norm = None
-        if getattr(attention, "q_norm", None) is not None:
-            qk_norm = torch.cat(
-                (
-                    attention.q_norm.weight.expand(self.query_heads, -1),
-                    attention.k_norm.weight.expand(self.kv_heads, -1),
-                )
-            )
-        return _FusedBlock(
-            input_norm=block.input_layernorm.weight,
-            qkv=merged_linear([attention.q_proj, attention.k_proj, attention.v_proj]),
-            qk_norm=qk_norm,
-            output=merged_linear([attention.o_proj]),
-            mlp_norm=block.post_attention_layernorm.weight,
-            gate_up=merged_linear([mlp.gate_proj, mlp.up_proj]),
-            down=merged_linear([mlp.down_proj]),
-            inner=int(mlp.down_proj.in_features),
-        )
-
-    def run(self, hidden: Tensor, cache: KVCache, position: int, first: int, last: int) -> Tensor:
-        width = hidden.shape[0]
-        rows = self.rows(cache, position, width)
-        end = position + width
-        heads = self.query_heads + self.kv_heads
-        group = self.query_heads // self.kv_heads
-        split = self.query_heads * self.head_dim
-        half = self.head_dim // 2
-        shape = (hidden.shape[1],)
-        for block in range(first, last):
-            layer = self.layers[block]
-            normed = layer.input_norm * F.rms_norm(hidden, shape, None, self.eps)
-            qkv = layer.qkv(normed)  # [width, (query_heads + 2 kv_heads) * head_dim]
-            qk = qkv[:, : heads * self.head_dim].view(width, heads, self.head_dim)
-            if layer.qk_norm is not None:
-                qk = layer.qk_norm * F.rms_norm(qk, (self.head_dim,), None, self.eps)
-            qk = qk * rows.cos + qk.roll(half, -1) * rows.sin
-            stored_keys, stored_values = cache.keys[block], cache.values[block]
-            stored_keys[:, position:end] = qk[:, self.query_heads :].transpose(0, 1)
-            stored_values[:, position:end] = (
-                qkv[:, heads * self.head_dim :].view(width, self.kv_heads, self.head_dim).transpose(0, 1)
-            )
-            # Rows (token, query head) of one key head side by side: [1, kv_heads, width * group, head_dim]
-            query = (
-                qk[:, : self.query_heads]
-                .reshape(width, self.kv_heads, group, self.head_dim)
-                .transpose(0, 1)
-                .reshape(1, self.kv_heads, width * group, self.head_dim)
-            )
-            attended = F.scaled_dot_product_attention(
-                query,
-                stored_keys[None],
-                stored_values[None],
-                attn_mask=rows.grouped[self.windows[block]],
-                scale=self.scale,
-            )
-            attended = attended.view(self.kv_heads, width, group * self.head_dim).transpose(0, 1).reshape(width, split)
-            hidden = hidden + layer.output(attended)
-            normed = layer.mlp_norm * F.rms_norm(hidden, shape, None, self.eps)
-            gate_up = layer.gate_up(normed)  # [width, 2 * inner]
-            hidden = hidden + layer.down(self.activation(gate_up[:, : layer.inner]) * gate_up[:, layer.inner :])
-        return hidden
-
-
-@dataclass(frozen=True)
-class _FusedBlock:
-    input_norm: Tensor
-    qkv: LinearMap
-    qk_norm: Tensor | None
-    output: LinearMap
-    mlp_norm: Tensor
-    gate_up: LinearMap
-    down: LinearMap
-    inner: int
-
-
-def merged_linear(modules: list[Any]) -> LinearMap:
-    """One linear map whose output rows are those of `modules` (same input), in order.
-
-    NF4 weights that bitsandbytes has packed for the CPU are tiles of 32 rows with one scale per row and 64 inputs, so
-    they merge exactly by concatenation. Kinds that do not merge keep their own products.
-    """
-    bias = None
-    if any(getattr(module, "bias", None) is not None for module in modules):
-        bias = torch.cat([module.bias for module in modules])
-    if all(type(module) is nn.Linear for module in modules):
-        weight = modules[0].weight if len(modules) == 1 else torch.cat([module.weight for module in modules])
-        return lambda x: F.linear(x, weight, bias)
-    if all(_is_packed_nf4(module) for module in modules):
-        return PackedNF4(modules, bias)
-    if len(modules) == 1:
-        return modules[0]
-    return lambda x: torch.cat([module(x) for module in modules], -1)
-
-
-def _is_packed_nf4(module: Any) -> bool:
-    state = getattr(getattr(module, "weight", None), "quant_state", None)
-    return (
-        state is not None
-        and getattr(state, "packing_format_for_cpu", False)
-        and state.quant_type == "nf4"
-        and _nf4_kernel() is not None
-    )
-
-
-def _nf4_kernel() -> Any:
-    """bitsandbytes' CPU kernel for packed NF4 weights; none where this build has none.
-
-    The torch operator around it costs 16 us a call, half of what the product itself takes at small widths.
-    """
-    from bitsandbytes.cextension import lib
-
-    return getattr(lib, "gemv_4bit_inference_cpu_nf4_bf16", None)
-
-
-class PackedNF4:
-    """x [width, in] bf16 -> [width, out] bf16 for NF4 weights packed by bitsandbytes for AVX512-BF16."""
-
-    def __init__(self, modules: list[Any], bias: Tensor | None) -> None:
-        states = [module.weight.quant_state for module in modules]
-        one = len(modules) == 1
-        self.weight = modules[0].weight.data if one else torch.cat([module.weight.data for module in modules])
-        self.scales = states[0].absmax if one else torch.cat([state.absmax for state in states], 1)  # [in / 64, out]
-        self.bias = bias
-        self.out_features = sum(int(state.shape[0]) for state in states)
-        self.in_features = int(states[0].shape[1])
-        self.kernel = _nf4_kernel()
-        self.arguments = (
-            ctypes.c_int64(self.out_features),
-            ctypes.c_int64(self.in_features),
-            ctypes.c_void_p(self.weight.data_ptr()),
-            ctypes.c_void_p(self.scales.data_ptr()),
-            ctypes.c_int64(int(states[0].blocksize)),
-        )
-
-    def __call__(self, x: Tensor) -> Tensor:
-        x = x.contiguous()
-        width = x.shape[0]
-        out = torch.empty(width, self.out_features, dtype=torch.bfloat16)
-        n, k, weight, scales, block = self.arguments
-        self.kernel(
-            ctypes.c_int64(width),
-            n,
-            k,
-            ctypes.c_void_p(x.data_ptr()),
-            weight,
-            scales,
-            ctypes.c_void_p(out.data_ptr()),
-            block,
-            k,
-            n,
-        )
-        return out if self.bias is None else out + self.bias
-
-
-def make_blocks(backbone: Backbone, runner: str = "auto") -> Blocks:
-    """The runner asked for, with what was measured of it on this device.
-
-    Measured once for each backbone, device, runner and set of versions; kept in the user's cache folder.
-    """
-    blocks: Blocks = HFBlocks(backbone) if runner == "hf" else FusedBlocks(backbone)
-    identity = {
-        "fingerprint": backbone.fingerprint,
-        "device": processor_name() if backbone.device.type == "cpu" else torch.cuda.get_device_name(backbone.device),
-        "dtype": str(backbone.dtype),
-        "runner": type(blocks).__name__,
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-    }
-    path = user_cache_dir() / "widths" / f"{sha256_of(json.dumps(identity, sort_keys=True))[:24]}.json"
-    try:
-        found = read_json(path)
-        blocks.widths = tuple(map(int, found["widths"]))
-        blocks.is_invariant, blocks.argmax_widths = bool(found["is_invariant"]), tuple(map(int, found["argmax_widths"]))
-    except (BundleError, KeyError, TypeError, ValueError):
-        with torch.inference_mode():
-            measure_widths(blocks)
-        measured = {
-            "widths": list(blocks.widths),
-            "is_invariant": blocks.is_invariant,
-            "argmax_widths": list(blocks.argmax_widths),
-        }
-        write_json(path, {**measured, **identity})
-    if blocks.argmax_widths:
-        blocks.exact_argmax = ExactArgmax(backbone.lm_head.weight)
-    return blocks
-
-
-def measure_widths(blocks: Blocks) -> None:
-    """Find the widths at which a token's bits depend on nothing but the tokens before it, and set them on `blocks`.
-
-    The same tokens are run at the largest width, then at every other one in windows that put each token into other
-    rows with other neighbours: all blocks and the LM head, compared bit for bit; and one block over random keys, at
-    many lengths and positions. Where even the largest width disagrees with itself in other rows, it is the only one
-    used and `is_invariant` is false: nothing is promised there.
-    """
-    probe = _Probe(blocks)
-    blocks.is_invariant = probe.agrees(LARGEST_WIDTH)
-    found = (
-        [width for width in CANDIDATE_WIDTHS if width < LARGEST_WIDTH and probe.agrees(width)]
-        if blocks.is_invariant
-        else []
-    )
-    blocks.widths = (*found, LARGEST_WIDTH)
-    head = blocks.backbone.lm_head
-    if head.bias is None and usable(head.weight):
-        blocks.argmax_widths = faster_widths(ExactArgmax(head.weight), probe.reference[0], blocks.widths)
-
-
-class _Probe:
-    """Random tokens through all blocks, and random states through one block over long random keys."""
-
-    length = 2 * LARGEST_WIDTH
-    offset = 3
-    far = tuple(
-        (capacity, int(capacity * share))
-        for capacity in (128, 256, 320, 512, 768, 832, 1024, 2048)
-        for share in (0.4, 0.85)
-    )
-    """(keys in the buffer, position of the first row) of the passes over random keys."""
-
-    def __init__(self, blocks: Blocks) -> None:
-        self.blocks = blocks
-        backbone = blocks.backbone
-        generator = torch.Generator().manual_seed(0)
-
-        def random(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(backbone.device, backbone.dtype)
-
-        self.ids = torch.randint(backbone.vocab_size, (self.length,), generator=generator).to(backbone.device)
-        self.hidden = random(LARGEST_WIDTH, backbone.hidden_size)
-        self.far_keys = random(blocks.kv_heads, self.far[-1][0], blocks.head_dim)
-        self.far_values = random(blocks.kv_heads, self.far[-1][0], blocks.head_dim)
-        self.reference = self._outputs(LARGEST_WIDTH, 0, None)
-        self.far_reference = self._far(LARGEST_WIDTH, 0)
-
-    def _outputs(self, width: int, offset: int, prefix: KVCache | None) -> tuple[Tensor, Tensor, KVCache]:
-        """Normed final states and logits of tokens `offset` and on, in windows of `width`, over an earlier KV cache."""
-        blocks = self.blocks
-        cache = prefix or blocks.new_cache(self.length + KEY_STEP)
-        states = torch.cat(
-            [
-                blocks.final_norm(
-                    blocks.run(blocks.embed(self.ids[start : start + width]), cache, start, 0, blocks.num_blocks)
-                )
-                for start in range(offset, self.length - width + 1, width)
-            ]
-        )
-        logits = torch.cat([blocks.logits(states[start : start + width]) for start in range(0, states.shape[0], width)])
-        return states, logits, cache
-
-    def _far(self, width: int, offset: int) -> list[Tensor]:
-        """`width` of the random states, from the `offset`-th on, through block 0 over the random keys."""
-        results = []
-        for capacity, position in self.far:
-            cache = self.blocks.new_cache(capacity)
-            cache.keys[0].copy_(self.far_keys[:, :capacity])
-            cache.values[0].copy_(self.far_values[:, :capacity])
-            if offset:  # the rows before are there already
-                self.blocks.run(self.hidden, cache, position, 0, 1)
-            results.append(self.blocks.run(self.hidden[offset : offset + width], cache, position + offset, 0, 1))
-        return results
-
-    def agrees(self, width: int) -> bool:
-        """Whether this width gives the reference's bits, in windows shifted against it."""
-        states, logits, _ = self._outputs(width, self.offset, self._outputs(LARGEST_WIDTH, 0, None)[2])
-        end = self.offset + states.shape[0]
-        return (
-            torch.equal(states, self.reference[0][self.offset : end])
-            and torch.equal(logits, self.reference[1][self.offset : end])
-            and self._far_agrees(width, 0)
-            and (width == LARGEST_WIDTH or self._far_agrees(width, min(self.offset, LARGEST_WIDTH - width)))
-        )
-
-    def _far_agrees(self, width: int, offset: int) -> bool:
-        pairs = zip(self._far(width, offset), self.far_reference, strict=True)
-        return all(torch.equal(rows, whole[offset : offset + width]) for rows, whole in pairs)
+        return stored_keys[None, :, : rows.keys], stored_values[None, :, : rows.keys]

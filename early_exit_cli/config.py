@@ -241,7 +241,8 @@ class BenchConfig(Section):
     prompts: Path | None = setting(None, "A .jsonl file with `prompt`, or Spec-Bench's `turns`, a line.")
     methods: NameList = setting(
         ["full", "adaptive", "transformers"],
-        "full, adaptive (or adaptive@LEVEL), transformers, transformers-lookup, transformers-early-exit, llama.cpp.",
+        "full, adaptive (or adaptive@LEVEL), transformers, transformers-lookup, transformers-early-exit, llama.cpp, "
+        "economize.",
     )
     limit: int | None = setting(None, "At most so many prompts of each category, evenly spread.", ge=1)
     categories: NameList = setting([], "Only these categories; MT-bench's eight are mt_bench.")
@@ -249,7 +250,10 @@ class BenchConfig(Section):
     repeats: int = setting(3, "Repeats; the median of a prompt counts.", ge=1)
     accuracy_level: float = setting(0.9, "Level of the method adaptive.", gt=0.0, lt=1.0)
     read_heads: Literal["auto", "all"] = setting("auto", "Adaptive: read the heads that are worth it here, or all.")
-    output_dir: Path = setting(Path("runs/bench"), "Folder of records.jsonl, report.json and run.json.")
+    costs: bool = setting(
+        False, "Only measure what a pass costs here: blocks, LM head and exit heads, by width. Remembered for drafting."
+    )
+    output_dir: Path = setting(Path("runs/bench"), "Folder of records.jsonl, report.json, run.json and the picture.")
 
 
 class Config(Section):

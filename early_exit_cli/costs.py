@@ -11,19 +11,22 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from early_exit_cli.blocks import LARGEST_WIDTH
+from early_exit_cli.artifacts import read_json, write_json
+from early_exit_cli.blocks import LARGEST_WIDTH, KVCache
 from early_exit_cli.drafters import ExitDrafter
 from early_exit_cli.engine import EarlyExitModel
 from early_exit_cli.errors import BundleError, ConfigError
 from early_exit_cli.gating import entropy, level_key
+from early_exit_cli.runners import device_identity, measurement_path
 
 REPEATS = 7
-CONTEXT = 192
+CONTEXT, FAR_CONTEXT = 256, 1024
 NEED = 1.02
 """A set of heads must be expected to beat plain decoding by this factor: exits come in runs, the model takes them as
 independent, and ties should fall to the simpler side."""
@@ -31,15 +34,16 @@ independent, and ties should fall to the simpler side."""
 
 @dataclass(frozen=True)
 class Costs:
-    """Milliseconds on this device. per_block and finish by invariant width; head for reading one head of one row."""
+    """Milliseconds on this device, by width: one block over CONTEXT keys and over FAR_CONTEXT, final norm and LM head;
+    and for reading one head of one row."""
 
     per_block: dict[int, float]
+    per_block_far: dict[int, float]
     finish: dict[int, float]
     head: float
 
-    def plain(self, num_blocks: int) -> float:
-        """One token of plain decoding."""
-        width = min(self.per_block)
+    def plain(self, num_blocks: int, width: int) -> float:
+        """A pass through the whole backbone."""
         return self.per_block[width] * num_blocks + self.finish[width]
 
 
@@ -53,14 +57,44 @@ class HeadSet:
     agreement: list[float]
 
 
+def cost_table(model: EarlyExitModel, *, refresh: bool = False) -> Costs:
+    """The costs of the invariant widths, and of width 1 for comparison; measured once on a device, then remembered.
+
+    Args:
+        refresh: measure again.
+    """
+    heads = model.heads
+    identity = {
+        **device_identity(model.blocks),
+        "heads": heads
+        and [heads.kind, len(heads), heads.rank, 0 if heads.draft_vocab is None else len(heads.draft_vocab)],
+    }
+    path = measurement_path("costs", identity)
+    if not refresh:
+        try:
+            found = read_json(path)["costs"]
+            near, far, finish = (
+                {int(width): float(ms) for width, ms in found[name].items()}
+                for name in ("per_block", "per_block_far", "finish")
+            )
+            return Costs(near, far, finish, float(found["head"]))
+        except (BundleError, KeyError, TypeError, ValueError, AttributeError):
+            pass
+    costs = measure_costs(model, sorted({1, *model.blocks.widths}))
+    write_json(path, {"costs": asdict(costs), **identity})
+    return costs
+
+
 def measure_costs(model: EarlyExitModel, widths: list[int]) -> Costs:
-    """Median milliseconds of each part, over a context of 192 tokens."""
-    cache = model.start([1] * CONTEXT, 2 * max(widths))
-    position, depth = CONTEXT - 1, model.blocks.num_blocks
-    tokens = [2 + index for index in range(max(widths))]
+    """Median milliseconds of each part."""
+    depth = model.blocks.num_blocks
+    far_context = min(FAR_CONTEXT, model.backbone.context_length)
+    near, far = (model.blocks.new_cache(keys) for keys in (min(CONTEXT, far_context), far_context))
+    ids = torch.arange(max(widths), device=model.backbone.device) + 2
 
     def median(call: Callable[[], Any]) -> float:
         times = []
+        call()
         for _ in range(REPEATS):
             started = time.perf_counter()
             call()
@@ -69,23 +103,22 @@ def measure_costs(model: EarlyExitModel, widths: list[int]) -> Costs:
             times.append(time.perf_counter() - started)
         return statistics.median(times) * 1000
 
-    per_block, finish = {}, {}
+    def run(hidden: Tensor, cache: KVCache) -> Tensor:
+        return model.blocks.run(hidden, cache, cache.capacity - max(widths), 0, depth)
+
+    per_block, per_block_far, finish = {}, {}, {}
     with torch.inference_mode():
         for width in widths:
-            hidden = model.embed(tokens[:width])
-            final = model.run(hidden, cache, position, 0, depth)
-            per_block[width] = median(lambda h=hidden: model.run(h, cache, position, 0, depth)) / depth  # type: ignore[misc]
-            finish[width] = median(lambda h=final: model.finish(h))  # type: ignore[misc]
+            hidden = model.blocks.embed(ids[:width])
+            final = run(hidden, near)
+            per_block[width] = median(lambda h=hidden: run(h, near)) / depth  # type: ignore[misc]
+            per_block_far[width] = median(lambda h=hidden: run(h, far)) / depth  # type: ignore[misc]
+            finish[width] = median(lambda h=final: model.blocks.choose(model.blocks.final_norm(h)))  # type: ignore[misc]
         head = 0.0
         if model.heads is not None:
-            heads, row = model.heads, model.embed(tokens[:1])
-
-            def read() -> None:
-                logits = heads.logits(0, row)
-                float(entropy(logits))
-
-            head = median(read)
-    return Costs(per_block, finish, head)
+            heads, row = model.heads, model.blocks.embed(ids[:1])
+            head = median(lambda: float(entropy(heads.logits(0, row))))
+    return Costs(per_block, per_block_far, finish, head)
 
 
 def expected_rate(
@@ -134,8 +167,8 @@ def choose_heads(model: EarlyExitModel, level: float, width: int, costs: Costs |
         return list(range(len(model.heads)))
     widths = [w for w in model.blocks.widths if w <= max(width, min(model.blocks.widths))]
     widths = widths if widths[-1] >= width else [*widths, model.blocks.pass_width(width)]
-    costs = costs or measure_costs(model, widths)
-    best, best_rate = [], NEED / costs.plain(model.blocks.num_blocks)
+    costs = costs or cost_table(model)
+    best, best_rate = [], NEED / costs.plain(model.blocks.num_blocks, min(widths))
     for entry in counted:
         choice = HeadSet(entry["heads"], entry["exit_share"], entry["agreement"])
         rate = expected_rate(costs, choice, model.heads.exit_layers, model.blocks.num_blocks, widths, width)

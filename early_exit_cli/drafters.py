@@ -58,6 +58,8 @@ def catch_up(model: EarlyExitModel, cache: KVCache, rows: list[Row], layer: int)
         start = max(rows[-1])
         first = next(place for place, row in enumerate(rows) if max(row) == start)
         target = min(layer, max(rows[first - 1])) if first else layer
+        if target <= start:
+            raise RuntimeError(f"row {first} stands at {start} blocks and its neighbour at {target}: rows out of order")
         hidden = model.run(torch.cat([row[start] for row in rows[first:]]), cache, cache.length + first, start, target)
         for row, state in zip(rows[first:], hidden.split(1), strict=True):
             row[target] = state

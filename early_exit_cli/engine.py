@@ -17,12 +17,13 @@ from torch import Tensor
 
 from early_exit_cli.artifacts import fingerprint_differences, read_json, write_atomic, write_json
 from early_exit_cli.backbone import Backbone, load_backbone
-from early_exit_cli.blocks import LARGEST_WIDTH, PREFILL_WIDTH, Blocks, KVCache, make_blocks
+from early_exit_cli.blocks import LARGEST_WIDTH, PREFILL_WIDTH, Blocks, KVCache
 from early_exit_cli.config import SHIPPED_BUNDLE, BackboneConfig, BundleConfig
 from early_exit_cli.data import Batch
 from early_exit_cli.errors import BundleError, ConfigError, NumericsError
 from early_exit_cli.gating import Thresholds, entropy, level_key
 from early_exit_cli.heads import ExitHeads, load_heads
+from early_exit_cli.runners import make_blocks
 
 FORMAT_VERSION = 1
 CONFIG_FILE, CALIBRATION_FILE, HEADS_FILE, DSSD_HEADS_FILE, RECORD_FILE = (
@@ -105,17 +106,26 @@ class EarlyExitModel:
         """States after the last block -> (normed states [rows, hidden], the backbone's choices [rows] int64).
 
         Raises:
-            NumericsError: a NaN or infinite state; argmax would silently say token 0.
+            NumericsError: a NaN or infinite state.
         """
         rows = hidden.shape[0]
         normed = self.blocks.final_norm(self._padded(hidden))
         choices, best = self.blocks.choose(normed)
-        if not torch.isfinite(best).all():
-            raise NumericsError(
-                "the backbone's logits are NaN or infinite",
-                hint="check the model file, or --quantization none",
-            )
+        require_finite(best)
         return normed[:rows], choices[:rows]
+
+
+def require_finite(best_logits: Tensor) -> None:
+    """Refuse a row whose best logit is NaN or infinite: argmax would silently say token 0.
+
+    Raises:
+        NumericsError
+    """
+    if not torch.isfinite(best_logits).all():
+        raise NumericsError(
+            "the backbone's logits are NaN or infinite",
+            hint="check the model file and the text, or --quantization none",
+        )
 
 
 def bundle_folder(config: BundleConfig) -> Path:
@@ -305,11 +315,7 @@ def read_batch(model: EarlyExitModel, batch: Batch) -> Readings:
         *exits, final = [state[valid] for state in states]
         backbone_logits = model.backbone.lm_head(final)
         highest, choices = backbone_logits.max(-1)
-        if not torch.isfinite(highest).all():
-            raise NumericsError(
-                "the backbone's logits are NaN or infinite",
-                hint="check the model file, or --quantization none",
-            )
+        require_finite(highest)
         tokens, entropies, top5 = [], [], []
         for head, hidden in enumerate(exits):
             logits = heads.logits(head, hidden)

@@ -8,12 +8,14 @@ full product gives (bfloat16), A for the int8 product's (bfloat16). Both sums ar
 most K 2^-24 ||w|| ||h|| (Higham 2002, section 3.1), and rounded to bfloat16, which errs by at most 2^-9 of the value. So
 by Cauchy-Schwarz
 
-    |A - L| <= r ||h|| + 2^-9 (|A| + |L|) + 2 K 2^-24 ||w|| ||h||  <=  E = 1.01 (c ||h|| + 2^-8 max|A|)
+    |A - L| <= r ||h|| + 2^-9 (|A| + |L|) + 2 K 2^-24 ||w|| ||h||  <=  E = 1.01 (c ||h|| + 2^-8 |A|)
 
 with c = r + 2 K 2^-24 ||w|| per row. If a is the row with the largest A, the full product's best is at least
 A_a - E_a; a token whose A + E is below that cannot be it, nor tie with it. All others are candidates; their rows go
-through the same bfloat16 product, which gives a row the same bits however many rows stand beside it (checked when the
-object is made), so even ties fall as in the full product: to the lowest token id.
+through the same bfloat16 product, which gives a row the same bits however many rows stand beside it (checked by
+`usable`), so even ties fall as in the full product: to the lowest token id.
+
+At first only the largest A of each group of tokens is compared, with the largest c of the group.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MOST_CANDIDATES = 512
+LARGEST_GROUP = 64
 SLACK = 1.01 * 2.0**-8
 
 Choose = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -47,32 +50,40 @@ class ExactArgmax:
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
-        rows = weight.float()
-        scales = (rows.abs().amax(1) / 127).clamp(min=1e-12).to(torch.bfloat16)
-        self.quantized = (rows / scales.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
-        self.scales = scales
-        error = (rows - self.quantized.float() * scales.float()[:, None]).norm(dim=1)
+        self.quantized = torch.empty(weight.shape, dtype=torch.int8)
+        self.scales = torch.empty(weight.shape[0], dtype=torch.bfloat16)
+        self.row_bound = torch.empty(weight.shape[0])  # [vocab] float32, c of the module's docstring
         accumulation = 2 * weight.shape[1] * 2.0**-24
-        self.row_bound = 1.01 * (
-            error + accumulation * rows.norm(dim=1)
-        )  # [vocab] float32, c of the module's docstring
-        self.largest_bound = float(self.row_bound.max())
+        for start in range(0, weight.shape[0], 4096):  # in parts: float32 copies of the whole would double the memory
+            part = slice(start, start + 4096)
+            rows = weight[part].float()
+            scales = (rows.abs().amax(1) / 127).clamp(min=1e-12).to(torch.bfloat16)
+            quantized = (rows / scales.float()[:, None]).round_().clamp_(-127, 127)
+            error = (rows - quantized * scales.float()[:, None]).norm(dim=1)
+            self.quantized[part], self.scales[part] = quantized.to(torch.int8), scales
+            self.row_bound[part] = 1.01 * (error + accumulation * rows.norm(dim=1))
+        self.group = max(size for size in range(1, LARGEST_GROUP + 1) if weight.shape[0] % size == 0)
+        self.within = torch.arange(self.group)
+        self.group_bound = self.row_bound.unflatten(0, (-1, self.group)).amax(-1)
 
     def __call__(self, normed: Tensor) -> tuple[Tensor, Tensor]:
         """[width, hidden] bfloat16 -> (choices [width] int64, the approximate best logit [width])."""
         approximate = torch._weight_int8pack_mm(normed, self.quantized, self.scales)  # [width, vocab] bfloat16
-        best, winner = approximate.max(-1)
+        peaks = approximate.unflatten(1, (-1, self.group)).amax(-1).float()  # [width, groups]
+        best, winner = peaks.max(-1)
         norm = torch.linalg.vector_norm(normed, dim=-1, dtype=torch.float32)  # [width]
-        slack = SLACK * torch.maximum(best.abs(), approximate.amin(-1).abs()).float()
-        floor = best.float() - self.row_bound[winner] * norm - 2 * slack
-        # First with the largest row bound, on all rows at once; then each of the few with its own.
-        coarse = (floor - self.largest_bound * norm).to(torch.bfloat16)  # rounded by at most 2^-9: lowered below
-        coarse = coarse - coarse.abs() * 2.0**-7
-        places = (approximate >= coarse[:, None]).any(0).nonzero()[:, 0]
-        if places.numel() > 64:
-            upper = approximate[:, places].float() + self.row_bound[places] * norm[:, None]
-            places = places[(upper >= floor[:, None]).any(0)]
-        if places.numel() > MOST_CANDIDATES or places.numel() == 0:  # none: NaN, which the caller finds in `best`
+        floor = best - SLACK * best.abs()
+        least = floor - self.group_bound[winner] * norm
+        highest = peaks + SLACK * peaks.abs() + self.group_bound * norm[:, None]
+        groups = (highest >= least[:, None]).any(0).nonzero()
+        if groups.numel() == 0:  # NaN, which the caller finds in `best`
+            return full_argmax(self.weight, normed)
+        places = (groups * self.group + self.within).flatten()
+        values = approximate[:, places].float()  # [width, groups * group]
+        bound = self.row_bound[places] * norm[:, None]
+        floor = floor - bound.gather(1, values.argmax(-1, keepdim=True))[:, 0]
+        places = places[(values + SLACK * values.abs() + bound >= floor[:, None]).any(0)]
+        if places.numel() > MOST_CANDIDATES:
             return full_argmax(self.weight, normed)
         return places[F.linear(normed, self.weight[places]).argmax(-1)], best
 

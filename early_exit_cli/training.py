@@ -33,7 +33,7 @@ from early_exit_cli.artifacts import atomic_folder, read_json, write_json
 from early_exit_cli.backbone import Backbone
 from early_exit_cli.config import DataConfig, HeadsConfig, TrainingConfig
 from early_exit_cli.data import Batch, Document, batches, pack, pad_token_id
-from early_exit_cli.engine import save_bundle
+from early_exit_cli.engine import require_finite, save_bundle
 from early_exit_cli.errors import CheckpointError, ConfigError, DataError, NumericsError
 from early_exit_cli.heads import ExitHeads, head_layers
 
@@ -131,8 +131,7 @@ def teach(backbone: Backbone, final: Tensor, draft_vocab: Tensor | None) -> Teac
     """
     logits = backbone.lm_head(final)
     highest, choices = logits.max(-1)
-    if not torch.isfinite(highest).all():
-        raise NumericsError("the backbone gave NaN or infinite logits", hint="check the text and the model file")
+    require_finite(highest)
     if draft_vocab is None:
         return Teacher(
             choices,

@@ -21,10 +21,12 @@ from transformers import (
 )
 
 from early_exit_cli.backbone import Backbone, embedded_gguf, load_backbone
-from early_exit_cli.blocks import FusedBlocks, HFBlocks, measure_widths
+from early_exit_cli.blocks import HFBlocks
 from early_exit_cli.config import BackboneConfig
 from early_exit_cli.engine import EarlyExitModel
+from early_exit_cli.fused_blocks import FusedBlocks
 from early_exit_cli.heads import ExitHeads
+from early_exit_cli.runners import measure_widths
 
 FAMILIES = (
     "llama",

@@ -2,9 +2,10 @@
 
 import pytest
 
-from early_exit_cli.bench import category_of, select_prompts, summarize
+from early_exit_cli import plots
+from early_exit_cli.bench import category_of, compare_with_baseline, select_prompts, summarize
 from early_exit_cli.bench_methods import check_methods
-from early_exit_cli.config import BenchConfig
+from early_exit_cli.config import BackboneConfig, BenchConfig
 from early_exit_cli.errors import ConfigError, DataError
 
 
@@ -23,7 +24,7 @@ def test_figures_are_ratios_of_medians():
         *(record("adaptive", 0, r, [1] * 10, s, accept_length=2.0) for r, s in enumerate([1.0, 1.0, 4.0])),
         *(record("adaptive", 1, r, [2] * 10, s, "math", accept_length=1.0) for r, s in enumerate([1.0, 1.0, 1.0])),
     ]
-    report = summarize(records, {}, BenchConfig(repeats=3))
+    report = summarize(records, {}, BenchConfig(repeats=3), BackboneConfig())
     full, adaptive = report["methods"]["full"], report["methods"]["adaptive"]
     assert full["tokens_per_second"] == pytest.approx(20 / 4.0)
     assert adaptive["tokens_per_second"] == pytest.approx(20 / 2.0)
@@ -38,7 +39,7 @@ def test_one_differing_repeat_costs_a_prompt_its_identity():
         record("adaptive", 0, 0, [1, 2], 1.0),
         record("adaptive", 0, 1, [1, 3], 1.0),
     ]
-    figure = summarize(records, {}, BenchConfig(repeats=2))["methods"]["adaptive"]
+    figure = summarize(records, {}, BenchConfig(repeats=2), BackboneConfig())["methods"]["adaptive"]
     assert figure["identical_prompts"] == 0
     assert figure["bit_exact_prompts"] == 1
 
@@ -49,10 +50,44 @@ def test_peers_are_also_held_against_their_own_plain_decoding():
         record("transformers", 0, 0, [1, 9], 1.0, states=None),
         record("transformers-lookup", 0, 0, [1, 9], 1.0, states=None),
     ]
-    figures = summarize(records, {}, BenchConfig(repeats=1))["methods"]
+    figures = summarize(records, {}, BenchConfig(repeats=1), BackboneConfig())["methods"]
     assert figures["transformers-lookup"]["identical_prompts"] == 0
     assert figures["transformers-lookup"]["identical_to_own_plain"] == 1
     assert figures["transformers-lookup"]["bit_exact_prompts"] is None
+
+
+def test_the_first_difference_and_its_gap_are_recorded():
+    records = [
+        record("full", 0, 0, [1, 2, 3, 4], 1.0),
+        record("peer", 0, 0, [1, 2, 9, 4], 1.0),
+        record("peer", 0, 1, [1, 2, 9, 4], 1.0),
+        record("short", 0, 0, [1], 1.0),
+        record("same", 0, 0, [1, 2, 3, 4], 1.0),
+    ]
+    asked = []
+
+    def gap(prompt, tokens):
+        asked.append((prompt, tokens))
+        return 0.25
+
+    compare_with_baseline(records, gap)
+    assert [r["first_difference"] for r in records] == [None, 2, 2, 1, None]
+    assert [r["identical"] for r in records] == [True, False, False, False, True]
+    assert records[1]["top2_gap"] == 0.25
+    assert asked == [(0, [1, 2]), (0, [1])]
+
+
+def test_the_picture_is_drawn(tmp_path):
+    records = [
+        record(method, prompt, repeat, [1] * 8, 1.0 + prompt, category, accept_length=accept)
+        for prompt, category in enumerate(("qa", "math"))
+        for repeat in range(2)
+        for method, accept in (("full", 1.0), ("adaptive", 1.5), ("transformers", None))
+    ]
+    report = summarize(records, {}, BenchConfig(repeats=2), BackboneConfig())
+    plots.draw_bench(report, records, tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    plots.draw_bench(report, [r for r in records if r["method"] != "adaptive"], tmp_path / "again.png")
 
 
 def test_prompts_are_spread_over_a_category():

@@ -4,7 +4,11 @@ import pytest
 import torch
 from conftest import FAMILIES
 
-from early_exit_cli.blocks import LARGEST_WIDTH, FusedBlocks, HFBlocks, PackedNF4, make_blocks, measure_widths
+from early_exit_cli.backbone import load_backbone
+from early_exit_cli.blocks import LARGEST_WIDTH, HFBlocks
+from early_exit_cli.config import BackboneConfig
+from early_exit_cli.fused_blocks import FusedBlocks, PackedNF4, merged_linear
+from early_exit_cli.runners import make_blocks, measure_widths
 
 RUNNERS = {"hf": HFBlocks, "fused": FusedBlocks}
 
@@ -102,6 +106,21 @@ def test_nf4_results_do_not_depend_on_width_row_or_neighbours(smollm2, runner):
                 assert torch.equal(logits, reference[: logits.shape[0]]), (width, capacity)
 
 
+def test_bits_do_not_depend_on_the_keys_that_are_not_needed(smollm2):
+    """Over long buffers a pass reads only the keys it needs, and another buffer gives the same bits."""
+    blocks = make_blocks(smollm2, "fused")
+    if not blocks.any_length:
+        pytest.skip("this device's products do not give the same bits at every length")
+    ids = torch.tensor(smollm2.encode_prompt("Write a short story about a lighthouse keeper and a storm. " * 60))[:640]
+    with torch.inference_mode():
+        reference = None
+        for capacity, widths in ((704, [64] * 9 + [16] * 4), (2048, [64] * 9 + [2, 3, 5, 8, 4, 12] + [2] * 15)):
+            assert blocks.grows(capacity)
+            states = run_in_passes(blocks, ids, widths, capacity=capacity)
+            reference = states if reference is None else reference
+            assert torch.equal(states, reference)
+
+
 def test_both_runners_give_the_same_bits_in_nf4(smollm2):
     ids = torch.tensor(smollm2.encode_prompt("Why is the sky blue?"))[:32]
     with torch.inference_mode():
@@ -118,6 +137,37 @@ def test_merged_nf4_products_equal_the_librarys_own(smollm2):
         merged = PackedNF4(modules, None)(x)
         separate = torch.cat([module(x) for module in modules], -1)
     assert torch.equal(merged, separate)
+
+
+def test_nf4_weights_in_the_librarys_own_layout_merge_exactly():
+    """The layout of GPUs, and of CPUs that have no packed kernel; scales doubly quantized, a bias on some."""
+    import bitsandbytes
+    from bitsandbytes.nn import Params4bit
+
+    generator = torch.Generator().manual_seed(8)
+    modules = []
+    for rows in (192, 64, 64):
+        module = bitsandbytes.nn.Linear4bit(128, rows, compute_dtype=torch.float32, quant_type="nf4")
+        weight = torch.randn(rows, 128, generator=generator)
+        module.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
+        module.bias.data = torch.randn(rows, generator=generator)
+        modules.append(module.to("cpu").requires_grad_(False).train())  # in training mode it is never packed
+    x = torch.randn(5, 128, generator=generator)
+    with torch.inference_mode():
+        separate = torch.cat([module(x) for module in modules], -1)
+        merged = merged_linear(modules)
+        assert torch.allclose(merged(x), separate, atol=1e-5)
+        assert torch.equal(torch.cat([module(x) for module in modules], -1), separate)  # and they still work
+        assert modules[1].weight.data_ptr() - modules[0].weight.data_ptr() == 192 * 128 // 2  # nothing is held twice
+
+
+def test_eight_bit_blocks_agree_with_the_librarys(tiny_folder):
+    backbone = load_backbone(BackboneConfig(model_name=str(tiny_folder("llama")), quantization="8bit"))
+    ids = torch.randint(320, (64,), generator=torch.Generator().manual_seed(9))
+    with torch.inference_mode():
+        ours, theirs = (run_in_passes(runner(backbone), ids, [16] * 4) for runner in (FusedBlocks, HFBlocks))
+    scale = theirs.float().abs().mean()
+    assert (ours - theirs).abs().mean() < 0.02 * scale
 
 
 def test_the_measurement_finds_a_runner_that_is_not_invariant(tiny_backbone):

@@ -1,15 +1,22 @@
 """Which heads are worth reading: the expected rate against a simulation, and the choice at the extremes."""
 
+import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from early_exit_cli.calibration import count_head_sets
-from early_exit_cli.costs import Costs, HeadSet, choose_heads, expected_rate, measure_costs
+from early_exit_cli.costs import Costs, HeadSet, choose_heads, cost_table, expected_rate, measure_costs
 
 WIDTHS = [2, 4, 8]
-COSTS = Costs(per_block={2: 0.25, 4: 0.28, 8: 0.4}, finish={2: 2.5, 4: 3.0, 8: 5.0}, head=0.6)
+COSTS = Costs(
+    per_block={2: 0.25, 4: 0.28, 8: 0.4},
+    per_block_far={2: 0.3, 4: 0.34, 8: 0.5},
+    finish={2: 2.5, 4: 3.0, 8: 5.0},
+    head=0.6,
+)
 
 
 def simulate(choice: HeadSet, layers: list[int], depth: int, width: int, tokens: int) -> float:
@@ -78,7 +85,7 @@ def test_heads_that_never_exit_are_not_read(tiny_model):
 def test_the_set_that_earns_most_is_read(tiny_model):
     model = tiny_model("llama")
     model.record = record(([0], [0.05], [0.8]), ([1], [0.95], [0.99]), ([0, 1], [0.05, 0.9], [0.8, 0.99]))
-    costs = Costs(COSTS.per_block, COSTS.finish, 0.05)
+    costs = replace(COSTS, head=0.05)
     assert choose_heads(model, 0.8, 8, costs) in ([1], [0, 1])
 
 
@@ -102,3 +109,16 @@ def test_measured_costs_are_times_of_this_device(tiny_model):
     costs = measure_costs(tiny_model("llama"), [8, 16])
     assert set(costs.per_block) == set(costs.finish) == {8, 16}
     assert all(value > 0 for value in [*costs.per_block.values(), *costs.finish.values(), costs.head])
+
+
+def test_costs_are_measured_once_and_again_when_asked(tiny_model, monkeypatch, tmp_path):
+    monkeypatch.setenv("EEXIT_HOME", str(tmp_path))
+    model = tiny_model("llama")
+    first = cost_table(model)
+    assert set(first.per_block) == {1, *model.blocks.widths}
+    assert cost_table(model) == first
+    (kept,) = (tmp_path / "costs").iterdir()
+    kept.write_text("{")  # a damaged file is measured anew, not an error
+    cost_table(model)
+    assert set(json.loads(kept.read_text())["costs"]) == {"per_block", "per_block_far", "finish", "head"}
+    assert cost_table(model, refresh=True) == cost_table(model)

@@ -13,23 +13,26 @@ MAY_IMPORT = {
     "resolve": set(),
     "artifacts": set(),
     "console": set(),
+    "plots": {"artifacts"},
     "backbone": {"artifacts"},
     "data": {"backbone", "artifacts"},
     "lm_head": set(),
-    "blocks": {"backbone", "lm_head", "artifacts"},
+    "blocks": {"backbone", "lm_head"},
+    "fused_blocks": {"backbone", "blocks"},
+    "runners": {"backbone", "blocks", "fused_blocks", "lm_head", "artifacts"},
     "heads": {"artifacts", "backbone"},
     "gating": set(),
-    "engine": {"backbone", "blocks", "data", "heads", "gating", "artifacts"},
+    "engine": {"backbone", "blocks", "runners", "data", "heads", "gating", "artifacts"},
     "training": {"backbone", "engine", "heads", "data", "artifacts"},
     "calibration": {"engine", "data", "gating", "artifacts"},
     "drafters": {"blocks", "engine", "gating", "heads"},
     "decoding": {"blocks", "engine", "drafters", "gating"},
-    "costs": {"blocks", "engine", "drafters", "gating"},
+    "costs": {"artifacts", "blocks", "runners", "engine", "drafters", "gating"},
     "bench_methods": {"backbone", "engine", "costs", "drafters", "decoding"},
     "bench": {"artifacts", "bench_methods"},
     "evaluation": {"engine", "decoding", "drafters", "data", "artifacts"},
 }
-NEVER_TORCH = ("errors", "config", "resolve", "artifacts", "console")
+NEVER_TORCH = ("errors", "config", "resolve", "artifacts", "console", "plots")
 
 
 def imports(path: Path) -> set[str]:

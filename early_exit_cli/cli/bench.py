@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
-from early_exit_cli import console
-from early_exit_cli.artifacts import run_record, write_json
+from early_exit_cli import console, plots
+from early_exit_cli.artifacts import environment, run_record, write_json
 from early_exit_cli.cli.options import configured
 from early_exit_cli.resolve import Resolved
 
@@ -21,6 +22,9 @@ def command(resolved: Resolved, as_json: bool) -> None:
     from early_exit_cli.errors import ConfigError
 
     config = resolved.config.bench
+    if config.costs:
+        show_costs(resolved, as_json)
+        return
     if config.prompts is None:
         raise ConfigError("no prompts to measure on", hint="--prompts FILE.jsonl")
     check_methods(config.methods)
@@ -29,20 +33,60 @@ def command(resolved: Resolved, as_json: bool) -> None:
     encode = load_tokenizer(backbone)
     total = len(prompts) * len(config.methods) * config.repeats
     with console.progress("measuring", total) as ticker:
-        records, costs = run_bench(config, backbone, resolved.config.bundle, prompts, encode, ticker.update)
-    report = summarize(records, costs, config)
+        records, start_up = run_bench(config, backbone, resolved.config.bundle, prompts, encode, ticker.update)
+    report = summarize(records, start_up, config, backbone)
     write_json(config.output_dir / "report.json", report)
     write_json(config.output_dir / "run.json", run_record(resolved.rows()))
+    if plots.available():
+        plots.draw_bench(report, records, config.output_dir / "bench.png")
     if as_json:
         console.emit_json(report)
         return
     print_report(report)
-    console.note(f"records and report: {config.output_dir}")
+    console.note(f"records, report{' and picture' * plots.available()}: {config.output_dir}")
+    if not plots.available():
+        console.note("no picture: pip install 'eexit[plots]'")
+
+
+def show_costs(resolved: Resolved, as_json: bool) -> None:
+    """Measure the cost table of this device, keep it, show it."""
+    from early_exit_cli.cli.shared import backbone_of_bundle
+    from early_exit_cli.costs import CONTEXT, FAR_CONTEXT, cost_table
+    from early_exit_cli.engine import load_model
+
+    model = load_model(backbone_of_bundle(resolved), resolved.config.bundle, with_thresholds=False)
+    costs = cost_table(model, refresh=True)
+    if as_json:
+        console.emit_json({"costs": asdict(costs), "widths": model.blocks.widths, "environment": environment()})
+        return
+    depth = model.blocks.num_blocks
+    rows = []
+    for width in costs.per_block:
+        whole = costs.plain(depth, width)
+        rows.append(
+            (
+                width,
+                "yes" if width in model.blocks.widths else "no",
+                f"{whole:.2f}",
+                f"{whole / costs.plain(depth, 1):.2f}x",
+                f"{costs.per_block[width]:.3f}",
+                f"{costs.per_block_far[width]:.3f}",
+                f"{costs.finish[width]:.2f}",
+            )
+        )
+    console.table(
+        f"{model.backbone.name}, {model.backbone.quantization}; ms on {environment()['processor']}; "
+        f"invariant: {model.blocks.is_invariant}; reading a head: {costs.head:.2f} ms",
+        ["width", "used", "pass", "of width 1", "one block", f"one block, {FAR_CONTEXT} keys", "norm and LM head"],
+        rows,
+        result=True,
+    )
+    console.note(f"a pass is {depth} blocks over {CONTEXT} keys, final norm and LM head (argmax)")
 
 
 def print_report(report: dict[str, Any]) -> None:
     """The two tables: methods, then speed-ups per category."""
-    environment = report["environment"]
+    where = report["environment"]
     rows = []
     for name, figure in report["methods"].items():
         accept, first = figure["accept_length"], figure["ttft_s"]
@@ -55,11 +99,11 @@ def print_report(report: dict[str, Any]) -> None:
                 f"{figure['identical_prompts']}/{figure['prompts']}",
                 "-" if figure["bit_exact_prompts"] is None else f"{figure['bit_exact_prompts']}/{figure['prompts']}",
                 f"{first * 1000:.0f} ms" if first else "-",
-                f"{environment['start_up'][name]['load_s']:.1f} s",
+                f"{where['start_up'][name]['load_s']:.1f} s",
             )
         )
     console.table(
-        f"{environment['processor']}; at most {environment['max_tokens']} new tokens, {environment['repeats']} repeats",
+        f"{where['processor']}; at most {where['max_tokens']} new tokens, {where['repeats']} repeats",
         ["method", "tokens/s", "over full", "accept length", "same tokens", "same bits", "first token", "load"],
         rows,
         result=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from early_exit_cli import console
@@ -25,18 +26,35 @@ def command(resolved: Resolved, as_json: bool) -> None:
     prompts = gather_prompts(settings)
     if settings.trace and settings.mode == "compare":
         raise ConfigError("--trace runs every head on every token and would spoil the times of --mode compare")
-    model = load(resolved)
+    job = prepare(resolved, as_json)
+    encoded = [encode(job.model, settings, prompt["prompt"]) for prompt in prompts]
+    if settings.prompts:
+        answer_many(job, prompts, encoded)
+    elif settings.mode == "compare":
+        answer_compare(job, encoded[0])
+    else:
+        answer_one(job, encoded[0])
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything but the prompt."""
+
+    model: EarlyExitModel
+    settings: InferenceConfig
+    drafter: Drafter
+    width: int
+    as_json: bool
+
+
+def prepare(resolved: Resolved, as_json: bool) -> Job:
+    """Load the model and make the drafter of the mode."""
     from early_exit_cli.decoding import default_width
 
+    settings = resolved.config.inference
+    model = load(resolved)
     width = settings.width or default_width(model)
-    drafter = make_drafter(model, settings, width)
-    encoded = [encode(model, settings, prompt["prompt"]) for prompt in prompts]
-    if settings.prompts:
-        answer_many(model, settings, drafter, width, prompts, encoded, as_json)
-    elif settings.mode == "compare":
-        answer_compare(model, settings, drafter, width, encoded[0], as_json)
-    else:
-        answer_one(model, settings, drafter, width, encoded[0], as_json)
+    return Job(model, settings, make_drafter(model, settings, width), width, as_json)
 
 
 def gather_prompts(settings: InferenceConfig) -> list[dict[str, Any]]:
@@ -103,104 +121,88 @@ def encode(model: EarlyExitModel, settings: InferenceConfig, prompt: str) -> lis
     return ids
 
 
-def answer_one(
-    model: EarlyExitModel,
-    settings: InferenceConfig,
-    drafter: Drafter,
-    width: int,
-    ids: list[int],
-    as_json: bool,
-) -> None:
+def answer_one(job: Job, ids: list[int]) -> None:
     """One prompt, one method, streamed."""
     from early_exit_cli.decoding import generate, trace_records
 
     result = generate(
-        model,
+        job.model,
         ids,
-        drafter,
-        settings.max_tokens,
-        mode=settings.mode,
-        width=width,
-        trace=settings.trace is not None,
-        on_text=None if as_json else console.stream_text,
+        job.drafter,
+        job.settings.max_tokens,
+        mode=job.settings.mode,
+        width=job.width,
+        trace=job.settings.trace is not None,
+        on_text=None if job.as_json else console.stream_text,
     )
-    if settings.trace:
-        write_json(settings.trace, trace_records(model, result, len(ids)))
-    if as_json:
-        console.emit_json({settings.mode: result.record()})
+    if job.settings.trace:
+        write_json(job.settings.trace, trace_records(job.model, result, len(ids)))
+    if job.as_json:
+        console.emit_json({job.settings.mode: result.record()})
         return
     console.stream_text("\n")
     console.table("", ["", "value"], stats_rows(result.stats))
 
 
-def answer_compare(
-    model: EarlyExitModel,
-    settings: InferenceConfig,
-    drafter: Drafter,
-    width: int,
-    ids: list[int],
-    as_json: bool,
-) -> None:
+def answer_compare(job: Job, ids: list[int]) -> None:
     """Both methods on one prompt, after a warm-up that is not counted."""
     from early_exit_cli.decoding import generate
     from early_exit_cli.drafters import NoDrafter
     from early_exit_cli.evaluation import compare
 
-    for warm in (drafter, NoDrafter()):
-        generate(model, ids, warm, min(8, settings.max_tokens), mode="warm-up", width=width)
-    result = compare(model, ids, drafter, settings.max_tokens, width=width, repeats=settings.repeats)
-    if as_json:
+    for warm in (job.drafter, NoDrafter()):
+        generate(job.model, ids, warm, min(8, job.settings.max_tokens), mode="warm-up", width=job.width)
+    result = compare(
+        job.model, ids, job.drafter, job.settings.max_tokens, width=job.width, repeats=job.settings.repeats
+    )
+    if job.as_json:
         console.emit_json(result.record())
         return
     console.stream_text(result.adaptive.text + "\n")
     full, adaptive = dict(stats_rows(result.full.stats)), dict(stats_rows(result.adaptive.stats))
     console.table(
-        f"{model.backbone.name}, {model.backbone.quantization}, accuracy level {settings.accuracy_level:.2f}",
+        f"{job.model.backbone.name}, {job.model.backbone.quantization}, accuracy level {job.settings.accuracy_level:.2f}",
         ["", "full", "adaptive"],
         [(name, full[name], adaptive[name]) for name in full],
     )
     same = "identical" if result.identical else f"DIFFERENT from token {result.first_difference}"
     bits = "bit-exact" if result.bit_exact else "not bit-exact"
-    console.note(f"{same}, {bits}; speed-up {result.speedup:.2f}x (median of {settings.repeats} alternating repeats)")
+    console.note(
+        f"{same}, {bits}; speed-up {result.speedup:.2f}x (median of {job.settings.repeats} alternating repeats)"
+    )
 
 
-def answer_many(
-    model: EarlyExitModel,
-    settings: InferenceConfig,
-    drafter: Drafter,
-    width: int,
-    prompts: list[dict[str, Any]],
-    encoded: list[list[int]],
-    as_json: bool,
-) -> None:
+def answer_many(job: Job, prompts: list[dict[str, Any]], encoded: list[list[int]]) -> None:
     """A record per prompt."""
     from early_exit_cli.decoding import generate
     from early_exit_cli.evaluation import compare
 
-    generate(model, encoded[0], drafter, 8, mode="warm-up", width=width)
+    generate(job.model, encoded[0], job.drafter, 8, mode="warm-up", width=job.width)
     records: list[dict[str, Any]] = []
     with console.progress("prompts", len(prompts)) as ticker:
         for prompt, ids in zip(prompts, encoded, strict=True):
             known: dict[str, Any] = {key: prompt[key] for key in ("question_id", "category") if key in prompt}
-            if settings.mode == "compare":
+            if job.settings.mode == "compare":
                 record = compare(
-                    model, ids, drafter, settings.max_tokens, width=width, repeats=settings.repeats
+                    job.model, ids, job.drafter, job.settings.max_tokens, width=job.width, repeats=job.settings.repeats
                 ).record()
             else:
-                run = generate(model, ids, drafter, settings.max_tokens, mode=settings.mode, width=width)
-                record = {settings.mode: run.record()}
+                run = generate(
+                    job.model, ids, job.drafter, job.settings.max_tokens, mode=job.settings.mode, width=job.width
+                )
+                record = {job.settings.mode: run.record()}
             records.append({**known, "prompt_tokens": len(ids), **record})
             ticker.update(len(records))
-    if as_json:
+    if job.as_json:
         console.emit_json({"records": records})
         return
-    methods = ["full", "adaptive_early_exit"] if settings.mode == "compare" else [settings.mode]
+    methods = ["full", "adaptive_early_exit"] if job.settings.mode == "compare" else [job.settings.mode]
     rows = []
     for number, record in enumerate(records):
         speeds = [f"{record[method]['stats']['tokens_per_second']:.1f}" for method in methods]
         extra = [f"{record['speedup']:.2f}x", record["identical"], record["bit_exact"]] if "speedup" in record else []
         rows.append((number, str(record.get("category", "")), record["prompt_tokens"], *speeds, *extra))
-    compared = ["speed-up", "identical", "bit-exact"] if settings.mode == "compare" else []
+    compared = ["speed-up", "identical", "bit-exact"] if job.settings.mode == "compare" else []
     console.table("tokens/s", ["prompt", "category", "tokens", *methods, *compared], rows, result=True)
 
 

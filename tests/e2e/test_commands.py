@@ -373,9 +373,24 @@ def test_bench_measures_each_method_in_its_own_process(bundle, prompts, tmp_path
     assert report["methods"]["full"]["speedup_over_full"] == 1.0
     records = [json.loads(line) for line in (tmp_path / "bench" / "records.jsonl").read_text().splitlines()]
     assert len(records) == 2 * 2 * 4
+    assert all(r["identical"] and r["first_difference"] is None for r in records)
+    assert (tmp_path / "bench" / "bench.png").read_bytes().startswith(b"\x89PNG")
     code, out, err = eexit("bench", "--bundle", bundle, "--prompts", prompts, "--methods", "full,quick")
     assert code == 2
     assert "unknown method 'quick'" in err
+
+
+def test_bench_costs_shows_and_keeps_the_cost_table(bundle, tmp_path):
+    home = {"EEXIT_HOME": str(tmp_path)}
+    code, out, err = eexit("bench", "--bundle", bundle, "--costs", **home)
+    assert code == 0, err
+    assert "one block" in out
+    code, out, err = eexit("bench", "--bundle", bundle, "--costs", "--json", **home)
+    assert code == 0, err
+    costs = json.loads(out)["costs"]
+    (kept,) = (tmp_path / "costs").iterdir()
+    assert json.loads(kept.read_text())["costs"] == costs
+    assert costs["per_block"]["1"] > 0
 
 
 def test_ctrl_c_saves_a_checkpoint_and_ends_with_130(tiny_folder, prompts, tmp_path):

@@ -1,0 +1,267 @@
+"""Our own lean block runner for the Llama shape.
+
+Merged projections, grouped-query attention with the query heads of one key head laid side by side as rows (no repeated
+keys), no module overhead. What a library has, we write here and only here, because speed is what this program is for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from early_exit_cli.backbone import Backbone
+from early_exit_cli.blocks import LARGEST_WIDTH, Blocks, KVCache
+
+SHORT_BUFFER = 512
+"""Up to so many keys the library's attention kernel is the faster one on a CPU (docs/experiments.md)."""
+
+KEYS_AT_ONCE = 1024
+"""A product over more keys is summed in an order that depends on their number (docs/experiments.md)."""
+
+LinearMap = Callable[[Tensor], Tensor]
+
+
+class FusedBlocks(Blocks):
+    """Our own lean path for the Llama shape.
+
+    RMSNorm, rotary embedding, grouped-query attention, gated MLP; with a norm on queries and keys (Qwen3), bias on the
+    projections (Qwen2), sliding windows (Mistral). Queries, keys and values are one product, gate and up another.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__(backbone)
+        from transformers.activations import ACT2FN
+
+        self.activation = ACT2FN[backbone.config.hidden_act]
+        self.eps = float(backbone.config.rms_norm_eps)
+        self.scale = self.head_dim**-0.5
+        self.longest_short = SHORT_BUFFER if backbone.device.type == "cpu" else math.inf
+        self.layers = [self._merge(block) for block in backbone.blocks]
+
+    def _merge(self, block: Any) -> _FusedBlock:
+        attention, mlp = block.self_attn, block.mlp
+        qk_norm = None
+        if getattr(attention, "q_norm", None) is not None:
+            qk_norm = torch.cat(
+                (
+                    attention.q_norm.weight.expand(self.query_heads, -1),
+                    attention.k_norm.weight.expand(self.kv_heads, -1),
+                )
+            )
+        return _FusedBlock(
+            input_norm=block.input_layernorm.weight,
+            qkv=merged_linear([attention.q_proj, attention.k_proj, attention.v_proj]),
+            qk_norm=qk_norm,
+            output=merged_linear([attention.o_proj]),
+            mlp_norm=block.post_attention_layernorm.weight,
+            gate_up=merged_linear([mlp.gate_proj, mlp.up_proj]),
+            down=merged_linear([mlp.down_proj]),
+            inner=int(mlp.down_proj.in_features),
+        )
+
+    def run(self, hidden: Tensor, cache: KVCache, position: int, first: int, last: int) -> Tensor:
+        width = hidden.shape[0]
+        rows = self.rows(cache, position, width)
+        is_long = cache.limit > self.longest_short and width <= LARGEST_WIDTH
+        end = position + width
+        heads = self.query_heads + self.kv_heads
+        group = self.query_heads // self.kv_heads
+        split = self.query_heads * self.head_dim
+        half = self.head_dim // 2
+        shape = (hidden.shape[1],)
+        for block in range(first, last):
+            layer = self.layers[block]
+            normed = layer.input_norm * F.rms_norm(hidden, shape, None, self.eps)
+            qkv = layer.qkv(normed)  # [width, (query_heads + 2 kv_heads) * head_dim]
+            qk = qkv[:, : heads * self.head_dim].view(width, heads, self.head_dim)
+            if layer.qk_norm is not None:
+                qk = layer.qk_norm * F.rms_norm(qk, (self.head_dim,), None, self.eps)
+            qk = qk * rows.cos + qk.roll(half, -1) * rows.sin
+            stored_keys, stored_values = cache.keys[block], cache.values[block]
+            stored_keys[:, position:end] = qk[:, self.query_heads :].transpose(0, 1)
+            stored_values[:, position:end] = (
+                qkv[:, heads * self.head_dim :].view(width, self.kv_heads, self.head_dim).transpose(0, 1)
+            )
+            # Rows (token, query head) of one key head side by side: [kv_heads, width * group, head_dim]
+            query = (
+                qk[:, : self.query_heads]
+                .reshape(width, self.kv_heads, group, self.head_dim)
+                .transpose(0, 1)
+                .reshape(self.kv_heads, width * group, self.head_dim)
+            )
+            read = slice(0, rows.keys)
+            attended = self._attend(
+                query, stored_keys[:, read], stored_values[:, read], rows.grouped[self.windows[block]], is_long
+            )
+            attended = attended.view(self.kv_heads, width, group * self.head_dim).transpose(0, 1).reshape(width, split)
+            hidden = hidden + layer.output(attended)
+            normed = layer.mlp_norm * F.rms_norm(hidden, shape, None, self.eps)
+            gate_up = layer.gate_up(normed)  # [width, 2 * inner]
+            hidden = hidden + layer.down(self.activation(gate_up[:, : layer.inner]) * gate_up[:, layer.inner :])
+        return hidden
+
+    def grows(self, limit: int) -> bool:
+        return self.any_length and limit > self.longest_short
+
+    def _attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, is_long: bool) -> Tensor:
+        """Attention of [kv_heads, width * group, head_dim] queries over [kv_heads, keys, head_dim].
+
+        Over long buffers two plain products: slower than the library's kernel on few keys, faster on many, and the
+        bits of a row do not depend on how many masked keys stand behind it: these add exact zeros, as long as a
+        product sums its keys in one go.
+        """
+        if not is_long:
+            return F.scaled_dot_product_attention(
+                query[None], keys[None], values[None], attn_mask=mask, scale=self.scale
+            )
+        weights = torch.softmax(torch.baddbmm(mask[0], query, keys.transpose(1, 2), alpha=self.scale), -1)
+        if keys.shape[1] <= KEYS_AT_ONCE:
+            return torch.bmm(weights, values)
+        first, *rest = zip(weights.split(KEYS_AT_ONCE, -1), values.split(KEYS_AT_ONCE, 1), strict=True)
+        attended = torch.bmm(first[0], first[1].contiguous())
+        for part, part_values in rest:
+            attended = attended + torch.bmm(part, part_values.contiguous())
+        return attended
+
+
+@dataclass(frozen=True)
+class _FusedBlock:
+    input_norm: Tensor
+    qkv: LinearMap
+    qk_norm: Tensor | None
+    output: LinearMap
+    mlp_norm: Tensor
+    gate_up: LinearMap
+    down: LinearMap
+    inner: int
+
+
+def merged_linear(modules: list[Any]) -> LinearMap:
+    """One linear map whose output rows are those of `modules` (same input), in order.
+
+    The modules keep working: their weights become parts of the merged one, so that nothing is held twice. NF4 merges
+    exactly where a row is whole quantization blocks. Kinds that do not merge (8 bit) keep their own products.
+    """
+    bias = None
+    if any(getattr(module, "bias", None) is not None for module in modules):
+        bias = torch.cat([module.bias for module in modules])
+    if all(type(module) is nn.Linear for module in modules):
+        weight = _joined(modules)
+        return lambda x: F.linear(x, weight, bias)
+    if all(_is_packed_nf4(module) for module in modules):
+        return PackedNF4(modules, bias)
+    if len(modules) == 1:
+        return modules[0]
+    if all(_is_plain_nf4(module) for module in modules):
+        return _merged_nf4(modules, bias)
+    return lambda x: torch.cat([module(x) for module in modules], -1)
+
+
+def _joined(modules: list[Any]) -> Tensor:
+    """The modules' weights as one tensor, [rows, ...]; theirs become views of it."""
+    if len(modules) == 1:
+        return modules[0].weight.data
+    weight = torch.cat([module.weight.data for module in modules])
+    for module, part in zip(modules, weight.split([module.weight.shape[0] for module in modules]), strict=True):
+        module.weight.data = part
+    return weight
+
+
+def _is_plain_nf4(module: Any) -> bool:
+    """NF4 in bitsandbytes' own layout (GPUs, and CPUs without AVX512-BF16), rows of whole quantization blocks."""
+    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    return (
+        state is not None
+        and not getattr(state, "packing_format_for_cpu", False)
+        and state.quant_type == "nf4"
+        and state.shape[1] % state.blocksize == 0
+    )
+
+
+def _merged_nf4(modules: list[Any], bias: Tensor | None) -> LinearMap:
+    """One NF4 weight: packed rows and scales one after another; doubly quantized scales are unpacked once."""
+    import bitsandbytes
+    from bitsandbytes.functional import QuantState, dequantize_blockwise
+
+    states = [module.weight.quant_state for module in modules]
+    scales = [
+        dequantize_blockwise(state.absmax, state.state2).float() + state.offset if state.nested else state.absmax
+        for state in states
+    ]
+    weight = _joined(modules)  # [rows * in / 2, 1] uint8
+    first = states[0]
+    merged = QuantState(
+        absmax=torch.cat(scales),
+        shape=torch.Size((sum(state.shape[0] for state in states), first.shape[1])),
+        code=first.code,
+        blocksize=first.blocksize,
+        quant_type=first.quant_type,
+        dtype=first.dtype,
+    )
+    return lambda x: bitsandbytes.matmul_4bit(x, weight.t(), quant_state=merged, bias=bias)
+
+
+def _is_packed_nf4(module: Any) -> bool:
+    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    return (
+        state is not None
+        and getattr(state, "packing_format_for_cpu", False)
+        and state.quant_type == "nf4"
+        and _nf4_kernel() is not None
+    )
+
+
+def _nf4_kernel() -> Any:
+    """bitsandbytes' CPU kernel for packed NF4 weights; none where this build has none.
+
+    The torch operator around it costs 16 us a call, half of what the product itself takes at small widths.
+    """
+    from bitsandbytes.cextension import lib
+
+    return getattr(lib, "gemv_4bit_inference_cpu_nf4_bf16", None)
+
+
+class PackedNF4:
+    """x [width, in] bf16 -> [width, out] bf16 for NF4 weights packed by bitsandbytes for AVX512-BF16."""
+
+    def __init__(self, modules: list[Any], bias: Tensor | None) -> None:
+        states = [module.weight.quant_state for module in modules]
+        self.weight = _joined(modules)
+        self.scales = torch.cat([state.absmax for state in states], 1)  # [in / 64, out]
+        self.bias = bias
+        self.out_features = sum(int(state.shape[0]) for state in states)
+        self.in_features = int(states[0].shape[1])
+        self.kernel = _nf4_kernel()
+        self.arguments = (
+            ctypes.c_int64(self.out_features),
+            ctypes.c_int64(self.in_features),
+            ctypes.c_void_p(self.weight.data_ptr()),
+            ctypes.c_void_p(self.scales.data_ptr()),
+            ctypes.c_int64(int(states[0].blocksize)),
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        width = x.shape[0]
+        out = torch.empty(width, self.out_features, dtype=torch.bfloat16)
+        n, k, weight, scales, block = self.arguments
+        self.kernel(
+            ctypes.c_int64(width),
+            n,
+            k,
+            ctypes.c_void_p(x.data_ptr()),
+            weight,
+            scales,
+            ctypes.c_void_p(out.data_ptr()),
+            block,
+            k,
+            n,
+        )
+        return out if self.bias is None else out + self.bias

@@ -1,0 +1,171 @@
+"""Choosing a block runner, and what is true of it on this device: its invariant widths, checked and not assumed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from early_exit_cli.artifacts import processor_name, read_json, sha256_of, user_cache_dir, versions, write_json
+from early_exit_cli.backbone import Backbone
+from early_exit_cli.blocks import KEY_STEP, LARGEST_WIDTH, Blocks, HFBlocks, KVCache
+from early_exit_cli.errors import BundleError
+from early_exit_cli.fused_blocks import FusedBlocks
+from early_exit_cli.lm_head import ExactArgmax, faster_widths, usable
+
+CANDIDATE_WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
+
+
+def make_blocks(backbone: Backbone, runner: str = "auto") -> Blocks:
+    """The runner asked for, with what was measured of it on this device."""
+    blocks: Blocks = HFBlocks(backbone) if runner == "hf" else FusedBlocks(backbone)
+    identity = device_identity(blocks)
+    path = measurement_path("widths", identity)
+    try:
+        found = read_json(path)
+        blocks.widths = tuple(map(int, found["widths"]))
+        blocks.is_invariant, blocks.any_length = bool(found["is_invariant"]), bool(found["any_length"])
+        blocks.argmax_widths = tuple(map(int, found["argmax_widths"]))
+    except (BundleError, KeyError, TypeError, ValueError):
+        with torch.inference_mode():
+            measure_widths(blocks)
+        measured = {
+            "widths": list(blocks.widths),
+            "is_invariant": blocks.is_invariant,
+            "any_length": blocks.any_length,
+            "argmax_widths": list(blocks.argmax_widths),
+        }
+        write_json(path, {**measured, **identity})
+    if blocks.argmax_widths:
+        blocks.exact_argmax = ExactArgmax(backbone.lm_head.weight)
+    return blocks
+
+
+def device_identity(blocks: Blocks) -> dict[str, Any]:
+    """All that a measurement of a runner may depend on: model, device, threads, versions."""
+    backbone = blocks.backbone
+    return {
+        "fingerprint": backbone.fingerprint,
+        "device": processor_name() if backbone.device.type == "cpu" else torch.cuda.get_device_name(backbone.device),
+        "dtype": str(backbone.dtype),
+        "runner": type(blocks).__name__,
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+
+
+def measurement_path(kind: str, identity: dict[str, Any]) -> Path:
+    """Where a measurement is kept: made once for an identity, in the user's cache folder."""
+    return user_cache_dir() / kind / f"{sha256_of(json.dumps(identity, sort_keys=True))[:24]}.json"
+
+
+def measure_widths(blocks: Blocks) -> None:
+    """Find the widths at which a token's bits depend on nothing but the tokens before it, and set them on `blocks`.
+
+    The same tokens are run at the largest width, then at every other one in windows that put each token into other
+    rows with other neighbours: all blocks and the LM head, compared bit for bit; and one block over random keys, at
+    many lengths and positions. Where even the largest width disagrees with itself in other rows, it is the only one
+    used and `is_invariant` is false: nothing is promised there.
+    """
+    probe = _Probe(blocks)
+    blocks.is_invariant = probe.agrees(LARGEST_WIDTH)
+    found = (
+        [width for width in CANDIDATE_WIDTHS if width < LARGEST_WIDTH and probe.agrees(width)]
+        if blocks.is_invariant
+        else []
+    )
+    blocks.widths = (*found, LARGEST_WIDTH)
+    blocks.any_length = blocks.is_invariant and probe.same_at_every_length(blocks.widths)
+    head = blocks.backbone.lm_head
+    if head.bias is None and usable(head.weight):
+        blocks.argmax_widths = faster_widths(ExactArgmax(head.weight), probe.reference[0], blocks.widths)
+
+
+class _Probe:
+    """Random tokens through all blocks, and random states through one block over long random keys."""
+
+    length = 2 * LARGEST_WIDTH
+    offset = 3
+    far = tuple(
+        (capacity, int(capacity * share))
+        for capacity in (128, 256, 320, 512, 768, 832, 1024, 2048)
+        for share in (0.4, 0.85)
+    )
+    """(keys in the buffer, position of the first row) of the passes over random keys."""
+
+    def __init__(self, blocks: Blocks) -> None:
+        self.blocks = blocks
+        backbone = blocks.backbone
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(backbone.device, backbone.dtype)
+
+        self.ids = torch.randint(backbone.vocab_size, (self.length,), generator=generator).to(backbone.device)
+        self.hidden = random(LARGEST_WIDTH, backbone.hidden_size)
+        self.far_keys = random(blocks.kv_heads, self.far[-1][0], blocks.head_dim)
+        self.far_values = random(blocks.kv_heads, self.far[-1][0], blocks.head_dim)
+        self.reference = self._outputs(LARGEST_WIDTH, 0, None)
+        self.far_reference = self._far(LARGEST_WIDTH, 0)
+
+    def _outputs(self, width: int, offset: int, prefix: KVCache | None) -> tuple[Tensor, Tensor, KVCache]:
+        """Normed final states and logits of tokens `offset` and on, in windows of `width`, over an earlier KV cache."""
+        blocks = self.blocks
+        cache = prefix or blocks.new_cache(self.length + KEY_STEP)
+        states = torch.cat(
+            [
+                blocks.final_norm(
+                    blocks.run(blocks.embed(self.ids[start : start + width]), cache, start, 0, blocks.num_blocks)
+                )
+                for start in range(offset, self.length - width + 1, width)
+            ]
+        )
+        logits = torch.cat([blocks.logits(states[start : start + width]) for start in range(0, states.shape[0], width)])
+        return states, logits, cache
+
+    def _far(self, width: int, offset: int) -> list[Tensor]:
+        """`width` of the random states, from the `offset`-th on, through block 0 over the random keys."""
+        results = []
+        for capacity, position in self.far:
+            cache = self._far_cache(capacity)
+            if offset:  # the rows before are there already
+                self.blocks.run(self.hidden, cache, position, 0, 1)
+            results.append(self.blocks.run(self.hidden[offset : offset + width], cache, position + offset, 0, 1))
+        return results
+
+    def _far_cache(self, limit: int, end: int | None = None) -> KVCache:
+        """The random keys and values in block 0 of a cache for `limit` tokens; its buffers just hold `end`."""
+        cache = self.blocks.new_cache(limit)
+        capacity = limit if end is None else -(-end // KEY_STEP) * KEY_STEP
+        cache.keys = [self.far_keys[:, :capacity].clone()]
+        cache.values = [self.far_values[:, :capacity].clone()]
+        return cache
+
+    def agrees(self, width: int) -> bool:
+        """Whether this width gives the reference's bits, in windows shifted against it."""
+        states, logits, _ = self._outputs(width, self.offset, self._outputs(LARGEST_WIDTH, 0, None)[2])
+        end = self.offset + states.shape[0]
+        return (
+            torch.equal(states, self.reference[0][self.offset : end])
+            and torch.equal(logits, self.reference[1][self.offset : end])
+            and self._far_agrees(width, 0)
+            and (width == LARGEST_WIDTH or self._far_agrees(width, min(self.offset, LARGEST_WIDTH - width)))
+        )
+
+    def same_at_every_length(self, widths: tuple[int, ...]) -> bool:
+        """Whether block 0 over random keys gives the same bits however large the buffer is."""
+        limit = self.far[-1][0]
+        for end in range(61, limit, 131):
+            whole, tight = self._far_cache(limit), self._far_cache(limit, end)
+            for width in widths:
+                hidden, position = self.hidden[:width], end - width
+                if not torch.equal(*(self.blocks.run(hidden, cache, position, 0, 1) for cache in (whole, tight))):
+                    return False
+        return True
+
+    def _far_agrees(self, width: int, offset: int) -> bool:
+        pairs = zip(self._far(width, offset), self.far_reference, strict=True)
+        return all(torch.equal(rows, whole[offset : offset + width]) for rows, whole in pairs)
