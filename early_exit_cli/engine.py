@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from early_exit_cli.artifacts import fingerprint_differences, read_json, write_atomic, write_json
-from early_exit_cli.backbone import Backbone, load_backbone
+from early_exit_cli.backbone import Backbone, Readout, load_backbone
 from early_exit_cli.blocks import LARGEST_WIDTH, PREFILL_WIDTH, Blocks, KVCache
 from early_exit_cli.config import SHIPPED_BUNDLE, BackboneConfig, BundleConfig
 from early_exit_cli.data import Batch
@@ -243,7 +243,7 @@ def check_fingerprint(config: dict[str, Any], record: dict[str, Any], backbone: 
 
 def save_bundle(
     folder: Path,
-    backbone: Backbone,
+    readout: Readout,
     heads: ExitHeads,
     training_config: dict[str, Any],
     record: dict[str, Any],
@@ -252,20 +252,20 @@ def save_bundle(
     folder.mkdir(parents=True, exist_ok=True)
     for stale in (CALIBRATION_FILE, DSSD_HEADS_FILE, RECORD_FILE):
         (folder / stale).unlink(missing_ok=True)
-    heads.save(folder / HEADS_FILE, backbone.dtype)
+    heads.save(folder / HEADS_FILE, readout.dtype)
     if heads.kind == "linear":
-        weights = heads.dssd_state_dict(backbone.dtype)
+        weights = heads.dssd_state_dict(readout.dtype)
         write_atomic(folder / DSSD_HEADS_FILE, lambda temporary: torch.save(weights, temporary))
     write_json(
         folder / CONFIG_FILE,
         {
-            "model_name": backbone.name,
+            "model_name": readout.name,
             "num_heads": len(heads),
             "head_layer_indices": heads.layers,
-            "quantization": backbone.quantization,
-            "hidden_size": backbone.hidden_size,
-            "vocab_size": backbone.vocab_size,
-            "num_hidden_layers": backbone.num_blocks,
+            "quantization": readout.quantization,
+            "hidden_size": readout.hidden_size,
+            "vocab_size": readout.vocab_size,
+            "num_hidden_layers": readout.num_blocks,
             "training_config": training_config,
         },
     )
@@ -273,7 +273,7 @@ def save_bundle(
         folder / RECORD_FILE,
         {
             "format_version": FORMAT_VERSION,
-            "fingerprint": backbone.fingerprint,
+            "fingerprint": readout.fingerprint,
             "heads": {
                 "kind": heads.kind,
                 "rank": heads.rank,

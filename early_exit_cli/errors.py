@@ -48,6 +48,10 @@ class CheckpointError(EexitError):
     """A training checkpoint that cannot be written or resumed from."""
 
 
+class CacheError(EexitError):
+    """A cache of hidden states that is damaged, incomplete, made otherwise, or too large for the disk."""
+
+
 class TargetMissedError(EexitError):
     """A demanded quality was not reached (`--strict`)."""
 

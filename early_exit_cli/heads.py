@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from early_exit_cli.artifacts import write_atomic
-from early_exit_cli.backbone import Backbone
+from early_exit_cli.backbone import Readout
 from early_exit_cli.config import HeadsConfig
 from early_exit_cli.errors import BundleError, ConfigError
 
@@ -92,10 +91,10 @@ class AdapterHead(nn.Module):
 class DraftLMHead:
     """The backbone's final norm and the rows of its LM head that heads may choose; frozen, not part of any file."""
 
-    def __init__(self, backbone: Backbone, draft_vocab: Tensor | None) -> None:
-        weight = backbone.lm_head.weight
-        self.norm_weight = cast(Tensor, backbone.norm.weight)
-        self.eps = float(backbone.config.rms_norm_eps)
+    def __init__(self, readout: Readout, draft_vocab: Tensor | None) -> None:
+        weight = readout.lm_head_weight
+        self.norm_weight = readout.norm_weight
+        self.eps = readout.norm_eps
         self.weight = weight if draft_vocab is None else weight[draft_vocab.to(weight.device)]
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -113,20 +112,20 @@ class ExitHeads(nn.Module):
     draft_vocab: Tensor | None
 
     def __init__(
-        self, backbone: Backbone, kind: str, layers: Sequence[int], rank: int, draft_vocab: Tensor | None
+        self, readout: Readout, kind: str, layers: Sequence[int], rank: int, draft_vocab: Tensor | None
     ) -> None:
         super().__init__()
-        eps = float(backbone.config.rms_norm_eps)
+        eps = readout.norm_eps
         self.kind = kind
         self.rank = rank
         self.layers = list(layers)
         self.exit_layers = [layer + 1 for layer in layers]
-        hidden, vocab = backbone.hidden_size, backbone.vocab_size
+        hidden, vocab = readout.hidden_size, readout.vocab_size
         self.heads = nn.ModuleList(
             LinearHead(hidden, vocab, eps) if kind == "linear" else AdapterHead(hidden, rank, eps) for _ in layers
         )
         self.register_buffer("draft_vocab", draft_vocab)
-        self.lm_head = DraftLMHead(backbone, draft_vocab)
+        self.lm_head = DraftLMHead(readout, draft_vocab)
 
     def __len__(self) -> int:
         return len(self.heads)
@@ -143,12 +142,12 @@ class ExitHeads(nn.Module):
         """Columns of the logits to token ids."""
         return columns if self.draft_vocab is None else self.draft_vocab[columns]
 
-    def start_from(self, backbone: Backbone) -> None:
+    def start_from(self, readout: Readout) -> None:
         """Linear heads start as the backbone's own norm and LM head."""
         for head in self.heads:
             if isinstance(head, LinearHead):
-                head.norm["weight"].data.copy_(backbone.norm.weight.float())
-                head.linear.weight.data.copy_(backbone.lm_head.weight.float())
+                head.norm["weight"].data.copy_(readout.norm_weight.float())
+                head.linear.weight.data.copy_(readout.lm_head_weight.float())
 
     def save(self, path: Path, dtype: torch.dtype) -> None:
         """Write heads.safetensors: `{i}.norm.weight` and so on in `dtype`, and `draft_vocab` where there is one."""
@@ -168,7 +167,7 @@ class ExitHeads(nn.Module):
         }
 
 
-def load_heads(path: Path, backbone: Backbone, kind: str, layers: Sequence[int], rank: int) -> ExitHeads:
+def load_heads(path: Path, readout: Readout, kind: str, layers: Sequence[int], rank: int) -> ExitHeads:
     """Read heads.safetensors strictly.
 
     Raises:
@@ -184,9 +183,9 @@ def load_heads(path: Path, backbone: Backbone, kind: str, layers: Sequence[int],
     draft_vocab = tensors.pop(DRAFT_VOCAB, None)
     if draft_vocab is not None:
         draft_vocab = draft_vocab.to(torch.int64)
-        if draft_vocab.ndim != 1 or draft_vocab.min() < 0 or draft_vocab.max() >= backbone.vocab_size:
-            raise BundleError(f"{path}: draft_vocab holds tokens outside the backbone's {backbone.vocab_size}")
-    heads = ExitHeads(backbone, kind, layers, rank, draft_vocab)
+        if draft_vocab.ndim != 1 or draft_vocab.min() < 0 or draft_vocab.max() >= readout.vocab_size:
+            raise BundleError(f"{path}: draft_vocab holds tokens outside the backbone's {readout.vocab_size}")
+    heads = ExitHeads(readout, kind, layers, rank, draft_vocab)
     expected = {name: value.shape for name, value in heads.state_dict().items() if name != DRAFT_VOCAB}
     for name, shape in expected.items():
         found = tensors.get(name.removeprefix("heads."))
@@ -204,4 +203,4 @@ def load_heads(path: Path, backbone: Backbone, kind: str, layers: Sequence[int],
             **({DRAFT_VOCAB: draft_vocab} if draft_vocab is not None else {}),
         }
     )
-    return heads.to(backbone.device, backbone.dtype).requires_grad_(False)
+    return heads.to(readout.device, readout.dtype).requires_grad_(False)

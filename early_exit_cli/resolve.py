@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,12 @@ DEFAULT = "default"
 
 @dataclass(frozen=True)
 class Resolved:
-    """A validated configuration; `origins` maps a dotted key to `default`, `FILE` or `--flag`."""
+    """A validated configuration; `origins` maps a dotted key to `default`, `FILE` or `--flag`; `swept` holds the values
+    that tell it from the other variants of a sweep."""
 
     config: Config
     origins: dict[str, str]
+    swept: dict[str, Any] = field(default_factory=dict)
 
     def is_default(self, key: str) -> bool:
         """Whether nobody set `key` (dotted, as `backbone.model_name`)."""

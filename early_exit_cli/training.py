@@ -1,7 +1,8 @@
-"""Training exit heads beside the running, frozen backbone.
+"""Training exit heads: one loop, beside the running, frozen backbone or from a cache of its hidden states.
 
-One step: the backbone runs packed sequences; every head reads the state after its exit layer and learns the backbone's
-own distribution for the same position by KL divergence. `accelerate` carries processes, accumulation and checkpoints.
+One step: every head reads the states after its exit layer and learns the backbone's own distribution for the same
+position by KL divergence. Where states come from is a `StateSource`. `accelerate` carries processes, accumulation and
+checkpoints. Several trainers can go through the same source together: each batch is then read, and taught, once.
 
 On disk, under `output_dir`: the best bundle so far (by held-out agreement, averaged over heads), `last/` with the newest
 one, `checkpoints/step-N/` with what resuming needs. Everything is written to a temporary sibling and renamed; a folder
@@ -17,7 +18,6 @@ import shutil
 import signal
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -25,17 +25,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
 from early_exit_cli.artifacts import atomic_folder, read_json, write_json
-from early_exit_cli.backbone import Backbone
+from early_exit_cli.backbone import Readout
 from early_exit_cli.config import DataConfig, HeadsConfig, TrainingConfig
-from early_exit_cli.data import Batch, Document, batches, pack, pad_token_id
 from early_exit_cli.engine import require_finite, save_bundle
 from early_exit_cli.errors import CheckpointError, ConfigError, DataError, NumericsError
-from early_exit_cli.heads import ExitHeads, head_layers
+from early_exit_cli.heads import ExitHeads
+from early_exit_cli.states import States, StateSource
 
 MARKER = "complete.json"
 KEPT_CHECKPOINTS = 2
@@ -81,13 +82,17 @@ def check_tracker(name: str) -> None:
         )
 
 
-def draft_vocabulary(documents: Iterable[Document], size: int, vocab_size: int, always: Iterable[int]) -> Tensor | None:
-    """The `size` most frequent tokens of the documents, ascending, int64, `always` among them; None keeps all."""
-    if not size or size >= vocab_size:
+def draft_vocabulary(counts: Tensor, size: int, always: Iterable[int]) -> Tensor | None:
+    """The `size` most frequent tokens, ascending, int64, `always` among them; None keeps all.
+
+    Args:
+        counts: [vocab] int64, occurrences in the training text.
+    """
+    if not size or size >= counts.numel():
         return None
-    counts = Counter(token for document in documents for token in document.ids)
-    ranked = [*dict.fromkeys([*always, *(token for token, _ in counts.most_common()), *range(vocab_size)])]
-    return torch.tensor(sorted(ranked[:size]), dtype=torch.int64)
+    ranked = counts.clone()
+    ranked[torch.tensor(sorted(always), dtype=torch.int64)] = torch.iinfo(torch.int64).max
+    return ranked.argsort(descending=True, stable=True)[:size].sort().values
 
 
 @dataclass(frozen=True)
@@ -123,13 +128,13 @@ def distillation_losses(logits: list[Tensor], teacher: Teacher) -> list[Tensor]:
     ]
 
 
-def teach(backbone: Backbone, final: Tensor, draft_vocab: Tensor | None) -> Teacher:
+def teach(readout: Readout, final: Tensor, draft_vocab: Tensor | None) -> Teacher:
     """The teacher's view of [positions, hidden] states with the final norm applied.
 
     Raises:
         NumericsError: NaN or infinite logits.
     """
-    logits = backbone.lm_head(final)
+    logits = F.linear(final, readout.lm_head_weight)
     highest, choices = logits.max(-1)
     require_finite(highest)
     if draft_vocab is None:
@@ -169,42 +174,64 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
+class Lessons:
+    """States, and what the backbone says of them, made once for all trainers that ask for the same batch."""
+
+    def __init__(self, source: StateSource) -> None:
+        self.source = source
+        self._key: tuple[int, int, int] | None = None
+        self._states: States | None = None
+        self._teachers: list[tuple[Tensor | None, Teacher]] = []
+
+    def get(self, number: int, rank: int, world: int, draft_vocab: Tensor | None) -> tuple[States, Teacher]:
+        """The number-th training batch of a process."""
+        if self._states is None or self._key != (number, rank, world):
+            with torch.no_grad():
+                self._states = self.source.batch(number, rank, world)
+            self._key, self._teachers = (number, rank, world), []
+        for vocab, teacher in self._teachers:
+            if vocab is draft_vocab or (
+                vocab is not None and draft_vocab is not None and torch.equal(vocab, draft_vocab)
+            ):
+                return self._states, teacher
+        with torch.no_grad():
+            teacher = teach(self.source.readout, self._states.final, draft_vocab)
+        self._teachers.append((draft_vocab, teacher))
+        return self._states, teacher
+
+
 class Trainer:
-    """The training loop's state; `run` goes from the current step to the end."""
+    """The training of one set of heads: `run` goes from the current step to the end."""
 
     def __init__(
         self,
-        backbone: Backbone,
+        lessons: Lessons,
         heads_config: HeadsConfig,
         config: TrainingConfig,
         data_config: DataConfig,
-        train: list[Document],
-        held_out: list[Document],
         record: dict[str, Any],
     ) -> None:
-        self.backbone, self.config, self.data_config, self.record = backbone, config, data_config, record
+        self.lessons, self.source, self.readout = lessons, lessons.source, lessons.source.readout
+        self.config, self.data_config, self.record = config, data_config, record
         self.accelerator = Accelerator(
             gradient_accumulation_steps=config.gradient_accumulation_steps,
-            cpu=backbone.device.type == "cpu",
+            cpu=self.readout.device.type == "cpu",
             log_with=None if config.report_to == "none" else config.report_to,
             project_dir=str(config.output_dir),
         )
         set_seed(config.seed)
-        layers = head_layers(heads_config, backbone.num_blocks)
-        vocab = draft_vocabulary(train, heads_config.draft_vocab, backbone.vocab_size, backbone.eos_token_ids)
+        vocab = draft_vocabulary(self.source.token_counts(), heads_config.draft_vocab, self.readout.eos_token_ids)
         self.heads = ExitHeads(
-            backbone,
+            self.readout,
             heads_config.kind,
-            layers,
+            self.source.layers,
             heads_config.rank,
             vocab if heads_config.kind == "adapter" else None,
-        ).to(backbone.device)
-        self.heads.start_from(backbone)
+        ).to(self.readout.device)
+        self.heads.start_from(self.readout)
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        pad = pad_token_id(backbone)
-        self.rows = pack(train, data_config.max_length, pad)[rank::world]
-        self.held_out = pack(held_out, data_config.max_length, pad)[: config.eval_batches * config.batch_size]
-        if not self.rows:
+        self.place = (rank, world)
+        if not self.source.sequences(rank, world):
             raise DataError(
                 "too little training text: less than one sequence for each process",
                 hint="--max-length N, or more text",
@@ -218,7 +245,9 @@ class Trainer:
         self.model, self.optimizer, self.schedule = self.accelerator.prepare(self.heads, optimizer, schedule)
         self.step = 0
         self.tokens_seen = 0
-        self.best_step, self.best_agreement = 0, [-1.0] * len(layers)
+        self.best_step, self.best_agreement = 0, [-1.0] * len(self.heads)
+        self.last_agreement: list[float] = []
+        self.started, self.seen_before = time.perf_counter(), 0
         if config.resume:
             self._resume()
 
@@ -232,8 +261,8 @@ class Trainer:
         ]
         eight_bit = self.config.optimizer == "adamw8bit" or (
             self.config.optimizer == "auto"
-            and self.backbone.quantization != "none"
-            and self.backbone.device.type == "cuda"
+            and self.readout.quantization != "none"
+            and self.readout.device.type == "cuda"
         )
         if eight_bit:
             import bitsandbytes
@@ -247,83 +276,65 @@ class Trainer:
         Raises:
             NumericsError: a loss that is not finite, with the step.
         """
+        (result,) = train_together([self], lambda _, report: on_step(report) if on_step else None)
+        return result
+
+    def begin(self) -> None:
+        """Before the first step."""
+        self.started, self.seen_before = time.perf_counter(), self.tokens_seen
+        self.accelerator.init_trackers("eexit", config=json.loads(self.config.model_dump_json()))
+
+    def advance(self) -> StepReport:
+        """One optimizer step, and what is due after it: evaluation, bundle, checkpoint."""
         config = self.config
-        started = time.perf_counter()
-        seen_before = self.tokens_seen
-        self.accelerator.init_trackers("eexit", config=json.loads(config.model_dump_json()))
-        agreement: list[float] = []
-        try:
-            with stop_requests() as stopped:
-                while self.step < config.max_steps:
-                    losses = self._optimizer_step()
-                    self.step += 1
-                    last = self.step == config.max_steps
-                    agreement = self.evaluate() if last or self.step % config.eval_every == 0 else []
-                    if agreement:
-                        self._keep(agreement)
-                    if last or self.step % config.save_every == 0:
-                        self.save_checkpoint()
-                    report = StepReport(
-                        self.step,
-                        config.max_steps,
-                        losses,
-                        self.schedule.get_last_lr()[0],
-                        (self.tokens_seen - seen_before) / (time.perf_counter() - started),
-                        agreement or None,
-                    )
-                    self._track(report)
-                    if on_step and self.accelerator.is_main_process:
-                        on_step(report)
-                    if stopped():
-                        raise KeyboardInterrupt
-        except KeyboardInterrupt:
-            self.save_checkpoint()
-            raise
-        if not agreement:  # nothing left to do: max_steps 0, or a resumed run that was complete
-            agreement = self.evaluate()
+        losses = self._optimizer_step()
+        self.step += 1
+        last = self.step == config.max_steps
+        agreement = self.evaluate() if last or self.step % config.eval_every == 0 else []
+        if agreement:
             self._keep(agreement)
+        if last or self.step % config.save_every == 0:
+            self.save_checkpoint()
+        report = StepReport(
+            self.step,
+            config.max_steps,
+            losses,
+            self.schedule.get_last_lr()[0],
+            (self.tokens_seen - self.seen_before) / (time.perf_counter() - self.started),
+            agreement or None,
+        )
+        self._track(report)
+        return report
+
+    def finish(self) -> TrainingResult:
+        """After the last step."""
+        if not self.last_agreement:  # nothing was left to do: max_steps 0, or a resumed run that was complete
+            self._keep(self.evaluate())
         self.accelerator.end_training()
         return TrainingResult(
-            str(config.output_dir),
+            str(self.config.output_dir),
             self.step,
             self.tokens_seen,
-            time.perf_counter() - started,
+            time.perf_counter() - self.started,
             self.heads.exit_layers,
             self.best_step,
             self.best_agreement,
-            agreement,
+            self.last_agreement,
         )
-
-    def _batch(self, number: int) -> Batch:
-        """The number-th batch of this process: epochs of seeded shuffles, so that resuming needs only the number."""
-        size = self.config.batch_size
-        per_epoch = -(-len(self.rows) // size)
-        epoch, index = divmod(number, per_epoch)
-        cached = getattr(self, "_epoch", None)
-        if cached is None or cached[0] != epoch:
-            self._epoch = (epoch, list(batches(self.rows, size, seed=self.config.seed * 1_000_003 + epoch)))
-        return self._epoch[1][index].to(self.backbone.device)
-
-    def _states(self, batch: Batch, positions: Tensor) -> tuple[list[Tensor], Teacher]:
-        """Run the backbone: at `positions` ([batch, seq] bool), the states per head and what the backbone says itself."""
-        with torch.no_grad():
-            states = self.backbone.hidden_states_at(batch.input_ids, batch.block_mask(), self.heads.exit_layers)
-            *exits, final = [state[positions] for state in states]
-            return exits, teach(self.backbone, final, self.heads.draft_vocab)
 
     def _autocast(self) -> torch.autocast:
         """bfloat16 products for the heads where the backbone computes in it; weights and losses stay float32."""
-        return torch.autocast(self.backbone.device.type, torch.bfloat16, enabled=self.backbone.dtype == torch.bfloat16)
+        return torch.autocast(self.readout.device.type, torch.bfloat16, enabled=self.readout.dtype == torch.bfloat16)
 
     def _optimizer_step(self) -> list[float]:
         sums = [0.0] * len(self.heads)
         accumulation = self.config.gradient_accumulation_steps
         for micro in range(accumulation):
-            batch = self._batch(self.step * accumulation + micro)
-            exits, teacher = self._states(batch, batch.valid)
+            number = self.step * accumulation + micro
+            states, teacher = self.lessons.get(number, *self.place, self.heads.draft_vocab)
             with self.accelerator.accumulate(self.model):
                 with self._autocast():
-                    logits = self.model(exits)
+                    logits = self.model(states.exits)
                 losses = distillation_losses(logits, teacher)
                 self.accelerator.backward(torch.stack(losses).sum())
                 if self.accelerator.sync_gradients:
@@ -333,7 +344,7 @@ class Trainer:
                 self.optimizer.zero_grad()
             for head, loss in enumerate(losses):
                 sums[head] += float(loss.detach()) / accumulation
-            self.tokens_seen += int(batch.valid.sum()) * self.accelerator.num_processes
+            self.tokens_seen += states.final.shape[0] * self.accelerator.num_processes
         if not all(math.isfinite(value) for value in sums):
             raise NumericsError(f"the loss is not finite at step {self.step + 1}: {sums}", hint="lower --lr")
         return sums
@@ -343,11 +354,11 @@ class Trainer:
         hits = torch.zeros(len(self.heads), dtype=torch.float64)
         total = 0
         with torch.no_grad():
-            for batch in batches(self.held_out, self.config.batch_size):
-                batch = batch.to(self.backbone.device)
-                exits, teacher = self._states(batch, batch.measured)
+            for batch in self.source.held_out():
+                states = batch.only_measured()
+                teacher = teach(self.readout, states.final, self.heads.draft_vocab)
                 with self._autocast():
-                    rows = self.heads(exits)
+                    rows = self.heads(states.exits)
                 for head, row in enumerate(rows):
                     hits[head] += (self.heads.token_ids(row.argmax(-1)) == teacher.choices).sum().cpu()
                 total += teacher.choices.numel()
@@ -355,6 +366,7 @@ class Trainer:
 
     def _keep(self, agreement: list[float]) -> None:
         """Write last/, and the best bundle when this is the best so far."""
+        self.last_agreement = agreement
         better = sum(agreement) > sum(self.best_agreement)
         if better:
             self.best_step, self.best_agreement = self.step, agreement
@@ -378,7 +390,7 @@ class Trainer:
                 }
             }
             for folder in [self.config.output_dir / "last", *([self.config.output_dir] if better else [])]:
-                save_bundle(folder, self.backbone, self.heads, training_config, record)
+                save_bundle(folder, self.readout, self.heads, training_config, record)
         self.accelerator.wait_for_everyone()
 
     def _identity(self) -> dict[str, Any]:
@@ -388,11 +400,10 @@ class Trainer:
         )
         return {
             "world_size": self.accelerator.num_processes,
-            "fingerprint": self.backbone.fingerprint,
+            **self.source.identity(),
             "head_layer_indices": self.heads.layers,
             "kind": self.heads.kind,
             "rank": self.heads.rank,
-            "sequences": len(self.rows),
             **config,
         }
 
@@ -455,6 +466,37 @@ class Trainer:
         for head, share in enumerate(report.agreement or []):
             values[f"head_{head}/agreement"] = share
         self.accelerator.log(values, step=report.step)
+
+
+def train_together(
+    trainers: list[Trainer], on_step: Callable[[int, StepReport], None] | None = None
+) -> list[TrainingResult]:
+    """Train all to the end, step by step in turns. Ctrl-C writes checkpoints and goes on as KeyboardInterrupt.
+
+    Args:
+        trainers: sharing their lessons, so that each batch is read once.
+        on_step: called with (index of the trainer, report) in the main process.
+    """
+    for trainer in trainers:
+        trainer.begin()
+    try:
+        with stop_requests() as stopped:
+            while True:
+                unfinished = [trainer for trainer in trainers if trainer.step < trainer.config.max_steps]
+                if not unfinished:
+                    break
+                step = min(trainer.step for trainer in unfinished)
+                for trainer in [trainer for trainer in unfinished if trainer.step == step]:
+                    report = trainer.advance()
+                    if on_step and trainer.accelerator.is_main_process:
+                        on_step(trainers.index(trainer), report)
+                if stopped():
+                    raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        for trainer in trainers:
+            trainer.save_checkpoint()
+        raise
+    return [trainer.finish() for trainer in trainers]
 
 
 def complete_checkpoints(output_dir: Path) -> list[Path]:

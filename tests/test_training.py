@@ -6,11 +6,14 @@ import torch
 from safetensors.torch import load_file
 
 from early_exit_cli.config import DataConfig, HeadsConfig, TrainingConfig
-from early_exit_cli.data import Document
+from early_exit_cli.data import Document, pack
 from early_exit_cli.engine import load_model
 from early_exit_cli.errors import CheckpointError, DataError
+from early_exit_cli.heads import head_layers
+from early_exit_cli.states import BackboneStates, count_tokens
 from early_exit_cli.training import (
     MARKER,
+    Lessons,
     Teacher,
     Trainer,
     complete_checkpoints,
@@ -31,7 +34,14 @@ def documents(seed, count=24):
 def trainer(backbone, folder, draft_vocab=64, **changes):
     settings = dict(output_dir=folder, max_steps=12, batch_size=2, lr=3e-3, eval_every=6, save_every=6) | changes
     heads = HeadsConfig(head_layer_indices=[1, 4], rank=32, draft_vocab=draft_vocab)
-    return Trainer(backbone, heads, TrainingConfig(**settings), DATA, documents(0), documents(1, 4), {})
+    return make(backbone, heads, TrainingConfig(**settings))
+
+
+def make(backbone, heads, config, train=None):
+    layers = head_layers(heads, backbone.num_blocks)
+    train = documents(0) if train is None else train
+    source = BackboneStates(backbone, layers, train, documents(1, 4), DATA, config)
+    return Trainer(Lessons(source), heads, config, DATA, {})
 
 
 def test_losses_are_the_kl_divergence():
@@ -60,10 +70,11 @@ def test_the_teacher_over_a_draft_vocabulary_is_the_renormalised_backbone(tiny_b
 
 
 def test_the_draft_vocabulary_is_the_most_frequent_tokens_and_the_end():
-    text = [Document([5, 5, 5, 9, 9, 2], "s")]
-    assert draft_vocabulary(text, 3, 100, [77]).tolist() == [5, 9, 77]
-    assert draft_vocabulary(text, 0, 100, []) is None
-    assert draft_vocabulary(text, 100, 100, []) is None
+    counts = count_tokens(pack([Document([5, 5, 5, 9, 9, 2], "s")], 4, 0), 100)
+    assert int(counts.sum()) == 6
+    assert draft_vocabulary(counts, 3, [77]).tolist() == [5, 9, 77]
+    assert draft_vocabulary(counts, 0, []) is None
+    assert draft_vocabulary(counts, 100, []) is None
 
 
 def test_training_raises_agreement_and_leaves_a_bundle(tmp_path, tiny_backbone, tiny_folder):
@@ -129,7 +140,7 @@ def test_linear_heads_leave_the_file_that_dssd_loads(tmp_path, tiny_backbone):
     backbone = tiny_backbone("llama")
     config = TrainingConfig(output_dir=tmp_path, max_steps=0)
     heads = HeadsConfig(head_layer_indices=[1, 4], kind="linear")
-    Trainer(backbone, heads, config, DATA, documents(0), documents(1, 4), {}).run()
+    make(backbone, heads, config).run()
 
     class DssdHead(torch.nn.Module):  # by the rules of DSSD's loader: a norm with a weight, an untied map
         def __init__(self):
@@ -144,12 +155,4 @@ def test_linear_heads_leave_the_file_that_dssd_loads(tmp_path, tiny_backbone):
 
 def test_too_little_text_is_said_so(tmp_path, tiny_backbone):
     with pytest.raises(DataError, match="too little"):
-        Trainer(
-            tiny_backbone("llama"),
-            HeadsConfig(num_heads=1),
-            TrainingConfig(output_dir=tmp_path),
-            DATA,
-            [],
-            [],
-            {},
-        )
+        make(tiny_backbone("llama"), HeadsConfig(num_heads=1), TrainingConfig(output_dir=tmp_path), train=[])

@@ -11,7 +11,7 @@ import sys
 import typer
 
 from early_exit_cli import __version__, console
-from early_exit_cli.cli import bench, calibrate, evaluate, infer, train
+from early_exit_cli.cli import bench, cache, calibrate, evaluate, infer, train
 from early_exit_cli.errors import EexitError
 
 app = typer.Typer(
@@ -23,10 +23,19 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("infer", help="Answer prompts: plainly, with early exits, or both side by side.")(infer.command)
-app.command("train", help="Train exit heads beside the running backbone.")(train.command)
+app.command("train", help="Train exit heads beside the running backbone, or from a cache.")(train.command)
 app.command("calibrate", help="Fit entropy thresholds for each head and target accuracy.")(calibrate.command)
 app.command("evaluate", help="Measure the heads on text.")(evaluate.command)
 app.command("bench", help="Measure methods side by side on a set of prompts.")(bench.command)
+
+states = typer.Typer(
+    help="Hidden states on disk: extract once, train many times.", no_args_is_help=True, rich_markup_mode=None
+)
+states.command("extract", help="Run the backbone over text once and keep its hidden states.")(cache.extract)
+states.command("info", help="What a cache holds and what it costs.")(cache.info)
+states.command("verify", help="Check every file of a cache.")(cache.verify)
+states.command("repair", help="Compute damaged files of a cache again.")(cache.repair)
+app.add_typer(states, name="cache")
 
 
 def _print_version(asked: bool) -> None:

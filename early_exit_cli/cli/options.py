@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import types
 import typing
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -23,10 +25,17 @@ from early_exit_cli.resolve import Resolved, resolve, sections
 
 Command = Callable[..., None]
 
+SWEEPABLE = {
+    *("heads.kind", "heads.rank", "heads.draft_vocab"),
+    *("training.lr", "training.weight_decay", "training.warmup_steps", "training.max_grad_norm", "training.max_steps"),
+}
+"""Settings of which one run may train several values: none of them changes the states that heads see."""
+
 CONFIG = typer.Option("--config", help="YAML file with any part of the settings.", rich_help_panel="Settings")
 SET = typer.Option(
     "--set",
-    help="Any setting by its dotted name: --set training.lr=2e-4. Repeatable.",
+    help="Any setting by its dotted name: --set training.lr=2e-4. Repeatable. Training takes lists, a set of heads for "
+    "each value: --set heads.rank=[64,256].",
     rich_help_panel="Settings",
 )
 SHOW = typer.Option("--show-config", help="Print every setting with its origin, and stop.", rich_help_panel="Settings")
@@ -71,10 +80,10 @@ def _help(field: FieldInfo) -> str:
     return " ".join(parts)
 
 
-def configured(*names: str, json_output: bool = True) -> Callable[[Callable[..., None]], Command]:
+def configured(*names: str, sweeps: bool = False) -> Callable[[Callable[..., None]], Command]:
     """Give a command the flags of the sections `names`; it is called with the `Resolved` settings.
 
-    A command without a JSON result passes `json_output=False`.
+    With `sweeps`, it is called with a list of them: `--set heads.rank=[64,256]` makes two.
     """
 
     def decorate(function: Callable[..., None]) -> Command:
@@ -105,9 +114,8 @@ def configured(*names: str, json_output: bool = True) -> Callable[[Callable[...,
             ("config", Annotated[Path | None, CONFIG], None),
             ("set_", Annotated[list[str] | None, SET], None),
             ("show_config", Annotated[bool, SHOW], False),
+            ("json_", Annotated[bool, JSON], False),
         ]
-        if json_output:
-            fixed.append(("json_", Annotated[bool, JSON], False))
         parameters += [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
             for name, annotation, default in fixed
@@ -116,23 +124,38 @@ def configured(*names: str, json_output: bool = True) -> Callable[[Callable[...,
         @functools.wraps(function)
         def command(**values: Any) -> None:
             path, assignments, show = values.pop("config"), values.pop("set_"), values.pop("show_config")
-            as_json = values.pop("json_", False)
+            as_json = values.pop("json_")
             flags = {key: (values[name], flag) for name, (key, flag) in keys.items() if values[name] is not None}
             flags |= parse_assignments(assignments or [])
-            resolved = resolve(flags, path)
+            variants = sweep(flags, path) if sweeps else [resolve(flags, path)]
             if show:
-                show_settings(resolved, names, as_json)
-                return
-            if json_output:
-                function(resolved, as_json)
+                for resolved in variants:
+                    show_settings(resolved, names, as_json)
+            elif sweeps:
+                function(variants, as_json)
             else:
-                function(resolved)
+                function(variants[0], as_json)
 
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return command
 
     return decorate
+
+
+def sweep(flags: dict[str, tuple[Any, str]], path: Path | None) -> list[Resolved]:
+    """One set of settings for every combination of the values that sweepable settings were given as lists.
+
+    Raises:
+        ConfigError: as `resolve`.
+    """
+    lists = {key: value for key, (value, _) in flags.items() if key in SWEEPABLE and isinstance(value, list)}
+    variants = []
+    for values in itertools.product(*lists.values()):
+        swept = dict(zip(lists, values, strict=True))
+        chosen = {key: (value, flags[key][1]) for key, value in swept.items()}
+        variants.append(replace(resolve({**flags, **chosen}, path), swept=swept))
+    return variants
 
 
 def parse_assignments(assignments: list[str]) -> dict[str, tuple[Any, str]]:

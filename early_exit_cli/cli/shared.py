@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from early_exit_cli import console
 from early_exit_cli.config import BackboneConfig, DataConfig
 from early_exit_cli.resolve import Resolved
 
 if TYPE_CHECKING:
-    from early_exit_cli.data import Batch
+    from early_exit_cli.backbone import Backbone
+    from early_exit_cli.data import Batch, Document
     from early_exit_cli.engine import EarlyExitModel
 
 
@@ -35,6 +37,23 @@ def data_of_bundle(resolved: Resolved, record: dict[str, Any]) -> DataConfig:
         if key.startswith("data.") and not resolved.is_default(key)
     }
     return DataConfig.model_validate(trained | set_here)
+
+
+def load_text(data: DataConfig, backbone: Backbone) -> tuple[list[Document], list[Document]]:
+    """Training and evaluation text; the first process answers prompts, the others then read what it wrote."""
+    from accelerate import PartialState
+
+    from early_exit_cli.data import load_documents
+
+    processes = PartialState(cpu=backbone.device.type == "cpu")
+    with processes.main_process_first(), console.progress("answering prompts", 1) as ticker:
+
+        def on_answers(done: int, total: int, tokens: int) -> None:
+            ticker.update(done, f"{tokens:,} tokens", total)
+
+        train = load_documents(data, backbone, "train", on_answers)
+        held_out = load_documents(data, backbone, "eval", on_answers)
+    return train, held_out
 
 
 def held_out_batches(

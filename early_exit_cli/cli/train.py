@@ -1,64 +1,85 @@
-"""`eexit train`: resolve, load the backbone and the text, train, report."""
+"""`eexit train`: resolve, find the states (running backbone or cache), train, report."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from early_exit_cli import console
 from early_exit_cli.artifacts import run_record, write_json
 from early_exit_cli.cli.options import configured
+from early_exit_cli.config import Config
 from early_exit_cli.resolve import Resolved
 
+if TYPE_CHECKING:
+    from early_exit_cli.cached_states import CachedStates
+    from early_exit_cli.states import StateSource
+    from early_exit_cli.training import StepReport, TrainingResult
 
-@configured("backbone", "heads", "data", "training")
-def command(resolved: Resolved, as_json: bool) -> None:
-    """Train exit heads on the hidden states of the running backbone."""
-    from accelerate import PartialState
 
-    from early_exit_cli.backbone import load_backbone
-    from early_exit_cli.data import load_documents, read_records
-    from early_exit_cli.training import StepReport, Trainer, check_tracker, result_record
+@configured("backbone", "heads", "data", "cache", "training", sweeps=True)
+def command(variants: list[Resolved], as_json: bool) -> None:
+    """Train exit heads on hidden states, of the running backbone or from a cache."""
+    from early_exit_cli.training import Lessons, Trainer, check_tracker, result_record, train_together
 
-    config = resolved.config
+    config = variants[0].config
     check_tracker(config.training.report_to)
-    read_records(config.data)  # refuse unreadable data before a model loads
-    backbone = load_backbone(config.backbone)
-    processes = PartialState(cpu=backbone.device.type == "cpu")
-    # The first process answers the prompts; the others then read what it wrote.
-    with processes.main_process_first(), console.progress("answering prompts", 1) as ticker:
-
-        def on_answers(done: int, total: int, tokens: int) -> None:
-            ticker.update(done, f"{tokens:,} tokens", total)
-
-        train = load_documents(config.data, backbone, "train", on_answers)
-        held_out = load_documents(config.data, backbone, "eval", on_answers)
-    trainer = Trainer(backbone, config.heads, config.training, config.data, train, held_out, {})
-    if trainer.step:
-        console.note(f"resuming at step {trainer.step}")
+    source: StateSource
+    data = config.data
+    if config.training.mode == "online":
+        source = online_states(config)
+    else:
+        cached = offline_states(variants[0])
+        if cached is None:
+            return
+        source, data = cached, cached.cache.data
+    lessons = Lessons(source)
+    trainers = []
+    for number, variant in enumerate(variants):
+        training = variant.config.training
+        if len(variants) > 1:
+            training = training.model_copy(update={"output_dir": training.output_dir / f"variant-{number}"})
+        trainers.append(Trainer(lessons, variant.config.heads, training, data, {}))
+    first = trainers[0]
+    for trainer, variant in zip(trainers, variants, strict=True):
+        if trainer.step:
+            console.note(f"resuming at step {trainer.step}")
+        if trainer.accelerator.is_main_process:
+            record = run_record(variant.rows(), device=str(source.readout.device))
+            write_json(trainer.config.output_dir / "run.json", record)
+    rank, world = first.place
     console.note(
-        f"{len(trainer.heads)} {trainer.heads.kind} heads after blocks {trainer.heads.layers} of {backbone.num_blocks}; "
-        f"{len(train):,} texts, {len(trainer.rows):,} sequences of {config.data.max_length} tokens"
+        f"{len(first.heads)} {first.heads.kind} heads after blocks {first.heads.layers} of {source.readout.num_blocks}; "
+        f"{source.sequences(rank, world):,} sequences"
     )
-    main_process = trainer.accelerator.is_main_process
-    if main_process:
-        write_json(config.training.output_dir / "run.json", run_record(resolved.rows(), device=str(backbone.device)))
     with console.progress("training", config.training.max_steps) as ticker:
 
-        def on_step(report: StepReport) -> None:
+        def on_step(number: int, report: StepReport) -> None:
             losses = " ".join(f"{loss:.3f}" for loss in report.losses)
             ticker.update(report.step, f"loss {losses}  {report.tokens_per_second:,.0f} tokens/s")
             if report.agreement:
+                name = f"variant {number}, " if len(trainers) > 1 else ""
                 shares = "  ".join(f"head {head} {share:.1%}" for head, share in enumerate(report.agreement))
                 console.note(
-                    f"step {report.step}: held-out agreement {shares}; loss {losses}; {report.tokens_per_second:,.0f} tokens/s"
+                    f"{name}step {report.step}: held-out agreement {shares}; loss {losses}; "
+                    f"{report.tokens_per_second:,.0f} tokens/s"
                 )
 
-        result = trainer.run(on_step)
-    if not main_process:
+        results = train_together(trainers, on_step)
+    if not first.accelerator.is_main_process:
         return
     if as_json:
-        console.emit_json(result_record(result))
+        records = [result_record(result) for result in results]
+        console.emit_json(records[0] if len(records) == 1 else {"variants": records})
         return
+    for result, variant in zip(results, variants, strict=True):
+        show(result, ", ".join(f"{key} = {value}" for key, value in variant.swept.items()))
+
+
+def show(result: TrainingResult, swept: str) -> None:
+    """One table per set of heads."""
     console.table(
-        f"{result.output_dir}: {result.steps} steps, {result.tokens_seen:,} tokens, {result.seconds:,.0f} s",
+        f"{result.output_dir}{f' ({swept})' if swept else ''}: {result.steps} steps, {result.tokens_seen:,} tokens, "
+        f"{result.seconds:,.0f} s",
         ["head", "blocks run", "agreement (best)", "agreement (last)"],
         [
             (head, layer, f"{best:.1%}", f"{last:.1%}")
@@ -69,3 +90,32 @@ def command(resolved: Resolved, as_json: bool) -> None:
         result=True,
     )
     console.note(f"next: eexit calibrate --bundle {result.output_dir}")
+
+
+def online_states(config: Config) -> StateSource:
+    """The running backbone and the text."""
+    from early_exit_cli.backbone import load_backbone
+    from early_exit_cli.cli.shared import load_text
+    from early_exit_cli.data import read_records
+    from early_exit_cli.heads import head_layers
+    from early_exit_cli.states import BackboneStates
+
+    read_records(config.data)  # refuse unreadable data before a model loads
+    backbone = load_backbone(config.backbone)
+    layers = head_layers(config.heads, backbone.num_blocks)
+    train, held_out = load_text(config.data, backbone)
+    return BackboneStates(backbone, layers, train, held_out, config.data, config.training)
+
+
+def offline_states(resolved: Resolved) -> CachedStates | None:
+    """The cache, extracted first where it is missing or too short; None when `max_steps` says that this is all."""
+    from early_exit_cli.backbone import pick_device
+    from early_exit_cli.cached_states import CachedStates
+    from early_exit_cli.cli.cache import find_or_extract
+
+    config = resolved.config
+    cache = find_or_extract(resolved)
+    if config.training.max_steps == 0:
+        console.note(f"extracted to {cache.folder}; --max-steps 0 trains nothing")
+        return None
+    return CachedStates(cache, config.heads.head_layer_indices, config.training, pick_device(config.backbone.device))

@@ -1,0 +1,149 @@
+"""Reading a cache for training: shuffled, one shard ahead, in memory that does not grow with the cache."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from early_exit_cli.artifacts import sha256_of
+from early_exit_cli.cache import Cache, load_shard, measured_positions, unpacked
+from early_exit_cli.config import TrainingConfig
+from early_exit_cli.errors import CacheError
+from early_exit_cli.states import States
+
+
+class _LoadedShard:
+    """One shard in memory; rows are cut from it."""
+
+    def __init__(self, path: Path, layers: list[int], dtype: torch.dtype, device: torch.device) -> None:
+        tensors = load_shard(path)
+        names = [*(f"block.{layer}" for layer in layers), "final"]
+        try:
+            # clone: the file is mapped into memory, and is read here rather than in the middle of a step
+            self.states = [unpacked(name, tensors, dtype).clone().to(device) for name in names]
+            self.measured = measured_positions(tensors).to(device)
+            self.row_starts = tensors["row_starts"].tolist()
+        except (KeyError, IndexError, RuntimeError) as error:
+            raise CacheError(f"{path} is no shard of this cache: {error}") from error
+        for name, state in zip(names, self.states, strict=True):
+            if not torch.isfinite(state).all():
+                raise CacheError(f"{path}: NaN or infinite values in {name}", hint="eexit cache repair")
+
+    def row(self, number: int) -> States:
+        part = slice(self.row_starts[number], self.row_starts[number + 1])
+        *exits, final = [state[part] for state in self.states]
+        return States(exits, final, self.measured[part])
+
+
+class CachedStates:
+    """States from a cache: offline training (`states.StateSource`).
+
+    An epoch shuffles the shards, then the sequences within each: a shard is read once an epoch and process, the next one
+    meanwhile in the background, and two are held at a time, whatever the size of the cache.
+    """
+
+    def __init__(self, cache: Cache, layers: list[int] | None, training: TrainingConfig, device: torch.device) -> None:
+        cache.require_complete()
+        self.cache = cache
+        self.layers = layers or cache.layers
+        missing = [layer for layer in self.layers if layer not in cache.layers]
+        if missing:
+            raise CacheError(
+                f"the cache in {cache.folder} holds states after blocks {cache.layers}; heads ask for {self.layers}",
+                hint="extract them, or --head-layer-indices",
+            )
+        self.readout = cache.readout(device)
+        self.batch_size, self.seed, self.device = training.batch_size, training.seed, device
+        self.loaded: OrderedDict[str, _LoadedShard] = OrderedDict()
+        self.loading: dict[str, threading.Thread] = {}
+        self._order: tuple[tuple[int, int, int], list[tuple[int, int]]] | None = None
+
+    def token_counts(self) -> Tensor:
+        return self.cache.readout_tensors["token_counts"]
+
+    def sequences(self, rank: int, world: int) -> int:
+        return len(range(rank, self.cache.sequences(), world))
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "fingerprint": self.readout.fingerprint,
+            "sequences": self.cache.sequences(),
+            "cache": sha256_of(*(str(shard["sha256"]) for shard in self.cache.shards))[:16],
+        }
+
+    def batch(self, number: int, rank: int, world: int) -> States:
+        per_epoch = -(-self.sequences(rank, world) // self.batch_size)
+        epoch, index = divmod(number, per_epoch)
+        order = self._epoch_order(epoch, rank, world)
+        return self._rows(self.cache.split("train"), order, index * self.batch_size)
+
+    def held_out(self) -> Iterator[States]:
+        shards = self.cache.split("eval")
+        order = [(number, row) for number, shard in enumerate(shards) for row in range(shard["last"] - shard["first"])]
+        for start in range(0, len(order), self.batch_size):
+            yield self._rows(shards, order, start)
+
+    def _epoch_order(self, epoch: int, rank: int, world: int) -> list[tuple[int, int]]:
+        """(shard, row within it) in the order of an epoch, of one process."""
+        key = (epoch, rank, world)
+        if self._order is None or self._order[0] != key:
+            dice = random.Random(self.seed * 1_000_003 + epoch)
+            shards = list(enumerate(self.cache.split("train")))
+            dice.shuffle(shards)
+            order: list[tuple[int, int]] = []
+            for number, shard in shards:
+                rows = list(range(shard["last"] - shard["first"]))
+                dice.shuffle(rows)
+                order.extend((number, row) for row in rows)
+            self._order = (key, order[rank::world])
+        return self._order[1]
+
+    def _rows(self, shards: list[dict[str, Any]], order: list[tuple[int, int]], start: int) -> States:
+        """batch_size rows of `order` from `start` on, one after another."""
+        chosen = order[start : start + self.batch_size]
+        parts = [self._shard(shards[number]).row(row) for number, row in chosen]
+        current = chosen[-1][0]
+        following = next((number for number, _ in order[start + len(chosen) :] if number != current), None)
+        if following is not None:
+            self._prefetch(shards[following])
+        return States(
+            [torch.cat([part.exits[head] for part in parts]) for head in range(len(self.layers))],
+            torch.cat([part.final for part in parts]),
+            torch.cat([part.measured for part in parts]),
+        )
+
+    def _shard(self, shard: dict[str, Any]) -> _LoadedShard:
+        name = str(shard["file"])
+        thread = self.loading.pop(name, None)
+        if thread is not None:
+            thread.join()
+        if name not in self.loaded:  # not prefetched, or that failed: then the error comes from here
+            self.loaded[name] = self._read(shard)
+        self.loaded.move_to_end(name)
+        while len(self.loaded) > 2:
+            self.loaded.popitem(last=False)
+        return self.loaded[name]
+
+    def _read(self, shard: dict[str, Any]) -> _LoadedShard:
+        return _LoadedShard(self.cache.path(shard), self.layers, self.readout.dtype, self.device)
+
+    def _prefetch(self, shard: dict[str, Any]) -> None:
+        name = str(shard["file"])
+        if name in self.loaded or name in self.loading:
+            return
+
+        def read() -> None:
+            try:
+                self.loaded[name] = self._read(shard)
+            except CacheError:
+                return
+
+        self.loading[name] = threading.Thread(target=read, daemon=True)
+        self.loading[name].start()

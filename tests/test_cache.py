@@ -1,0 +1,361 @@
+"""The cache of hidden states: what is kept, that it survives faults, and training from it."""
+
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+import torch
+from accelerate import PartialState
+from safetensors.torch import load_file, save_file
+
+from early_exit_cli import extraction
+from early_exit_cli.artifacts import file_sha256
+from early_exit_cli.cache import Cache, bytes_per_token, check_request, info, measured_positions, verify
+from early_exit_cli.cached_states import CachedStates
+from early_exit_cli.config import BackboneConfig, CacheConfig, DataConfig, HeadsConfig, TrainingConfig
+from early_exit_cli.data import Document, batches, pack
+from early_exit_cli.errors import CacheError, NumericsError
+from early_exit_cli.extraction import extract, repair
+from early_exit_cli.states import run_states
+from early_exit_cli.training import Lessons, Trainer, train_together
+
+LAYERS = [1, 4]
+DATA = DataConfig(dataset_name="x", max_length=32)
+SMALL = CacheConfig(shard_tokens=128, held_out_rows=3)  # four sequences a shard
+CPU = torch.device("cpu")
+
+
+def documents(seed, count=40):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        Document((torch.randint(8, (9 + index % 30,), generator=generator) * 30).tolist(), "s", index % 7)
+        for index in range(count)
+    ]
+
+
+def make(folder, backbone, config=SMALL, train=None, processes=None, **request):
+    asked = {
+        "backbone.model_name": backbone.name,
+        "backbone.quantization": "none",
+        "backbone.revision": None,
+        "cache.store": config.store,
+        "cache.shard_tokens": config.shard_tokens,
+        "cache.held_out_rows": config.held_out_rows,
+        **request,
+    }
+    return extract(
+        folder,
+        asked,
+        backbone,
+        LAYERS,
+        documents(0) if train is None else train,
+        documents(1, 8),
+        DATA,
+        config,
+        TrainingConfig(batch_size=2),
+        processes or PartialState(cpu=True),
+    )
+
+
+def content(folder):
+    """Hash of every file, the manifest without its times."""
+    return {path.name: file_sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def cache(tmp_path, tiny_backbone):
+    return make(tmp_path / "cache", tiny_backbone("llama"))
+
+
+def test_stored_states_are_the_backbones(cache, tiny_backbone):
+    backbone = tiny_backbone("llama")
+    rows = pack(documents(0), 32, 256)
+    source = CachedStates(cache, None, TrainingConfig(batch_size=2), CPU)
+    shards = cache.split("train")
+    assert sum(shard["last"] - shard["first"] for shard in shards) == len(rows)
+    for number, shard in enumerate(shards):
+        for row in range(shard["last"] - shard["first"]):
+            ours = source._rows(shards, [(number, row)], 0)
+            theirs = run_states(backbone, rows[shard["first"] + row], [2, 5])
+            for stored, computed in zip([*ours.exits, ours.final], [*theirs.exits, theirs.final], strict=True):
+                assert torch.allclose(stored, computed, rtol=2**-7, atol=1e-4)
+            assert torch.equal(ours.measured, theirs.measured)
+    readout = cache.readout(CPU)
+    assert torch.equal(readout.lm_head_weight, backbone.lm_head.weight)
+    assert readout.fingerprint == backbone.fingerprint
+
+
+def test_measured_positions_survive_the_form_on_disk():
+    rows = pack(documents(3), 32, 256)
+    batch = next(batches(rows, len(rows)))
+    assert torch.equal(measured_positions(extraction._text(rows)), batch.measured[batch.valid])
+
+
+@pytest.mark.parametrize("store", ["bf16", "fp8"])
+def test_a_token_takes_the_bytes_that_are_promised(tmp_path, tiny_backbone, store):
+    cache = make(tmp_path, tiny_backbone("llama"), SMALL.model_copy(update={"store": store}))
+    assert bytes_per_token(4096, 3, "bf16") == 2 * 4096 * 4 + 4
+    expected = bytes_per_token(64, 2, store)
+    for shard in cache.shards:
+        tensors = load_file(cache.path(shard))
+        kept = sum(t.numel() * t.element_size() for name, t in tensors.items() if not name.endswith("_starts"))
+        assert kept == expected * shard["tokens"]
+    facts = info(cache)
+    assert facts["bytes_per_token_expected"] == expected
+    if store == "fp8":
+        assert 0.8 < facts["agreement_of_stored_states"] <= 1.0
+
+
+def test_an_epoch_reads_every_sequence_once_in_another_order(cache):
+    source = CachedStates(cache, None, TrainingConfig(batch_size=2), CPU)
+    first, second = (source._epoch_order(epoch, 0, 1) for epoch in (0, 1))
+    assert sorted(first) == sorted(second)
+    assert len(set(first)) == cache.sequences()
+    assert first != second
+    halves = [source._epoch_order(0, rank, 2) for rank in (0, 1)]
+    assert sorted(halves[0] + halves[1]) == sorted(first)
+    again = CachedStates(cache, None, TrainingConfig(batch_size=2), CPU)
+    for number in (7, 3, 20):
+        assert torch.equal(source.batch(number, 0, 1).final, again.batch(number, 0, 1).final)
+
+
+class _Stop(Exception):
+    pass
+
+
+def test_a_stopped_extraction_goes_on_and_ends_byte_for_byte_the_same(tmp_path, tiny_backbone, monkeypatch):
+    backbone = tiny_backbone("llama")
+    make(tmp_path / "whole", backbone)
+    write, written = extraction._write_shard, []
+
+    def stop_at_third(folder, plan, *rest):
+        if len(written) == 3:
+            raise _Stop
+        written.append(plan["file"])
+        return write(folder, plan, *rest)
+
+    monkeypatch.setattr(extraction, "_write_shard", stop_at_third)
+    with pytest.raises(_Stop):
+        make(tmp_path / "parts", backbone)
+    with pytest.raises(CacheError, match="not complete"):
+        CachedStates(Cache(tmp_path / "parts"), None, TrainingConfig(), CPU)
+    before = list(written)
+    monkeypatch.setattr(extraction, "_write_shard", lambda *a: (written.append(a[1]["file"]), write(*a))[1])
+    make(tmp_path / "parts", backbone)
+    assert not set(before) & set(written[3:])  # finished shards are not computed again
+    assert content(tmp_path / "whole") == content(tmp_path / "parts")
+
+
+def test_more_steps_continue_a_cache(tmp_path, tiny_backbone):
+    backbone = tiny_backbone("llama")
+    short = make(tmp_path / "grown", backbone, SMALL.model_copy(update={"cache_tokens": 32 * 9}))
+    assert short.sequences() == 9
+    assert short.is_shorter_than(SMALL, TrainingConfig(), 1)
+    kept = {shard["file"]: shard["sha256"] for shard in short.split("train")[:2]}
+    grown = make(tmp_path / "grown", backbone)
+    assert {s["file"]: s["sha256"] for s in grown.shards if s["file"] in kept} == kept
+    make(tmp_path / "whole", backbone)
+    assert content(tmp_path / "grown") == content(tmp_path / "whole")
+    assert not grown.is_shorter_than(SMALL, TrainingConfig(), 1)
+
+
+def test_bounds_are_the_smallest_of_all(tmp_path, tiny_backbone):
+    backbone = tiny_backbone("llama")
+    by_steps = make(tmp_path / "a", backbone, SMALL.model_copy(update={"cache_steps": 3}))
+    assert by_steps.sequences() == 3 * 2
+    token_bytes = bytes_per_token(64, 2, "bf16")
+    bound = SMALL.model_copy(update={"cache_gb": token_bytes * 32 * (5 + 3) / 1e9, "cache_steps": 4})
+    assert make(tmp_path / "b", backbone, bound).sequences() == 5
+
+
+def test_a_cache_made_otherwise_is_refused_with_both_values(cache, tiny_backbone):
+    with pytest.raises(CacheError, match=r"cache\.store: 'bf16' there, 'fp8' asked for"):
+        make(cache.folder, tiny_backbone("llama"), SMALL.model_copy(update={"store": "fp8"}))
+    with pytest.raises(CacheError, match=r"data\.max_length: None there, 64 asked for"):
+        check_request(cache, {**cache.manifest["request"], "data.max_length": 64})
+
+
+def test_too_small_a_disk_is_refused_before_anything_is_computed(tmp_path, tiny_backbone, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
+    with pytest.raises(CacheError, match=r"needs .* GB more, but .* free") as raised:
+        make(tmp_path / "cache", tiny_backbone("llama"))
+    assert "--cache-gb" in raised.value.hint
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_disk_that_fills_up_keeps_what_is_done(tmp_path, tiny_backbone, monkeypatch):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        usage = shutil.disk_usage(tmp_path)
+        with monkeypatch.context() as patched:
+            patched.setattr(shutil, "disk_usage", lambda _: usage)  # the estimate would refuse it
+            with pytest.raises(CacheError, match="full; finished shards are kept"):
+                make(disk / "cache", tiny_backbone("llama"))
+        done = sorted(path.name for path in (disk / "cache" / "shards").glob("*.safetensors"))
+        assert done
+        assert not list(disk.rglob("*.tmp"))
+        subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
+        make(disk / "cache", tiny_backbone("llama"))
+        make(tmp_path / "whole", tiny_backbone("llama"))
+        assert content(disk / "cache") == content(tmp_path / "whole")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def damage_truncated(path):
+    os.truncate(path, path.stat().st_size - 100)
+
+
+def damage_flipped(path):
+    data = bytearray(path.read_bytes())
+    data[-50] ^= 1
+    path.write_bytes(data)
+
+
+def damage_missing(path):
+    path.unlink()
+
+
+def damage_of_another_cache(path):
+    tensors = load_file(path)
+    save_file({name: t.roll(1, 0) if name == "final" else t for name, t in tensors.items()}, path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (damage_truncated, "bytes, written were"),
+        (damage_flipped, "not what was written"),
+        (damage_missing, "missing"),
+        (damage_of_another_cache, "not what was written"),
+    ],
+)
+def test_damage_is_named_and_only_it_is_computed_again(cache, tiny_backbone, damage, said, monkeypatch):
+    before = content(cache.folder)
+    assert verify(cache) == []
+    shard = cache.shards[2]
+    damage(cache.path(shard))
+    (found,) = verify(cache)
+    assert found.file == f"shards/{shard['file']}"
+    assert said in found.what
+    write, written = extraction._write_shard, []
+    monkeypatch.setattr(extraction, "_write_shard", lambda *a: (written.append(a[1]["file"]), write(*a))[1])
+    changed = repair(cache, [found], tiny_backbone("llama"), documents(0), documents(1, 8), DATA, SMALL)
+    assert changed == []
+    assert written == [shard["file"]]
+    assert content(cache.folder) == before
+
+
+def test_a_shard_of_nan_is_found_even_with_a_right_hash(cache):
+    shard = cache.shards[0]
+    path = cache.path(shard)
+    tensors = load_file(path)
+    tensors["final"][3, 5] = float("nan")
+    save_file({name: t.clone() for name, t in tensors.items()}, path)
+    shard |= {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+    (cache.folder / "manifest.json").write_text(json.dumps(cache.manifest | {"shards": cache.shards}))
+    (found,) = verify(Cache(cache.folder))
+    assert "NaN or infinite values in final" in found.what
+    source = CachedStates(Cache(cache.folder), None, TrainingConfig(batch_size=2), CPU)
+    with pytest.raises(CacheError, match="NaN or infinite values in final"):
+        for number in range(40):
+            source.batch(number, 0, 1)
+
+
+def test_another_text_or_backbone_repairs_nothing(cache, tiny_backbone):
+    cache.path(cache.shards[0]).unlink()
+    damaged = verify(cache)
+    with pytest.raises(CacheError, match="not the text it was made from"):
+        repair(cache, damaged, tiny_backbone("llama"), documents(5), documents(1, 8), DATA, SMALL)
+    with pytest.raises(CacheError, match="another backbone"):
+        repair(cache, damaged, tiny_backbone("qwen3"), documents(0), documents(1, 8), DATA, SMALL)
+
+
+def test_a_damaged_readout_is_mended(cache, tiny_backbone):
+    before = content(cache.folder)
+    damage_truncated(cache.folder / "readout.safetensors")
+    (found,) = verify(cache)
+    assert found.file == "readout.safetensors"
+    repair(cache, [found], tiny_backbone("llama"), documents(0), documents(1, 8), DATA, SMALL)
+    assert content(cache.folder) == before
+
+
+def test_nan_states_stop_the_extraction_and_are_named(tmp_path, tiny_backbone, monkeypatch):
+    backbone = tiny_backbone("llama")
+
+    def broken(backbone, batch, exit_layers):
+        states = run_states(backbone, batch, exit_layers)
+        states.exits[1][7] = float("nan")
+        return states
+
+    monkeypatch.setattr(extraction, "run_states", broken)
+    with pytest.raises(NumericsError, match="after block 4 in sequences 0 to 3 of the train text"):
+        make(tmp_path / "cache", backbone)
+
+
+def offline_trainer(cache, folder, lessons=None, rank=32, draft_vocab=64, **changes):
+    settings = dict(output_dir=folder, max_steps=12, batch_size=2, lr=3e-3, eval_every=6, save_every=6) | changes
+    config = TrainingConfig(**settings)
+    lessons = lessons or Lessons(CachedStates(cache, None, config, CPU))
+    return Trainer(lessons, HeadsConfig(rank=rank, draft_vocab=draft_vocab), config, DATA, {})
+
+
+def test_offline_training_learns_and_resumes_bit_for_bit(cache, tmp_path):
+    settings = dict(draft_vocab=0, max_steps=160, save_every=50, eval_every=80)
+    start = offline_trainer(cache, tmp_path / "none", draft_vocab=0, max_steps=0).evaluate()
+    result = offline_trainer(cache, tmp_path / "whole", **settings).run()
+    assert sum(result.best_agreement) > sum(start) + 0.05
+    stopped = offline_trainer(cache, tmp_path / "parts", **settings)
+
+    def stop(report):
+        if report.step == 57:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run(stop)
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-0000057")  # as if killed: go on from step 50
+    resumed = offline_trainer(cache, tmp_path / "parts", **settings, resume=True)
+    assert resumed.step == 50
+    resumed.run()
+    whole, parts = (load_file(tmp_path / name / "last" / "heads.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_variants_trained_together_equal_those_trained_alone(cache, tmp_path):
+    config = TrainingConfig(batch_size=2)
+    reads = []
+
+    class Counting(CachedStates):
+        def batch(self, number, rank, world):
+            reads.append(number)
+            return super().batch(number, rank, world)
+
+    lessons = Lessons(Counting(cache, None, config, CPU))
+    together = [offline_trainer(cache, tmp_path / f"t{rank}", lessons, rank=rank) for rank in (16, 32)]
+    train_together(together)
+    assert reads == list(range(12))  # once for both
+    for rank in (16, 32):
+        offline_trainer(cache, tmp_path / f"a{rank}", rank=rank).run()
+        ours, alone = (load_file(tmp_path / f"{k}{rank}" / "last" / "heads.safetensors") for k in "ta")
+        assert all(torch.equal(ours[name], alone[name]) for name in alone)
+
+
+def test_heads_ask_only_for_blocks_that_were_kept(cache):
+    assert CachedStates(cache, [4], TrainingConfig(), CPU).batch(0, 0, 1).exits[0].shape[1] == 64
+    with pytest.raises(CacheError, match=r"after blocks \[1, 4\]; heads ask for \[2\]"):
+        CachedStates(cache, [2], TrainingConfig(), CPU)
+
+
+def test_a_backbone_of_another_request_has_another_folder():
+    from early_exit_cli.cache import cache_request, default_folder
+
+    one = cache_request(BackboneConfig(), HeadsConfig(), DATA, CacheConfig())
+    other = cache_request(BackboneConfig(quantization="8bit"), HeadsConfig(), DATA, CacheConfig())
+    assert default_folder(one) != default_folder(other)
+    assert default_folder(one) == default_folder(cache_request(BackboneConfig(), HeadsConfig(), DATA, CacheConfig()))
