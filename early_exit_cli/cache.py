@@ -4,8 +4,9 @@ A cache is a folder:
 
 * `shards/SPLIT-NNNNN.safetensors`: states of consecutive packed sequences, padding left out. `block.L` is the state after
   block L (0-based), `final` the normed state after the last block, [tokens, hidden] in bf16, or fp8 (e4m3) with a scale
-  per token in `NAME.scale`; `ids` [tokens] int32. `row_starts`, `document_starts`, `answer_starts` say where sequences,
-  documents and answers begin. No logits: `final` times the LM head gives them back.
+  per token in `NAME.scale`; `ids` [tokens] int32. `normalizer` [tokens] float32 is the logsumexp of the
+  backbone's logits. `row_starts`, `document_starts`, `answer_starts` say where sequences, documents and answers begin.
+  No logits: `final` times the LM head gives them back.
 * `readout.safetensors`: the LM head, the final norm's weight, and how often each token stands in the training text.
 * `manifest.json`: the backbone's fingerprint, what was asked for, and every shard with its rows, size and SHA-256.
 
@@ -147,9 +148,9 @@ class Cache:
 
 
 def bytes_per_token(hidden_size: int, heads: int, store: str) -> int:
-    """Bytes of one token: the states after each exit layer and after the last block, and its id."""
+    """Bytes of one token: the states after each exit layer and after the last block, and its id, the normalizer."""
     state = hidden_size * 2 if store == "bf16" else hidden_size + 4
-    return state * (heads + 1) + 4
+    return state * (heads + 1) + 8
 
 
 def cache_request(backbone: BackboneConfig, heads: HeadsConfig, data: DataConfig, cache: CacheConfig) -> dict[str, Any]:
@@ -296,7 +297,7 @@ def info(cache: Cache) -> dict[str, Any]:
         "bytes": cache.total_bytes,
         "bytes_per_token": cache.total_bytes / max(cache.tokens, 1),
         "bytes_per_token_expected": bytes_per_token(hidden, heads, found["store"]),
-        "bytes_per_token_with_logits": 2 * hidden * heads + 2 * vocab + 4,
+        "bytes_per_token_with_logits": 2 * hidden * heads + 2 * vocab + 8,
         "agreement_of_stored_states": sum(shard.get("agreed", 0) for shard in cache.shards) / checked
         if checked
         else None,

@@ -28,6 +28,7 @@ class _LoadedShard:
         try:
             # clone: the file is mapped into memory, and is read here rather than in the middle of a step
             self.states = [unpacked(name, tensors, dtype).clone().to(device) for name in names]
+            self.normalizer = tensors["normalizer"].clone().to(device)
             self.measured = measured_positions(tensors).to(device)
             self.row_starts = tensors["row_starts"].tolist()
         except (KeyError, IndexError, RuntimeError) as error:
@@ -39,7 +40,7 @@ class _LoadedShard:
     def row(self, number: int) -> States:
         part = slice(self.row_starts[number], self.row_starts[number + 1])
         *exits, final = [state[part] for state in self.states]
-        return States(exits, final, self.measured[part])
+        return States(exits, final, self.measured[part], self.normalizer[part])
 
 
 class CachedStates:
@@ -117,6 +118,7 @@ class CachedStates:
             [torch.cat([part.exits[head] for part in parts]) for head in range(len(self.layers))],
             torch.cat([part.final for part in parts]),
             torch.cat([part.measured for part in parts]),
+            torch.cat([part.normalizer for part in parts if part.normalizer is not None]),
         )
 
     def _shard(self, shard: dict[str, Any]) -> _LoadedShard:
@@ -145,5 +147,5 @@ class CachedStates:
             except CacheError:
                 return
 
-        self.loading[name] = threading.Thread(target=read, daemon=True)
+        self.loading[name] = threading.Thread(target=read)
         self.loading[name].start()

@@ -89,7 +89,7 @@ class Ticker:
     def __init__(self, label: str, total: int, bar: Progress | None) -> None:
         self.label, self.total, self.bar = label, total, bar
         self.task = bar.add_task(label, total=total, detail="") if bar else None
-        self.last_line = time.monotonic()
+        self.started = self.last_line = time.monotonic()
 
     def update(self, done: int, detail: str = "", total: int | None = None) -> None:
         """Say that `done` of the total is done."""
@@ -98,7 +98,9 @@ class Ticker:
             self.bar.update(self.task, completed=done, total=self.total, detail=detail)
         elif done >= self.total or time.monotonic() - self.last_line > PLAIN_LINE_SECONDS:
             self.last_line = time.monotonic()
-            note(f"{self.label} {done}/{self.total} {detail}".rstrip())
+            left = (self.last_line - self.started) / done * (self.total - done) if done else 0.0
+            eta = f"about {left / 60:.0f} min left" if left >= 60 else ""
+            note(f"{self.label} {done}/{self.total} {detail} {eta}".rstrip())
 
 
 @contextmanager

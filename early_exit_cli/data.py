@@ -27,7 +27,7 @@ TEXT_COLUMNS = ("text", "prompt", "turns", "messages", "instruction", "question"
 IGNORED = -1
 
 Progress = Callable[[int, int, int], None]
-"""Called with (documents done, documents in all, tokens so far)."""
+"""Called with (documents done, documents in all, tokens of prompts and answers made by this run)."""
 
 
 @dataclass(frozen=True)
@@ -287,7 +287,7 @@ def answer_prompts(
     path = user_cache_dir() / "answers" / f"{key[:24]}.jsonl"
     answers = _read_answers(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = sum(len(prompts[index][1]) + len(answer) for index, answer in answers.items())
+    made = 0
     with open(path, "a", encoding="utf-8") as file:
         for number, chunk in enumerate(_chunks_of_like_length(prompts, config.answer_batch)):
             if all(index in answers for index in chunk):
@@ -298,11 +298,11 @@ def answer_prompts(
                 chunk, _answer([prompts[i][1] for i in chunk], greedy, config, backbone), strict=True
             ):
                 answers[index] = answer
-                done += len(prompts[index][1]) + len(answer)
+                made += len(prompts[index][1]) + len(answer)
                 file.write(json.dumps({"index": index, "answer": answer}) + "\n")
             file.flush()
             if progress:
-                progress(len(answers), len(prompts), done)
+                progress(len(answers), len(prompts), made)
     return [Document(ids + answers[index], source, len(ids)) for index, (source, ids) in enumerate(prompts)]
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -39,7 +40,7 @@ from early_exit_cli.cache import (
 from early_exit_cli.config import CacheConfig, DataConfig, TrainingConfig
 from early_exit_cli.data import Batch, Document, batches, pack, pad_token_id
 from early_exit_cli.errors import BundleError, CacheError, NumericsError
-from early_exit_cli.states import count_tokens, run_states
+from early_exit_cli.states import count_tokens, log_normalizer, run_states
 
 ROWS_PER_PASS = 4
 CHECKED_POSITIONS = 256
@@ -291,6 +292,7 @@ def _write_shard(
     """Compute one shard and write it; its record for the manifest."""
     part = rows[plan["split"]][plan["first"] : plan["last"]]
     parts: list[list[Tensor]] = []
+    normalizers: list[Tensor] = []
     for number, batch in enumerate(batches(part, ROWS_PER_PASS)):
         states = run_states(backbone, batch, [layer + 1 for layer in layers])
         for name, state in zip(
@@ -303,8 +305,9 @@ def _write_shard(
                     f"of the {plan['split']} text",
                     hint="check the model file and the text",
                 )
+        normalizers.append(log_normalizer(F.linear(states.final, backbone.lm_head_weight)).cpu())
         parts.append([state.cpu() for state in (*states.exits, states.final)])
-    tensors = _text(part)
+    tensors = {**_text(part), "normalizer": torch.cat(normalizers)}
     agreed = checked = 0
     for name, pieces in zip([*(f"block.{layer}" for layer in layers), "final"], zip(*parts, strict=True), strict=True):
         state = torch.cat(pieces)

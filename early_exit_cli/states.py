@@ -20,16 +20,19 @@ class States:
 
     exits: a tensor [positions, hidden] per head, after its exit layer. final: [positions, hidden], after the last
     block, final norm applied. measured: [positions] bool, the following token is of an answer (`Batch.measured`).
+    normalizer: [positions] float32, logsumexp of the backbone's logits, where it is known already.
     """
 
     exits: list[Tensor]
     final: Tensor
     measured: Tensor
+    normalizer: Tensor | None = None
 
     def only_measured(self) -> States:
         """The positions that evaluation counts."""
         kept = self.measured
-        return States([state[kept] for state in self.exits], self.final[kept], kept[kept])
+        normalizer = None if self.normalizer is None else self.normalizer[kept]
+        return States([state[kept] for state in self.exits], self.final[kept], kept[kept], normalizer)
 
 
 class StateSource(Protocol):
@@ -65,6 +68,12 @@ def run_states(backbone: Backbone, batch: Batch, exit_layers: list[int]) -> Stat
     valid = batch.valid
     *exits, final = [state[valid] for state in states]
     return States(exits, final, batch.measured[valid])
+
+
+def log_normalizer(logits: Tensor) -> Tensor:
+    """logsumexp over the vocabulary, [positions, vocab] -> [positions] float32."""
+    best = logits.amax(-1, keepdim=True)
+    return (logits - best).float().exp_().sum(-1).log_() + best[:, 0].float()
 
 
 def count_tokens(rows: list[Batch], vocab_size: int) -> Tensor:

@@ -36,7 +36,7 @@ from early_exit_cli.config import DataConfig, HeadsConfig, TrainingConfig
 from early_exit_cli.engine import require_finite, save_bundle
 from early_exit_cli.errors import CheckpointError, ConfigError, DataError, NumericsError
 from early_exit_cli.heads import ExitHeads
-from early_exit_cli.states import States, StateSource
+from early_exit_cli.states import States, StateSource, log_normalizer
 
 MARKER = "complete.json"
 KEPT_CHECKPOINTS = 2
@@ -99,13 +99,51 @@ def draft_vocabulary(counts: Tensor, size: int, always: Iterable[int]) -> Tensor
 class Teacher:
     """What the backbone says of every position.
 
-    choices: [positions] int64, its argmax over the whole vocabulary. probabilities: [positions, draft vocab] float32,
-    renormalised to the draft vocabulary. mass: [positions] float32, the probability it gives to that vocabulary.
+    probabilities: [positions, draft vocab] float32, renormalised to the draft vocabulary. mass: [positions] float32, the
+    probability it gives to that vocabulary. negative_entropy: [positions] float32, of `probabilities`, in nats.
     """
 
-    choices: Tensor
     probabilities: Tensor
     mass: Tensor
+    negative_entropy: Tensor
+
+
+def teach(readout: Readout, states: States, draft_vocab: Tensor | None) -> Teacher:
+    """The teacher's view; only the rows of the draft vocabulary are multiplied where the normalizer is known.
+
+    Raises:
+        NumericsError: NaN or infinite logits.
+    """
+    weight = readout.lm_head_weight
+    if draft_vocab is None:
+        probabilities = torch.softmax(F.linear(states.final, weight), -1, dtype=torch.float32)
+        require_finite(probabilities.amax(-1))
+        mass = torch.ones(probabilities.shape[0], device=probabilities.device)
+    else:
+        normalizer = states.normalizer
+        if normalizer is None:
+            normalizer = log_normalizer(F.linear(states.final, weight))
+        require_finite(normalizer)
+        kept = F.linear(states.final, weight[draft_vocab]).float()
+        mass = (kept.logsumexp(-1) - normalizer).exp().clamp(max=1.0)
+        probabilities = torch.softmax(kept, -1)
+    return Teacher(probabilities, mass, torch.xlogy(probabilities, probabilities).sum(-1))
+
+
+class _Divergence(torch.autograd.Function):
+    """Weighted KL(p || softmax(logits)); its gradient, (softmax(logits) - p) w, is made in the same pass."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, teacher: Teacher, weight: Tensor) -> Tensor:
+        log_q = torch.log_softmax(logits, -1, dtype=torch.float32)
+        cross = torch.einsum("pv,pv->p", teacher.probabilities, log_q)
+        ctx.save_for_backward(log_q.exp_().sub_(teacher.probabilities).mul_(weight[:, None]).to(logits.dtype))
+        return ((teacher.negative_entropy - cross) * weight).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream[0].to(gradient.dtype), None, None
 
 
 def distillation_losses(logits: list[Tensor], teacher: Teacher) -> list[Tensor]:
@@ -118,35 +156,7 @@ def distillation_losses(logits: list[Tensor], teacher: Teacher) -> list[Tensor]:
         logits: one tensor [positions, draft vocab] per head.
     """
     weight = teacher.mass / max(teacher.mass.numel(), 1)
-    p = teacher.probabilities
-    negative_entropy = torch.xlogy(p, p).sum(-1)
-    return [
-        (
-            (negative_entropy - torch.einsum("pv,pv->p", p, torch.log_softmax(row, -1, dtype=torch.float32))) * weight
-        ).sum()
-        for row in logits
-    ]
-
-
-def teach(readout: Readout, final: Tensor, draft_vocab: Tensor | None) -> Teacher:
-    """The teacher's view of [positions, hidden] states with the final norm applied.
-
-    Raises:
-        NumericsError: NaN or infinite logits.
-    """
-    logits = F.linear(final, readout.lm_head_weight)
-    highest, choices = logits.max(-1)
-    require_finite(highest)
-    if draft_vocab is None:
-        return Teacher(
-            choices,
-            torch.softmax(logits, -1, dtype=torch.float32),
-            torch.ones_like(highest, dtype=torch.float32),
-        )
-    normalizer = logits.logsumexp(-1).float()
-    kept = logits[:, draft_vocab].float()
-    mass = (kept.logsumexp(-1) - normalizer).exp().clamp(max=1.0)
-    return Teacher(choices, torch.softmax(kept, -1), mass)
+    return [_Divergence.apply(row, teacher, weight) for row in logits]
 
 
 @contextmanager
@@ -195,7 +205,7 @@ class Lessons:
             ):
                 return self._states, teacher
         with torch.no_grad():
-            teacher = teach(self.source.readout, self._states.final, draft_vocab)
+            teacher = teach(self.source.readout, self._states, draft_vocab)
         self._teachers.append((draft_vocab, teacher))
         return self._states, teacher
 
@@ -356,12 +366,13 @@ class Trainer:
         with torch.no_grad():
             for batch in self.source.held_out():
                 states = batch.only_measured()
-                teacher = teach(self.readout, states.final, self.heads.draft_vocab)
+                best, choices = F.linear(states.final, self.readout.lm_head_weight).max(-1)
+                require_finite(best)
                 with self._autocast():
                     rows = self.heads(states.exits)
                 for head, row in enumerate(rows):
-                    hits[head] += (self.heads.token_ids(row.argmax(-1)) == teacher.choices).sum().cpu()
-                total += teacher.choices.numel()
+                    hits[head] += (self.heads.token_ids(row.argmax(-1)) == choices).sum().cpu()
+                total += choices.numel()
         return (hits / max(total, 1)).tolist()
 
     def _keep(self, agreement: list[float]) -> None:

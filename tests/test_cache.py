@@ -82,6 +82,7 @@ def test_stored_states_are_the_backbones(cache, tiny_backbone):
             for stored, computed in zip([*ours.exits, ours.final], [*theirs.exits, theirs.final], strict=True):
                 assert torch.allclose(stored, computed, rtol=2**-7, atol=1e-4)
             assert torch.equal(ours.measured, theirs.measured)
+            assert torch.allclose(ours.normalizer, backbone.lm_head(theirs.final).logsumexp(-1), atol=1e-4)
     readout = cache.readout(CPU)
     assert torch.equal(readout.lm_head_weight, backbone.lm_head.weight)
     assert readout.fingerprint == backbone.fingerprint
@@ -96,7 +97,7 @@ def test_measured_positions_survive_the_form_on_disk():
 @pytest.mark.parametrize("store", ["bf16", "fp8"])
 def test_a_token_takes_the_bytes_that_are_promised(tmp_path, tiny_backbone, store):
     cache = make(tmp_path, tiny_backbone("llama"), SMALL.model_copy(update={"store": store}))
-    assert bytes_per_token(4096, 3, "bf16") == 2 * 4096 * 4 + 4
+    assert bytes_per_token(4096, 3, "bf16") == 2 * 4096 * 4 + 8
     expected = bytes_per_token(64, 2, store)
     for shard in cache.shards:
         tensors = load_file(cache.path(shard))

@@ -10,7 +10,7 @@ from early_exit_cli.data import Document, pack
 from early_exit_cli.engine import load_model
 from early_exit_cli.errors import CheckpointError, DataError
 from early_exit_cli.heads import head_layers
-from early_exit_cli.states import BackboneStates, count_tokens
+from early_exit_cli.states import BackboneStates, States, count_tokens, log_normalizer
 from early_exit_cli.training import (
     MARKER,
     Lessons,
@@ -44,27 +44,35 @@ def make(backbone, heads, config, train=None):
     return Trainer(Lessons(source), heads, config, DATA, {})
 
 
-def test_losses_are_the_kl_divergence():
+def test_losses_are_the_kl_divergence_and_so_are_their_gradients():
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(6, 10, generator=generator)
+    logits = torch.randn(6, 10, generator=generator).requires_grad_()
     p = torch.randn(6, 10, generator=generator).softmax(-1)
-    teacher = Teacher(p.argmax(-1), p, torch.ones(6))
+    mass = torch.rand(6, generator=generator)
+    teacher = Teacher(p, mass, torch.xlogy(p, p).sum(-1))
     (loss,) = distillation_losses([logits], teacher)
-    expected = torch.distributions.kl_divergence(
+    divergence = torch.distributions.kl_divergence(
         torch.distributions.Categorical(probs=p), torch.distributions.Categorical(logits=logits)
-    ).mean()
+    )
+    expected = (divergence * mass).mean()
     assert torch.allclose(loss, expected, atol=1e-6)
+    (ours,) = torch.autograd.grad(3 * loss, logits)
+    (theirs,) = torch.autograd.grad(3 * expected, logits)
+    assert torch.allclose(ours, theirs, atol=1e-6)
     (perfect,) = distillation_losses([p.log()], teacher)
     assert abs(float(perfect)) < 1e-6
 
 
-def test_the_teacher_over_a_draft_vocabulary_is_the_renormalised_backbone(tiny_backbone):
+@pytest.mark.parametrize("is_known", [False, True])
+def test_the_teacher_over_a_draft_vocabulary_is_the_renormalised_backbone(tiny_backbone, is_known):
     backbone = tiny_backbone("llama")
     final = torch.randn(7, 64)
     vocab = torch.tensor([1, 5, 9, 200])
-    whole = torch.softmax(backbone.lm_head(final), -1)
-    teacher = teach(backbone, final, vocab)
-    assert torch.equal(teacher.choices, whole.argmax(-1))
+    logits = backbone.lm_head(final)
+    whole = torch.softmax(logits, -1)
+    normalizer = log_normalizer(logits) if is_known else None
+    teacher = teach(backbone, States([], final, torch.ones(7, dtype=torch.bool), normalizer), vocab)
+    assert torch.allclose(log_normalizer(logits), logits.logsumexp(-1), atol=1e-5)
     assert torch.allclose(teacher.mass, whole[:, vocab].sum(-1), atol=1e-5)
     assert torch.allclose(teacher.probabilities, whole[:, vocab] / whole[:, vocab].sum(-1, keepdim=True), atol=1e-5)
 

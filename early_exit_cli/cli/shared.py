@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,9 +48,10 @@ def load_text(data: DataConfig, backbone: Backbone) -> tuple[list[Document], lis
 
     processes = PartialState(cpu=backbone.device.type == "cpu")
     with processes.main_process_first(), console.progress("answering prompts", 1) as ticker:
+        started = time.monotonic()
 
         def on_answers(done: int, total: int, tokens: int) -> None:
-            ticker.update(done, f"{tokens:,} tokens", total)
+            ticker.update(done, f"{tokens / (time.monotonic() - started):,.0f} tokens/s", total)
 
         train = load_documents(data, backbone, "train", on_answers)
         held_out = load_documents(data, backbone, "eval", on_answers)
