@@ -19,8 +19,10 @@ from torch import Tensor
 
 from early_exit_cli.artifacts import sha256_of, user_cache_dir
 from early_exit_cli.backbone import Backbone
+from early_exit_cli.batched import answer_together
 from early_exit_cli.config import DataConfig
 from early_exit_cli.errors import DataError
+from early_exit_cli.fused_blocks import FusedBlocks
 
 Split = Literal["train", "eval", "calibrate"]
 TEXT_COLUMNS = ("text", "prompt", "turns", "messages", "instruction", "question")
@@ -286,17 +288,23 @@ def answer_prompts(
     )
     path = user_cache_dir() / "answers" / f"{key[:24]}.jsonl"
     answers = _read_answers(path)
+    blocks = None
     path.parent.mkdir(parents=True, exist_ok=True)
     made = 0
     with open(path, "a", encoding="utf-8") as file:
         for number, chunk in enumerate(_chunks_of_like_length(prompts, config.answer_batch)):
             if all(index in answers for index in chunk):
                 continue  # a batch is answered whole or again: sampling depends on all of it
-            greedy = random.Random(f"{config.data_seed} {number}").random() >= config.sampled_share
-            torch.manual_seed(config.data_seed + number)
-            for index, answer in zip(
-                chunk, _answer([prompts[i][1] for i in chunk], greedy, config, backbone), strict=True
-            ):
+            blocks = blocks or FusedBlocks(backbone)
+            is_greedy = random.Random(f"{config.data_seed} {number}").random() >= config.sampled_share
+            found = answer_together(
+                blocks,
+                [prompts[index][1] for index in chunk],
+                config.answer_tokens,
+                None if is_greedy else config.temperature,
+                torch.Generator(backbone.device).manual_seed(config.data_seed + number),
+            )
+            for index, answer in zip(chunk, found, strict=True):
                 answers[index] = answer
                 made += len(prompts[index][1]) + len(answer)
                 file.write(json.dumps({"index": index, "answer": answer}) + "\n")
@@ -330,36 +338,6 @@ def _chunks_of_like_length(prompts: list[tuple[str, list[int]]], size: int) -> l
     """Indices in groups of `size` prompts of like length, so that little of a batch is padding."""
     by_length = sorted(range(len(prompts)), key=lambda index: (len(prompts[index][1]), index))
     return [by_length[start : start + size] for start in range(0, len(by_length), size)]
-
-
-def _answer(prompts: list[list[int]], greedy: bool, config: DataConfig, backbone: Backbone) -> list[list[int]]:
-    """New tokens for each prompt, up to and with the end token."""
-    longest = max(len(ids) for ids in prompts)
-    pad = pad_token_id(backbone)
-    input_ids = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in prompts], device=backbone.device)
-    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=backbone.device)
-    sampling: dict[str, Any] = (
-        {"do_sample": False} if greedy else {"do_sample": True, "temperature": config.temperature, "top_k": 0}
-    )
-    # The library hands the LM head a strided slice, for which torch copies the whole weight once per row.
-    contiguous = backbone.lm_head.register_forward_pre_hook(lambda _module, args: (args[0].contiguous(),))
-    try:
-        with torch.inference_mode():
-            output = backbone.model.generate(
-                input_ids=input_ids,
-                attention_mask=mask,
-                max_new_tokens=config.answer_tokens,
-                pad_token_id=pad,
-                eos_token_id=sorted(backbone.eos_token_ids),
-                **sampling,
-            )
-    finally:
-        contiguous.remove()
-    answers = []
-    for row in output[:, longest:].tolist():
-        end = next((place for place, token in enumerate(row) if token in backbone.eos_token_ids), len(row) - 1)
-        answers.append(row[: end + 1])
-    return answers
 
 
 def pad_token_id(backbone: Backbone) -> int:
