@@ -26,7 +26,9 @@ class _Rows:
         self.blocks = blocks
         self.starts = starts
         self.keys = [torch.zeros(shape, dtype=backbone.dtype, device=backbone.device) for _ in range(blocks.num_blocks)]
-        self.values = [torch.zeros(shape, dtype=backbone.dtype, device=backbone.device) for _ in range(blocks.num_blocks)]
+        self.values = [
+            torch.zeros(shape, dtype=backbone.dtype, device=backbone.device) for _ in range(blocks.num_blocks)
+        ]
         tables = blocks.new_cache(capacity)
         self.cos, self.sin = tables.cos, tables.sin
 

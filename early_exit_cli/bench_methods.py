@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from early_exit_cli.config import EMBEDDED_MODEL, BackboneConfig, BundleConfig
 from early_exit_cli.errors import BackboneError, ConfigError, EexitError
 
-OURS = ("full", "adaptive")
+OURS = ("full", "adaptive", "lookup")
 PEERS = ("transformers", "transformers-lookup", "transformers-early-exit", "llama.cpp", "economize")
 PACKAGES = {"llama.cpp": "xllamacpp", "economize": "economize"}
 LOOKUP_TOKENS = 10
@@ -75,23 +75,28 @@ class _Ours:
     def __init__(
         self, kind: str, backbone: BackboneConfig, bundle: BundleConfig, level: float, read_heads: str
     ) -> None:
-        from early_exit_cli.costs import exit_drafter
+        from early_exit_cli.costs import exit_drafter, lookup_drafter
         from early_exit_cli.decoding import default_width
         from early_exit_cli.drafters import Drafter, NoDrafter
         from early_exit_cli.engine import load_model
 
         self.model = load_model(backbone, bundle)
         self.kind = kind
+        self.width = default_width(self.model)
         self.drafter: Drafter = NoDrafter()
         if kind == "adaptive":
-            self.drafter = exit_drafter(self.model, level, default_width(self.model), read_heads)
+            self.drafter = exit_drafter(self.model, level, self.width, read_heads)
+        if kind == "lookup":
+            self.width, self.drafter = self.model.blocks.widths[-1], lookup_drafter(self.model)
 
     def answer(self, prompt_ids: list[int], max_tokens: int) -> Answer:
         import torch
 
         from early_exit_cli.decoding import generate
 
-        run = generate(self.model, prompt_ids, self.drafter, max_tokens, mode=self.kind, keep_states=True)
+        run = generate(
+            self.model, prompt_ids, self.drafter, max_tokens, mode=self.kind, width=self.width, keep_states=True
+        )
         states = run.states.contiguous().view(torch.uint8).cpu().numpy().tobytes() if run.states is not None else b""
         return Answer(
             run.token_ids,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-import threading
 from collections import OrderedDict
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,8 @@ class CachedStates:
         self.readout = cache.readout(device)
         self.batch_size, self.seed, self.device = training.batch_size, training.seed, device
         self.loaded: OrderedDict[str, _LoadedShard] = OrderedDict()
-        self.loading: dict[str, threading.Thread] = {}
+        self.loading: dict[str, Future[_LoadedShard]] = {}
+        self.reader = ThreadPoolExecutor(1)
         self._order: tuple[tuple[int, int, int], list[tuple[int, int]]] | None = None
 
     def token_counts(self) -> Tensor:
@@ -123,13 +124,12 @@ class CachedStates:
 
     def _shard(self, shard: dict[str, Any]) -> _LoadedShard:
         name = str(shard["file"])
-        thread = self.loading.pop(name, None)
-        if thread is not None:
-            thread.join()
-        if name not in self.loaded:  # not prefetched, or that failed: then the error comes from here
+        if name in self.loading:
+            self.loaded[name] = self.loading.pop(name).result()
+        elif name not in self.loaded:
             self.loaded[name] = self._read(shard)
         self.loaded.move_to_end(name)
-        while len(self.loaded) > 2:
+        while len(self.loaded) + len(self.loading) > 2 and len(self.loaded) > 1:
             self.loaded.popitem(last=False)
         return self.loaded[name]
 
@@ -138,14 +138,7 @@ class CachedStates:
 
     def _prefetch(self, shard: dict[str, Any]) -> None:
         name = str(shard["file"])
-        if name in self.loaded or name in self.loading:
-            return
-
-        def read() -> None:
-            try:
-                self.loaded[name] = self._read(shard)
-            except CacheError:
-                return
-
-        self.loading[name] = threading.Thread(target=read)
-        self.loading[name].start()
+        if name not in self.loaded and name not in self.loading:
+            while len(self.loaded) > 1:
+                self.loaded.popitem(last=False)
+            self.loading[name] = self.reader.submit(self._read, shard)

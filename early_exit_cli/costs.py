@@ -22,6 +22,7 @@ from early_exit_cli.drafters import ExitDrafter
 from early_exit_cli.engine import EarlyExitModel
 from early_exit_cli.errors import BundleError, ConfigError
 from early_exit_cli.gating import entropy, level_key
+from early_exit_cli.lookup import LookupDrafter
 from early_exit_cli.runners import device_identity, measurement_path
 
 REPEATS = 7
@@ -174,6 +175,14 @@ def choose_heads(model: EarlyExitModel, level: float, width: int, costs: Costs |
         if rate > best_rate:
             best, best_rate = choice.heads, rate
     return best
+
+
+def lookup_drafter(model: EarlyExitModel) -> LookupDrafter:
+    """Prompt lookup with the pass costs of this device."""
+    costs, widths = cost_table(model), model.blocks.widths
+    depth = model.blocks.num_blocks
+    by_rows = [costs.plain(depth, next(w for w in widths if w >= rows)) for rows in range(1, widths[-1] + 1)]
+    return LookupDrafter(lambda rows: by_rows[rows - 1])
 
 
 def exit_drafter(model: EarlyExitModel, level: float, width: int, read_heads: str) -> ExitDrafter:

@@ -18,7 +18,7 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from early_exit_cli.blocks import LARGEST_WIDTH, KVCache
-from early_exit_cli.drafters import Draft, Drafter, Exit, catch_up
+from early_exit_cli.drafters import Draft, Drafter, Exit, Match, catch_up
 from early_exit_cli.engine import EarlyExitModel
 from early_exit_cli.errors import ConfigError
 from early_exit_cli.gating import entropy
@@ -40,7 +40,7 @@ class HeadReading:
 class Round:
     """One verify step.
 
-    tokens: committed, the first `accepted` of them drafted. decided_by: the Exit of each committed token, None where
+    tokens: committed, the first `accepted` of them drafted. decided_by: why each was drafted, None where
     the backbone decided. drafted: how many were proposed. states: [len(tokens), hidden], the final normed state that
     decided each token, when asked for. readings: every head's view of each committed token, when traced.
     """
@@ -48,7 +48,7 @@ class Round:
     tokens: list[int]
     accepted: int
     drafted: int
-    decided_by: list[Exit | None]
+    decided_by: list[Exit | Match | None]
     states: Tensor | None = None
     readings: list[list[HeadReading]] = field(default_factory=list)
 
@@ -101,6 +101,7 @@ def decode(
     stops = model.backbone.eos_token_ids if stop_ids is None else stop_ids
     with torch.inference_mode():
         cache = model.start(prompt_ids, max_new_tokens)
+    drafter.begin(prompt_ids)
     pending = prompt_ids[-1]
     produced = 0
     ended = False
@@ -115,11 +116,12 @@ def decode(
         cache.length += len(tokens)
         pending = tokens[-1]
         produced += len(tokens)
+        drafter.observe(draft, tokens, accepted)
         yield Round(
             tokens=tokens,
             accepted=accepted,
             drafted=len(draft.tokens),
-            decided_by=[draft.exits[i] if i < accepted and draft.exits else None for i in range(len(tokens))],
+            decided_by=[draft.reasons[i] if i < accepted else None for i in range(len(tokens))],
             states=states[: len(tokens)].clone() if keep_states else None,
             readings=readings[: len(tokens)],
         )
@@ -262,12 +264,15 @@ def collect_stats(model: EarlyExitModel, mode: str, rounds: list[Round], seconds
     drafted = sum(step.drafted for step in rounds)
     accepted = sum(step.accepted for step in rounds)
     attempts = sum(step.drafted > 0 for step in rounds)
-    deciders = [exit for step in rounds for exit in step.decided_by]
+    reasons = [reason for step in rounds for reason in step.decided_by]
     distribution = {str(head): 0 for head in range(len(model.heads) if model.heads is not None else 0)}
     distribution["full"] = 0
-    for exit in deciders:
-        distribution["full" if exit is None else str(exit.head)] += 1
     depth = model.blocks.num_blocks
+    layers = 0
+    for reason in reasons:
+        name = "full" if reason is None else "lookup" if isinstance(reason, Match) else str(reason.head)
+        distribution[name] = distribution.get(name, 0) + 1
+        layers += depth if reason is None else 0 if isinstance(reason, Match) else reason.exit_layer
     return Stats(
         mode=mode,
         total_tokens_generated=tokens,
@@ -282,7 +287,7 @@ def collect_stats(model: EarlyExitModel, mode: str, rounds: list[Round], seconds
         accept_length=tokens / len(rounds),
         partly_rejected_drafts=sum(0 < step.accepted < step.drafted for step in rounds),
         exit_distribution=distribution,
-        average_exit_layer=sum(depth if exit is None else exit.exit_layer for exit in deciders) / tokens,
+        average_exit_layer=layers / tokens,
     )
 
 
@@ -291,12 +296,14 @@ def trace_records(model: EarlyExitModel, generation: Generation, prompt_length: 
     records = []
     position = prompt_length
     for step in generation.rounds:
-        for token, exit, readings in zip(step.tokens, step.decided_by, step.readings, strict=True):
+        for token, reason, readings in zip(step.tokens, step.decided_by, step.readings, strict=True):
+            exit = reason if isinstance(reason, Exit) else None
             records.append(
                 {
                     "position": position,
                     "token_id": token,
                     "token_text": model.backbone.tokenizer.decode([token]),
+                    "decided_by": "backbone" if reason is None else "head" if exit else "lookup",
                     "exit_layer": model.blocks.num_blocks if exit is None else exit.exit_layer,
                     "head": None if exit is None else exit.head,
                     "entropy": None if exit is None else exit.entropy,

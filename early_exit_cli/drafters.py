@@ -2,14 +2,15 @@
 
 `NoDrafter` never proposes, which makes the decoding loop plain decoding. `ExitDrafter` is early exit: it runs a token to
 the first exit layer, reads its head, exits when the head's entropy is below its threshold, and otherwise goes on to the
-next head; when no head exits, drafting ends and the round is verified.
+next head; when no head exits, drafting ends and the round is verified. `lookup.LookupDrafter` drafts from the text.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Container
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,13 @@ class Exit:
     threshold: float
 
 
+@dataclass(frozen=True)
+class Match:
+    """Why a token was drafted: a suffix of so many tokens had occurred before."""
+
+    length: int
+
+
 Row = dict[int, Tensor]
 """States of one token by the number of blocks run, [1, hidden] each: what verification may resume from."""
 
@@ -38,13 +46,13 @@ Row = dict[int, Tensor]
 class Draft:
     """Proposed tokens and what was computed for them.
 
-    tokens: the proposals, for the positions after the pending token. exits: one Exit per token, where heads drafted.
+    tokens: the proposals, for the positions after the pending token. reasons: why, one for each token.
     rows: the states of the pending token and of the drafted ones; empty when nothing was run. The last drafted token
     has no row when it ends the text.
     """
 
     tokens: list[int] = field(default_factory=list)
-    exits: list[Exit] = field(default_factory=list)
+    reasons: list[Exit | Match] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
 
 
@@ -65,16 +73,29 @@ def catch_up(model: EarlyExitModel, cache: KVCache, rows: list[Row], layer: int)
             row[target] = state
 
 
-class Drafter(Protocol):
+class Drafter(ABC):
     """Proposes tokens that follow `pending`, which stands at `cache.length` and has not been run yet."""
 
+    name: ClassVar[str]
+    """Of the method, in records."""
+
+    def begin(self, prompt_ids: list[int]) -> None:  # noqa: B027 (most drafters need not know)
+        """A new text starts with these tokens."""
+
+    @abstractmethod
     def propose(
         self, model: EarlyExitModel, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]
-    ) -> Draft: ...
+    ) -> Draft:
+        """At most `limit` tokens."""
+
+    def observe(self, draft: Draft, tokens: list[int], accepted: int) -> None:  # noqa: B027
+        """A round is over: `tokens` were committed, the first `accepted` of them from the draft."""
 
 
-class NoDrafter:
+class NoDrafter(Drafter):
     """Plain decoding: never proposes."""
+
+    name = "full"
 
     def propose(
         self, model: EarlyExitModel, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]
@@ -83,12 +104,13 @@ class NoDrafter:
 
 
 @dataclass
-class ExitDrafter:
+class ExitDrafter(Drafter):
     """Early exit with the entropy thresholds of one target accuracy.
 
     thresholds: nats, one per head in depth order. active: the heads that are read, ascending; all by default.
     """
 
+    name: ClassVar[str] = "adaptive_early_exit"
     thresholds: list[float]
     active: list[int] | None = None
 
@@ -112,7 +134,7 @@ class ExitDrafter:
                 return draft
             token, reason = found
             draft.tokens.append(token)
-            draft.exits.append(reason)
+            draft.reasons.append(reason)
             if token in stop_ids:
                 return draft
 

@@ -15,8 +15,6 @@ from early_exit_cli.drafters import Drafter, NoDrafter
 from early_exit_cli.engine import EarlyExitModel, read_batch, require_heads
 from early_exit_cli.errors import DataError
 
-FULL, ADAPTIVE = "full", "adaptive_early_exit"
-
 
 @dataclass(frozen=True)
 class HeadScore:
@@ -89,15 +87,15 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Comparison:
-    """Plain and adaptive decoding of one prompt, side by side.
+    """Plain decoding of one prompt, and decoding with drafts, side by side.
 
     identical: all tokens equal. bit_exact: the final hidden state that decided each committed token is equal bit for
-    bit. speedup: tokens/s of adaptive over full, medians of alternating repeats. first_difference: the position where
+    bit. speedup: tokens/s of drafted over full, medians of alternating repeats. first_difference: the position where
     the two part, with the backbone's gap between its best two logits there, when they do.
     """
 
     full: Generation
-    adaptive: Generation
+    drafted: Generation
     identical: bool
     bit_exact: bool
     speedup: float
@@ -106,8 +104,8 @@ class Comparison:
     def record(self) -> dict[str, Any]:
         """The comparison as JSON."""
         result: dict[str, Any] = {
-            FULL: self.full.record(),
-            ADAPTIVE: self.adaptive.record(),
+            self.full.stats.mode: self.full.record(),
+            self.drafted.stats.mode: self.drafted.record(),
             "identical": self.identical,
             "bit_exact": self.bit_exact,
             "speedup": self.speedup,
@@ -127,22 +125,23 @@ def compare(
     repeats: int,
 ) -> Comparison:
     """Decode a prompt with and without drafts, in turns, `repeats` times each, with no warm-up of its own."""
-    runs: dict[str, list[Generation]] = {FULL: [], ADAPTIVE: []}
+    methods = (NoDrafter(), drafter)
+    runs: dict[str, list[Generation]] = {method.name: [] for method in methods}
     for _ in range(repeats):
-        for mode, proposes in ((FULL, NoDrafter()), (ADAPTIVE, drafter)):
-            runs[mode].append(
-                generate(model, prompt_ids, proposes, max_new_tokens, mode=mode, width=width, keep_states=True)
+        for method in methods:
+            runs[method.name].append(
+                generate(model, prompt_ids, method, max_new_tokens, mode=method.name, width=width, keep_states=True)
             )
-    full, adaptive = (_median_run(runs[mode]) for mode in (FULL, ADAPTIVE))
-    identical = all(run.token_ids == full.token_ids for run in runs[ADAPTIVE])
-    bit_exact = identical and all(torch.equal(_states(run), _states(full)) for run in runs[ADAPTIVE])
+    full, drafted = (_median_run(runs[method.name]) for method in methods)
+    identical = all(run.token_ids == full.token_ids for run in runs[drafter.name])
+    bit_exact = identical and all(torch.equal(_states(run), _states(full)) for run in runs[drafter.name])
     return Comparison(
         full,
-        adaptive,
+        drafted,
         identical,
         bit_exact,
-        adaptive.stats.tokens_per_second / full.stats.tokens_per_second,
-        None if identical else _first_difference(model, full, adaptive),
+        drafted.stats.tokens_per_second / full.stats.tokens_per_second,
+        None if identical else _first_difference(model, full, drafted),
     )
 
 
@@ -158,9 +157,9 @@ def _median_run(runs: list[Generation]) -> Generation:
     return next(run for run in runs if run.stats.tokens_per_second == median)
 
 
-def _first_difference(model: EarlyExitModel, full: Generation, adaptive: Generation) -> dict[str, Any]:
-    pairs = zip(full.token_ids, adaptive.token_ids, strict=False)
-    place = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(full.token_ids), len(adaptive.token_ids)) - 1)
+def _first_difference(model: EarlyExitModel, full: Generation, drafted: Generation) -> dict[str, Any]:
+    pairs = zip(full.token_ids, drafted.token_ids, strict=False)
+    place = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(full.token_ids), len(drafted.token_ids)) - 1)
     with torch.inference_mode():
         best = model.blocks.logits(_states(full)[place : place + 1])[0].float().topk(2).values
     return {"index": place, "top2_gap": float(best[0] - best[1])}

@@ -53,7 +53,8 @@ def prepare(resolved: Resolved, as_json: bool) -> Job:
 
     settings = resolved.config.inference
     model = load(resolved)
-    width = settings.width or default_width(model)
+    # lookup weighs its draft length against the cost of every width by itself
+    width = settings.width or (model.blocks.widths[-1] if settings.drafter == "lookup" else default_width(model))
     return Job(model, settings, make_drafter(model, settings, width), width, as_json)
 
 
@@ -87,12 +88,12 @@ def gather_prompts(settings: InferenceConfig) -> list[dict[str, Any]]:
 
 
 def load(resolved: Resolved) -> EarlyExitModel:
-    """The model; plain decoding of a named backbone needs no bundle."""
+    """The model; a named backbone needs no bundle where no head is read."""
     from early_exit_cli.cli.shared import backbone_of_bundle
     from early_exit_cli.engine import load_model
 
     config = resolved.config
-    plain = config.inference.mode == "full"
+    plain = config.inference.mode == "full" or config.inference.drafter != "exit"
     if plain and resolved.is_default("bundle.bundle") and not resolved.is_default("backbone.model_name"):
         return load_model(config.backbone, None)
     return load_model(backbone_of_bundle(resolved), config.bundle, with_thresholds=not plain)
@@ -100,11 +101,13 @@ def load(resolved: Resolved) -> EarlyExitModel:
 
 def make_drafter(model: EarlyExitModel, settings: InferenceConfig, width: int) -> Drafter:
     """The drafter of the mode and accuracy level; says on stderr which heads it leaves unread."""
-    from early_exit_cli.costs import exit_drafter
+    from early_exit_cli.costs import exit_drafter, lookup_drafter
     from early_exit_cli.drafters import NoDrafter
 
-    if settings.mode == "full":
+    if settings.mode == "full" or settings.drafter == "none":
         return NoDrafter()
+    if settings.drafter == "lookup":
+        return lookup_drafter(model)
     drafter = exit_drafter(model, settings.accuracy_level, width, settings.read_heads)
     if drafter.active is not None and len(drafter.active) < len(drafter.thresholds):
         unread = [str(head) for head in range(len(drafter.thresholds)) if head not in drafter.active]
@@ -130,7 +133,7 @@ def answer_one(job: Job, ids: list[int]) -> None:
         ids,
         job.drafter,
         job.settings.max_tokens,
-        mode=job.settings.mode,
+        mode=job.drafter.name,
         width=job.width,
         trace=job.settings.trace is not None,
         on_text=None if job.as_json else console.stream_text,
@@ -138,7 +141,7 @@ def answer_one(job: Job, ids: list[int]) -> None:
     if job.settings.trace:
         write_json(job.settings.trace, trace_records(job.model, result, len(ids)))
     if job.as_json:
-        console.emit_json({job.settings.mode: result.record()})
+        console.emit_json({job.drafter.name: result.record()})
         return
     console.stream_text("\n")
     console.table("", ["", "value"], stats_rows(result.stats))
@@ -158,12 +161,12 @@ def answer_compare(job: Job, ids: list[int]) -> None:
     if job.as_json:
         console.emit_json(result.record())
         return
-    console.stream_text(result.adaptive.text + "\n")
-    full, adaptive = dict(stats_rows(result.full.stats)), dict(stats_rows(result.adaptive.stats))
+    console.stream_text(result.drafted.text + "\n")
+    full, drafted = dict(stats_rows(result.full.stats)), dict(stats_rows(result.drafted.stats))
     console.table(
         f"{job.model.backbone.name}, {job.model.backbone.quantization}, accuracy level {job.settings.accuracy_level:.2f}",
-        ["", "full", "adaptive"],
-        [(name, full[name], adaptive[name]) for name in full],
+        ["", "full", job.drafter.name],
+        [(name, full[name], drafted[name]) for name in full],
     )
     same = "identical" if result.identical else f"DIFFERENT from token {result.first_difference}"
     bits = "bit-exact" if result.bit_exact else "not bit-exact"
@@ -188,15 +191,15 @@ def answer_many(job: Job, prompts: list[dict[str, Any]], encoded: list[list[int]
                 ).record()
             else:
                 run = generate(
-                    job.model, ids, job.drafter, job.settings.max_tokens, mode=job.settings.mode, width=job.width
+                    job.model, ids, job.drafter, job.settings.max_tokens, mode=job.drafter.name, width=job.width
                 )
-                record = {job.settings.mode: run.record()}
+                record = {job.drafter.name: run.record()}
             records.append({**known, "prompt_tokens": len(ids), **record})
             ticker.update(len(records))
     if job.as_json:
         console.emit_json({"records": records})
         return
-    methods = ["full", "adaptive_early_exit"] if job.settings.mode == "compare" else [job.settings.mode]
+    methods = ["full", job.drafter.name] if job.settings.mode == "compare" else [job.drafter.name]
     rows = []
     for number, record in enumerate(records):
         speeds = [f"{record[method]['stats']['tokens_per_second']:.1f}" for method in methods]

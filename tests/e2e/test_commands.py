@@ -380,6 +380,26 @@ def test_bench_measures_each_method_in_its_own_process(bundle, prompts, tmp_path
     assert "unknown method 'quick'" in err
 
 
+def test_lookup_needs_no_heads_and_changes_no_word(tiny_folder):
+    model = [
+        "--model-name",
+        tiny_folder("qwen3"),
+        "--quantization",
+        "none",
+        "--prompt",
+        "one two three one two three one",
+    ]
+    code, out, err = eexit("infer", *model, "--mode", "compare", "--drafter", "lookup", "--max-tokens", 40, "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["identical"]
+    assert set(result) >= {"full", "lookup", "speedup", "bit_exact"}
+    assert result["lookup"]["stats"]["tokens_drafted"] > 0
+    code, out, err = eexit("infer", *model, "--drafter", "lookup", "--max-tokens", 12)
+    assert code == 0, err
+    assert "lookup" in err
+
+
 def test_bench_costs_shows_and_keeps_the_cost_table(bundle, tmp_path):
     home = {"EEXIT_HOME": str(tmp_path)}
     code, out, err = eexit("bench", "--bundle", bundle, "--costs", **home)

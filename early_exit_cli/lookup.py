@@ -1,0 +1,159 @@
+"""Prompt lookup: drafts that continue the longest suffix of the text that was seen before (Saxena 2023).
+
+The suffix is found by a suffix automaton of the text (Blumer et al. 1985), extended token by token in amortised constant
+time, with a cursor that follows the longest suffix of the text with an earlier occurrence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container
+
+from early_exit_cli.blocks import KVCache
+from early_exit_cli.drafters import Draft, Drafter, Match
+from early_exit_cli.engine import EarlyExitModel
+
+PRIOR = ((1, 0.25), (2, 0.5), (3, 0.65), (5, 0.75), (8, 0.85), (16, 0.92))
+"""(shortest match, probability that its next token is right) before anything is known of the text."""
+PRIOR_STRENGTH = 6.0
+"""Drafted tokens that a prior counts for."""
+
+
+class SuffixAutomaton:
+    """All substrings of a growing sequence, and the longest suffix that occurred before.
+
+    A state stands for the substrings that end at the same places. `following[s]` is the position after one such place:
+    the latest at which the cursor saw the state, else the first.
+    """
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.transitions: list[dict[int, int]] = [{}]
+        self.link: list[int] = [-1]
+        self.longest: list[int] = [0]
+        self.following: list[int] = [0]
+        self.last = 0
+        self.cursor = 0
+        self.match_length = 0
+        self.continuation = 0
+        """Position of the token that followed the matched suffix where it occurred before."""
+
+    def extend(self, tokens: list[int]) -> None:
+        """Append tokens."""
+        for token in tokens:
+            self._follow(token)
+            self._append(token)
+            # appending may have split the cursor's state: stay with the one that holds the match
+            while self.match_length <= self.longest[self.link[self.cursor]] and self.cursor:
+                self.cursor = self.link[self.cursor]
+            self.continuation = self.following[self.cursor]
+            if self.cursor:
+                self.following[self.cursor] = len(self.tokens)
+
+    def _follow(self, token: int) -> None:
+        """Move the cursor to the longest suffix of text + token that the text before it holds."""
+        while self.cursor and token not in self.transitions[self.cursor]:
+            self.cursor = self.link[self.cursor]
+            self.match_length = self.longest[self.cursor]
+        if token in self.transitions[self.cursor]:
+            self.cursor = self.transitions[self.cursor][token]
+            self.match_length += 1
+        else:
+            self.match_length = 0
+
+    def _append(self, token: int) -> None:
+        self.tokens.append(token)
+        new = self._state(self.longest[self.last] + 1, {}, len(self.tokens))
+        state = self.last
+        while state >= 0 and token not in self.transitions[state]:
+            self.transitions[state][token] = new
+            state = self.link[state]
+        if state < 0:
+            self.link[new] = 0
+        else:
+            target = self.transitions[state][token]
+            if self.longest[state] + 1 == self.longest[target]:
+                self.link[new] = target
+            else:
+                clone = self._state(self.longest[state] + 1, dict(self.transitions[target]), self.following[target])
+                self.link[clone] = self.link[target]
+                self.link[target] = self.link[new] = clone
+                while state >= 0 and self.transitions[state].get(token) == target:
+                    self.transitions[state][token] = clone
+                    state = self.link[state]
+        self.last = new
+
+    def _state(self, longest: int, transitions: dict[int, int], following: int) -> int:
+        self.transitions.append(transitions)
+        self.link.append(-1)
+        self.longest.append(longest)
+        self.following.append(following)
+        return len(self.longest) - 1
+
+    def propose(self, count: int) -> list[int]:
+        """The `count` tokens after the earlier occurrence; they run on into themselves where it overlaps the end."""
+        if self.match_length == 0:
+            return []
+        proposal: list[int] = []
+        place = self.continuation
+        while len(proposal) < count:
+            proposal.append(self.tokens[place] if place < len(self.tokens) else proposal[place - len(self.tokens)])
+            place += 1
+        return proposal
+
+
+class LookupDrafter(Drafter):
+    """Drafts from the text itself; how many tokens, the expected tokens per millisecond decide.
+
+    Args:
+        pass_cost: rows -> milliseconds of a pass of the backbone over so many rows.
+    """
+
+    name = "lookup"
+
+    def __init__(self, pass_cost: Callable[[int], float]) -> None:
+        self.pass_cost = pass_cost
+        self.automaton = SuffixAutomaton()
+        self.right: list[float] = []
+        self.seen: list[float] = []
+
+    def begin(self, prompt_ids: list[int]) -> None:
+        self.automaton = SuffixAutomaton()
+        self.automaton.extend(prompt_ids)
+        self.right = [PRIOR_STRENGTH * chance for _, chance in PRIOR]
+        self.seen = [PRIOR_STRENGTH] * len(PRIOR)
+
+    def propose(
+        self, model: EarlyExitModel, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]
+    ) -> Draft:
+        length = self.automaton.match_length
+        if limit < 1 or length == 0:
+            return Draft()
+        kind = self._kind(length)
+        tokens = self.automaton.propose(self._draft_length(self.right[kind] / self.seen[kind], limit))
+        for place, token in enumerate(tokens):
+            if token in stop_ids:
+                tokens = tokens[: place + 1]
+                break
+        return Draft(tokens=tokens, reasons=[Match(length)] * len(tokens))
+
+    def observe(self, draft: Draft, tokens: list[int], accepted: int) -> None:
+        if draft.tokens:
+            kind = self._kind(self.automaton.match_length)
+            self.right[kind] += accepted
+            self.seen[kind] += min(accepted + 1, len(draft.tokens))
+        self.automaton.extend(tokens)
+
+    def _kind(self, length: int) -> int:
+        return max(index for index, (shortest, _) in enumerate(PRIOR) if length >= shortest)
+
+    def _draft_length(self, chance: float, limit: int) -> int:
+        """The draft length of the highest expected tokens per millisecond; 0 where plain decoding has it."""
+        best, best_rate = 0, 1 / self.pass_cost(1)
+        expected = survives = 1.0
+        for count in range(1, limit + 1):
+            survives *= chance
+            expected += survives
+            rate = expected / self.pass_cost(count + 1)
+            if rate > best_rate:
+                best, best_rate = count, rate
+        return best
