@@ -76,7 +76,7 @@ parser.add_argument("cache", type=Path)
 parser.add_argument("--steps", type=int, default=6)
 parser.add_argument("--rounds", type=int, default=3)
 parser.add_argument("--dataset", type=Path, help="where the text is now, if it moved")
-parser.add_argument("--memory-only", action="store_true", help="one epoch from the cache, then the peak memory")
+parser.add_argument("--memory-only", action="store_true", help="160 batches from the cache, 10 of them trained on, then the peak memory")
 arguments = parser.parse_args()
 cache = Cache(arguments.cache)
 DATA = cache.data.model_copy(update={"dataset_name": str(arguments.dataset)} if arguments.dataset else {})
@@ -85,10 +85,9 @@ with tempfile.TemporaryDirectory() as scratch:
     cached = CachedStates(cache, None, settings, torch.device("cpu"))
     if arguments.memory_only:
         run = trainer(cached, f"{scratch}/cached")
-        epoch = cached.sequences(0, 1) // settings.batch_size
-        for number in range(epoch):
+        for number in range(160):
             cached.batch(number, 0, 1)
-            if number % (epoch // 10 + 1) == 0:
+            if number % 16 == 0:
                 run.advance()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(f"{cache.tokens} tokens, {cache.total_bytes / 1e6:.0f} MB on disk: peak memory {peak:.0f} MB")
