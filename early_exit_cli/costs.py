@@ -104,7 +104,7 @@ def measure_costs(model: EarlyExitModel, widths: list[int]) -> Costs:
         return min(times) * 1000
 
     def run(hidden: Tensor, cache: KVCache) -> Tensor:
-        return model.blocks.run(hidden, cache, cache.capacity - max(widths), 0, depth)
+        return model.blocks.run(hidden, cache, cache.limit - max(widths), 0, depth)
 
     per_block, per_block_far, finish = {}, {}, {}
     with torch.inference_mode():

@@ -216,7 +216,7 @@ def stats_rows(stats: Stats) -> list[tuple[str, str]]:
         return "-" if value is None else f"{value:.1%}"
 
     exits = "  ".join(
-        f"{'backbone' if name == 'full' else 'head ' + name}: {count}"
+        f"{'backbone' if name == 'full' else 'head ' + name if name.isdigit() else name}: {count}"
         for name, count in stats.exit_distribution.items()
     )
     return [
