@@ -76,7 +76,9 @@ parser.add_argument("cache", type=Path)
 parser.add_argument("--steps", type=int, default=6)
 parser.add_argument("--rounds", type=int, default=3)
 parser.add_argument("--dataset", type=Path, help="where the text is now, if it moved")
-parser.add_argument("--memory-only", action="store_true", help="160 batches from the cache, 10 of them trained on, then the peak memory")
+parser.add_argument(
+    "--memory-only", action="store_true", help="160 batches from the cache, 10 of them trained on, then the peak memory"
+)
 arguments = parser.parse_args()
 cache = Cache(arguments.cache)
 DATA = cache.data.model_copy(update={"dataset_name": str(arguments.dataset)} if arguments.dataset else {})

@@ -27,6 +27,7 @@ from early_exit_cli.runners import device_identity, measurement_path
 
 REPEATS = 7
 CONTEXT, FAR_CONTEXT = 256, 1024
+SAMPLE_TEXT = "The history of the lighthouse is the history of trade by sea, and of those who waited for it. "
 NEED = 1.02
 """A set of heads must be expected to beat plain decoding by this factor: exits come in runs, the model takes them as
 independent, and ties should fall to the simpler side."""
@@ -90,7 +91,9 @@ def measure_costs(model: EarlyExitModel, widths: list[int]) -> Costs:
     depth = model.blocks.num_blocks
     far_context = min(FAR_CONTEXT, model.backbone.context_length)
     near, far = (model.blocks.new_cache(keys) for keys in (min(CONTEXT, far_context), far_context))
-    ids = torch.arange(max(widths), device=model.backbone.device) + 2
+    words = model.backbone.tokenizer(SAMPLE_TEXT)["input_ids"]
+    ids = torch.tensor((words * CONTEXT)[: near.limit], device=model.backbone.device)
+    place = near.limit - max(widths)
 
     def fastest(call: Callable[[], Any]) -> float:
         times = []
@@ -106,10 +109,12 @@ def measure_costs(model: EarlyExitModel, widths: list[int]) -> Costs:
     def run(hidden: Tensor, cache: KVCache) -> Tensor:
         return model.blocks.run(hidden, cache, cache.limit - max(widths), 0, depth)
 
+    with torch.inference_mode():  # states of real text: what the exact argmax takes depends on them
+        model.blocks.run(model.blocks.embed(ids[:place]), near, 0, 0, depth)
     per_block, per_block_far, finish = {}, {}, {}
     with torch.inference_mode():
         for width in widths:
-            hidden = model.blocks.embed(ids[:width])
+            hidden = model.blocks.embed(ids[place : place + width])
             final = run(hidden, near)
             per_block[width] = fastest(lambda h=hidden: run(h, near)) / depth  # type: ignore[misc]
             per_block_far[width] = fastest(lambda h=hidden: run(h, far)) / depth  # type: ignore[misc]
