@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from early_exit_cli.config import EMBEDDED_MODEL, BackboneConfig, BundleConfig
 from early_exit_cli.errors import BackboneError, ConfigError, EexitError
 
-OURS = ("full", "adaptive", "lookup")
+OURS = ("full", "adaptive", "lookup", "auto")
 PEERS = ("transformers", "transformers-lookup", "transformers-early-exit", "llama.cpp", "economize")
 PACKAGES = {"llama.cpp": "xllamacpp", "economize": "economize"}
 LOOKUP_TOKENS = 10
@@ -75,7 +75,8 @@ class _Ours:
     def __init__(
         self, kind: str, backbone: BackboneConfig, bundle: BundleConfig, level: float, read_heads: str
     ) -> None:
-        from early_exit_cli.costs import exit_drafter, lookup_drafter
+        from early_exit_cli.blocks import LARGEST_WIDTH
+        from early_exit_cli.costs import auto_drafter, exit_drafter, lookup_drafter
         from early_exit_cli.decoding import default_width
         from early_exit_cli.drafters import Drafter, NoDrafter
         from early_exit_cli.engine import load_model
@@ -87,7 +88,10 @@ class _Ours:
         if kind == "adaptive":
             self.drafter = exit_drafter(self.model, level, self.width, read_heads)
         if kind == "lookup":
-            self.width, self.drafter = self.model.blocks.widths[-1], lookup_drafter(self.model)
+            self.width, self.drafter = LARGEST_WIDTH, lookup_drafter(self.model)
+        if kind == "auto":
+            self.drafter = auto_drafter(self.model, level, self.width, read_heads)
+            self.width = LARGEST_WIDTH
 
     def answer(self, prompt_ids: list[int], max_tokens: int) -> Answer:
         import torch

@@ -222,10 +222,11 @@ class InferenceConfig(Section):
         "adaptive_early_exit",
         "full: plain decoding. adaptive_early_exit (or adaptive): entropy-gated exits. compare: both, in turns.",
     )
-    drafter: Literal["exit", "lookup", "none"] = setting(
-        "exit",
+    drafter: Literal["exit", "lookup", "auto", "none"] | None = setting(
+        None,
         "What proposes tokens for the backbone to verify. exit: the bundle's heads. lookup: the text itself, continuing "
-        "its longest repeated suffix; needs no heads.",
+        "its longest repeated suffix; needs no heads. auto: lookup where it pays, else the heads. Default: auto; with "
+        "--mode given, exit.",
     )
     prompt: str | None = setting(None, "The prompt. Default: standard input.")
     prompt_file: Path | None = setting(None, "Read the prompt from this file.")
@@ -268,7 +269,7 @@ class BenchConfig(Section):
     prompts: Path | None = setting(None, "A .jsonl file with `prompt`, or Spec-Bench's `turns`, a line.")
     methods: NameList = setting(
         ["full", "adaptive", "transformers"],
-        "full, adaptive (or adaptive@LEVEL), lookup, transformers, transformers-lookup, transformers-early-exit, llama.cpp, "
+        "full, adaptive (or adaptive@LEVEL), lookup, auto, transformers, transformers-lookup, transformers-early-exit, llama.cpp, "
         "economize.",
     )
     limit: int | None = setting(None, "At most so many prompts of each category, evenly spread.", ge=1)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from early_exit_cli.artifacts import read_json, write_json
 from early_exit_cli.blocks import LARGEST_WIDTH, KVCache
-from early_exit_cli.drafters import ExitDrafter
+from early_exit_cli.drafters import AutoDrafter, Drafter, ExitDrafter
 from early_exit_cli.engine import EarlyExitModel
 from early_exit_cli.errors import BundleError, ConfigError
 from early_exit_cli.gating import entropy, level_key
@@ -188,6 +188,20 @@ def lookup_drafter(model: EarlyExitModel) -> LookupDrafter:
     depth = model.blocks.num_blocks
     by_rows = [costs.plain(depth, next(w for w in widths if w >= rows)) for rows in range(1, widths[-1] + 1)]
     return LookupDrafter(lambda rows: by_rows[rows - 1])
+
+
+def auto_drafter(model: EarlyExitModel, level: float, width: int, read_heads: str) -> AutoDrafter:
+    """Lookup where it pays, else the heads that pay, where the bundle has calibrated any.
+
+    Args:
+        width: rows of a pass at most, for the heads; lookup weighs all widths.
+    """
+    choices: list[tuple[Drafter, int]] = [(lookup_drafter(model), LARGEST_WIDTH - 1)]
+    if model.thresholds is not None:
+        exits = exit_drafter(model, level, width, read_heads)
+        if exits.active != []:
+            choices.append((exits, width - 1))
+    return AutoDrafter(choices)
 
 
 def exit_drafter(model: EarlyExitModel, level: float, width: int, read_heads: str) -> ExitDrafter:

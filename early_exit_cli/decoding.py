@@ -121,7 +121,7 @@ def decode(
             tokens=tokens,
             accepted=accepted,
             drafted=len(draft.tokens),
-            decided_by=[draft.reasons[i] if i < accepted else None for i in range(len(tokens))],
+            decided_by=[*draft.reasons[:accepted], *[None] * (len(tokens) - len(draft.reasons[:accepted]))],
             states=states[: len(tokens)].clone() if keep_states else None,
             readings=readings[: len(tokens)],
         )

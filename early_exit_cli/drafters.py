@@ -154,3 +154,34 @@ class ExitDrafter(Drafter):
             if may_exit(uncertainty, threshold):
                 return int(heads.token_ids(logits.argmax(-1))), Exit(head, exit_layer, uncertainty, threshold)
         return None
+
+
+class AutoDrafter(Drafter):
+    """The first drafter that has something to propose; each decides by expected cost whether it has.
+
+    Args:
+        choices: drafters in order of preference, each with the most tokens it may draft.
+    """
+
+    name = "auto"
+
+    def __init__(self, choices: list[tuple[Drafter, int]]) -> None:
+        self.choices = choices
+
+    def begin(self, prompt_ids: list[int]) -> None:
+        for drafter, _ in self.choices:
+            drafter.begin(prompt_ids)
+
+    def propose(
+        self, model: EarlyExitModel, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]
+    ) -> Draft:
+        draft = Draft()
+        for drafter, longest in self.choices:
+            draft = drafter.propose(model, cache, pending, min(limit, longest), stop_ids)
+            if draft.tokens:
+                break
+        return draft
+
+    def observe(self, draft: Draft, tokens: list[int], accepted: int) -> None:
+        for drafter, _ in self.choices:
+            drafter.observe(draft, tokens, accepted)

@@ -137,7 +137,7 @@ class LookupDrafter(Drafter):
         return Draft(tokens=tokens, reasons=[Match(length)] * len(tokens))
 
     def observe(self, draft: Draft, tokens: list[int], accepted: int) -> None:
-        if draft.tokens:
+        if draft.tokens and isinstance(draft.reasons[0], Match):
             kind = self._kind(self.automaton.match_length)
             self.right[kind] += accepted
             self.seen[kind] += min(accepted + 1, len(draft.tokens))

@@ -5,13 +5,13 @@ import torch
 from conftest import END, FAMILIES
 
 from early_exit_cli.decoding import TextStream, accepted_length, cut_at_stop, decode, generate, trace_records
-from early_exit_cli.drafters import Draft, ExitDrafter, NoDrafter
+from early_exit_cli.drafters import Draft, Drafter, ExitDrafter, NoDrafter
 from early_exit_cli.errors import ConfigError, NumericsError
 
 PROMPT = [72, 101, 108, 108, 111, 32, 119, 111, 114, 108, 100]
 
 
-class ScriptedDrafter:
+class ScriptedDrafter(Drafter):
     """Proposes the known continuation, with tokens made wrong where `wrong(index)` says so."""
 
     def __init__(self, continuation, wrong=lambda index: False):

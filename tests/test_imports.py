@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "lookup": {"blocks", "engine", "drafters"},
     "decoding": {"blocks", "engine", "drafters", "gating"},
     "costs": {"artifacts", "blocks", "runners", "engine", "drafters", "lookup", "gating"},
-    "bench_methods": {"backbone", "engine", "costs", "drafters", "decoding"},
+    "bench_methods": {"backbone", "blocks", "engine", "costs", "drafters", "decoding"},
     "bench": {"artifacts", "bench_methods"},
     "evaluation": {"engine", "decoding", "drafters", "data", "artifacts"},
 }

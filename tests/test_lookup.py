@@ -105,3 +105,19 @@ def test_lookup_is_bit_exact_in_four_bit(smollm2):
         assert drafted.token_ids == plain.token_ids
         assert drafted.states.equal(plain.states)
         assert drafted.stats.tokens_accepted > 5
+
+
+def test_auto_asks_the_heads_where_the_text_does_not_repeat(tiny_model):
+    from early_exit_cli.drafters import AutoDrafter, ExitDrafter
+
+    model = tiny_model("llama")
+    dice = random.Random(3)
+    phrase = [dice.randrange(250) for _ in range(12)]
+    prompt = phrase * 2 + [dice.randrange(250) for _ in range(5)]
+    plain = generate(model, prompt, NoDrafter(), 60, mode="full")
+    drafter = AutoDrafter([(LookupDrafter(lambda rows: 10.0 + rows), 15), (ExitDrafter([0.0, 0.0, 9.0]), 3)])
+    run = generate(model, prompt, drafter, 60, mode="auto", width=16)
+    assert run.token_ids == plain.token_ids
+    assert run.stats.exit_distribution["2"] > 0
+    assert run.stats.exit_distribution["lookup"] > 0
+    assert all(step.drafted <= 3 for step in run.rounds if step.decided_by[0] and hasattr(step.decided_by[0], "head"))

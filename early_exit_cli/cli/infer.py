@@ -49,13 +49,25 @@ class Job:
 
 def prepare(resolved: Resolved, as_json: bool) -> Job:
     """Load the model and make the drafter of the mode."""
+    from early_exit_cli.blocks import LARGEST_WIDTH
     from early_exit_cli.decoding import default_width
 
     settings = resolved.config.inference
-    model = load(resolved)
-    # lookup weighs its draft length against the cost of every width by itself
-    width = settings.width or (model.blocks.widths[-1] if settings.drafter == "lookup" else default_width(model))
-    return Job(model, settings, make_drafter(model, settings, width), width, as_json)
+    kind = drafter_kind(resolved)
+    model = load(resolved, kind)
+    width = settings.width or default_width(model)
+    drafter = make_drafter(model, settings, kind, width)
+    if settings.width is None and kind in ("lookup", "auto"):  # lookup weighs its draft length at every width
+        width = LARGEST_WIDTH
+    return Job(model, settings, drafter, width, as_json)
+
+
+def drafter_kind(resolved: Resolved) -> str:
+    """The drafter that was named, or that the mode means: `adaptive` is early exit; without either it is `auto`."""
+    settings = resolved.config.inference
+    if settings.mode == "full":
+        return "none"
+    return settings.drafter or ("auto" if resolved.is_default("inference.mode") else "exit")
 
 
 def gather_prompts(settings: InferenceConfig) -> list[dict[str, Any]]:
@@ -87,27 +99,30 @@ def gather_prompts(settings: InferenceConfig) -> list[dict[str, Any]]:
     return [{"prompt": prompt}]
 
 
-def load(resolved: Resolved) -> EarlyExitModel:
-    """The model; a named backbone needs no bundle where no head is read."""
+def load(resolved: Resolved, kind: str) -> EarlyExitModel:
+    """The model; a backbone that was named without a bundle is loaded alone where no head must be read."""
     from early_exit_cli.cli.shared import backbone_of_bundle
     from early_exit_cli.engine import load_model
 
     config = resolved.config
-    plain = config.inference.mode == "full" or config.inference.drafter != "exit"
-    if plain and resolved.is_default("bundle.bundle") and not resolved.is_default("backbone.model_name"):
+    if kind != "exit" and resolved.is_default("bundle.bundle") and not resolved.is_default("backbone.model_name"):
         return load_model(config.backbone, None)
-    return load_model(backbone_of_bundle(resolved), config.bundle, with_thresholds=not plain)
+    return load_model(backbone_of_bundle(resolved), config.bundle, with_thresholds=kind in ("exit", "auto"))
 
 
-def make_drafter(model: EarlyExitModel, settings: InferenceConfig, width: int) -> Drafter:
-    """The drafter of the mode and accuracy level; says on stderr which heads it leaves unread."""
-    from early_exit_cli.costs import exit_drafter, lookup_drafter
+def make_drafter(model: EarlyExitModel, settings: InferenceConfig, kind: str, width: int) -> Drafter:
+    """The drafter of that kind; says on stderr which heads early exit leaves unread."""
+    from early_exit_cli.costs import auto_drafter, exit_drafter, lookup_drafter
     from early_exit_cli.drafters import NoDrafter
 
-    if settings.mode == "full" or settings.drafter == "none":
+    if kind == "none":
         return NoDrafter()
-    if settings.drafter == "lookup":
+    if kind == "lookup":
         return lookup_drafter(model)
+    if kind == "auto":
+        if model.heads is not None and model.thresholds is None:
+            console.note("the bundle is not calibrated: its heads are not read (eexit calibrate)")
+        return auto_drafter(model, settings.accuracy_level, width, settings.read_heads)
     drafter = exit_drafter(model, settings.accuracy_level, width, settings.read_heads)
     if drafter.active is not None and len(drafter.active) < len(drafter.thresholds):
         unread = [str(head) for head in range(len(drafter.thresholds)) if head not in drafter.active]

@@ -240,7 +240,8 @@ def nan_heads(folder):
     ],
 )
 def test_a_broken_bundle_is_one_clear_line_and_code_1(bundle, tmp_path, change, words):
-    code, out, err = eexit("infer", "--bundle", broken(bundle, tmp_path, change), "--prompt", "abc", "--max-tokens", 4)
+    folder = broken(bundle, tmp_path, change)
+    code, out, err = eexit("infer", "--mode", "adaptive", "--bundle", folder, "--prompt", "abc", "--max-tokens", 4)
     assert code == 1
     assert out == ""
     assert words in err
