@@ -1,6 +1,7 @@
 """The suffix automaton against a search by hand, and the drafter that uses it."""
 
 import random
+from collections import Counter
 
 import pytest
 
@@ -111,13 +112,15 @@ def test_auto_asks_the_heads_where_the_text_does_not_repeat(tiny_model):
     from early_exit_cli.drafters import AutoDrafter, ExitDrafter
 
     model = tiny_model("llama")
-    dice = random.Random(3)
-    phrase = [dice.randrange(250) for _ in range(12)]
-    prompt = phrase * 2 + [dice.randrange(250) for _ in range(5)]
-    plain = generate(model, prompt, NoDrafter(), 60, mode="full")
-    drafter = AutoDrafter([(LookupDrafter(lambda rows: 10.0 + rows), 15), (ExitDrafter([0.0, 0.0, 9.0]), 3)])
-    run = generate(model, prompt, drafter, 60, mode="auto", width=16)
-    assert run.token_ids == plain.token_ids
-    assert run.stats.exit_distribution["2"] > 0
-    assert run.stats.exit_distribution["lookup"] > 0
-    assert all(step.drafted <= 3 for step in run.rounds if step.decided_by[0] and hasattr(step.decided_by[0], "head"))
+    decided = Counter()
+    for seed in range(6):
+        dice = random.Random(seed)
+        phrase = [dice.randrange(250) for _ in range(9)]
+        prompt = phrase * 3 + phrase[:4]
+        plain = generate(model, prompt, NoDrafter(), 40, mode="full")
+        lookup, exits = LookupDrafter(lambda rows: 10.0 + 0.1 * rows), ExitDrafter([0.0, 0.0, 9.0])
+        run = generate(model, prompt, AutoDrafter([(lookup, 15), (exits, 3)]), 40, mode="auto", width=16)
+        assert run.token_ids == plain.token_ids
+        decided.update(run.stats.exit_distribution)
+    assert decided["lookup"] > 0
+    assert decided["2"] > 0
