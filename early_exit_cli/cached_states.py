@@ -112,7 +112,8 @@ class CachedStates:
         chosen = order[start : start + self.batch_size]
         parts = [self._shard(shards[number]).row(row) for number, row in chosen]
         current = chosen[-1][0]
-        following = next((number for number, _ in order[start + len(chosen) :] if number != current), None)
+        ahead = range(start + len(chosen), len(order))
+        following = next((order[place][0] for place in ahead if order[place][0] != current), None)
         if following is not None:
             self._prefetch(shards[following])
         return States(

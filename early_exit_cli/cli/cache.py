@@ -111,7 +111,15 @@ def find_or_extract(resolved: Resolved) -> Cache:
     from accelerate import PartialState
 
     from early_exit_cli.backbone import load_backbone
-    from early_exit_cli.cache import MANIFEST, Cache, cache_request, check_request, default_folder
+    from early_exit_cli.cache import (
+        MANIFEST,
+        Cache,
+        bytes_per_token,
+        cache_request,
+        check_request,
+        default_folder,
+        wanted_sequences,
+    )
     from early_exit_cli.cli.shared import load_text
     from early_exit_cli.data import read_records
     from early_exit_cli.extraction import extract as extract_states
@@ -129,9 +137,16 @@ def find_or_extract(resolved: Resolved) -> Cache:
         if cache.is_complete and not cache.is_shorter_than(config.cache, config.training, processes.num_processes):
             console.note(f"using the cache in {folder}")
             return cache
-    read_records(config.data)  # refuse unreadable data before a model loads
+    records = read_records(config.data)  # refuse unreadable data before a model loads
     backbone = load_backbone(config.backbone)
     layers = head_layers(config.heads, backbone.num_blocks)
+    if config.data.on_policy and processes.is_main_process:
+        token_bytes = bytes_per_token(backbone.hidden_size, len(layers), config.cache.store)
+        prompts = min(len(records), config.data.max_documents or len(records))
+        longest = prompts * (config.data.prompt_tokens + config.data.answer_tokens) // config.data.max_length + 1
+        bounds = (config.cache, config.training, config.data.max_length, token_bytes, longest, processes.num_processes)
+        most = (wanted_sequences(*bounds) + config.cache.held_out_rows) * config.data.max_length * token_bytes
+        console.note(f"answering {prompts:,} prompts first; the cache will then take {most / 1e9:.2f} GB at most")
     train, held_out = load_text(config.data, backbone)
     with console.progress("extracting shards", 1) as ticker:
         return extract_states(
