@@ -110,7 +110,7 @@ def find_or_extract(resolved: Resolved) -> Cache:
     """
     from accelerate import PartialState
 
-    from early_exit_cli.backbone import load_backbone
+    from early_exit_cli.backbone import load_backbone, pick_device
     from early_exit_cli.cache import (
         MANIFEST,
         Cache,
@@ -130,7 +130,8 @@ def find_or_extract(resolved: Resolved) -> Cache:
         return existing_cache(resolved)
     request = cache_request(config.backbone, config.heads, config.data, config.cache)
     folder = config.cache.cache_dir or default_folder(request)
-    processes = PartialState()
+    # without saying so, accelerate takes processes on a CPU for so many single ones
+    processes = PartialState(cpu=pick_device(config.backbone.device).type == "cpu")
     if (folder / MANIFEST).exists():
         cache = Cache(folder)
         check_request(cache, request)

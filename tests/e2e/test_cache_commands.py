@@ -159,6 +159,7 @@ def test_two_processes_write_one_cache_and_train_from_it(tiny_folder, text, tmp_
     assert code == 0, err
     code, _, err = two_processes(*extract(tmp_path / "two", model, text))
     assert code == 0, err[-3000:]
+    assert err.count("missing") == 1  # one plan, shared: no shard is computed twice
     one, two = content(tmp_path / "one"), content(tmp_path / "two")
     assert one == two
     code, out, err = two_processes(
