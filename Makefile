@@ -5,9 +5,9 @@ PROMPT ?= Explain step by step how to solve 2x + 6 = 14, then check the answer.
 
 .PHONY: demo bench test check format install clean
 
-# The main job: the 4-bit model answers plainly and with early exits, side by side.
+# The main job: the 4-bit model answers plainly and with drafts, side by side.
 demo: .venv/installed
-	$(BIN)/eexit infer --mode compare --max-tokens 96 --prompt "$(PROMPT)"
+	$(BIN)/eexit infer --mode compare --drafter auto --max-tokens 96 --prompt "$(PROMPT)"
 
 # Methods side by side, about ten minutes: make bench PROMPTS=spec_bench.jsonl
 bench: .venv/installed-peers
