@@ -22,8 +22,9 @@ from early_exit_cli.cache import Cache
 from early_exit_cli.cached_states import CachedStates
 from early_exit_cli.config import BackboneConfig, HeadsConfig, TrainingConfig
 from early_exit_cli.data import load_documents
+from early_exit_cli.distillation import distillation_losses, teach
 from early_exit_cli.states import BackboneStates
-from early_exit_cli.training import Lessons, Trainer, distillation_losses, teach
+from early_exit_cli.training import Lessons, Trainer
 
 
 class InMemory(CachedStates):

@@ -29,8 +29,7 @@ class _Rows:
         self.values = [
             torch.zeros(shape, dtype=backbone.dtype, device=backbone.device) for _ in range(blocks.num_blocks)
         ]
-        tables = blocks.new_cache(capacity)
-        self.cos, self.sin = tables.cos, tables.sin
+        self.cos, self.sin = blocks.rotary_tables(capacity)
 
     def keep(self, rows: Tensor) -> None:
         """Drop all but `rows`."""

@@ -18,6 +18,7 @@ from typing import Any
 from early_exit_cli.artifacts import environment, write_lines
 from early_exit_cli.bench_methods import PEERS, Worker, check_methods
 from early_exit_cli.config import BackboneConfig, BenchConfig, BundleConfig
+from early_exit_cli.decoding import accepted_length
 from early_exit_cli.errors import ConfigError, DataError
 
 MT_BENCH = {"writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"}
@@ -128,8 +129,7 @@ def compare_with_baseline(records: list[dict[str, Any]], top2_gap: Callable[[int
         record["identical"] = ours == theirs
         record["first_difference"] = record["top2_gap"] = None
         if ours != theirs:
-            pairs = enumerate(zip(ours, theirs, strict=False))
-            at = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
+            at = accepted_length(ours, theirs)
             key = (record["prompt"], at)
             gaps[key] = gaps[key] if key in gaps else top2_gap(record["prompt"], ours[:at])
             record["first_difference"], record["top2_gap"] = at, gaps[key]

@@ -124,16 +124,22 @@ class Blocks(ABC):
         limit = -(-limit // KEY_STEP) * KEY_STEP
         device, dtype = self.backbone.device, self.backbone.dtype
         shape = (self.kv_heads, 0 if self.grows(limit) else limit, self.head_dim)
+        cos, sin = self.rotary_tables(limit)
+        return KVCache(
+            keys=[torch.zeros(shape, dtype=dtype, device=device) for _ in range(self.num_blocks)],
+            values=[torch.zeros(shape, dtype=dtype, device=device) for _ in range(self.num_blocks)],
+            cos=cos,
+            sin=sin,
+        )
+
+    def rotary_tables(self, limit: int) -> tuple[Tensor, Tensor]:
+        """cos and sin of positions 0 .. limit - 1, [limit, 1, head_dim]; sin carries the sign of rotate_half."""
+        device, dtype = self.backbone.device, self.backbone.dtype
         positions = torch.arange(limit, device=device)[None]
         cos, sin = self.backbone.rotary(torch.empty(0, dtype=dtype, device=device), positions)  # [1, limit, head_dim]
         half = self.head_dim // 2
         signed = torch.cat((-sin[..., :half], sin[..., half:]), -1)
-        return KVCache(
-            keys=[torch.zeros(shape, dtype=dtype, device=device) for _ in range(self.num_blocks)],
-            values=[torch.zeros(shape, dtype=dtype, device=device) for _ in range(self.num_blocks)],
-            cos=cos[0, :, None],
-            sin=signed[0, :, None],
-        )
+        return cos[0, :, None], signed[0, :, None]
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """[width] int64 -> [width, hidden]."""

@@ -184,10 +184,8 @@ def choose_heads(model: EarlyExitModel, level: float, width: int, costs: Costs |
 
 def lookup_drafter(model: EarlyExitModel) -> LookupDrafter:
     """Prompt lookup with the pass costs of this device."""
-    costs, widths = cost_table(model), model.blocks.widths
-    depth = model.blocks.num_blocks
-    by_rows = [costs.plain(depth, next(w for w in widths if w >= rows)) for rows in range(1, widths[-1] + 1)]
-    return LookupDrafter(lambda rows: by_rows[rows - 1])
+    costs, blocks = cost_table(model), model.blocks
+    return LookupDrafter(lambda rows: costs.plain(blocks.num_blocks, blocks.pass_width(rows)))
 
 
 def auto_drafter(model: EarlyExitModel, level: float, width: int, read_heads: str) -> AutoDrafter:

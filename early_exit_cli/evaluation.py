@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from early_exit_cli.data import Batch
-from early_exit_cli.decoding import Generation, generate
+from early_exit_cli.decoding import Generation, accepted_length, generate
 from early_exit_cli.drafters import Drafter, NoDrafter
 from early_exit_cli.engine import EarlyExitModel, read_batch, require_heads
 from early_exit_cli.errors import DataError
@@ -158,8 +158,8 @@ def _median_run(runs: list[Generation]) -> Generation:
 
 
 def _first_difference(model: EarlyExitModel, full: Generation, drafted: Generation) -> dict[str, Any]:
-    pairs = zip(full.token_ids, drafted.token_ids, strict=False)
-    place = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(full.token_ids), len(drafted.token_ids)) - 1)
+    shorter = min(len(full.token_ids), len(drafted.token_ids))
+    place = min(accepted_length(full.token_ids, drafted.token_ids), shorter - 1)
     with torch.inference_mode():
         best = model.blocks.logits(_states(full)[place : place + 1])[0].float().topk(2).values
     return {"index": place, "top2_gap": float(best[0] - best[1])}

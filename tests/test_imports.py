@@ -28,14 +28,15 @@ MAY_IMPORT = {
     "cache": {"artifacts"},
     "extraction": {"backbone", "cache", "data", "states", "artifacts"},
     "cached_states": {"cache", "states", "artifacts"},
-    "training": {"backbone", "engine", "heads", "states", "artifacts"},
+    "distillation": {"backbone", "engine", "states"},
+    "training": {"distillation", "engine", "heads", "states", "artifacts"},
     "calibration": {"engine", "data", "gating", "artifacts"},
     "drafters": {"blocks", "engine", "gating", "heads"},
     "lookup": {"blocks", "engine", "drafters"},
     "decoding": {"blocks", "engine", "drafters", "gating"},
     "costs": {"artifacts", "blocks", "runners", "engine", "drafters", "lookup", "gating"},
     "bench_methods": {"backbone", "blocks", "engine", "costs", "drafters", "decoding"},
-    "bench": {"artifacts", "bench_methods"},
+    "bench": {"artifacts", "bench_methods", "decoding"},
     "evaluation": {"engine", "decoding", "drafters", "data", "artifacts"},
 }
 NEVER_TORCH = ("errors", "config", "resolve", "artifacts", "console", "plots")

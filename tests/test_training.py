@@ -7,20 +7,12 @@ from safetensors.torch import load_file
 
 from early_exit_cli.config import DataConfig, HeadsConfig, TrainingConfig
 from early_exit_cli.data import Document, pack
+from early_exit_cli.distillation import Teacher, distillation_losses, draft_vocabulary, teach
 from early_exit_cli.engine import load_model
 from early_exit_cli.errors import CheckpointError, DataError
 from early_exit_cli.heads import head_layers
 from early_exit_cli.states import BackboneStates, States, count_tokens, log_normalizer
-from early_exit_cli.training import (
-    MARKER,
-    Lessons,
-    Teacher,
-    Trainer,
-    complete_checkpoints,
-    distillation_losses,
-    draft_vocabulary,
-    teach,
-)
+from early_exit_cli.training import MARKER, Lessons, Trainer, complete_checkpoints
 
 DATA = DataConfig(dataset_name="x", max_length=32)
 
