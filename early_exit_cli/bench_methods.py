@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from early_exit_cli.config import EMBEDDED_MODEL, BackboneConfig, BundleConfig
 from early_exit_cli.errors import BackboneError, ConfigError, EexitError
 
-OURS = ("full", "adaptive", "lookup", "auto")
+OURS = ("full", "adaptive", "lookahead", "lookup", "auto")
 PEERS = ("transformers", "transformers-lookup", "transformers-early-exit", "llama.cpp", "economize")
 PACKAGES = {"llama.cpp": "xllamacpp", "economize": "economize"}
 LOOKUP_TOKENS = 10
@@ -76,7 +76,7 @@ class _Ours:
         self, kind: str, backbone: BackboneConfig, bundle: BundleConfig, level: float, read_heads: str
     ) -> None:
         from early_exit_cli.blocks import LARGEST_WIDTH
-        from early_exit_cli.costs import auto_drafter, exit_drafter, lookup_drafter
+        from early_exit_cli.costs import auto_drafter, exit_drafter, lookahead_drafter, lookup_drafter
         from early_exit_cli.decoding import default_width
         from early_exit_cli.drafters import Drafter, NoDrafter
         from early_exit_cli.engine import load_model
@@ -89,6 +89,8 @@ class _Ours:
             self.drafter = exit_drafter(self.model, level, self.width, read_heads)
         if kind == "lookup":
             self.width, self.drafter = LARGEST_WIDTH, lookup_drafter(self.model)
+        elif kind == "lookahead":
+            self.width, self.drafter = LARGEST_WIDTH, lookahead_drafter(self.model)
         if kind == "auto":
             self.drafter = auto_drafter(self.model, level, self.width, read_heads)
             self.width = LARGEST_WIDTH

@@ -7,7 +7,8 @@ A cache is a folder:
   per token in `NAME.scale`; `ids` [tokens] int32. `normalizer` [tokens] float32 is the logsumexp of the
   backbone's logits. `row_starts`, `document_starts`, `answer_starts` say where sequences, documents and answers begin.
   No logits: `final` times the LM head gives them back.
-* `readout.safetensors`: the LM head, the final norm's weight, and how often each token stands in the training text.
+* `readout.safetensors`: the LM head, the final norm's weight, the embedding where it is another one, the last block's
+  dequantized weights, and how often each token stands in the training text.
 * `manifest.json`: the backbone's fingerprint, what was asked for, and every shard with its rows, size and SHA-256.
 
 `extraction.py` writes it, `cached_states.py` reads it for training.
@@ -29,11 +30,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from early_exit_cli.artifacts import file_sha256, read_json, sha256_of, user_cache_dir
+from early_exit_cli.backbone import LastBlock
 from early_exit_cli.config import BackboneConfig, CacheConfig, DataConfig, HeadsConfig, TrainingConfig
 from early_exit_cli.errors import BundleError, CacheError
 
 FORMAT_VERSION = 1
 MANIFEST, READOUT, SHARDS = "manifest.json", "readout.safetensors", "shards"
+LAST_BLOCK = "last_block."
 LARGEST_FP8 = 448.0
 """Largest finite value of e4m3."""
 
@@ -61,6 +64,8 @@ class StoredReadout:
     norm_eps: float
     norm_weight: Tensor
     lm_head_weight: Tensor
+    embedding_weight: Tensor
+    last_block: LastBlock
 
     @property
     def device(self) -> torch.device:
@@ -135,6 +140,12 @@ class Cache:
     def readout(self, device: torch.device) -> StoredReadout:
         """The backbone's readout, without the backbone."""
         found, tensors = self.manifest, self.readout_tensors
+        if "last_block" not in found:
+            raise CacheError(
+                f"the cache in {self.folder} was begun by an older version and lacks the last block's weights",
+                hint="run eexit cache extract again with the same settings; it adds only these",
+            )
+        lm_head = tensors["lm_head"].to(device)
         return StoredReadout(
             name=found["request"]["backbone.model_name"],
             quantization=found["request"]["backbone.quantization"],
@@ -143,7 +154,16 @@ class Cache:
             num_blocks=int(found["num_blocks"]),
             norm_eps=float(found["norm_eps"]),
             norm_weight=tensors["norm"].to(device),
-            lm_head_weight=tensors["lm_head"].to(device),
+            lm_head_weight=lm_head,
+            embedding_weight=tensors["embedding"].to(device) if "embedding" in tensors else lm_head,
+            last_block=LastBlock(
+                **found["last_block"],
+                weights={
+                    name.removeprefix(LAST_BLOCK): value.to(device)
+                    for name, value in tensors.items()
+                    if name.startswith(LAST_BLOCK)
+                },
+            ),
         )
 
 
@@ -204,6 +224,13 @@ def wanted_sequences(
     if config.cache_gb:
         bounds.append(int(config.cache_gb * 1e9 / (token_bytes * max_length)) - config.held_out_rows)
     return max(1, min(bounds))
+
+
+def owned_text(text: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, the number of each token's document and whether it is of an answer: [tokens] int64, int64, bool."""
+    places = torch.arange(text["ids"].numel())
+    owners = torch.searchsorted(text["document_starts"].long(), places, right=True) - 1
+    return text["ids"].long(), owners, places >= text["answer_starts"].long()[owners]
 
 
 def measured_positions(text: dict[str, Tensor]) -> Tensor:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from early_exit_cli.artifacts import sha256_of
-from early_exit_cli.cache import Cache, load_shard, measured_positions, unpacked
+from early_exit_cli.cache import Cache, load_shard, measured_positions, owned_text, unpacked
 from early_exit_cli.config import TrainingConfig
+from early_exit_cli.data import Batch, stacked
 from early_exit_cli.errors import CacheError
 from early_exit_cli.states import States
 
@@ -31,6 +32,7 @@ class _LoadedShard:
             self.normalizer = tensors["normalizer"].clone().to(device)
             self.measured = measured_positions(tensors).to(device)
             self.row_starts = tensors["row_starts"].tolist()
+            self.ids, self.owners, self.answers = owned_text(tensors)
         except (KeyError, IndexError, RuntimeError) as error:
             raise CacheError(f"{path} is no shard of this cache: {error}") from error
         for name, state in zip(names, self.states, strict=True):
@@ -40,7 +42,8 @@ class _LoadedShard:
     def row(self, number: int) -> States:
         part = slice(self.row_starts[number], self.row_starts[number + 1])
         *exits, final = [state[part] for state in self.states]
-        return States(exits, final, self.measured[part], self.normalizer[part])
+        text = Batch(self.ids[None, part], self.owners[None, part], self.answers[None, part])
+        return States(exits, final, self.measured[part], text, self.normalizer[part])
 
 
 class CachedStates:
@@ -120,6 +123,7 @@ class CachedStates:
             [torch.cat([part.exits[head] for part in parts]) for head in range(len(self.layers))],
             torch.cat([part.final for part in parts]),
             torch.cat([part.measured for part in parts]),
+            stacked([part.batch for part in parts]).to(self.device),
             torch.cat([part.normalizer for part in parts if part.normalizer is not None]),
         )
 

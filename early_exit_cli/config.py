@@ -61,10 +61,11 @@ class HeadsConfig(Section):
     """The exit heads: how many, where, and of what kind."""
 
     num_heads: int = setting(3, "Number of exit heads.", ge=1)
-    kind: Literal["adapter", "linear"] = setting(
+    kind: Literal["adapter", "linear", "lookahead"] = setting(
         "adapter",
         "adapter: a small residual map before the backbone's own norm and LM head. linear: norm and an untied map, "
-        "the shape the DSSD demo loads.",
+        "the shape the DSSD demo loads. lookahead: one block that rolls forward from the deep states of the last verified "
+        "tokens (EAGLE-3); it joins the exit heads of a bundle that is there already.",
         aliases=("--head",),
     )
     head_layer_indices: IntList | None = setting(
@@ -73,8 +74,14 @@ class HeadsConfig(Section):
     rank: int = setting(576, "Width of the adapter's hidden layer.", ge=1)
     draft_vocab: int = setting(
         8192,
-        "Adapter heads choose among this many of the most frequent tokens of the training text; 0 keeps all.",
+        "Adapter and lookahead heads choose among this many of the most frequent tokens of the training text; 0 keeps "
+        "all.",
         ge=0,
+    )
+
+    roll_out: int = setting(3, "Lookahead: steps that training rolls forward from each position.", ge=1, le=15)
+    variation: float = setting(
+        0.7, "Lookahead: share of total variation in the loss; the rest is KL divergence.", ge=0.0, le=1.0
     )
 
     @model_validator(mode="after")
@@ -222,11 +229,11 @@ class InferenceConfig(Section):
         "adaptive_early_exit",
         "full: plain decoding. adaptive_early_exit (or adaptive): entropy-gated exits. compare: both, in turns.",
     )
-    drafter: Literal["exit", "lookup", "auto", "none"] | None = setting(
+    drafter: Literal["exit", "lookahead", "lookup", "auto", "none"] | None = setting(
         None,
-        "What proposes tokens for the backbone to verify. exit: the bundle's heads. lookup: the text itself, continuing "
-        "its longest repeated suffix; needs no heads. auto: lookup where it pays, else the heads. Default: auto; with "
-        "--mode given, exit.",
+        "What proposes tokens for the backbone to verify. exit: the bundle's exit heads. lookahead: its lookahead head. "
+        "lookup: the text itself, continuing its longest repeated suffix; needs no heads. auto: whichever promises most. "
+        "Default: auto; with --mode given, exit.",
     )
     prompt: str | None = setting(None, "The prompt. Default: standard input.")
     prompt_file: Path | None = setting(None, "Read the prompt from this file.")
@@ -269,7 +276,7 @@ class BenchConfig(Section):
     prompts: Path | None = setting(None, "A .jsonl file with `prompt`, or Spec-Bench's `turns`, a line.")
     methods: NameList = setting(
         ["full", "adaptive", "transformers"],
-        "full, adaptive (or adaptive@LEVEL), lookup, auto, transformers, transformers-lookup, transformers-early-exit, llama.cpp, "
+        "full, adaptive (or adaptive@LEVEL), lookahead, lookup, auto, transformers, transformers-lookup, transformers-early-exit, llama.cpp, "
         "economize.",
     )
     limit: int | None = setting(None, "At most so many prompts of each category, evenly spread.", ge=1)
@@ -282,6 +289,16 @@ class BenchConfig(Section):
         False, "Only measure what a pass costs here: blocks, LM head and exit heads, by width. Remembered for drafting."
     )
     output_dir: Path = setting(Path("runs/bench"), "Folder of records.jsonl, report.json, run.json and the picture.")
+
+
+class ExportConfig(Section):
+    """A lookahead head for serving engines."""
+
+    format: Literal["speculators"] = setting(
+        "speculators", "EAGLE-3 checkpoint of the package speculators, which vLLM and SGLang load."
+    )
+    output_dir: Path = setting(Path("runs/export"), "New folder to write.")
+    draft_tokens: int = setting(3, "Tokens of one draft that the configuration asks of an engine.", ge=1)
 
 
 class Config(Section):
@@ -297,3 +314,4 @@ class Config(Section):
     inference: InferenceConfig = Field(default_factory=InferenceConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     bench: BenchConfig = Field(default_factory=BenchConfig)
+    export: ExportConfig = Field(default_factory=ExportConfig)

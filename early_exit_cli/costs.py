@@ -22,7 +22,10 @@ from early_exit_cli.drafters import AutoDrafter, Drafter, ExitDrafter
 from early_exit_cli.engine import EarlyExitModel
 from early_exit_cli.errors import BundleError, ConfigError
 from early_exit_cli.gating import entropy, level_key
+from early_exit_cli.lookahead import LookaheadHead
+from early_exit_cli.lookahead_drafter import LookaheadDrafter, LookaheadRunner
 from early_exit_cli.lookup import LookupDrafter
+from early_exit_cli.policy import policy_of
 from early_exit_cli.runners import device_identity, measurement_path
 
 REPEATS = 7
@@ -36,12 +39,13 @@ independent, and ties should fall to the simpler side."""
 @dataclass(frozen=True)
 class Costs:
     """Milliseconds on this device, by width: one block over CONTEXT keys and over FAR_CONTEXT, final norm and LM head;
-    and for reading one head of one row."""
+    for reading one head of one row; and for one step of the lookahead head."""
 
     per_block: dict[int, float]
     per_block_far: dict[int, float]
     finish: dict[int, float]
     head: float
+    lookahead: float = 0.0
 
     def plain(self, num_blocks: int, width: int) -> float:
         """A pass through the whole backbone."""
@@ -69,6 +73,7 @@ def cost_table(model: EarlyExitModel, *, refresh: bool = False) -> Costs:
         **device_identity(model.blocks),
         "heads": heads
         and [heads.kind, len(heads), heads.rank, 0 if heads.draft_vocab is None else len(heads.draft_vocab)],
+        "lookahead": model.lookahead and list(model.lookahead.lm_head_weight.shape),
     }
     path = measurement_path("costs", identity)
     if not refresh:
@@ -78,7 +83,7 @@ def cost_table(model: EarlyExitModel, *, refresh: bool = False) -> Costs:
                 {int(width): float(ms) for width, ms in found[name].items()}
                 for name in ("per_block", "per_block_far", "finish")
             )
-            return Costs(near, far, finish, float(found["head"]))
+            return Costs(near, far, finish, float(found["head"]), float(found["lookahead"]))
         except (BundleError, KeyError, TypeError, ValueError, AttributeError):
             pass
     costs = measure_costs(model, sorted({1, *model.blocks.widths}))
@@ -123,7 +128,18 @@ def measure_costs(model: EarlyExitModel, widths: list[int]) -> Costs:
         if model.heads is not None:
             heads, row = model.heads, model.blocks.embed(ids[:1])
             head = fastest(lambda: float(entropy(heads.logits(0, row))))
-    return Costs(per_block, per_block_far, finish, head)
+        lookahead = fastest(_one_step(model.lookahead, near.limit)) if model.lookahead is not None else 0.0
+    return Costs(per_block, per_block_far, finish, head, lookahead)
+
+
+def _one_step(head: LookaheadHead, length: int) -> Callable[[], Any]:
+    """A draft step, and reading what it says, after `length` positions."""
+    runner = LookaheadRunner(head)
+    weight = head.fc.weight
+    token = torch.zeros(1, dtype=torch.int64, device=weight.device)
+    states = [weight.new_zeros(length, weight.shape[0]) for _ in range(len(head.exit_layers) + 1)]
+    hidden = runner.read(token.expand(length), states)
+    return lambda: runner.choose(runner.step(token, hidden, 1))
 
 
 def expected_rate(
@@ -182,20 +198,41 @@ def choose_heads(model: EarlyExitModel, level: float, width: int, costs: Costs |
     return best
 
 
-def lookup_drafter(model: EarlyExitModel) -> LookupDrafter:
-    """Prompt lookup with the pass costs of this device."""
+def pass_costs(model: EarlyExitModel) -> Callable[[int], float]:
+    """rows -> milliseconds of a pass of the whole backbone on this device."""
     costs, blocks = cost_table(model), model.blocks
-    return LookupDrafter(lambda rows: costs.plain(blocks.num_blocks, blocks.pass_width(rows)))
+    return lambda rows: costs.plain(blocks.num_blocks, blocks.pass_width(rows))
+
+
+def lookup_drafter(model: EarlyExitModel) -> LookupDrafter:
+    """Prompt lookup with the pass costs of this device and the bundle's calibrated chances."""
+    return LookupDrafter(pass_costs(model), policy_of(model.record).lookup)
+
+
+def lookahead_drafter(model: EarlyExitModel) -> LookaheadDrafter:
+    """The bundle's lookahead head, with its calibrated chances and the costs of this device.
+
+    Raises:
+        BundleError: no such head, or not calibrated.
+    """
+    if model.lookahead is None:
+        raise BundleError("the bundle has no lookahead head", hint="eexit train --head lookahead --output-dir BUNDLE")
+    survival = policy_of(model.record).lookahead
+    if not survival:
+        raise BundleError("the lookahead head is not calibrated", hint="eexit calibrate --bundle FOLDER")
+    return LookaheadDrafter(model.lookahead, survival, pass_costs(model), cost_table(model).lookahead)
 
 
 def auto_drafter(model: EarlyExitModel, level: float, width: int, read_heads: str) -> AutoDrafter:
-    """Lookup where it pays, else the heads that pay, where the bundle has calibrated any.
+    """Lookup or the lookahead head, whichever promises more; without a calibrated one, lookup and the exits that pay.
 
     Args:
-        width: rows of a pass at most, for the heads; lookup weighs all widths.
+        width: rows of a pass at most, for the exit heads; the others weigh all widths.
     """
     choices: list[tuple[Drafter, int]] = [(lookup_drafter(model), LARGEST_WIDTH - 1)]
-    if model.thresholds is not None:
+    if model.lookahead is not None and policy_of(model.record).lookahead:
+        choices.append((lookahead_drafter(model), LARGEST_WIDTH - 1))
+    elif model.thresholds is not None:
         exits = exit_drafter(model, level, width, read_heads)
         if exits.active != []:
             choices.append((exits, width - 1))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from early_exit_cli.artifacts import sha256_of, user_cache_dir
@@ -255,6 +256,20 @@ def pack(documents: list[Document], max_length: int, pad_id: int) -> list[Batch]
     return rows
 
 
+def stacked(rows: list[Batch]) -> Batch:
+    """Rows of any lengths as one batch, padded behind."""
+    longest = max(row.input_ids.shape[1] for row in rows)
+
+    def join(parts: list[Tensor], filler: int) -> Tensor:
+        return torch.cat([F.pad(part, (0, longest - part.shape[1]), value=filler) for part in parts])
+
+    return Batch(
+        join([row.input_ids for row in rows], 0),
+        join([row.documents for row in rows], IGNORED),
+        join([row.answers for row in rows], 0),
+    )
+
+
 def batches(rows: list[Batch], batch_size: int, seed: int | None = None) -> Iterator[Batch]:
     """Batches of `batch_size` rows; shuffled by `seed`, in order without one. The last batch may be smaller."""
     order = list(range(len(rows)))
@@ -262,11 +277,7 @@ def batches(rows: list[Batch], batch_size: int, seed: int | None = None) -> Iter
         random.Random(seed).shuffle(order)
     for start in range(0, len(order), batch_size):
         chosen = [rows[index] for index in order[start : start + batch_size]]
-        yield Batch(
-            torch.cat([row.input_ids for row in chosen]),
-            torch.cat([row.documents for row in chosen]),
-            torch.cat([row.answers for row in chosen]),
-        )
+        yield stacked(chosen)
 
 
 def answer_prompts(

@@ -9,7 +9,7 @@ Rolling back is `cache.length`. Greedy, one text at a time.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from early_exit_cli.blocks import LARGEST_WIDTH, KVCache
-from early_exit_cli.drafters import Draft, Drafter, Exit, Match, catch_up
+from early_exit_cli.drafters import Draft, Drafter, Exit, Match, Reason, Row, catch_up
 from early_exit_cli.engine import EarlyExitModel
 from early_exit_cli.errors import ConfigError
 from early_exit_cli.gating import entropy
@@ -48,7 +48,7 @@ class Round:
     tokens: list[int]
     accepted: int
     drafted: int
-    decided_by: list[Exit | Match | None]
+    decided_by: list[Reason | None]
     states: Tensor | None = None
     readings: list[list[HeadReading]] = field(default_factory=list)
 
@@ -100,8 +100,9 @@ def decode(
         raise ConfigError(f"width {width} is out of range", hint=f"--width takes 2 to {LARGEST_WIDTH}")
     stops = model.backbone.eos_token_ids if stop_ids is None else stop_ids
     with torch.inference_mode():
-        cache = model.start(prompt_ids, max_new_tokens)
-    drafter.begin(prompt_ids)
+        drafter.begin(prompt_ids)
+        see = drafter.see if drafter.exit_layers else None
+        cache = model.start(prompt_ids, max_new_tokens, drafter.exit_layers, see)
     pending = prompt_ids[-1]
     produced = 0
     ended = False
@@ -109,7 +110,7 @@ def decode(
         remaining = max_new_tokens - produced
         with torch.inference_mode():
             draft = drafter.propose(model, cache, pending, min(width, remaining) - 1, stops)
-            states, choices, readings = verify(model, cache, pending, draft, trace)
+            rows, states, choices, readings = verify(model, cache, pending, draft, drafter.exit_layers, trace)
         accepted = accepted_length(draft.tokens, choices)
         tokens, ended = cut_at_stop(choices[: accepted + 1], stops, remaining)
         accepted = min(accepted, len(tokens))
@@ -117,6 +118,10 @@ def decode(
         pending = tokens[-1]
         produced += len(tokens)
         drafter.observe(draft, tokens, accepted)
+        if see:
+            seen = rows[: len(tokens)]
+            deep = [torch.cat([row[layer] for row in seen]) for layer in drafter.exit_layers]
+            see(tokens, [*deep, states[: len(tokens)]])
         yield Round(
             tokens=tokens,
             accepted=accepted,
@@ -128,28 +133,30 @@ def decode(
 
 
 def verify(
-    model: EarlyExitModel, cache: KVCache, pending: int, draft: Draft, trace: bool
-) -> tuple[Tensor, list[int], list[list[HeadReading]]]:
-    """Run what is left of the blocks over pending and draft.
+    model: EarlyExitModel, cache: KVCache, pending: int, draft: Draft, exit_layers: Sequence[int], trace: bool
+) -> tuple[list[Row], Tensor, list[int], list[list[HeadReading]]]:
+    """Run what is left of the blocks over pending and draft, and keep the states after `exit_layers`.
 
     Returns:
-        (final normed states [rows, hidden], the backbone's choice after each row, head readings per row when traced).
+        (states of each row by layer, final normed states [rows, hidden], the backbone's choice after each row, head readings per row when traced).
     """
     rows = draft.rows
     if trace or not rows:  # a trace needs every row at every exit layer, also where drafting did not stop
         rows = [{0: hidden} for hidden in model.embed([pending, *draft.tokens]).split(1)]
     readings: list[list[HeadReading]] = [[] for _ in rows] if trace else []
-    if trace and model.heads is not None:
-        for head, exit_layer in enumerate(model.heads.exit_layers):
-            catch_up(model, cache, rows, exit_layer)
-            logits = model.heads.logits(head, torch.cat([row[exit_layer] for row in rows]))
+    traced = {layer: head for head, layer in enumerate(model.heads.exit_layers)} if trace and model.heads else {}
+    for layer in sorted({*exit_layers, *traced}):
+        catch_up(model, cache, rows, layer)
+        if layer in traced and model.heads is not None:
+            head = traced[layer]
+            logits = model.heads.logits(head, torch.cat([row[layer] for row in rows]))
             chosen = model.heads.token_ids(logits.argmax(-1)).tolist()
             for row_readings, token, uncertainty in zip(readings, chosen, entropy(logits).tolist(), strict=True):
                 row_readings.append(HeadReading(head, token, uncertainty))
     depth = model.blocks.num_blocks
     catch_up(model, cache, rows, depth)
     states, choices = model.finish(torch.cat([row[depth] for row in rows]))
-    return states, choices.tolist(), readings
+    return rows, states, choices.tolist(), readings
 
 
 @dataclass(frozen=True)
@@ -258,6 +265,13 @@ def synchronize(model: EarlyExitModel) -> None:
         torch.cuda.synchronize(model.backbone.device)
 
 
+def decided_by(reason: Reason | None) -> str:
+    """Who decided a token: `full` (the backbone), a head's number, `lookup` or `lookahead`."""
+    if reason is None:
+        return "full"
+    return str(reason.head) if isinstance(reason, Exit) else "lookup" if isinstance(reason, Match) else "lookahead"
+
+
 def collect_stats(model: EarlyExitModel, mode: str, rounds: list[Round], seconds: float, first_token: float) -> Stats:
     """The one place where tokens, drafts and exits are counted; committed tokens only."""
     tokens = sum(len(step.tokens) for step in rounds)
@@ -270,9 +284,9 @@ def collect_stats(model: EarlyExitModel, mode: str, rounds: list[Round], seconds
     depth = model.blocks.num_blocks
     layers = 0
     for reason in reasons:
-        name = "full" if reason is None else "lookup" if isinstance(reason, Match) else str(reason.head)
+        name = decided_by(reason)
         distribution[name] = distribution.get(name, 0) + 1
-        layers += depth if reason is None else 0 if isinstance(reason, Match) else reason.exit_layer
+        layers += depth if reason is None else reason.exit_layer if isinstance(reason, Exit) else 0
     return Stats(
         mode=mode,
         total_tokens_generated=tokens,
@@ -298,15 +312,16 @@ def trace_records(model: EarlyExitModel, generation: Generation, prompt_length: 
     for step in generation.rounds:
         for token, reason, readings in zip(step.tokens, step.decided_by, step.readings, strict=True):
             exit = reason if isinstance(reason, Exit) else None
+            who = decided_by(reason)
             records.append(
                 {
                     "position": position,
                     "token_id": token,
                     "token_text": model.backbone.tokenizer.decode([token]),
-                    "decided_by": "backbone" if reason is None else "head" if exit else "lookup",
+                    "decided_by": "backbone" if reason is None else "head" if exit else who,
                     "exit_layer": model.blocks.num_blocks if exit is None else exit.exit_layer,
                     "head": None if exit is None else exit.head,
-                    "entropy": None if exit is None else exit.entropy,
+                    "entropy": None if reason is None or isinstance(reason, Match) else reason.entropy,
                     "threshold": None if exit is None else exit.threshold,
                     "heads": [asdict(reading) for reading in readings],
                 }

@@ -1,4 +1,4 @@
-"""What heads learn: the backbone's own distribution, over a draft vocabulary, by KL divergence."""
+"""What heads learn: the backbone's own distribution, over a draft vocabulary, by KL divergence and total variation."""
 
 from __future__ import annotations
 
@@ -40,6 +40,10 @@ class Teacher:
     mass: Tensor
     negative_entropy: Tensor
 
+    def at(self, positions: Tensor) -> Teacher:
+        """Of some of the positions."""
+        return Teacher(self.probabilities[positions], self.mass[positions], self.negative_entropy[positions])
+
 
 def teach(readout: Readout, states: States, draft_vocab: Tensor | None) -> Teacher:
     """The teacher's view; only the rows of the draft vocabulary are multiplied where the normalizer is known.
@@ -64,29 +68,43 @@ def teach(readout: Readout, states: States, draft_vocab: Tensor | None) -> Teach
 
 
 class _Divergence(torch.autograd.Function):
-    """Weighted KL(p || softmax(logits)); its gradient, (softmax(logits) - p) w, is made in the same pass."""
+    """Weighted (1 - v) KL(p || q) + v TV(p, q) with q = softmax(logits); the gradient is made in the same pass.
+
+    d KL / d logits = q - p. With s = sign(q - p) / 2, TV = sum s (q - p), and d TV / d logits = q (s - sum q s).
+    """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, teacher: Teacher, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, teacher: Teacher, weight: Tensor, variation: float) -> Tensor:
         log_q = torch.log_softmax(logits, -1, dtype=torch.float32)
         cross = torch.einsum("pv,pv->p", teacher.probabilities, log_q)
-        ctx.save_for_backward(log_q.exp_().sub_(teacher.probabilities).mul_(weight[:, None]).to(logits.dtype))
-        return ((teacher.negative_entropy - cross) * weight).sum()
+        loss = teacher.negative_entropy - cross
+        q = log_q.exp_()
+        difference = q - teacher.probabilities
+        if variation:
+            half_sign = difference.sign().mul_(0.5)
+            distance = torch.einsum("pv,pv->p", half_sign, difference)
+            loss = (1 - variation) * loss + variation * distance
+            mean = torch.einsum("pv,pv->p", half_sign, q)
+            turned = half_sign.sub_(mean[:, None]).mul_(q).mul_(variation)
+            difference.mul_(1 - variation).add_(turned)
+        ctx.save_for_backward(difference.mul_(weight[:, None]).to(logits.dtype))
+        return (loss * weight).sum()
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream[0].to(gradient.dtype), None, None
+        return gradient * upstream[0].to(gradient.dtype), None, None, None
 
 
-def distillation_losses(logits: list[Tensor], teacher: Teacher) -> list[Tensor]:
-    """KL(backbone || head) in nats per head, averaged over positions (Hinton et al. 2015, at temperature 1).
+def distillation_loss(logits: Tensor, teacher: Teacher, variation: float = 0.0) -> Tensor:
+    """(1 - variation) KL(backbone || head) + variation TV(backbone, head), averaged over positions (Hinton et al. 2015).
 
-    A position counts as much as the probability the backbone gives to the draft vocabulary: what no head can say
-    should not be taught. The teacher's own entropy is subtracted, so that a perfect head has loss 0.
+    KL in nats at temperature 1; the total variation is one minus the probability that a sampled draft is accepted
+    (Leviathan et al. 2023). A position counts as much as the probability the backbone gives to the draft vocabulary:
+    what no head can say should not be taught. The teacher's own entropy is subtracted: a perfect head has loss 0.
 
     Args:
-        logits: one tensor [positions, draft vocab] per head.
+        logits: [positions, draft vocab].
     """
     weight = teacher.mass / max(teacher.mass.numel(), 1)
-    return [_Divergence.apply(row, teacher, weight) for row in logits]
+    return _Divergence.apply(logits, teacher, weight, variation)

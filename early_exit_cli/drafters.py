@@ -8,7 +8,7 @@ next head; when no head exits, drafting ends and the round is verified. `lookup.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -38,6 +38,19 @@ class Match:
     length: int
 
 
+@dataclass(frozen=True)
+class Step:
+    """Why a token was drafted: a step of the lookahead head, 1 for the first, its entropy (nats), and the calibrated
+    probability that the backbone says the same, given that it agreed with the steps before."""
+
+    number: int
+    entropy: float
+    chance: float
+
+
+Reason = Exit | Match | Step
+
+
 Row = dict[int, Tensor]
 """States of one token by the number of blocks run, [1, hidden] each: what verification may resume from."""
 
@@ -52,7 +65,7 @@ class Draft:
     """
 
     tokens: list[int] = field(default_factory=list)
-    reasons: list[Exit | Match] = field(default_factory=list)
+    reasons: list[Reason] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
 
 
@@ -78,9 +91,23 @@ class Drafter(ABC):
 
     name: ClassVar[str]
     """Of the method, in records."""
+    exit_layers: Sequence[int] = ()
+    """Layers after which it wants to see the states of verified tokens."""
 
     def begin(self, prompt_ids: list[int]) -> None:  # noqa: B027 (most drafters need not know)
         """A new text starts with these tokens."""
+
+    def see(self, tokens: list[int], states: list[Tensor]) -> None:  # noqa: B027
+        """States of verified positions, for a drafter with `exit_layers`; called for the prompt too.
+
+        Args:
+            tokens: the token that follows each of the positions.
+            states: after each of `exit_layers`, and the final normed state, [len(tokens), hidden] each.
+        """
+
+    def expected_rate(self, limit: int) -> float:
+        """Tokens per millisecond expected of a draft of at most `limit` tokens now; 0 where it has none to make."""
+        return 0.0
 
     @abstractmethod
     def propose(
@@ -157,7 +184,7 @@ class ExitDrafter(Drafter):
 
 
 class AutoDrafter(Drafter):
-    """The first drafter that has something to propose; each decides by expected cost whether it has.
+    """Asks the drafter that promises the most tokens per millisecond, then the others in their order.
 
     Args:
         choices: drafters in order of preference, each with the most tokens it may draft.
@@ -167,16 +194,24 @@ class AutoDrafter(Drafter):
 
     def __init__(self, choices: list[tuple[Drafter, int]]) -> None:
         self.choices = choices
+        self.exit_layers = sorted({layer for drafter, _ in choices for layer in drafter.exit_layers})
 
     def begin(self, prompt_ids: list[int]) -> None:
         for drafter, _ in self.choices:
             drafter.begin(prompt_ids)
 
+    def see(self, tokens: list[int], states: list[Tensor]) -> None:
+        for drafter, _ in self.choices:
+            if drafter.exit_layers:
+                drafter.see(tokens, states)
+
     def propose(
         self, model: EarlyExitModel, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]
     ) -> Draft:
         draft = Draft()
-        for drafter, longest in self.choices:
+        for drafter, longest in sorted(
+            self.choices, key=lambda choice: -choice[0].expected_rate(min(limit, choice[1]))
+        ):
             draft = drafter.propose(model, cache, pending, min(limit, longest), stop_ids)
             if draft.tokens:
                 break

@@ -1,13 +1,15 @@
 """`EarlyExitModel`: a backbone, its block runner, its heads and their thresholds; and the bundle on disk.
 
 A bundle is a folder: `config.json` and `calibration.json` as DSSD reads them, `heads.safetensors`, `aux_heads.pt` when
-the heads are linear, and `eexit.json` with everything else we know: the backbone's fingerprint, the kind of head, the
+the heads are linear, `lookahead.safetensors` where it has a lookahead head, and `eexit.json` with everything else we know: the backbone's fingerprint, the kind of head, the
 training and calibration records.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,14 +25,16 @@ from early_exit_cli.data import Batch
 from early_exit_cli.errors import BundleError, ConfigError, NumericsError
 from early_exit_cli.gating import Thresholds, entropy, level_key
 from early_exit_cli.heads import ExitHeads, load_heads
+from early_exit_cli.lookahead import LookaheadHead, load_lookahead
 from early_exit_cli.runners import make_blocks
 
 FORMAT_VERSION = 1
-CONFIG_FILE, CALIBRATION_FILE, HEADS_FILE, DSSD_HEADS_FILE, RECORD_FILE = (
+CONFIG_FILE, CALIBRATION_FILE, HEADS_FILE, DSSD_HEADS_FILE, LOOKAHEAD_FILE, RECORD_FILE = (
     "config.json",
     "calibration.json",
     "heads.safetensors",
     "aux_heads.pt",
+    "lookahead.safetensors",
     "eexit.json",
 )
 CONFIG_KEYS = {
@@ -44,6 +48,9 @@ CONFIG_KEYS = {
 }
 
 
+See = Callable[[list[int], list[Tensor]], None]
+
+
 @dataclass
 class EarlyExitModel:
     """A backbone with exit heads, ready to decode one text at a time."""
@@ -52,12 +59,18 @@ class EarlyExitModel:
     blocks: Blocks
     heads: ExitHeads | None = None
     thresholds: Thresholds | None = None
+    lookahead: LookaheadHead | None = None
     record: dict[str, Any] = field(default_factory=dict)
 
-    def start(self, prompt_ids: list[int], max_new_tokens: int) -> KVCache:
+    def start(
+        self, prompt_ids: list[int], max_new_tokens: int, exit_layers: Sequence[int] = (), see: See | None = None
+    ) -> KVCache:
         """A KV cache holding the prompt but for its last token, which is the first one to be run by decoding.
 
         The number of keys read may decide a token's last bits, so the capacity depends on the request alone.
+
+        Args:
+            see: called with the prompt's states after `exit_layers` and the final normed ones (`Drafter.see`).
 
         Raises:
             ConfigError: empty prompt, or prompt and new tokens beyond the context.
@@ -69,7 +82,13 @@ class EarlyExitModel:
         cache = self.blocks.new_cache(len(prompt_ids) + max_new_tokens + LARGEST_WIDTH)
         for position in range(0, len(prompt_ids) - 1, PREFILL_WIDTH):
             tokens = prompt_ids[position : min(position + PREFILL_WIDTH, len(prompt_ids) - 1)]
-            self.run(self.embed(tokens), cache, position, 0, self.blocks.num_blocks)
+            states = [self.embed(tokens)]
+            stops = [0, *exit_layers, self.blocks.num_blocks]
+            for first, last in itertools.pairwise(stops):
+                states.append(self.run(states[-1], cache, position, first, last))
+            if see:
+                following = prompt_ids[position + 1 : position + 1 + len(tokens)]
+                see(following, [*states[1:-1], self.blocks.final_norm(states[-1])])
         cache.length = len(prompt_ids) - 1
         return cache
 
@@ -162,7 +181,6 @@ def read_bundle_config(folder: Path) -> dict[str, Any]:
     depth = config["num_hidden_layers"]
     if (
         len(layers) != config["num_heads"]
-        or not layers
         or any(not isinstance(layer, int) or not 0 <= layer < depth for layer in layers)
         or sorted(set(layers)) != layers
     ):
@@ -212,14 +230,18 @@ def load_model(
         return model
     model.record = read_json(folder / RECORD_FILE)
     check_fingerprint(config, model.record, backbone, folder)
-    heads = model.record.get("heads", {})
-    model.heads = load_heads(
-        folder / HEADS_FILE,
-        backbone,
-        heads.get("kind", "linear"),
-        config["head_layer_indices"],
-        int(heads.get("rank", 0)),
-    )
+    if config["num_heads"]:
+        heads = model.record.get("heads", {})
+        model.heads = load_heads(
+            folder / HEADS_FILE,
+            backbone,
+            heads.get("kind", "linear"),
+            config["head_layer_indices"],
+            int(heads.get("rank", 0)),
+        )
+    if "lookahead" in model.record:
+        layers = [int(layer) - 1 for layer in model.record["lookahead"]["exit_layers"]]
+        model.lookahead = load_lookahead(folder / LOOKAHEAD_FILE, backbone, layers)
     calibration = bundle.calibration_path or folder / CALIBRATION_FILE
     if with_thresholds and (bundle.calibration_path or calibration.exists()):
         model.thresholds = read_thresholds(calibration, config["num_heads"])
@@ -248,27 +270,21 @@ def save_bundle(
     training_config: dict[str, Any],
     record: dict[str, Any],
 ) -> None:
-    """Write heads, config.json and eexit.json; a calibration of other heads is removed. eexit.json comes last."""
+    """Write heads, config.json and eexit.json; a calibration of other heads is removed. eexit.json comes last.
+
+    A lookahead head of the same backbone that is there stays.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    before = read_json(folder / RECORD_FILE) if (folder / RECORD_FILE).exists() else {}
+    if "lookahead" in before and before.get("fingerprint") == readout.fingerprint:
+        record = {**record, "lookahead": before["lookahead"]}
     for stale in (CALIBRATION_FILE, DSSD_HEADS_FILE, RECORD_FILE):
         (folder / stale).unlink(missing_ok=True)
     heads.save(folder / HEADS_FILE, readout.dtype)
     if heads.kind == "linear":
         weights = heads.dssd_state_dict(readout.dtype)
         write_atomic(folder / DSSD_HEADS_FILE, lambda temporary: torch.save(weights, temporary))
-    write_json(
-        folder / CONFIG_FILE,
-        {
-            "model_name": readout.name,
-            "num_heads": len(heads),
-            "head_layer_indices": heads.layers,
-            "quantization": readout.quantization,
-            "hidden_size": readout.hidden_size,
-            "vocab_size": readout.vocab_size,
-            "num_hidden_layers": readout.num_blocks,
-            "training_config": training_config,
-        },
-    )
+    write_json(folder / CONFIG_FILE, bundle_config(readout, heads.layers, training_config))
     write_json(
         folder / RECORD_FILE,
         {
@@ -282,6 +298,50 @@ def save_bundle(
             **record,
         },
     )
+
+
+def save_lookahead(
+    folder: Path, readout: Readout, head: LookaheadHead, training_config: dict[str, Any], record: dict[str, Any]
+) -> None:
+    """Add a lookahead head to the bundle in `folder`, or begin one without exit heads.
+
+    Raises:
+        BundleError: the bundle there was made for another backbone.
+    """
+    if (folder / RECORD_FILE).exists():
+        bundle = read_json(folder / RECORD_FILE)
+        differences = fingerprint_differences(bundle.get("fingerprint", {}), readout.fingerprint)
+        if differences:
+            key, theirs, ours = differences[0]
+            raise BundleError(
+                f"the bundle in {folder} was made for another backbone ({key}: {theirs!r} there, {ours!r} here)",
+                hint="use another --output-dir",
+            )
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / CONFIG_FILE, bundle_config(readout, [], training_config))
+        bundle = {"format_version": FORMAT_VERSION, "fingerprint": readout.fingerprint}
+    head.save(folder / LOOKAHEAD_FILE, readout.dtype)
+    bundle["lookahead"] = {
+        "exit_layers": head.exit_layers,
+        "draft_vocab": 0 if head.draft_vocab is None else int(head.draft_vocab.numel()),
+        **record,
+    }
+    write_json(folder / RECORD_FILE, bundle)
+
+
+def bundle_config(readout: Readout, layers: list[int], training_config: dict[str, Any]) -> dict[str, Any]:
+    """config.json, with the keys that DSSD's loader requires."""
+    return {
+        "model_name": readout.name,
+        "num_heads": len(layers),
+        "head_layer_indices": layers,
+        "quantization": readout.quantization,
+        "hidden_size": readout.hidden_size,
+        "vocab_size": readout.vocab_size,
+        "num_hidden_layers": readout.num_blocks,
+        "training_config": training_config,
+    }
 
 
 @dataclass(frozen=True)

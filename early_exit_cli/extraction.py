@@ -11,7 +11,7 @@ import errno
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ from early_exit_cli.backbone import Backbone
 from early_exit_cli.cache import (
     FORMAT_VERSION,
     LARGEST_FP8,
+    LAST_BLOCK,
     MANIFEST,
     READOUT,
     SHARDS,
@@ -341,11 +342,15 @@ def _finish(
     folder: Path, header: dict[str, Any], plans: list[dict[str, Any]], train: list[Batch], backbone: Backbone
 ) -> None:
     """The readout, and the manifest that makes the cache complete."""
+    last = backbone.last_block
     tensors = {
-        "lm_head": backbone.lm_head_weight.detach().cpu().clone(),
-        "norm": backbone.norm_weight.detach().cpu().clone(),
-        "token_counts": count_tokens(train, backbone.vocab_size),
+        "lm_head": backbone.lm_head_weight,
+        "norm": backbone.norm_weight,
+        **({} if backbone.embedding.weight is backbone.lm_head.weight else {"embedding": backbone.embedding_weight}),
+        **{f"{LAST_BLOCK}{name}": weight for name, weight in last.weights.items()},
     }
+    tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    tensors["token_counts"] = count_tokens(train, backbone.vocab_size)
     write_atomic(folder / READOUT, lambda temporary: save_file(tensors, temporary))
     known = _recorded_shards(folder)
     write_json(
@@ -353,6 +358,7 @@ def _finish(
         {
             **header,
             "complete": True,
+            "last_block": {field.name: getattr(last, field.name) for field in fields(last) if field.name != "weights"},
             "readout": {"file": READOUT, "sha256": file_sha256(folder / READOUT)},
             "shards": [known[plan["file"]] for plan in plans],
         },

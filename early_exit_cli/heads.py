@@ -31,13 +31,15 @@ def default_placement(num_heads: int, num_blocks: int) -> list[int]:
 
 
 def head_layers(config: HeadsConfig, num_blocks: int) -> list[int]:
-    """The configured or default placement, checked against the depth.
+    """The configured or default placement, checked against the depth. A lookahead head reads two layers and the last.
 
     Raises:
         ConfigError: a block number outside 0 .. num_blocks - 2 (after the last block there is nothing to skip), or
             more heads than places.
     """
     layers = config.head_layer_indices or default_placement(config.num_heads, num_blocks)
+    if config.kind == "lookahead" and config.head_layer_indices is None:
+        layers = default_placement(3, num_blocks)[:2]
     if len(set(layers)) < len(layers):
         raise ConfigError(
             f"heads.num_heads = {len(layers)}: a backbone of {num_blocks} blocks has no place for so many"
@@ -167,11 +169,11 @@ class ExitHeads(nn.Module):
         }
 
 
-def load_heads(path: Path, readout: Readout, kind: str, layers: Sequence[int], rank: int) -> ExitHeads:
-    """Read heads.safetensors strictly.
+def read_tensors(path: Path, readout: Readout) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The weights in a file of heads, and their draft vocabulary [draft vocab] int64 where there is one.
 
     Raises:
-        BundleError: missing or damaged file, names or shapes that do not fit, NaN or infinite weights.
+        BundleError: missing or damaged file, NaN or infinite weights, a draft vocabulary beyond the backbone's.
     """
     if not path.is_file():
         raise BundleError(f"no file {path}", hint="a bundle is made by eexit train")
@@ -181,10 +183,23 @@ def load_heads(path: Path, readout: Readout, kind: str, layers: Sequence[int], r
     except (SafetensorError, OSError) as error:
         raise BundleError(f"{path} is damaged: {error}") from error
     draft_vocab = tensors.pop(DRAFT_VOCAB, None)
+    for name, value in tensors.items():
+        if not torch.isfinite(value).all():
+            raise BundleError(f"{path}: {name} holds NaN or infinity")
     if draft_vocab is not None:
         draft_vocab = draft_vocab.to(torch.int64)
         if draft_vocab.ndim != 1 or draft_vocab.min() < 0 or draft_vocab.max() >= readout.vocab_size:
             raise BundleError(f"{path}: draft_vocab holds tokens outside the backbone's {readout.vocab_size}")
+    return tensors, draft_vocab
+
+
+def load_heads(path: Path, readout: Readout, kind: str, layers: Sequence[int], rank: int) -> ExitHeads:
+    """Read heads.safetensors strictly.
+
+    Raises:
+        BundleError: as `read_tensors`; names or shapes that do not fit.
+    """
+    tensors, draft_vocab = read_tensors(path, readout)
     heads = ExitHeads(readout, kind, layers, rank, draft_vocab)
     expected = {name: value.shape for name, value in heads.state_dict().items() if name != DRAFT_VOCAB}
     for name, shape in expected.items():
@@ -193,8 +208,6 @@ def load_heads(path: Path, readout: Readout, kind: str, layers: Sequence[int], r
             raise BundleError(
                 f"{path}: {name.removeprefix('heads.')} should be {list(shape)}, found {None if found is None else list(found.shape)}"
             )
-        if not torch.isfinite(found).all():
-            raise BundleError(f"{path}: {name.removeprefix('heads.')} holds NaN or infinity")
     if len(tensors) != len(expected):
         raise BundleError(f"{path}: {len(tensors)} tensors where {len(expected)} belong to {len(layers)} {kind} heads")
     heads.load_state_dict(

@@ -6,16 +6,24 @@ time, with a cursor that follows the longest suffix of the text with an earlier 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+import bisect
+from collections.abc import Callable, Container, Sequence
 
 from early_exit_cli.blocks import KVCache
 from early_exit_cli.drafters import Draft, Drafter, Match
 from early_exit_cli.engine import EarlyExitModel
 
-PRIOR = ((1, 0.25), (2, 0.5), (3, 0.65), (5, 0.75), (8, 0.85), (16, 0.92))
-"""(shortest match, probability that its next token is right) before anything is known of the text."""
+SHORTEST = (1, 2, 3, 5, 8, 16)
+"""Matches are told apart by the largest of these lengths that they reach."""
+PRIOR = (0.25, 0.5, 0.65, 0.75, 0.85, 0.92)
+"""Probability that the next token of a match is right, by kind of match, where no calibration has measured it."""
 PRIOR_STRENGTH = 6.0
 """Drafted tokens that a prior counts for."""
+
+
+def kind_of_match(length: int) -> int:
+    """Index into `SHORTEST` of a match of at least one token."""
+    return bisect.bisect_right(SHORTEST, length) - 1
 
 
 class SuffixAutomaton:
@@ -106,12 +114,14 @@ class LookupDrafter(Drafter):
 
     Args:
         pass_cost: rows -> milliseconds of a pass of the backbone over so many rows.
+        prior: probability that the next token of a match is right, by kind of match, before this text has shown any.
     """
 
     name = "lookup"
 
-    def __init__(self, pass_cost: Callable[[int], float]) -> None:
+    def __init__(self, pass_cost: Callable[[int], float], prior: Sequence[float] = PRIOR) -> None:
         self.pass_cost = pass_cost
+        self.prior = prior
         self.automaton = SuffixAutomaton()
         self.right: list[float] = []
         self.seen: list[float] = []
@@ -119,8 +129,12 @@ class LookupDrafter(Drafter):
     def begin(self, prompt_ids: list[int]) -> None:
         self.automaton = SuffixAutomaton()
         self.automaton.extend(prompt_ids)
-        self.right = [PRIOR_STRENGTH * chance for _, chance in PRIOR]
-        self.seen = [PRIOR_STRENGTH] * len(PRIOR)
+        self.right = [PRIOR_STRENGTH * chance for chance in self.prior]
+        self.seen = [PRIOR_STRENGTH] * len(self.prior)
+
+    def expected_rate(self, limit: int) -> float:
+        length = self.automaton.match_length
+        return self._best_length(length, limit)[1] if limit >= 1 and length else 0.0
 
     def propose(
         self, model: EarlyExitModel, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]
@@ -128,8 +142,7 @@ class LookupDrafter(Drafter):
         length = self.automaton.match_length
         if limit < 1 or length == 0:
             return Draft()
-        kind = self._kind(length)
-        tokens = self.automaton.propose(self._draft_length(self.right[kind] / self.seen[kind], limit))
+        tokens = self.automaton.propose(self._best_length(length, limit)[0])
         for place, token in enumerate(tokens):
             if token in stop_ids:
                 tokens = tokens[: place + 1]
@@ -138,16 +151,15 @@ class LookupDrafter(Drafter):
 
     def observe(self, draft: Draft, tokens: list[int], accepted: int) -> None:
         if draft.tokens and isinstance(draft.reasons[0], Match):
-            kind = self._kind(self.automaton.match_length)
+            kind = kind_of_match(self.automaton.match_length)
             self.right[kind] += accepted
             self.seen[kind] += min(accepted + 1, len(draft.tokens))
         self.automaton.extend(tokens)
 
-    def _kind(self, length: int) -> int:
-        return max(index for index, (shortest, _) in enumerate(PRIOR) if length >= shortest)
-
-    def _draft_length(self, chance: float, limit: int) -> int:
-        """The draft length of the highest expected tokens per millisecond; 0 where plain decoding has it."""
+    def _best_length(self, match: int, limit: int) -> tuple[int, float]:
+        """The draft length of the highest expected tokens per millisecond, 0 where plain decoding has it; and the rate."""
+        kind = kind_of_match(match)
+        chance = self.right[kind] / self.seen[kind]
         best, best_rate = 0, 1 / self.pass_cost(1)
         expected = survives = 1.0
         for count in range(1, limit + 1):
@@ -156,4 +168,4 @@ class LookupDrafter(Drafter):
             rate = expected / self.pass_cost(count + 1)
             if rate > best_rate:
                 best, best_rate = count, rate
-        return best
+        return best, best_rate

@@ -20,19 +20,23 @@ class States:
 
     exits: a tensor [positions, hidden] per head, after its exit layer. final: [positions, hidden], after the last
     block, final norm applied. measured: [positions] bool, the following token is of an answer (`Batch.measured`).
-    normalizer: [positions] float32, logsumexp of the backbone's logits, where it is known already.
+    batch: the text itself; its valid places, row by row, are the positions. normalizer: [positions] float32, logsumexp
+    of the backbone's logits, where it is known already.
     """
 
     exits: list[Tensor]
     final: Tensor
     measured: Tensor
+    batch: Batch
     normalizer: Tensor | None = None
 
-    def only_measured(self) -> States:
-        """The positions that evaluation counts."""
-        kept = self.measured
-        normalizer = None if self.normalizer is None else self.normalizer[kept]
-        return States([state[kept] for state in self.exits], self.final[kept], kept[kept], normalizer)
+
+@dataclass(frozen=True)
+class Prediction:
+    """Logits [predictions, draft vocab] for what the backbone says at `positions`, [predictions] int64 of a `States`."""
+
+    logits: Tensor
+    positions: Tensor
 
 
 class StateSource(Protocol):
@@ -67,7 +71,7 @@ def run_states(backbone: Backbone, batch: Batch, exit_layers: list[int]) -> Stat
     states = backbone.hidden_states_at(batch.input_ids, batch.block_mask(), exit_layers)
     valid = batch.valid
     *exits, final = [state[valid] for state in states]
-    return States(exits, final, batch.measured[valid])
+    return States(exits, final, batch.measured[valid], batch)
 
 
 def log_normalizer(logits: Tensor) -> Tensor:

@@ -32,10 +32,10 @@ from torch import Tensor
 
 from early_exit_cli.artifacts import atomic_folder, read_json, write_json
 from early_exit_cli.config import DataConfig, HeadsConfig, TrainingConfig
-from early_exit_cli.distillation import Teacher, distillation_losses, draft_vocabulary, teach
-from early_exit_cli.engine import require_finite, save_bundle
+from early_exit_cli.distillation import Teacher, distillation_loss, teach
+from early_exit_cli.engine import require_finite
 from early_exit_cli.errors import CheckpointError, ConfigError, DataError, NumericsError
-from early_exit_cli.heads import ExitHeads
+from early_exit_cli.pupils import make_pupil
 from early_exit_cli.states import States, StateSource
 
 MARKER = "complete.json"
@@ -64,6 +64,8 @@ class TrainingResult:
     tokens_seen: int
     seconds: float
     exit_layers: list[int]
+    parts: list[str]
+    """What each agreement is of: a head, or a step of the lookahead head."""
     best_step: int
     best_agreement: list[float]
     last_agreement: list[float]
@@ -153,15 +155,7 @@ class Trainer:
             project_dir=str(config.output_dir),
         )
         set_seed(config.seed)
-        vocab = draft_vocabulary(self.source.token_counts(), heads_config.draft_vocab, self.readout.eos_token_ids)
-        self.heads = ExitHeads(
-            self.readout,
-            heads_config.kind,
-            self.source.layers,
-            heads_config.rank,
-            vocab if heads_config.kind == "adapter" else None,
-        ).to(self.readout.device)
-        self.heads.start_from(self.readout)
+        self.pupil = make_pupil(self.source, heads_config)
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         self.place = (rank, world)
         if not self.source.sequences(rank, world):
@@ -175,10 +169,10 @@ class Trainer:
         optimizer = self._optimizer()
         # accelerate steps a prepared scheduler once per process and step; the counts are scaled to match.
         schedule = get_cosine_schedule_with_warmup(optimizer, warmup * world, max(config.max_steps, 1) * world)
-        self.model, self.optimizer, self.schedule = self.accelerator.prepare(self.heads, optimizer, schedule)
+        self.model, self.optimizer, self.schedule = self.accelerator.prepare(self.pupil.module, optimizer, schedule)
         self.step = 0
         self.tokens_seen = 0
-        self.best_step, self.best_agreement = 0, [-1.0] * len(self.heads)
+        self.best_step, self.best_agreement = 0, [-1.0] * len(self.pupil.parts)
         self.last_agreement: list[float] = []
         self.started, self.seen_before = time.perf_counter(), 0
         if config.resume:
@@ -187,10 +181,10 @@ class Trainer:
     def _optimizer(self) -> torch.optim.Optimizer:
         parameters = [
             {
-                "params": [p for p in self.heads.parameters() if p.ndim > 1],
+                "params": [p for p in self.pupil.module.parameters() if p.ndim > 1],
                 "weight_decay": self.config.weight_decay,
             },
-            {"params": [p for p in self.heads.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+            {"params": [p for p in self.pupil.module.parameters() if p.ndim <= 1], "weight_decay": 0.0},
         ]
         eight_bit = self.config.optimizer == "adamw8bit" or (
             self.config.optimizer == "auto"
@@ -249,7 +243,8 @@ class Trainer:
             self.step,
             self.tokens_seen,
             time.perf_counter() - self.started,
-            self.heads.exit_layers,
+            self.pupil.exit_layers,
+            self.pupil.parts,
             self.best_step,
             self.best_agreement,
             self.last_agreement,
@@ -260,15 +255,18 @@ class Trainer:
         return torch.autocast(self.readout.device.type, torch.bfloat16, enabled=self.readout.dtype == torch.bfloat16)
 
     def _optimizer_step(self) -> list[float]:
-        sums = [0.0] * len(self.heads)
+        sums = [0.0] * len(self.pupil.parts)
         accumulation = self.config.gradient_accumulation_steps
         for micro in range(accumulation):
             number = self.step * accumulation + micro
-            states, teacher = self.lessons.get(number, *self.place, self.heads.draft_vocab)
+            states, teacher = self.lessons.get(number, *self.place, self.pupil.draft_vocab)
             with self.accelerator.accumulate(self.model):
                 with self._autocast():
-                    logits = self.model(states.exits)
-                losses = distillation_losses(logits, teacher)
+                    predictions = self.pupil.predict(self.model, states)
+                losses = [
+                    distillation_loss(said.logits, teacher.at(said.positions), self.pupil.variation)
+                    for said in predictions
+                ]
                 self.accelerator.backward(torch.stack(losses).sum())
                 if self.accelerator.sync_gradients:
                     self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
@@ -283,20 +281,22 @@ class Trainer:
         return sums
 
     def evaluate(self) -> list[float]:
-        """Held-out agreement per head: share of positions where the head's argmax equals the backbone's."""
-        hits = torch.zeros(len(self.heads), dtype=torch.float64)
-        total = 0
+        """Held-out agreement per part: share of predictions whose argmax equals the backbone's."""
+        hits = torch.zeros(len(self.pupil.parts), dtype=torch.float64)
+        totals = torch.zeros_like(hits)
         with torch.no_grad():
-            for batch in self.source.held_out():
-                states = batch.only_measured()
-                best, choices = F.linear(states.final, self.readout.lm_head_weight).max(-1)
+            for states in self.source.held_out():
+                choices = torch.full(states.measured.shape, -1, device=states.final.device)
+                best, choices[states.measured] = F.linear(
+                    states.final[states.measured], self.readout.lm_head_weight
+                ).max(-1)
                 require_finite(best)
                 with self._autocast():
-                    rows = self.heads(states.exits)
-                for head, row in enumerate(rows):
-                    hits[head] += (self.heads.token_ids(row.argmax(-1)) == choices).sum().cpu()
-                total += choices.numel()
-        return (hits / max(total, 1)).tolist()
+                    predictions = self.pupil.predict(self.pupil.module, states, only_measured=True)
+                for part, said in enumerate(predictions):
+                    hits[part] += (self.pupil.token_ids(said.logits.argmax(-1)) == choices[said.positions]).sum().cpu()
+                    totals[part] += said.positions.numel()
+        return (hits / totals.clamp(min=1)).tolist()
 
     def _keep(self, agreement: list[float]) -> None:
         """Write last/, and the best bundle when this is the best so far."""
@@ -324,7 +324,7 @@ class Trainer:
                 }
             }
             for folder in [self.config.output_dir / "last", *([self.config.output_dir] if better else [])]:
-                save_bundle(folder, self.readout, self.heads, training_config, record)
+                self.pupil.save(folder, training_config, record)
         self.accelerator.wait_for_everyone()
 
     def _identity(self) -> dict[str, Any]:
@@ -335,9 +335,7 @@ class Trainer:
         return {
             "world_size": self.accelerator.num_processes,
             **self.source.identity(),
-            "head_layer_indices": self.heads.layers,
-            "kind": self.heads.kind,
-            "rank": self.heads.rank,
+            **self.pupil.identity(),
             **config,
         }
 
@@ -395,10 +393,10 @@ class Trainer:
             "tokens_per_second": report.tokens_per_second,
             "learning_rate": report.learning_rate,
         }
-        for head, loss in enumerate(report.losses):
-            values[f"head_{head}/loss"] = loss
-        for head, share in enumerate(report.agreement or []):
-            values[f"head_{head}/agreement"] = share
+        for part, loss in zip(self.pupil.parts, report.losses, strict=True):
+            values[f"{part}/loss"] = loss
+        for part, share in zip(self.pupil.parts, report.agreement or []):  # noqa: B905 (empty between evaluations)
+            values[f"{part}/agreement"] = share
         self.accelerator.log(values, step=report.step)
 
 

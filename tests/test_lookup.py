@@ -52,12 +52,16 @@ def test_a_long_text_takes_time_in_proportion():
 
 
 def test_drafts_grow_with_the_chance_and_stop_where_they_cost_more():
-    drafter = LookupDrafter(lambda rows: 10.0 + rows)
-    lengths = [drafter._draft_length(chance, 15) for chance in (0.01, 0.3, 0.6, 0.9, 0.99)]
+    def length(chance, pass_cost):
+        drafter = LookupDrafter(pass_cost, [chance] * 6)
+        drafter.begin([1, 1])
+        return len(drafter.propose(None, None, 1, 15, ()).tokens)
+
+    lengths = [length(chance, lambda rows: 10.0 + rows) for chance in (0.01, 0.3, 0.6, 0.9, 0.99)]
     assert lengths == sorted(lengths)
     assert lengths[0] == 0
     assert lengths[-1] == 15
-    assert LookupDrafter(lambda rows: 10.0 * rows)._draft_length(0.9, 15) == 0
+    assert length(0.9, lambda rows: 10.0 * rows) == 0
 
 
 def test_what_was_wrong_before_is_drafted_less(tiny_model):

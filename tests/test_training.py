@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from early_exit_cli.config import DataConfig, HeadsConfig, TrainingConfig
 from early_exit_cli.data import Document, pack
-from early_exit_cli.distillation import Teacher, distillation_losses, draft_vocabulary, teach
+from early_exit_cli.distillation import Teacher, distillation_loss, draft_vocabulary, teach
 from early_exit_cli.engine import load_model
 from early_exit_cli.errors import CheckpointError, DataError
 from early_exit_cli.heads import head_layers
@@ -36,23 +36,23 @@ def make(backbone, heads, config, train=None):
     return Trainer(Lessons(source), heads, config, DATA, {})
 
 
-def test_losses_are_the_kl_divergence_and_so_are_their_gradients():
+@pytest.mark.parametrize("variation", [0.0, 0.7, 1.0])
+def test_the_loss_is_kl_and_total_variation_and_so_is_its_gradient(variation):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, 10, generator=generator).requires_grad_()
     p = torch.randn(6, 10, generator=generator).softmax(-1)
     mass = torch.rand(6, generator=generator)
     teacher = Teacher(p, mass, torch.xlogy(p, p).sum(-1))
-    (loss,) = distillation_losses([logits], teacher)
-    divergence = torch.distributions.kl_divergence(
-        torch.distributions.Categorical(probs=p), torch.distributions.Categorical(logits=logits)
-    )
-    expected = (divergence * mass).mean()
+    loss = distillation_loss(logits, teacher, variation)
+    q = logits.softmax(-1)
+    divergence = torch.nn.functional.kl_div(q.log(), p, reduction="none").sum(-1)
+    distance = (q - p).abs().sum(-1) / 2
+    expected = (((1 - variation) * divergence + variation * distance) * mass).mean()
     assert torch.allclose(loss, expected, atol=1e-6)
     (ours,) = torch.autograd.grad(3 * loss, logits)
     (theirs,) = torch.autograd.grad(3 * expected, logits)
     assert torch.allclose(ours, theirs, atol=1e-6)
-    (perfect,) = distillation_losses([p.log()], teacher)
-    assert abs(float(perfect)) < 1e-6
+    assert abs(float(distillation_loss(p.log(), teacher, variation))) < 1e-6
 
 
 @pytest.mark.parametrize("is_known", [False, True])
@@ -63,7 +63,8 @@ def test_the_teacher_over_a_draft_vocabulary_is_the_renormalised_backbone(tiny_b
     logits = backbone.lm_head(final)
     whole = torch.softmax(logits, -1)
     normalizer = log_normalizer(logits) if is_known else None
-    teacher = teach(backbone, States([], final, torch.ones(7, dtype=torch.bool), normalizer), vocab)
+    text = pack([Document(list(range(7)), "s")], 7, 0)[0]
+    teacher = teach(backbone, States([], final, torch.ones(7, dtype=torch.bool), text, normalizer), vocab)
     assert torch.allclose(log_normalizer(logits), logits.logsumexp(-1), atol=1e-5)
     assert torch.allclose(teacher.mass, whole[:, vocab].sum(-1), atol=1e-5)
     assert torch.allclose(teacher.probabilities, whole[:, vocab] / whole[:, vocab].sum(-1, keepdim=True), atol=1e-5)

@@ -11,7 +11,7 @@ import sys
 import typer
 
 from early_exit_cli import __version__, console
-from early_exit_cli.cli import bench, cache, calibrate, evaluate, infer, train
+from early_exit_cli.cli import bench, cache, calibrate, evaluate, export, infer, train
 from early_exit_cli.errors import EexitError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.command("infer", help="Answer prompts: plainly, with early exits, or both si
 app.command("train", help="Train exit heads beside the running backbone, or from a cache.")(train.command)
 app.command("calibrate", help="Fit entropy thresholds for each head and target accuracy.")(calibrate.command)
 app.command("evaluate", help="Measure the heads on text.")(evaluate.command)
+app.command("export", help="Write the lookahead head for vLLM and SGLang.")(export.command)
 app.command("bench", help="Measure methods side by side on a set of prompts.")(bench.command)
 
 states = typer.Typer(

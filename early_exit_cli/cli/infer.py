@@ -57,7 +57,7 @@ def prepare(resolved: Resolved, as_json: bool) -> Job:
     model = load(resolved, kind)
     width = settings.width or default_width(model)
     drafter = make_drafter(model, settings, kind, width)
-    if settings.width is None and kind in ("lookup", "auto"):  # lookup weighs its draft length at every width
+    if settings.width is None and kind in ("lookup", "lookahead", "auto"):  # these weigh draft lengths at every width
         width = LARGEST_WIDTH
     return Job(model, settings, drafter, width, as_json)
 
@@ -105,20 +105,26 @@ def load(resolved: Resolved, kind: str) -> EarlyExitModel:
     from early_exit_cli.engine import load_model
 
     config = resolved.config
-    if kind != "exit" and resolved.is_default("bundle.bundle") and not resolved.is_default("backbone.model_name"):
+    if (
+        kind not in ("exit", "lookahead")
+        and resolved.is_default("bundle.bundle")
+        and not resolved.is_default("backbone.model_name")
+    ):
         return load_model(config.backbone, None)
     return load_model(backbone_of_bundle(resolved), config.bundle, with_thresholds=kind in ("exit", "auto"))
 
 
 def make_drafter(model: EarlyExitModel, settings: InferenceConfig, kind: str, width: int) -> Drafter:
     """The drafter of that kind; says on stderr which heads early exit leaves unread."""
-    from early_exit_cli.costs import auto_drafter, exit_drafter, lookup_drafter
+    from early_exit_cli.costs import auto_drafter, exit_drafter, lookahead_drafter, lookup_drafter
     from early_exit_cli.drafters import NoDrafter
 
     if kind == "none":
         return NoDrafter()
     if kind == "lookup":
         return lookup_drafter(model)
+    if kind == "lookahead":
+        return lookahead_drafter(model)
     if kind == "auto":
         if model.heads is not None and model.thresholds is None:
             console.note("the bundle is not calibrated: its heads are not read (eexit calibrate)")

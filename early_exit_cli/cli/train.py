@@ -47,9 +47,10 @@ def command(variants: list[Resolved], as_json: bool) -> None:
             record = run_record(variant.rows(), device=str(source.readout.device))
             write_json(trainer.config.output_dir / "run.json", record)
     rank, world = first.place
+    kind = variants[0].config.heads.kind
     console.note(
-        f"{len(first.heads)} {first.heads.kind} heads after blocks {first.heads.layers} of {source.readout.num_blocks}; "
-        f"{source.sequences(rank, world):,} sequences"
+        f"{'a lookahead head' if kind == 'lookahead' else f'{len(first.pupil.parts)} {kind} heads'} after blocks "
+        f"{source.layers} of {source.readout.num_blocks}; {source.sequences(rank, world):,} sequences"
     )
     with console.progress("training", config.training.max_steps) as ticker:
 
@@ -58,7 +59,7 @@ def command(variants: list[Resolved], as_json: bool) -> None:
             ticker.update(report.step, f"loss {losses}  {report.tokens_per_second:,.0f} tokens/s")
             if report.agreement:
                 name = f"variant {number}, " if len(trainers) > 1 else ""
-                shares = "  ".join(f"head {head} {share:.1%}" for head, share in enumerate(report.agreement))
+                shares = "  ".join(f"{share:.1%}" for share in report.agreement)
                 console.note(
                     f"{name}step {report.step}: held-out agreement {shares}; loss {losses}; "
                     f"{report.tokens_per_second:,.0f} tokens/s"
@@ -80,12 +81,10 @@ def show(result: TrainingResult, swept: str) -> None:
     console.table(
         f"{result.output_dir}{f' ({swept})' if swept else ''}: {result.steps} steps, {result.tokens_seen:,} tokens, "
         f"{result.seconds:,.0f} s",
-        ["head", "blocks run", "agreement (best)", "agreement (last)"],
+        ["", "agreement (best)", "agreement (last)"],
         [
-            (head, layer, f"{best:.1%}", f"{last:.1%}")
-            for head, (layer, best, last) in enumerate(
-                zip(result.exit_layers, result.best_agreement, result.last_agreement, strict=True)
-            )
+            (part, f"{best:.1%}", f"{last:.1%}")
+            for part, best, last in zip(result.parts, result.best_agreement, result.last_agreement, strict=True)
         ],
         result=True,
     )
@@ -112,10 +111,14 @@ def offline_states(resolved: Resolved) -> CachedStates | None:
     from early_exit_cli.backbone import pick_device
     from early_exit_cli.cached_states import CachedStates
     from early_exit_cli.cli.cache import find_or_extract
+    from early_exit_cli.heads import head_layers
 
     config = resolved.config
     cache = find_or_extract(resolved)
     if config.training.max_steps == 0:
         console.note(f"extracted to {cache.folder}; --max-steps 0 trains nothing")
         return None
-    return CachedStates(cache, config.heads.head_layer_indices, config.training, pick_device(config.backbone.device))
+    layers = config.heads.head_layer_indices
+    if config.heads.kind == "lookahead":
+        layers = head_layers(config.heads, int(cache.manifest["num_blocks"]))
+    return CachedStates(cache, layers, config.training, pick_device(config.backbone.device))

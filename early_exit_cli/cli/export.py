@@ -1,0 +1,30 @@
+"""`eexit export`: resolve, load, write, report."""
+
+from __future__ import annotations
+
+from early_exit_cli import console
+from early_exit_cli.cli.options import configured
+from early_exit_cli.errors import BundleError, ConfigError
+from early_exit_cli.resolve import Resolved
+
+
+@configured("bundle", "backbone", "export")
+def command(resolved: Resolved, as_json: bool) -> None:
+    """Write a bundle's lookahead head in a format that serving engines load."""
+    from early_exit_cli.cli.shared import backbone_of_bundle
+    from early_exit_cli.engine import load_model
+    from early_exit_cli.speculators_export import export_lookahead
+
+    settings = resolved.config.export
+    if settings.output_dir.exists():
+        raise ConfigError(f"{settings.output_dir} exists already", hint="name a new folder with --output-dir")
+    model = load_model(backbone_of_bundle(resolved), resolved.config.bundle, with_thresholds=False)
+    if model.lookahead is None:
+        raise BundleError("the bundle has no lookahead head", hint="eexit train --head lookahead --output-dir BUNDLE")
+    export_lookahead(model.lookahead, model.backbone, settings.output_dir, settings.draft_tokens)
+    files = {path.name: path.stat().st_size for path in sorted(settings.output_dir.iterdir())}
+    if as_json:
+        console.emit_json({"folder": str(settings.output_dir), "files": files})
+        return
+    rows = [(name, f"{size / 1e6:.1f} MB") for name, size in files.items()]
+    console.table(str(settings.output_dir), ["file", "size"], rows, result=True)

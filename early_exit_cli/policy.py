@@ -1,0 +1,120 @@
+"""What calibration learns for drafting: how likely drafts survive, by drafter, on held-out text.
+
+Lookup: how often the next token of a match of some length is the text's. Lookahead: P(agree | entropy) per draft
+position, by a logistic fit, over roll-outs from every answer position. Kept in `eexit.json` under `drafting`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from early_exit_cli.data import Batch, Document
+from early_exit_cli.engine import EarlyExitModel, require_finite
+from early_exit_cli.errors import BundleError
+from early_exit_cli.gating import entropy
+from early_exit_cli.lookahead_drafter import Survival
+from early_exit_cli.lookup import PRIOR, PRIOR_STRENGTH, SHORTEST, SuffixAutomaton, kind_of_match
+from early_exit_cli.states import run_states
+
+STEPS = 7
+"""Draft positions that are told apart."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """lookup: P(next token right) by kind of match (`lookup.SHORTEST`). lookahead: by draft position; none without one."""
+
+    lookup: list[float]
+    lookahead: list[Survival]
+
+    def record(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+def policy_of(record: dict[str, Any]) -> Policy:
+    """The policy in a bundle's record; a default one where it was not calibrated.
+
+    Raises:
+        BundleError: damaged.
+    """
+    found = record.get("drafting")
+    if found is None:
+        return Policy(list(PRIOR), [])
+    try:
+        policy = Policy([float(p) for p in found["lookup"]], [Survival(**entry) for entry in found["lookahead"]])
+        if len(policy.lookup) != len(SHORTEST):
+            raise ValueError(f"{len(policy.lookup)} probabilities for {len(SHORTEST)} kinds of match")
+    except (KeyError, TypeError, ValueError) as error:
+        raise BundleError(
+            f"the bundle's drafting record is damaged: {error!r}", hint="make it again with eexit calibrate"
+        ) from error
+    return policy
+
+
+def fit_lookup(documents: Iterable[Document]) -> list[float]:
+    """How often a match's next token is right, in the answers of the documents; few cases lean on the prior."""
+    right = [PRIOR_STRENGTH * chance for chance in PRIOR]
+    seen = [PRIOR_STRENGTH] * len(PRIOR)
+    for document in documents:
+        automaton = SuffixAutomaton()
+        automaton.extend(document.ids[: document.answer_start])
+        for token in document.ids[document.answer_start :]:
+            if automaton.match_length:
+                kind = kind_of_match(automaton.match_length)
+                seen[kind] += 1
+                right[kind] += automaton.propose(1) == [token]
+            automaton.extend([token])
+    return [hits / count for hits, count in zip(right, seen, strict=True)]
+
+
+def fit_lookahead(
+    model: EarlyExitModel, batches: Iterable[Batch], on_batch: Callable[[int], None] | None = None
+) -> list[Survival]:
+    """P(agree | entropy) per draft position, from roll-outs with the text's own tokens in between: it agreed so far."""
+    head = model.lookahead
+    if head is None:
+        return []
+    entropies: list[list[Tensor]] = [[] for _ in range(STEPS)]
+    agreed: list[list[Tensor]] = [[] for _ in range(STEPS)]
+    sequences = 0
+    with torch.inference_mode():
+        for batch in batches:
+            states = run_states(model.backbone, batch, head.exit_layers)
+            best, choices = model.backbone.lm_head(states.final).max(-1)
+            require_finite(best)
+            dtype = model.backbone.dtype
+            with torch.autocast(states.final.device.type, dtype, enabled=dtype == torch.bfloat16):
+                predictions = head(states, STEPS, only_measured=True)
+            for step, said in enumerate(predictions):
+                entropies[step].append(entropy(said.logits))
+                agreed[step].append(head.token_ids(said.logits.argmax(-1)) == choices[said.positions])
+            sequences += batch.input_ids.shape[0]
+            if on_batch:
+                on_batch(sequences)
+    return [
+        fit_survival(torch.cat(uncertainty).cpu(), torch.cat(right).cpu())
+        for uncertainty, right in zip(entropies, agreed, strict=True)
+        if sum(map(len, right))
+    ]
+
+
+def fit_survival(entropies: Tensor, agreed: Tensor) -> Survival:
+    """The logistic P(agree | entropy) of [samples] entropies (nats) and outcomes (bool), by Newton's method."""
+    x = torch.stack((torch.ones_like(entropies), entropies), 1).double()
+    y = agreed.double()
+    weights = torch.zeros(2, dtype=torch.float64)
+    ridge = 1e-4 * torch.eye(2, dtype=torch.float64)
+    for _ in range(50):
+        p = torch.sigmoid(x @ weights)
+        step = torch.linalg.solve((x * (p * (1 - p))[:, None]).T @ x + ridge, x.T @ (p - y) + ridge @ weights)
+        weights = weights - step
+        if float(step.abs().max()) < 1e-9:
+            break
+    intercept, slope = weights.tolist()
+    return Survival(intercept, slope, float(y.mean()))

@@ -1,0 +1,116 @@
+"""What a trainer can train: the exit heads of a bundle, or its lookahead head, behind one interface."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from early_exit_cli.config import HeadsConfig
+from early_exit_cli.distillation import draft_vocabulary
+from early_exit_cli.engine import save_bundle, save_lookahead
+from early_exit_cli.heads import ExitHeads
+from early_exit_cli.lookahead import LookaheadHead
+from early_exit_cli.states import Prediction, States, StateSource
+
+
+class Pupil(Protocol):
+    """Something trainable that predicts what the backbone says."""
+
+    parts: list[str]
+    """Names of its predictions, in order: heads, or steps."""
+    exit_layers: list[int]
+    variation: float
+    """Share of total variation in the loss."""
+
+    @property
+    def module(self) -> nn.Module:
+        """Its parameters; called as `predict` calls it."""
+
+    @property
+    def draft_vocab(self) -> Tensor | None: ...
+
+    def predict(self, module: nn.Module, states: States, *, only_measured: bool = False) -> list[Prediction]:
+        """A prediction for each part, by `module`: the pupil's own, or what accelerate wrapped around it."""
+
+    def token_ids(self, columns: Tensor) -> Tensor: ...
+
+    def save(self, folder: Path, training_config: dict[str, Any], record: dict[str, Any]) -> None:
+        """Into a bundle."""
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal when a run is resumed."""
+
+
+class ExitPupil:
+    """All exit heads of a bundle, trained together."""
+
+    variation = 0.0
+
+    def __init__(self, source: StateSource, config: HeadsConfig) -> None:
+        self.readout = source.readout
+        vocab = draft_vocabulary(source.token_counts(), config.draft_vocab, self.readout.eos_token_ids)
+        self.module = ExitHeads(
+            self.readout, config.kind, source.layers, config.rank, vocab if config.kind == "adapter" else None
+        ).to(self.readout.device)
+        self.module.start_from(self.readout)
+        self.exit_layers = self.module.exit_layers
+        self.parts = [f"head {head}, after {layer} blocks" for head, layer in enumerate(self.exit_layers)]
+
+    @property
+    def draft_vocab(self) -> Tensor | None:
+        return self.module.draft_vocab
+
+    def predict(self, module: nn.Module, states: States, *, only_measured: bool = False) -> list[Prediction]:
+        if only_measured:
+            positions = states.measured.nonzero()[:, 0]
+            exits = [state[positions] for state in states.exits]
+        else:
+            positions, exits = torch.arange(states.final.shape[0], device=states.final.device), states.exits
+        return [Prediction(logits, positions) for logits in module(exits)]
+
+    def token_ids(self, columns: Tensor) -> Tensor:
+        return self.module.token_ids(columns)
+
+    def save(self, folder: Path, training_config: dict[str, Any], record: dict[str, Any]) -> None:
+        save_bundle(folder, self.readout, self.module, training_config, record)
+
+    def identity(self) -> dict[str, Any]:
+        heads = self.module
+        return {"head_layer_indices": heads.layers, "kind": heads.kind, "rank": heads.rank}
+
+
+class LookaheadPupil:
+    """A lookahead head, trained in roll-outs of `config.roll_out` steps."""
+
+    def __init__(self, source: StateSource, config: HeadsConfig) -> None:
+        self.readout = source.readout
+        self.steps, self.variation = config.roll_out, config.variation
+        vocab = draft_vocabulary(source.token_counts(), config.draft_vocab, self.readout.eos_token_ids)
+        self.module = LookaheadHead(self.readout, source.layers, vocab).to(self.readout.device)
+        self.module.start_from(self.readout)
+        self.exit_layers = self.module.exit_layers
+        self.parts = [f"draft position {step + 1}" for step in range(self.steps)]
+
+    @property
+    def draft_vocab(self) -> Tensor | None:
+        return self.module.draft_vocab
+
+    def predict(self, module: nn.Module, states: States, *, only_measured: bool = False) -> list[Prediction]:
+        return module(states, self.steps, only_measured)
+
+    def token_ids(self, columns: Tensor) -> Tensor:
+        return self.module.token_ids(columns)
+
+    def save(self, folder: Path, training_config: dict[str, Any], record: dict[str, Any]) -> None:
+        save_lookahead(folder, self.readout, self.module, training_config, record)
+
+    def identity(self) -> dict[str, Any]:
+        return {"kind": "lookahead", "exit_layers": self.exit_layers, "roll_out": self.steps}
+
+
+def make_pupil(source: StateSource, config: HeadsConfig) -> Pupil:
+    """What the configuration asks for, with its starting weights."""
+    return LookaheadPupil(source, config) if config.kind == "lookahead" else ExitPupil(source, config)

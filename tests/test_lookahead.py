@@ -1,0 +1,273 @@
+"""The lookahead head: training and drafting read the same thing, and its drafts never change a token."""
+
+import pytest
+import torch
+from conftest import FAMILIES
+
+from early_exit_cli.config import BackboneConfig, BundleConfig, DataConfig, HeadsConfig, TrainingConfig
+from early_exit_cli.costs import auto_drafter, lookahead_drafter
+from early_exit_cli.data import Document, pack
+from early_exit_cli.decoding import decode, generate
+from early_exit_cli.drafters import NoDrafter, Step
+from early_exit_cli.engine import EarlyExitModel, load_model
+from early_exit_cli.errors import BundleError
+from early_exit_cli.lookahead import LookaheadHead
+from early_exit_cli.lookahead_drafter import LookaheadDrafter, LookaheadRunner, Survival, draft_linear
+from early_exit_cli.policy import fit_lookahead, fit_lookup, fit_survival, policy_of
+from early_exit_cli.states import BackboneStates, run_states
+from early_exit_cli.training import Lessons, Trainer
+
+PROMPT = [72, 101, 108, 108, 111, 32, 119, 111, 114, 108, 100]
+CERTAIN = [Survival(30.0, 0.0, 1.0)]  # whatever the entropy: every draft is worth its time
+
+
+def some_head(backbone, draft_vocab=None):
+    torch.manual_seed(3)
+    head = LookaheadHead(backbone, [1, 3], draft_vocab)
+    head.start_from(backbone)
+    for parameter in head.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return head.to(backbone.dtype).requires_grad_(False)
+
+
+def drafter(head, survival=CERTAIN):
+    return LookaheadDrafter(head, survival, lambda rows: 10.0, 0.1)
+
+
+@pytest.fixture(scope="module")
+def text():
+    generator = torch.Generator().manual_seed(0)
+    return [Document(torch.randint(256, (size,), generator=generator).tolist(), "s") for size in (7, 30, 12)]
+
+
+def test_drafting_reads_what_training_read(tiny_backbone, text):
+    """Rolled out from any position, token by token, the drafter's logits are those of the training pass."""
+    backbone = tiny_backbone("llama")
+    head = some_head(backbone)
+    batch = pack(text, 64, 0)[0]
+    states = run_states(backbone, batch, head.exit_layers)
+    ids, begin = text[1].ids, 7
+    with torch.inference_mode():
+        trained = head(states, 3)
+        runner = LookaheadRunner(head)
+        for position in (0, 10, 20):
+            runner.reset()
+            part = slice(begin, begin + position + 1)
+            hidden = runner.read(
+                torch.tensor(ids[1 : position + 2]), [state[part] for state in (*states.exits, states.final)]
+            )
+            for step in range(3):
+                place = (trained[step].positions == begin + position + 1 + step).nonzero()[0, 0]
+                assert torch.allclose(runner.lm_head(hidden)[0], trained[step].logits[place], atol=1e-4)
+                hidden = runner.step(torch.tensor([ids[position + 2 + step]]), hidden, step + 1)
+
+
+def test_predictions_stay_within_their_document(tiny_backbone, text):
+    backbone = tiny_backbone("llama")
+    head = some_head(backbone)
+    batch = pack(text, 64, 0)[0]
+    states = run_states(backbone, batch, head.exit_layers)
+    for step, said in enumerate(head(states, 3)):
+        starts = (0, 7, 37)
+        expected = [
+            start + place
+            for start, document in zip(starts, text, strict=True)
+            for place in range(1 + step, len(document.ids))
+        ]
+        assert said.positions.tolist() == expected
+    measured = head(states, 2, only_measured=True)[1].positions
+    assert states.measured[measured].all()
+    assert set(measured.tolist()) < set(expected) | set(range(49))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("runner", ["fused", "hf"])
+def test_its_drafts_never_change_a_token_or_a_bit(tiny_model, family, runner):
+    model = tiny_model(family, runner)
+    head = some_head(model.backbone)
+    plain = generate(model, PROMPT, NoDrafter(), 40, mode="full", keep_states=True)
+    run = generate(model, PROMPT, drafter(head), 40, mode="lookahead", width=5, keep_states=True)
+    assert run.token_ids == plain.token_ids
+    assert torch.equal(run.states, plain.states)
+    assert run.stats.tokens_drafted >= 3 * (len(plain.token_ids) - 2)
+
+
+class Oracle(LookaheadDrafter):
+    """Says the truth but for every fifth position, whatever the head says; reads and rolls like any other."""
+
+    def begin(self, prompt_ids):
+        super().begin(prompt_ids)
+        self.runner.choose = self.say
+
+    def propose(self, model, cache, pending, limit, stop_ids):
+        self.place = cache.length + 1
+        return super().propose(model, cache, pending, limit, stop_ids)
+
+    def say(self, hidden):
+        self.place += 1
+        right = self.truth[self.place - 1]
+        return (right + 1 if self.place % 5 == 0 else right), 0.1
+
+
+def test_accepted_and_partly_rejected_drafts_leave_only_verified_states_behind(tiny_model):
+    model = tiny_model("llama")
+    plain = [token for step in decode(model, PROMPT, NoDrafter(), 60, stop_ids=()) for token in step.tokens]
+    oracle = Oracle(some_head(model.backbone), CERTAIN, lambda rows: 10.0, 0.1)
+    oracle.truth = [*PROMPT, *plain]
+    done, partly = len(PROMPT), 0
+    for step in decode(model, PROMPT, oracle, 40, width=8, stop_ids=()):
+        assert step.tokens == oracle.truth[done : done + len(step.tokens)]
+        done += len(step.tokens)
+        partly += 0 < step.accepted < step.drafted
+        assert oracle.runner.length + sum(len(tokens) for tokens, _ in oracle.waiting) == done - 1
+    assert done == len(PROMPT) + 40
+    assert partly >= 6
+
+
+def test_it_borrows_from_the_backbone_and_never_trains_it(tiny_backbone):
+    backbone = tiny_backbone("llama")
+    ours = {parameter.data_ptr() for parameter in some_head(backbone).parameters()}
+    assert not ours & {parameter.data_ptr() for parameter in backbone.model.parameters()}
+    assert len(ours) == 14  # fc_norm 2, fc, norms of the block 3, attention 4, MLP 3, norm
+
+
+def test_a_draft_ends_where_it_stops_paying(tiny_model):
+    model = tiny_model("llama")
+    head = some_head(model.backbone)
+    hopeless = drafter(head, [Survival(-30.0, 0.0, 0.0)])
+    rounds = list(decode(model, PROMPT, hopeless, 12, width=8, stop_ids=()))
+    assert all(step.drafted == 0 for step in rounds)
+    dear = LookaheadDrafter(head, CERTAIN, lambda rows: 10.0 * rows, 0.1)  # a pass costs what its rows cost
+    assert all(step.drafted == 0 for step in decode(model, PROMPT, dear, 12, width=8, stop_ids=()))
+    certain = list(decode(model, PROMPT, drafter(head), 12, width=8, stop_ids=()))
+    assert max(step.drafted for step in certain) == 7
+
+
+def test_what_a_text_shows_moves_the_chances(tiny_model):
+    model = tiny_model("llama")
+    good = drafter(some_head(model.backbone), [Survival(0.0, 0.0, 0.5)])
+    good.begin(PROMPT)
+    assert good._chance(0) == pytest.approx(0.5)
+    from early_exit_cli.drafters import Draft
+
+    draft = Draft([1, 2, 3, 4], [Step(n, 1.0, 0.5) for n in (1, 2, 3, 4)])
+    for _ in range(20):
+        good.observe(draft, [1, 2, 3, 4, 5], 4)
+    assert good._chance(0) > 0.8
+    for _ in range(400):
+        good.observe(draft, [9], 0)
+    assert good._chance(0) < 0.4
+
+
+def test_int8_products_are_close_to_the_weights():
+    torch.manual_seed(0)
+    weights = [torch.randn(64, 128).bfloat16(), torch.randn(32, 128).bfloat16()]
+    x = torch.randn(5, 128).bfloat16()
+    exact = x.float() @ torch.cat(weights).float().T
+    error = (draft_linear(weights)(x).float() - exact).norm() / exact.norm()
+    assert 0 < error < 0.02
+
+
+def test_survival_is_the_logistic_that_made_the_sample():
+    generator = torch.Generator().manual_seed(0)
+    entropies = torch.rand(40_000, generator=generator) * 5
+    agreed = torch.rand(40_000, generator=generator) < torch.sigmoid(2.0 - 1.5 * entropies)
+    fitted = fit_survival(entropies, agreed)
+    assert fitted.intercept == pytest.approx(2.0, abs=0.1)
+    assert fitted.slope == pytest.approx(-1.5, abs=0.06)
+    assert fitted.mean == pytest.approx(float(agreed.double().mean()))
+    assert fitted.at(0.0) == pytest.approx(1 / (1 + 2.718281828 ** -fitted.intercept))
+
+
+def test_lookup_chances_count_answers_only():
+    repeated = Document([1, 2, 3, 9, 1, 2, 3, 9, 1, 2, 3], "s", answer_start=4)
+    chances = fit_lookup([repeated] * 50)
+    assert chances[0] > 0.9  # after the first token of a repeat, the next is right
+    never = Document([1, 2, 3, 1, 4, 1, 5, 1, 6, 1, 7], "s", answer_start=3)
+    assert fit_lookup([never] * 50)[0] < 0.05
+
+
+def train(backbone, folder, steps=200, **changes):
+    generator = torch.Generator().manual_seed(1)
+    texts = [Document((torch.randint(8, (30,), generator=generator) * 30).tolist(), "s") for _ in range(16)]
+    heads = HeadsConfig(kind="lookahead", head_layer_indices=[1, 3], draft_vocab=0, roll_out=2)
+    config = TrainingConfig(output_dir=folder, max_steps=steps, batch_size=4, lr=3e-3, eval_every=steps, **changes)
+    data = DataConfig(dataset_name="x", max_length=32)
+    source = BackboneStates(backbone, [1, 3], texts, texts[:4], data, config)
+    return Trainer(Lessons(source), heads, config, data, {}), texts
+
+
+def test_training_learns_and_leaves_a_head_that_drafts(tmp_path, tiny_backbone, tiny_folder):
+    backbone = tiny_backbone("llama")
+    trainer, texts = train(backbone, tmp_path)
+    start = trainer.evaluate()
+    result = trainer.run()
+    assert result.parts == ["draft position 1", "draft position 2"]
+    assert result.last_agreement[0] > start[0] + 0.2
+    assert result.last_agreement[1] > start[1] + 0.1
+    settings = BackboneConfig(model_name=str(tiny_folder("llama")), quantization="none")
+    model = load_model(settings, BundleConfig(bundle=str(tmp_path)))
+    assert model.heads is None
+    with pytest.raises(BundleError, match="not calibrated"):
+        lookahead_drafter(model)
+    batches = pack(texts, 32, 0)
+    survival = fit_lookahead(model, batches)
+    assert survival[0].mean == pytest.approx(result.last_agreement[0], abs=0.2)
+    assert survival[0].slope < 0
+    model.record["drafting"] = {"lookup": [0.5] * 6, "lookahead": [vars(entry) for entry in survival]}
+    prompt = texts[0].ids[:12]
+    plain = generate(model, prompt, NoDrafter(), 20, mode="full").token_ids
+    for made in (lookahead_drafter(model), auto_drafter(model, 0.9, 8, "auto")):
+        assert generate(model, prompt, made, 20, mode="x", width=8).token_ids == plain
+
+
+def test_it_joins_a_bundle_of_the_same_backbone_only(tmp_path, tiny_backbone):
+    from test_training import trainer as exit_trainer
+
+    backbone = tiny_backbone("llama")
+    exit_trainer(backbone, tmp_path, max_steps=1).run()
+    train(backbone, tmp_path, steps=1)[0].run()
+    exit_trainer(backbone, tmp_path, max_steps=1).run()  # training exit heads again leaves it
+    from early_exit_cli.artifacts import read_json
+
+    record = read_json(tmp_path / "eexit.json")
+    assert record["heads"]["kind"] == "adapter"
+    assert record["lookahead"]["exit_layers"] == [2, 4]
+    with pytest.raises(BundleError, match="another backbone"):
+        train(tiny_backbone("qwen2"), tmp_path, steps=1)[0].run()
+
+
+@pytest.mark.parametrize(
+    "damaged", [{"lookup": [0.5] * 6}, {"lookup": [0.5], "lookahead": []}, {"lookup": [0.5] * 6, "lookahead": [{"a": 1}]}]
+)
+def test_a_damaged_policy_is_refused(damaged):
+    with pytest.raises(BundleError, match="drafting record is damaged"):
+        policy_of({"drafting": damaged})
+
+
+def test_a_bundle_without_one_says_how_to_get_one(tiny_model):
+    model: EarlyExitModel = tiny_model("llama")
+    with pytest.raises(BundleError, match="no lookahead head"):
+        lookahead_drafter(model)
+
+
+def test_an_exported_checkpoint_holds_the_head_and_what_it_borrows(tmp_path, tiny_backbone):
+    from safetensors.torch import load_file
+
+    from early_exit_cli.artifacts import read_json
+    from early_exit_cli.speculators_export import export_lookahead
+
+    backbone = tiny_backbone("llama")
+    vocab = torch.tensor([3, 7, 8, 200])
+    head = some_head(backbone, vocab)
+    export_lookahead(head, backbone, tmp_path / "out", 3)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert (tensors["d2t"] + torch.arange(4)).tolist() == vocab.tolist()
+    assert tensors["t2d"].nonzero()[:, 0].tolist() == vocab.tolist()
+    assert torch.equal(tensors["lm_head.weight"], backbone.lm_head_weight[vocab])
+    assert torch.equal(tensors["fc_norm.2.weight"], backbone.norm_weight)
+    for name, value in head.state_dict().items():
+        assert name == "draft_vocab" or torch.equal(tensors[name], value), name
+    config = read_json(tmp_path / "out" / "config.json")
+    assert config["eagle_aux_hidden_state_layer_ids"] == [2, 4, 6]
+    assert config["draft_vocab_size"] == 4
