@@ -1,6 +1,6 @@
 """Drafting with the lookahead head: roll forward while another token is worth its time.
 
-Drafts may be approximate, so the head's products run in int8 where the device has them (docs/decisions/0011). How far a
+Drafts may be approximate, so the head's products run in int8 where the device has them (docs/decisions/0010). How far a
 draft goes is decided token by token: calibration has measured, for each draft position, how probable it is at what
 entropy that the backbone will say the same, given that it agreed so far; the pass and step costs of this device are
 measured; the draft of the highest expected tokens per millisecond is proposed, and none where plain decoding has it.
