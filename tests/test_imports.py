@@ -23,7 +23,11 @@ MAY_IMPORT = {
     "runners": {"backbone", "blocks", "fused_blocks", "lm_head", "artifacts"},
     "heads": {"artifacts", "backbone"},
     "gating": set(),
-    "engine": {"backbone", "blocks", "runners", "data", "heads", "gating", "artifacts"},
+    "bundle": {"artifacts"},
+    "hub_client": {"artifacts"},
+    "dssd": {"artifacts", "bundle", "heads"},
+    "pull": {"artifacts", "bundle", "dssd", "hub_client"},
+    "engine": {"backbone", "blocks", "runners", "data", "heads", "gating", "artifacts", "bundle", "pull"},
     "states": {"backbone", "data"},
     "cache": {"artifacts"},
     "extraction": {"backbone", "cache", "data", "states", "artifacts"},
@@ -38,8 +42,10 @@ MAY_IMPORT = {
     "bench_methods": {"backbone", "blocks", "engine", "costs", "drafters", "decoding"},
     "bench": {"artifacts", "bench_methods", "decoding"},
     "evaluation": {"engine", "decoding", "drafters", "data", "artifacts"},
+    "model_card": {"artifacts", "bundle"},
+    "hub": {"artifacts", "bundle", "dssd", "engine", "heads", "hub_client", "model_card"},
 }
-NEVER_TORCH = ("errors", "config", "resolve", "artifacts", "console", "plots")
+NEVER_TORCH = ("errors", "config", "resolve", "artifacts", "console", "plots", "bundle", "hub_client", "model_card")
 
 
 def imports(path: Path) -> set[str]:
