@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from early_exit_cli.artifacts import read_json
+from early_exit_cli.artifacts import file_sha256, read_json
 from early_exit_cli.config import Quantization
 from early_exit_cli.errors import BundleError
 
@@ -45,10 +45,11 @@ class BundleSource:
     commit: str | None = None
 
     def record(self) -> dict[str, str]:
-        """What results keep of it; a local folder is its own name."""
+        """What results keep of it: where it is from, and which heads it held (SHA-256 of their file)."""
+        heads = file_sha256(self.folder / HEADS_FILE)
         if self.repo_id is None or self.commit is None:
-            return {"folder": self.folder.name}
-        return {"repo_id": self.repo_id, "commit": self.commit}
+            return {"folder": self.folder.name, "heads": heads}
+        return {"repo_id": self.repo_id, "commit": self.commit, "heads": heads}
 
 
 def read_bundle_config(folder: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -67,7 +68,9 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise BundleError(f"no file {path}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch thinks of a strange file, we say ourselves
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise BundleError(f"{path} holds more than tensors; it is not loaded, because it could run code") from error
     except Exception as error:  # a damaged or hostile file fails in any way it likes

@@ -27,7 +27,7 @@ from early_exit_cli.bundle import (
 )
 from early_exit_cli.config import HUB_ID, SHIPPED_BUNDLE, BackboneConfig, BundleConfig, HubConfig
 from early_exit_cli.data import Batch
-from early_exit_cli.errors import BundleError, ConfigError, NumericsError
+from early_exit_cli.errors import BundleError, ConfigError, HubError, NumericsError
 from early_exit_cli.gating import Thresholds, entropy, level_key
 from early_exit_cli.heads import ExitHeads, load_heads
 from early_exit_cli.runners import make_blocks
@@ -136,7 +136,10 @@ def bundle_source(config: BundleConfig) -> BundleSource:
         return BundleSource(shipped)
     repo_id, _, revision = config.bundle.partition("@")
     if HUB_ID.fullmatch(repo_id):
-        return _from_hub(repo_id, revision or None)
+        try:
+            return _from_hub(repo_id, revision or None)
+        except HubError as error:
+            raise HubError(f"no folder {config.bundle}, and as a Hub id: {error.message}", hint=error.hint) from error
     raise BundleError(f"no bundle at {config.bundle}", hint="make one with eexit train")
 
 

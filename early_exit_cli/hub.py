@@ -15,6 +15,7 @@ from typing import Any
 from early_exit_cli import dssd
 from early_exit_cli.artifacts import (
     atomic_folder,
+    file_sha256,
     fingerprint_differences,
     read_json,
     require_new_folder,
@@ -137,14 +138,15 @@ def write_card(bundle: Bundle, repo_id: str, config: PushConfig) -> str:
         raise BundleError(
             f"{bundle.folder} is not calibrated", hint=f"eexit calibrate --bundle {bundle.folder}, then push"
         )
+    heads = file_sha256(bundle.folder / HEADS_FILE)
     return model_card(
         repo_id,
         bundle.config,
         bundle.calibration,
         bundle.record,
         uploaded(bundle),
-        evaluation=read_evaluation(config.evaluation, bundle.config) if config.evaluation else None,
-        bench=read_bench(config.bench, bundle.config) if config.bench else None,
+        evaluation=read_evaluation(config.evaluation, heads) if config.evaluation else None,
+        bench=read_bench(config.bench, heads) if config.bench else None,
         license=config.license,
     )
 

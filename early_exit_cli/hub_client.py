@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,6 +28,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import disable_progress_bars
 
 from early_exit_cli import __version__
 from early_exit_cli.artifacts import file_sha256
@@ -65,6 +68,8 @@ class Repository:
             raise ConfigError("which repository?", hint="--repo-id ORG/NAME")
         self.repo_id, self.revision, self.config = config.repo_id, config.revision, config
         self.name = f"{config.repo_id}@{config.revision}" if config.revision else config.repo_id
+        if not sys.stderr.isatty():
+            disable_progress_bars()
         self.api = HfApi(library_name="eexit", library_version=__version__)
         self.url = f"{self.api.endpoint}/{self.repo_id}"
 
@@ -147,18 +152,16 @@ class Repository:
         Raises:
             HubError: no such repository or revision, or neither reached nor cached.
         """
-        names = list(names)
-        revision = self.revision if self.revision and COMMIT.fullmatch(self.revision) else None
+        fetch = partial(
+            snapshot_download, self.repo_id, revision=self.revision, allow_patterns=list(names), library_name="eexit"
+        )
         try:
-            commit = revision or self.head()
-            folder = self._patiently(
-                lambda: snapshot_download(self.repo_id, revision=commit, allow_patterns=names, library_name="eexit")
-            )
+            if self.revision is None or COMMIT.fullmatch(self.revision) is None:
+                self.head()  # patiently; the download itself would take what is in the cache at the first fault
+            folder = self._patiently(fetch)
         except UnreachableError as error:
             try:
-                folder = snapshot_download(
-                    self.repo_id, revision=self.revision, allow_patterns=names, local_files_only=True
-                )
+                folder = fetch(local_files_only=True)
             except (OSError, ValueError):
                 raise HubError(f"{error.message}, and {self.name} is not in its cache", hint=error.hint) from error
         return Path(folder), Path(folder).name

@@ -31,37 +31,30 @@ CONTENTS = {
 }
 
 
-def read_evaluation(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """The record of `eexit evaluate`, of the heads that `config` describes.
+def read_evaluation(path: Path, heads: str) -> dict[str, Any]:
+    """The record of `eexit evaluate`, of the heads whose file has this SHA-256.
 
     Raises:
         ConfigError: of other heads.
     """
     record = read_json(path)
-    heads = record.get("auxiliary_heads")
-    layers = [head.get("layer_idx") for head in heads] if isinstance(heads, list) else None
-    require_same(path, "model", record.get("model_name"), config["model_name"])
-    require_same(path, "head_layer_indices", layers, config["head_layer_indices"])
+    require_heads(path, record, heads)
     return record
 
 
-def read_bench(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """The report of `eexit bench`, of the backbone that `config` describes.
-
-    Raises:
-        ConfigError: of another backbone.
-    """
+def read_bench(path: Path, heads: str) -> dict[str, Any]:
+    """The report of `eexit bench`, as `read_evaluation`."""
     report = read_json(path)
-    where = report.get("environment", {})
-    require_same(path, "model", where.get("model"), config["model_name"])
-    require_same(path, "quantization", where.get("quantization"), config["quantization"])
+    require_heads(path, report.get("environment", {}), heads)
     return report
 
 
-def require_same(path: Path, what: str, found: Any, expected: Any) -> None:
-    """Refuse a record that was measured on something else."""
-    if found != expected:
-        raise ConfigError(f"{path} is of {what} {found!r}, the bundle of {expected!r}")
+def require_heads(path: Path, record: dict[str, Any], heads: str) -> None:
+    """Refuse numbers that were measured on other heads, or without saying on which."""
+    found = record.get("bundle", {}).get("heads")
+    if found != heads:
+        measured = f"heads with SHA-256 {found[:12]}" if isinstance(found, str) else "heads it does not name"
+        raise ConfigError(f"{path} was measured on {measured}, the bundle's have {heads[:12]}")
 
 
 def model_card(
@@ -90,7 +83,7 @@ def model_card(
         tags=TAGS,
         datasets=[trained_on] if trained_on and is_data_set(trained_on) else None,
         license=license,
-        model_name=name,
+        model_name=name if evaluation else None,
         eval_results=eval_results(evaluation) if evaluation else None,
     )
     parts = [
@@ -215,9 +208,8 @@ def thresholds(calibration: dict[str, Any], record: dict[str, Any]) -> str:
             rows.append((level, index, f"{threshold:.4f}", *known))
     columns = ["target accuracy", "head", "threshold (nats)", *(["coverage", "agreement"] if measured else [])]
     title = (
-        f"Agreement is the share of tokens where the head's choice is the backbone's; coverage the share that exits. On "
-        f"{calibration['calibration_samples']:,} sequences of `{calibration['calibration_dataset']}`"
-        f"{', held out from training' if measured else ''}."
+        "Agreement is the share of tokens where the head's choice is the backbone's; coverage the share that exits. On "
+        f"{calibration['calibration_samples']:,} sequences of `{calibration['calibration_dataset']}`."
     )
     parts = ["## Agreement and coverage", title]
     if heads:

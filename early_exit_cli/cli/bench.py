@@ -38,8 +38,9 @@ def command(resolved: Resolved, as_json: bool) -> None:
     with console.progress("measuring", total) as ticker:
         records, start_up = run_bench(config, backbone, bundle, prompts, encode, ticker.update)
     report = summarize(records, start_up, config, backbone)
+    report["environment"]["bundle"] = source.record()
     write_json(config.output_dir / "report.json", report)
-    write_json(config.output_dir / "run.json", run_record(resolved.rows(), bundle=source.record()))
+    write_json(config.output_dir / "run.json", run_record(resolved.rows(), bundle=report["environment"]["bundle"]))
     if plots.available():
         plots.draw_bench(report, records, config.output_dir / "bench.png")
     if as_json:

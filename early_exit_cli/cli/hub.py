@@ -23,10 +23,13 @@ def push(resolved: Resolved, as_json: bool) -> None:
     config = resolved.config
     if config.hub.repo_id is None:
         raise ConfigError("which repository?", hint="--repo-id ORG/NAME")
+    if config.bundle.calibration_path is not None:
+        raise ConfigError("push uploads the bundle's own calibration.json: leave --calibration-path out")
     bundle = check_bundle(bundle_folder(config.bundle))
     card = write_card(bundle, config.hub.repo_id, config.push)
-    for place in bundle.local_paths():
-        console.warn(f"this will be public, and means nothing on another machine: {place}")
+    places = bundle.local_paths()
+    if places:
+        console.warn(f"this will be seen by others, and names places of this machine: {'; '.join(places)}")
     with staged(bundle, card) as files:
         sizes = {name: path.stat().st_size for name, path in files.items()}
         result = None if config.push.dry_run else push_files(files, config.hub, config.push)
@@ -36,13 +39,9 @@ def push(resolved: Resolved, as_json: bool) -> None:
             | ({"card": card} if result is None else vars(result) | {"dry_run": False})
         )
     elif result is None:
-        console.table(
-            f"{bundle.folder} to {config.hub.repo_id}",
-            ["file", "bytes"],
-            [(name, f"{size:,}") for name, size in sizes.items()],
-            result=True,
-        )
+        console.table("", ["file", "bytes"], [(name, f"{size:,}") for name, size in sizes.items()], result=True)
         console.stream_text("\n" + card)
+        console.note(f"nothing was sent to {config.hub.repo_id}")
     elif result.changed:
         what = f"pull request: {result.pull_request}" if result.pull_request else f"commit {result.commit}"
         console.note(f"{config.hub.repo_id}: {what} ({', '.join(result.changed)})")

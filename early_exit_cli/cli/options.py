@@ -116,7 +116,7 @@ def configured(
                 )
         if argument is not None:
             name = argument.split(".")[1]
-            shown = typer.Argument(metavar=f"[{name.upper()}]", help=f"The same as --{name}.".replace("_", "-"))
+            shown = typer.Argument(metavar=name.upper(), help=f"The same as --{name}.".replace("_", "-"))
             parameters.insert(
                 0,
                 inspect.Parameter(
