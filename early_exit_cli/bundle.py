@@ -48,7 +48,7 @@ class BundleSource:
         """What results keep of it: where it is from, and which heads it held (SHA-256 of their file)."""
         heads = file_sha256(self.folder / HEADS_FILE)
         if self.repo_id is None or self.commit is None:
-            return {"folder": self.folder.name, "heads": heads}
+            return {"folder": self.folder.resolve().name, "heads": heads}
         return {"repo_id": self.repo_id, "commit": self.commit, "heads": heads}
 
 

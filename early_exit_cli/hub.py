@@ -104,15 +104,29 @@ def check_calibration(folder: Path, num_heads: int, record: dict[str, Any]) -> d
     if wrong:
         raise BundleError(f"{path}: {', '.join(wrong)} missing or unknown; DSSD's loader takes neither")
     heads = {str(head) for head in range(num_heads)}
-    others = [level for level, block in calibration["thresholds"].items() if set(block) != heads]
+    others = [level for level, block in calibration["thresholds"].items() if not has_keys(block, heads)]
     if others:
         raise BundleError(f"{path}: level {others[0]} has other heads than {', '.join(sorted(heads))}")
-    recorded = record.get("calibration", {}).get("heads", [])
     statistics = calibration["statistics"]
-    for index, head in enumerate(recorded):
-        if head.get("agreement") != statistics.get(str(index), {}).get("overall_accuracy"):
+    if not has_keys(statistics, heads) or not all(isinstance(found, dict) for found in statistics.values()):
+        raise BundleError(f"{path}: statistics must be of heads {', '.join(sorted(heads))}")
+    recorded = record.get("calibration")
+    if recorded is not None:
+        ours = [head.get("agreement") for head in recorded["heads"]] if is_calibration_record(recorded) else None
+        if ours != [statistics[str(head)].get("overall_accuracy") for head in range(num_heads)]:
             raise BundleError(f"{path} and {RECORD_FILE} are of different calibrations", hint="eexit calibrate")
     return calibration
+
+
+def has_keys(value: Any, keys: set[str]) -> bool:
+    """Whether this is a JSON object with exactly these keys."""
+    return isinstance(value, dict) and set(value) == keys
+
+
+def is_calibration_record(value: Any) -> bool:
+    """Whether this has the shape of what `eexit calibrate` puts into eexit.json."""
+    heads = value.get("heads") if isinstance(value, dict) else None
+    return isinstance(heads, list) and all(isinstance(head, dict) for head in heads)
 
 
 def absolute_paths(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

@@ -47,6 +47,10 @@ class UnreachableError(HubError):
     """No answer, or that of an overloaded server: it may be different in a moment."""
 
 
+class OfflineError(UnreachableError):
+    """There is no way to the Hub at all: trying again now is of no use."""
+
+
 class ConflictError(HubError):
     """The branch is not where it was."""
 
@@ -113,14 +117,14 @@ class Repository:
             )
             return Commit(info.oid, changed, info.pr_url)
 
-        def arrived() -> Commit | None:
-            if create_pr:
+        def arrived(fault: HubError) -> Commit | None:
+            if create_pr and not isinstance(fault, ConflictError):
                 raise HubError(
                     f"the connection broke; whether the pull request to {self.name} was opened is unknown",
                     hint=f"look at {self.url}/discussions before pushing again",
                 )
             head = self.head()
-            if head == parent:
+            if head == parent or create_pr:
                 return None
             if self._patiently(lambda: self._changes(files, head)):
                 raise ConflictError(f"somebody else committed to {self.name} meanwhile", hint="push again")
@@ -166,28 +170,29 @@ class Repository:
                 raise HubError(f"{error.message}, and {self.name} is not in its cache", hint=error.hint) from error
         return Path(folder), Path(folder).name
 
-    def _patiently(self, call: Callable[[], Result], arrived: Callable[[], Result | None] | None = None) -> Result:
-        """`call()`, tried again while the Hub is busy or the connection breaks; `arrived` says whether it worked after all.
+    def _patiently(
+        self, call: Callable[[], Result], arrived: Callable[[HubError], Result | None] | None = None
+    ) -> Result:
+        """`call()`, tried again while the Hub is busy or the connection breaks; `arrived` tells whether it worked after all.
 
         Raises:
             HubError
         """
-        wait = self.config.retry_wait
-        for tries_left in range(self.config.retries, -1, -1):
+        wait, tries_left = self.config.retry_wait, self.config.retries
+        while True:
             try:
                 with self._readable():
                     return call()
             except (UnreachableError, ConflictError) as error:
-                again = isinstance(error, UnreachableError) and tries_left > 0
+                again = isinstance(error, UnreachableError) and not isinstance(error, OfflineError) and tries_left > 0
                 if again:
                     time.sleep(wait)
-                    wait *= 2
-                done = arrived() if arrived else None
+                    wait, tries_left = wait * 2, tries_left - 1
+                done = arrived(error) if arrived else None
                 if done is not None:
                     return done
                 if not again:
                     raise
-        raise AssertionError("the last try returns or raises")
 
     @contextmanager
     def _readable(self) -> Iterator[None]:
@@ -195,12 +200,14 @@ class Repository:
         try:
             yield
         except OfflineModeIsEnabled as error:
-            raise UnreachableError(
+            raise OfflineError(
                 "HF_HUB_OFFLINE is set: the Hub is not asked", hint="HF_HUB_OFFLINE=0 eexit ..."
             ) from error
         except HfHubHTTPError as error:
             raise self._refusal(error) from error
         except (HTTPError, json.JSONDecodeError) as error:  # JSON: a gateway in between answered
+            if type(error).__name__ == "ConnectError":  # of httpx or httpx2, whichever the library uses
+                raise OfflineError(f"{self.api.endpoint} cannot be reached", hint="check the network") from error
             raise UnreachableError(
                 f"the connection to {self.api.endpoint} broke ({type(error).__name__})",
                 hint="the same command again: what has arrived is not sent twice",

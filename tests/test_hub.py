@@ -91,6 +91,9 @@ def remove(*names):
             change_thresholds(lambda r: r["statistics"]["0"].update(overall_accuracy=0.999)),
             "of different calibrations",
         ),
+        (change("eexit.json", calibration=[]), "of different calibrations"),
+        (change_thresholds(lambda r: r.update(statistics=[])), "statistics must be of heads 0, 1"),
+        (change_thresholds(lambda r: r["thresholds"].update({"0.50": 3})), "level 0.50 has other heads"),
     ],
 )
 def test_an_incomplete_bundle_is_refused_before_anything_is_sent(bundle, damage, words):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from early_exit_cli import console
@@ -34,10 +35,8 @@ def push(resolved: Resolved, as_json: bool) -> None:
         sizes = {name: path.stat().st_size for name, path in files.items()}
         result = None if config.push.dry_run else push_files(files, config.hub, config.push)
     if as_json:
-        console.emit_json(
-            {"repo_id": config.hub.repo_id, "files": sizes}
-            | ({"card": card} if result is None else vars(result) | {"dry_run": False})
-        )
+        sent = {"card": card} if result is None else asdict(result)
+        console.emit_json({"repo_id": config.hub.repo_id, "dry_run": result is None, "files": sizes, **sent})
     elif result is None:
         console.table("", ["file", "bytes"], [(name, f"{size:,}") for name, size in sizes.items()], result=True)
         console.stream_text("\n" + card)

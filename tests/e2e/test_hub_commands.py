@@ -224,6 +224,7 @@ def test_a_lost_pull_request_is_not_opened_twice(hub, push, repo):
         (Fault("POST", "/commit/", 503, times=MANY), {}, "the Hub is busy (503)", "the same command later"),
         (Fault("POST", "/commit/", "reset", times=MANY), {}, "broke", "the same command again"),
         (Fault("POST", "/commit/", 413), {}, "the Hub answered 413", ""),
+        (Fault("GET", "/api/models/", 404), {}, "the Hub has no org/", "hf auth login"),
     ],
 )
 def test_a_refusal_is_one_line_with_a_hint(hub, push, repo, fault, options, words, hint):
@@ -369,12 +370,17 @@ def test_a_pickle_with_code_is_refused_on_the_way(hub, repo, terminal, linear_bu
     assert not (tmp_path / "touched").exists()
 
 
-def test_offline_says_so(linear_bundle, terminal, tmp_path):
-    shutil.copytree(linear_bundle, tmp_path / "heads")
-    command = [sys.executable, "-m", "early_exit_cli", "push", "--repo-id", "org/x", str(tmp_path / "heads")]
-    environment = terminal.environment | {"HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(
-        [*command, "--retry-wait", "0"], capture_output=True, text=True, env=environment, timeout=120
-    )
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"),
+        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "http://127.0.0.1:9 cannot be reached"),
+    ],
+)
+def test_no_way_to_the_hub_is_said_at_once(terminal, changed, words):
+    command = [sys.executable, "-m", "early_exit_cli", "pull", "org/heads", "--retry-wait", "1000"]
+    environment = terminal.environment | changed
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert result.returncode == 1
-    assert "HF_HUB_OFFLINE is set" in result.stderr
+    assert words in result.stderr
+    assert "org/heads is not in its cache" in result.stderr
