@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from early_exit_cli import __version__
-from early_exit_cli.errors import BundleError
+from early_exit_cli.errors import BundleError, ConfigError
 
 RECORDED_PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "datasets", "safetensors")
 
@@ -94,6 +94,16 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_new_folder(path: Path) -> None:
+    """Refuse to write over what is there.
+
+    Raises:
+        ConfigError: a file, or a folder that holds something.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(f"{path} exists and is not empty", hint="name a new folder")
 
 
 def sha256_of(*parts: bytes | str) -> str:

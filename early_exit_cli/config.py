@@ -7,13 +7,15 @@ the reference page and validation all derive from it. `cli.options` turns a fiel
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 EMBEDDED_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SHIPPED_BUNDLE = "smollm2-135m"
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 DEFAULT_ACCURACY_LEVELS = [0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.99]
 
 Quantization = Literal["4bit", "8bit", "none"]
@@ -209,7 +211,8 @@ class BundleConfig(Section):
 
     bundle: str = setting(
         SHIPPED_BUNDLE,
-        f"Bundle folder, or its config.json; {SHIPPED_BUNDLE} is the one that comes with the program.",
+        f"Bundle folder, or its config.json; {SHIPPED_BUNDLE}, which comes with the program; or a Hub id, ORG/NAME or "
+        "ORG/NAME@REVISION.",
         aliases=("--config-path",),
     )
     calibration_path: Path | None = setting(None, "Another calibration.json than the bundle's own.")
@@ -301,6 +304,52 @@ class ExportConfig(Section):
     draft_tokens: int = setting(3, "Tokens of one draft that the configuration asks of an engine.", ge=1)
 
 
+def _repo_id(value: str) -> str:
+    if HUB_ID.fullmatch(value) is None:
+        raise ValueError("write it as ORG/NAME")
+    return value
+
+
+RepoId = Annotated[str, AfterValidator(_repo_id)]
+
+
+class HubConfig(Section):
+    """Where on the Hub, and how patiently."""
+
+    repo_id: RepoId | None = setting(None, "Repository on the Hub: ORG/NAME.")
+    revision: str | None = setting(
+        None, "Pull: branch, tag or commit. Push: branch, made where it is missing. Default: main."
+    )
+    retries: int = setting(4, "Further tries when the Hub is busy (5xx) or a connection breaks.", ge=0)
+    retry_wait: float = setting(1.0, "Seconds before the first further try; twice as long before each next.", ge=0.0)
+
+
+class PushConfig(Section):
+    """What to upload, and how."""
+
+    private: bool = setting(False, "Create the repository as a private one; an existing public one is refused.")
+    create_pr: bool = setting(False, "Open a pull request instead of committing to the branch.")
+    dry_run: bool = setting(False, "List the files, print the model card, send nothing.")
+    evaluation: Path | None = setting(None, "Record of eexit evaluate --output-path; its numbers go into the card.")
+    bench: Path | None = setting(None, "report.json of eexit bench; its numbers go into the card.")
+    license: str | None = setting(
+        None, "License of the heads, as the Hub names it (apache-2.0). Default: none is named."
+    )
+
+
+class PullConfig(Section):
+    """Where a pulled bundle goes."""
+
+    output_dir: Path | None = setting(None, "Copy the bundle to this new folder. Default: it stays in the Hub's cache.")
+
+
+class DssdConfig(Section):
+    """Bundles of DSSD."""
+
+    folder: Path | None = setting(None, "Folder with DSSD's aux_heads.pt, config.json and, if any, calibration.json.")
+    output_dir: Path | None = setting(None, "New folder of the bundle.")
+
+
 class Config(Section):
     """The whole tree; a YAML file holds any part of it."""
 
@@ -315,3 +364,7 @@ class Config(Section):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     bench: BenchConfig = Field(default_factory=BenchConfig)
     export: ExportConfig = Field(default_factory=ExportConfig)
+    hub: HubConfig = Field(default_factory=HubConfig)
+    push: PushConfig = Field(default_factory=PushConfig)
+    pull: PullConfig = Field(default_factory=PullConfig)
+    dssd: DssdConfig = Field(default_factory=DssdConfig)

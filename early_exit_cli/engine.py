@@ -1,12 +1,8 @@
-"""`EarlyExitModel`: a backbone, its block runner, its heads and their thresholds; and the bundle on disk.
-
-A bundle is a folder: `config.json` and `calibration.json` as DSSD reads them, `heads.safetensors`, `aux_heads.pt` when
-the heads are linear, `lookahead.safetensors` where it has a lookahead head, and `eexit.json` with everything else we know: the backbone's fingerprint, the kind of head, the
-training and calibration records.
-"""
+"""`EarlyExitModel`: a backbone, its block runner, its heads and their thresholds, loaded from a bundle and saved as one."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -20,33 +16,26 @@ from torch import Tensor
 from early_exit_cli.artifacts import fingerprint_differences, read_json, write_atomic, write_json
 from early_exit_cli.backbone import Backbone, Readout, load_backbone
 from early_exit_cli.blocks import LARGEST_WIDTH, PREFILL_WIDTH, Blocks, KVCache
-from early_exit_cli.config import SHIPPED_BUNDLE, BackboneConfig, BundleConfig
+from early_exit_cli.bundle import (
+    CALIBRATION_FILE,
+    CONFIG_FILE,
+    DSSD_HEADS_FILE,
+    FORMAT_VERSION,
+    HEADS_FILE,
+    LOOKAHEAD_FILE,
+    RECORD_FILE,
+    BundleSource,
+    kind_of_heads,
+    lookahead_layers,
+    read_bundle_config,
+)
+from early_exit_cli.config import HUB_ID, SHIPPED_BUNDLE, BackboneConfig, BundleConfig, HubConfig
 from early_exit_cli.data import Batch
-from early_exit_cli.errors import BundleError, ConfigError, NumericsError
+from early_exit_cli.errors import BundleError, ConfigError, HubError, NumericsError
 from early_exit_cli.gating import Thresholds, entropy, level_key
 from early_exit_cli.heads import ExitHeads, load_heads
 from early_exit_cli.lookahead import LookaheadHead, load_lookahead
 from early_exit_cli.runners import make_blocks
-
-FORMAT_VERSION = 1
-CONFIG_FILE, CALIBRATION_FILE, HEADS_FILE, DSSD_HEADS_FILE, LOOKAHEAD_FILE, RECORD_FILE = (
-    "config.json",
-    "calibration.json",
-    "heads.safetensors",
-    "aux_heads.pt",
-    "lookahead.safetensors",
-    "eexit.json",
-)
-CONFIG_KEYS = {
-    "model_name": str,
-    "num_heads": int,
-    "head_layer_indices": list,
-    "quantization": str,
-    "hidden_size": int,
-    "vocab_size": int,
-    "num_hidden_layers": int,
-}
-
 
 See = Callable[[list[int], list[Tensor]], None]
 
@@ -147,47 +136,42 @@ def require_finite(best_logits: Tensor) -> None:
         )
 
 
-def bundle_folder(config: BundleConfig) -> Path:
-    """The folder a bundle setting names: a folder, its config.json, or the shipped bundle.
+def bundle_source(config: BundleConfig) -> BundleSource:
+    """Where the bundle of a setting is: an existing folder or its config.json, the shipped bundle, or a Hub id.
+
+    A Hub id is downloaded once a process, so that all who ask see the same commit.
 
     Raises:
         BundleError: nothing there.
+        HubError: a Hub id that cannot be had.
     """
     path = Path(config.bundle).expanduser()
     if path.name == CONFIG_FILE:
         path = path.parent
     if path.is_dir():
-        return path
+        return BundleSource(path)
     shipped = Path(__file__).parent / "bundles" / config.bundle
     if config.bundle == SHIPPED_BUNDLE and shipped.is_dir():
-        return shipped
+        return BundleSource(shipped)
+    repo_id, _, revision = config.bundle.partition("@")
+    if HUB_ID.fullmatch(repo_id):
+        try:
+            return _from_hub(repo_id, revision or None)
+        except HubError as error:
+            raise HubError(f"no folder {config.bundle}, and as a Hub id: {error.message}", hint=error.hint) from error
     raise BundleError(f"no bundle at {config.bundle}", hint="make one with eexit train")
 
 
-def read_bundle_config(folder: Path) -> dict[str, Any]:
-    """config.json of a bundle, with the seven keys that DSSD's loader requires.
+@functools.cache
+def _from_hub(repo_id: str, revision: str | None) -> BundleSource:
+    from early_exit_cli.pull import pull  # the Hub's client is loaded only where a Hub id is named
 
-    Raises:
-        BundleError: a key missing, of another type, or heads out of range.
-    """
-    path = folder / CONFIG_FILE
-    config = read_json(path)
-    for key, kind in CONFIG_KEYS.items():
-        if key not in config:
-            raise BundleError(f"{path} has no {key!r}")
-        if not isinstance(config[key], kind) or isinstance(config[key], bool):
-            raise BundleError(f"{path}: {key} must be {kind.__name__}, found {config[key]!r}")
-    layers = config["head_layer_indices"]
-    depth = config["num_hidden_layers"]
-    if (
-        len(layers) != config["num_heads"]
-        or any(not isinstance(layer, int) or not 0 <= layer < depth for layer in layers)
-        or sorted(set(layers)) != layers
-    ):
-        raise BundleError(
-            f"{path}: head_layer_indices {layers} must be {config['num_heads']} ascending blocks between 0 and {depth - 1}"
-        )
-    return config
+    return pull(HubConfig(repo_id=repo_id, revision=revision))
+
+
+def bundle_folder(config: BundleConfig) -> Path:
+    """The folder of `bundle_source`."""
+    return bundle_source(config).folder
 
 
 def read_thresholds(path: Path, num_heads: int) -> Thresholds:
@@ -231,16 +215,10 @@ def load_model(
     model.record = read_json(folder / RECORD_FILE)
     check_fingerprint(config, model.record, backbone, folder)
     if config["num_heads"]:
-        heads = model.record.get("heads", {})
-        model.heads = load_heads(
-            folder / HEADS_FILE,
-            backbone,
-            heads.get("kind", "linear"),
-            config["head_layer_indices"],
-            int(heads.get("rank", 0)),
-        )
+        kind, rank = kind_of_heads(model.record, folder / RECORD_FILE)
+        model.heads = load_heads(folder / HEADS_FILE, backbone, kind, config["head_layer_indices"], rank)
     if "lookahead" in model.record:
-        layers = [int(layer) - 1 for layer in model.record["lookahead"]["exit_layers"]]
+        layers = lookahead_layers(model.record, folder / RECORD_FILE)
         model.lookahead = load_lookahead(folder / LOOKAHEAD_FILE, backbone, layers)
     calibration = bundle.calibration_path or folder / CALIBRATION_FILE
     if with_thresholds and (bundle.calibration_path or calibration.exists()):

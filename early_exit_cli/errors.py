@@ -52,6 +52,10 @@ class CacheError(EexitError):
     """A cache of hidden states that is damaged, incomplete, made otherwise, or too large for the disk."""
 
 
+class HubError(EexitError):
+    """The Hub cannot be reached, refuses, or does not hold what was asked for."""
+
+
 class TargetMissedError(EexitError):
     """A demanded quality was not reached (`--strict`)."""
 

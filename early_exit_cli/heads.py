@@ -7,7 +7,7 @@ cut down to a draft vocabulary. An adapter of rank 576 on SmolLM2 is 1.3 MB wher
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -169,11 +169,50 @@ class ExitHeads(nn.Module):
         }
 
 
-def read_tensors(path: Path, readout: Readout) -> tuple[dict[str, Tensor], Tensor | None]:
-    """The weights in a file of heads, and their draft vocabulary [draft vocab] int64 where there is one.
+def head_shapes(kind: str, num_heads: int, hidden_size: int, vocab_size: int, rank: int) -> dict[str, list[int]]:
+    """Names and shapes of all tensors of a set of heads.
 
     Raises:
-        BundleError: missing or damaged file, NaN or infinite weights, a draft vocabulary beyond the backbone's.
+        BundleError: an unknown kind.
+    """
+    kinds = {
+        "linear": {"norm.weight": [hidden_size], "linear.weight": [vocab_size, hidden_size]},
+        "adapter": {
+            "norm.weight": [hidden_size],
+            "down.weight": [rank, hidden_size],
+            "up.weight": [hidden_size, rank],
+        },
+    }
+    if kind not in kinds:
+        raise BundleError(f"heads of kind {kind!r} are unknown here; known: {', '.join(kinds)}")
+    return {f"{head}.{name}": shape for head in range(num_heads) for name, shape in kinds[kind].items()}
+
+
+def require_tensors(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, list[int]]) -> None:
+    """Refuse any other names and shapes, and weights that are NaN or infinite.
+
+    Raises:
+        BundleError
+    """
+    for name, shape in shapes.items():
+        found = tensors.get(name)
+        if found is None or list(found.shape) != shape:
+            raise BundleError(f"{path}: {name} should be {shape}, found {None if found is None else list(found.shape)}")
+        if not found.is_floating_point() or not torch.isfinite(found).all():
+            raise BundleError(f"{path}: {name} holds NaN or infinity, or no floats")
+    unknown = sorted(set(tensors) - set(shapes))
+    if unknown:
+        raise BundleError(f"{path}: {len(tensors)} tensors where {len(shapes)} belong; {unknown[0]} is none of them")
+
+
+def read_tensors(path: Path, vocab_size: int) -> tuple[dict[str, Tensor], Tensor | None]:
+    """All tensors of a file of heads, whatever they are.
+
+    Returns:
+        (tensors by name, the draft vocabulary [draft vocab] int64 where there is one).
+
+    Raises:
+        BundleError: missing or damaged file, a draft vocabulary beyond the backbone's.
     """
     if not path.is_file():
         raise BundleError(f"no file {path}", hint="a bundle is made by eexit train")
@@ -183,37 +222,34 @@ def read_tensors(path: Path, readout: Readout) -> tuple[dict[str, Tensor], Tenso
     except (SafetensorError, OSError) as error:
         raise BundleError(f"{path} is damaged: {error}") from error
     draft_vocab = tensors.pop(DRAFT_VOCAB, None)
-    for name, value in tensors.items():
-        if not torch.isfinite(value).all():
-            raise BundleError(f"{path}: {name} holds NaN or infinity")
     if draft_vocab is not None:
         draft_vocab = draft_vocab.to(torch.int64)
-        if draft_vocab.ndim != 1 or draft_vocab.min() < 0 or draft_vocab.max() >= readout.vocab_size:
-            raise BundleError(f"{path}: draft_vocab holds tokens outside the backbone's {readout.vocab_size}")
+        if draft_vocab.ndim != 1 or not draft_vocab.numel() or draft_vocab.min() < 0 or draft_vocab.max() >= vocab_size:
+            raise BundleError(f"{path}: draft_vocab holds tokens outside the backbone's {vocab_size}")
+    return tensors, draft_vocab
+
+
+def read_heads(
+    path: Path, kind: str, num_heads: int, hidden_size: int, vocab_size: int, rank: int
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Read heads.safetensors strictly: as `read_tensors`, and names and shapes are those of the kind.
+
+    Raises:
+        BundleError: names or shapes that do not fit, NaN or infinite weights.
+    """
+    tensors, draft_vocab = read_tensors(path, vocab_size)
+    require_tensors(path, tensors, head_shapes(kind, num_heads, hidden_size, vocab_size, rank))
     return tensors, draft_vocab
 
 
 def load_heads(path: Path, readout: Readout, kind: str, layers: Sequence[int], rank: int) -> ExitHeads:
-    """Read heads.safetensors strictly.
+    """Heads for this backbone, frozen.
 
     Raises:
-        BundleError: as `read_tensors`; names or shapes that do not fit.
+        BundleError: as `read_heads`.
     """
-    tensors, draft_vocab = read_tensors(path, readout)
+    tensors, draft_vocab = read_heads(path, kind, len(layers), readout.hidden_size, readout.vocab_size, rank)
     heads = ExitHeads(readout, kind, layers, rank, draft_vocab)
-    expected = {name: value.shape for name, value in heads.state_dict().items() if name != DRAFT_VOCAB}
-    for name, shape in expected.items():
-        found = tensors.get(name.removeprefix("heads."))
-        if found is None or found.shape != shape:
-            raise BundleError(
-                f"{path}: {name.removeprefix('heads.')} should be {list(shape)}, found {None if found is None else list(found.shape)}"
-            )
-    if len(tensors) != len(expected):
-        raise BundleError(f"{path}: {len(tensors)} tensors where {len(expected)} belong to {len(layers)} {kind} heads")
-    heads.load_state_dict(
-        {
-            **{f"heads.{name}": value for name, value in tensors.items()},
-            **({DRAFT_VOCAB: draft_vocab} if draft_vocab is not None else {}),
-        }
-    )
+    state = {f"heads.{name}": value for name, value in tensors.items()}
+    heads.load_state_dict(state | ({} if draft_vocab is None else {DRAFT_VOCAB: draft_vocab}))
     return heads.to(readout.device, readout.dtype).requires_grad_(False)

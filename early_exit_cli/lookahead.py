@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from early_exit_cli.artifacts import write_atomic
 from early_exit_cli.backbone import LastBlock, Readout
-from early_exit_cli.errors import BundleError
-from early_exit_cli.heads import DRAFT_VOCAB, read_tensors
+from early_exit_cli.heads import DRAFT_VOCAB, read_tensors, require_tensors
 from early_exit_cli.states import Prediction, States
 
 
@@ -222,16 +221,11 @@ def load_lookahead(path: Path, readout: Readout, layers: Sequence[int]) -> Looka
     """Read lookahead.safetensors strictly.
 
     Raises:
-        BundleError: as `heads.read_tensors`; names or shapes that do not fit.
+        BundleError: damaged, or names or shapes that do not fit, NaN or infinite weights.
     """
-    tensors, draft_vocab = read_tensors(path, readout)
+    tensors, draft_vocab = read_tensors(path, readout.vocab_size)
     head = LookaheadHead(readout, layers, draft_vocab)
-    expected = {name: value.shape for name, value in head.state_dict().items() if name != DRAFT_VOCAB}
-    found = {name: value.shape for name, value in tensors.items()}
-    if found != expected:
-        differing = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
-        raise BundleError(
-            f"{path}: {differing[0]} should be {expected.get(differing[0])}, found {found.get(differing[0])}"
-        )
+    shapes = {name: list(value.shape) for name, value in head.state_dict().items() if name != DRAFT_VOCAB}
+    require_tensors(path, tensors, shapes)
     head.load_state_dict(tensors if draft_vocab is None else {**tensors, DRAFT_VOCAB: draft_vocab})
     return head.to(readout.device, readout.dtype).requires_grad_(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from transformers import (
 
 from early_exit_cli.backbone import Backbone, embedded_gguf, load_backbone
 from early_exit_cli.blocks import HFBlocks
+from early_exit_cli.cli.app import app
 from early_exit_cli.config import BackboneConfig
 from early_exit_cli.engine import EarlyExitModel
 from early_exit_cli.fused_blocks import FusedBlocks
@@ -138,6 +140,24 @@ def tiny_model(tiny_backbone):
         return EarlyExitModel(backbone, blocks, heads)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def linear_bundle(tmp_path_factory, tiny_folder):
+    """Two linear heads of the tiny Llama, trained for two steps and calibrated by the commands."""
+    folder = tmp_path_factory.mktemp("linear")
+    text, bundle = folder / "text.jsonl", folder / "heads"
+    rows = [{"text": f"line {i} of the text says that {i} times {i} is {i * i}. " * 3} for i in range(60)]
+    text.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    backbone = ["--model-name", tiny_folder("llama"), "--quantization", "none"]
+    data = ["--dataset-name", text, "--max-length", 64, "--holdout", 0.3]
+    commands: list[list] = [
+        ["train", *backbone, *data, "--head", "linear", "--num-heads", 2, "--max-steps", 2, "--output-dir", bundle],
+        ["calibrate", "--bundle", bundle, "--accuracy-levels", "0.1,0.3,0.9"],
+    ]
+    for command in commands:
+        app([str(word) for word in command], standalone_mode=False)
+    return bundle
 
 
 @pytest.fixture(scope="session")

@@ -23,10 +23,16 @@ MAY_IMPORT = {
     "runners": {"backbone", "blocks", "fused_blocks", "lm_head", "artifacts"},
     "heads": {"artifacts", "backbone"},
     "gating": set(),
+    "bundle": {"artifacts"},
+    "hub_client": {"artifacts"},
+    "dssd": {"artifacts", "bundle", "heads"},
+    "pull": {"artifacts", "bundle", "dssd", "hub_client"},
     "states": {"backbone", "data"},
     "lookahead": {"artifacts", "backbone", "heads", "states"},
     "speculators_export": {"artifacts", "backbone", "heads", "lookahead"},
-    "engine": {"backbone", "blocks", "runners", "data", "heads", "lookahead", "gating", "artifacts"},
+    "engine": {
+        *("backbone", "blocks", "runners", "data", "heads", "lookahead", "gating", "artifacts", "bundle", "pull"),
+    },
     "cache": {"artifacts", "backbone"},
     "extraction": {"backbone", "cache", "data", "states", "artifacts"},
     "cached_states": {"cache", "data", "states", "artifacts"},
@@ -46,8 +52,10 @@ MAY_IMPORT = {
     "bench_methods": {"backbone", "blocks", "engine", "costs", "drafters", "decoding"},
     "bench": {"artifacts", "bench_methods", "decoding"},
     "evaluation": {"engine", "decoding", "drafters", "data", "artifacts"},
+    "model_card": {"artifacts", "bundle"},
+    "hub": {"artifacts", "bundle", "dssd", "engine", "heads", "hub_client", "model_card"},
 }
-NEVER_TORCH = ("errors", "config", "resolve", "artifacts", "console", "plots")
+NEVER_TORCH = ("errors", "config", "resolve", "artifacts", "console", "plots", "bundle", "hub_client", "model_card")
 
 
 def imports(path: Path) -> set[str]:

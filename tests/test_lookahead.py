@@ -176,7 +176,7 @@ def test_survival_is_the_logistic_that_made_the_sample():
     assert fitted.intercept == pytest.approx(2.0, abs=0.1)
     assert fitted.slope == pytest.approx(-1.5, abs=0.06)
     assert fitted.mean == pytest.approx(float(agreed.double().mean()))
-    assert fitted.at(0.0) == pytest.approx(1 / (1 + 2.718281828 ** -fitted.intercept))
+    assert fitted.at(0.0) == pytest.approx(1 / (1 + 2.718281828**-fitted.intercept))
 
 
 def test_lookup_chances_count_answers_only():
@@ -238,7 +238,8 @@ def test_it_joins_a_bundle_of_the_same_backbone_only(tmp_path, tiny_backbone):
 
 
 @pytest.mark.parametrize(
-    "damaged", [{"lookup": [0.5] * 6}, {"lookup": [0.5], "lookahead": []}, {"lookup": [0.5] * 6, "lookahead": [{"a": 1}]}]
+    "damaged",
+    [{"lookup": [0.5] * 6}, {"lookup": [0.5], "lookahead": []}, {"lookup": [0.5] * 6, "lookahead": [{"a": 1}]}],
 )
 def test_a_damaged_policy_is_refused(damaged):
     with pytest.raises(BundleError, match="drafting record is damaged"):

@@ -11,7 +11,7 @@ import sys
 import typer
 
 from early_exit_cli import __version__, console
-from early_exit_cli.cli import bench, cache, calibrate, evaluate, export, infer, train
+from early_exit_cli.cli import bench, cache, calibrate, evaluate, export, hub, infer, train
 from early_exit_cli.errors import EexitError
 
 app = typer.Typer(
@@ -28,6 +28,9 @@ app.command("calibrate", help="Fit entropy thresholds for each head and target a
 app.command("evaluate", help="Measure the heads on text.")(evaluate.command)
 app.command("export", help="Write the lookahead head for vLLM and SGLang.")(export.command)
 app.command("bench", help="Measure methods side by side on a set of prompts.")(bench.command)
+app.command("push", help="Upload a bundle to the Hub, in one commit, with a model card.")(hub.push)
+app.command("pull", help="Download a bundle from the Hub.")(hub.pull)
+app.command("import", help="Make a bundle of heads that DSSD's own program trained.")(hub.import_)
 
 states = typer.Typer(
     help="Hidden states on disk: extract once, train many times.", no_args_is_help=True, rich_markup_mode=None

@@ -19,6 +19,7 @@ def command(resolved: Resolved, as_json: bool) -> None:
     from early_exit_cli.bench_methods import check_methods
     from early_exit_cli.cli.shared import backbone_of_bundle
     from early_exit_cli.data import read_prompts
+    from early_exit_cli.engine import bundle_source
     from early_exit_cli.errors import ConfigError
 
     config = resolved.config.bench
@@ -30,13 +31,16 @@ def command(resolved: Resolved, as_json: bool) -> None:
     check_methods(config.methods)
     prompts = select_prompts(read_prompts(config.prompts), config)
     backbone = backbone_of_bundle(resolved)
+    source = bundle_source(resolved.config.bundle)
+    bundle = resolved.config.bundle.model_copy(update={"bundle": str(source.folder)})  # one commit for all workers
     encode = load_tokenizer(backbone)
     total = len(prompts) * len(config.methods) * config.repeats
     with console.progress("measuring", total) as ticker:
-        records, start_up = run_bench(config, backbone, resolved.config.bundle, prompts, encode, ticker.update)
+        records, start_up = run_bench(config, backbone, bundle, prompts, encode, ticker.update)
     report = summarize(records, start_up, config, backbone)
+    report["environment"]["bundle"] = source.record()
     write_json(config.output_dir / "report.json", report)
-    write_json(config.output_dir / "run.json", run_record(resolved.rows()))
+    write_json(config.output_dir / "run.json", run_record(resolved.rows(), bundle=report["environment"]["bundle"]))
     if plots.available():
         plots.draw_bench(report, records, config.output_dir / "bench.png")
     if as_json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from early_exit_cli import console
 from early_exit_cli.cli.options import configured
+from early_exit_cli.errors import ConfigError
 from early_exit_cli.resolve import Resolved
 
 
@@ -12,11 +13,17 @@ def command(resolved: Resolved, as_json: bool) -> None:
     """Fit an entropy threshold for each head and target accuracy on held-out text."""
     from early_exit_cli.calibration import calibrate, calibration_json, save_calibration
     from early_exit_cli.cli.shared import backbone_of_bundle, dataset_label, held_out_batches
-    from early_exit_cli.engine import CALIBRATION_FILE, bundle_folder, load_model
+    from early_exit_cli.engine import CALIBRATION_FILE, bundle_source, load_model
     from early_exit_cli.gating import level_key
 
     config = resolved.config
-    folder = bundle_folder(config.bundle)
+    source = bundle_source(config.bundle)
+    if source.repo_id:
+        raise ConfigError(
+            f"calibration writes into the bundle, and {source.repo_id} is one of the Hub",
+            hint=f"eexit pull {source.repo_id} --output-dir FOLDER, then eexit calibrate --bundle FOLDER",
+        )
+    folder = source.folder
     model = load_model(backbone_of_bundle(resolved), config.bundle, with_thresholds=False)
     batches, data = held_out_batches(resolved, model, "calibrate", config.calibration.num_samples)
     sequences = sum(batch.input_ids.shape[0] for batch in batches)

@@ -11,19 +11,24 @@ from early_exit_cli.resolve import Resolved
 @configured("bundle", "backbone", "data", "evaluation")
 def command(resolved: Resolved, as_json: bool) -> None:
     """Measure each head against the text and against the backbone."""
-    from early_exit_cli.cli.shared import backbone_of_bundle, held_out_batches
-    from early_exit_cli.engine import load_model
+    from early_exit_cli.cli.shared import backbone_of_bundle, dataset_label, held_out_batches
+    from early_exit_cli.engine import bundle_source, load_model
     from early_exit_cli.evaluation import evaluate
 
     config = resolved.config
     model = load_model(backbone_of_bundle(resolved), config.bundle, with_thresholds=False)
-    batches, _ = held_out_batches(resolved, model, "calibrate", config.evaluation.num_samples)
+    batches, data = held_out_batches(resolved, model, "calibrate", config.evaluation.num_samples)
     with console.progress("evaluating", sum(batch.input_ids.shape[0] for batch in batches)) as ticker:
         result = evaluate(model, batches, ticker.update)
+    record = {
+        **result.record(),
+        "dataset": dataset_label(data),
+        "bundle": bundle_source(config.bundle).record(),
+    }
     if config.evaluation.output_path:
-        write_json(config.evaluation.output_path, result.record())
+        write_json(config.evaluation.output_path, record)
     if as_json:
-        console.emit_json(result.record())
+        console.emit_json(record)
         return
     depth = model.blocks.num_blocks
     rows = [

@@ -31,6 +31,7 @@ SWEEPABLE = {
 }
 """Settings of which one run may train several values: none of them changes the states that heads see."""
 
+ARGUMENT = "argument_"
 CONFIG = typer.Option("--config", help="YAML file with any part of the settings.", rich_help_panel="Settings")
 SET = typer.Option(
     "--set",
@@ -80,10 +81,13 @@ def _help(field: FieldInfo) -> str:
     return " ".join(parts)
 
 
-def configured(*names: str, sweeps: bool = False) -> Callable[[Callable[..., None]], Command]:
+def configured(
+    *names: str, sweeps: bool = False, argument: str | None = None
+) -> Callable[[Callable[..., None]], Command]:
     """Give a command the flags of the sections `names`; it is called with the `Resolved` settings.
 
-    With `sweeps`, it is called with a list of them: `--set heads.rank=[64,256]` makes two.
+    With `sweeps`, it is called with a list of them: `--set heads.rank=[64,256]` makes two. `argument` is a setting
+    (dotted) that may also be given without its flag.
     """
 
     def decorate(function: Callable[..., None]) -> Command:
@@ -110,6 +114,15 @@ def configured(*names: str, sweeps: bool = False) -> Callable[[Callable[..., Non
                         annotation=Annotated[kind | None, option],
                     )
                 )
+        if argument is not None:
+            name = argument.split(".")[1]
+            shown = typer.Argument(metavar=name.upper(), help=f"The same as --{name}.".replace("_", "-"))
+            parameters.insert(
+                0,
+                inspect.Parameter(
+                    ARGUMENT, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, shown]
+                ),
+            )
         fixed: list[tuple[str, Any, Any]] = [
             ("config", Annotated[Path | None, CONFIG], None),
             ("set_", Annotated[list[str] | None, SET], None),
@@ -125,7 +138,12 @@ def configured(*names: str, sweeps: bool = False) -> Callable[[Callable[..., Non
         def command(**values: Any) -> None:
             path, assignments, show = values.pop("config"), values.pop("set_"), values.pop("show_config")
             as_json = values.pop("json_")
+            given = values.pop(ARGUMENT, None)
             flags = {key: (values[name], flag) for name, (key, flag) in keys.items() if values[name] is not None}
+            if argument is not None and given is not None:
+                if argument in flags:
+                    raise ConfigError(f"{given!r} is given beside {flags[argument][1]} {flags[argument][0]!r}")
+                flags[argument] = (given, argument.split(".")[1].upper())
             flags |= parse_assignments(assignments or [])
             variants = sweep(flags, path) if sweeps else [resolve(flags, path)]
             if show:
