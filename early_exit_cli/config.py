@@ -289,7 +289,7 @@ class BenchConfig(Section):
 
 def _repo_id(value: str) -> str:
     if HUB_ID.fullmatch(value) is None:
-        raise ValueError("write it as ORG/NAME")
+        raise ValueError("write it as ORG/NAME; a revision goes into --revision")
     return value
 
 
