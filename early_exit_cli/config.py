@@ -306,7 +306,7 @@ class ExportConfig(Section):
 
 def _repo_id(value: str) -> str:
     if HUB_ID.fullmatch(value) is None:
-        raise ValueError("write it as ORG/NAME")
+        raise ValueError("write it as ORG/NAME; a revision goes into --revision")
     return value
 
 

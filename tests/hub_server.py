@@ -14,6 +14,7 @@ import json
 import re
 import socket
 import struct
+import sys
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -77,9 +78,7 @@ class HubServer(ThreadingHTTPServer):
 
     def handle_error(self, request, client_address) -> None:
         """A client that goes away is none of our errors; anything else is a fault of this server and must be seen."""
-        import sys
-
-        if not isinstance(sys.exc_info()[1], ConnectionError | OSError):
+        if not isinstance(sys.exc_info()[1], OSError):
             super().handle_error(request, client_address)
 
     def make_repo(self, repo_id: str, files: dict[str, bytes] | None = None, private: bool = False) -> Repo:
