@@ -17,10 +17,10 @@ from early_exit_cli.palette import decider_of, look
 Record = dict[str, Any]
 """As `decoding.token_record`, `decoding.round_records` and `Generation.record` make them."""
 
-CELL, GAP = 9, 2
+CELL, GAP = 12, 3
 """Pixels of a token in the timeline, and between two."""
 CHART = (760, 230)
-MARGIN = (44, 12, 118, 30)
+MARGIN = (40, 26, 92, 28)
 """Pixels around the plot: left, top, right, bottom."""
 
 
@@ -28,7 +28,8 @@ def render_page(record: Record) -> str:
     """The page.
 
     Args:
-        record: model, quantization, num_blocks, exit_layers, accuracy_level, prompt, prompt_tokens, processor, version;
+        record: model, quantization, num_blocks, exit_layers, accuracy_level (None where the method's name says it), prompt,
+            prompt_tokens, processor, version;
             `methods`, name -> record of an answer, with speedup, identical and bit_exact where it was compared; `shown`,
             the method whose `rounds` are drawn.
     """
@@ -56,8 +57,13 @@ def _tip(lines: Iterable[str]) -> str:
     return f'data-tip="{_text(chr(10).join(lines))}"'
 
 
+def _visible(text: str) -> str:
+    """A token's text on one line."""
+    return text.replace("\n", "↵").replace("\t", "⇥")
+
+
 def _quoted(text: str) -> str:
-    return "“" + text.replace("\n", "↵").replace("\t", "⇥") + "”"
+    return f"“{_visible(text)}”"
 
 
 def _share(value: float | None) -> str:
@@ -108,7 +114,7 @@ def _header(record: Record) -> str:
     headline = f"{stats['tokens_per_second']:.0f} tokens a second"
     badges = []
     if "speedup" in shown:
-        headline = f"{shown['speedup']:.2f}× as fast"
+        headline = f"{shown['speedup']:.2f}× as fast as the model alone"
         badges.append(_same_badge(shown))
     if shown["lossless"]:
         badges.append(("good", "every token verified by the model"))
@@ -116,6 +122,8 @@ def _header(record: Record) -> str:
         badges.append(("bad", "not verified: the text may differ from the model's own"))
     badges.append(("", f"{stats['total_tokens_generated']} tokens"))
     badges.append(("", f"method {record['shown']}"))
+    if record["accuracy_level"] is not None and any(token["threshold"] is not None for token in _drafted(record)):
+        badges.append(("", f"accuracy level {record['accuracy_level']:.2f}"))
     drawn = "".join(f'<span class="badge {kind}">{_text(words)}</span>' for kind, words in badges)
     return (
         f'<header>\n<p class="brand">eexit</p>\n<h1>{headline}</h1>\n'
@@ -141,7 +149,7 @@ def _figures(record: Record) -> str:
             (f"{stats['accept_length']:.2f}", "tokens a verify step"),
             (f"{stats['tokens_accepted']} of {stats['tokens_drafted']}", "drafted tokens accepted"),
         ]
-    figures.append((f"{stats['average_exit_layer']:.1f} of {record['num_blocks']}", "blocks to decide, on average"))
+    figures.append((f"{stats['average_exit_layer']:.1f} of {record['num_blocks']}", "average exit layer"))
     return (
         '<section class="figures">'
         + "".join(f"<div><b>{v}</b><span>{k}</span></div>" for v, k in figures)
@@ -158,11 +166,12 @@ def _answer(record: Record) -> str:
     )
     spans = []
     for number, step in enumerate(record["rounds"], 1):
-        spans += [_span(record, step, number, place) for place in range(len(step["tokens"]))]
-        spans += [
-            f"<del {_tip(_rejected_lines(step, number, place))}>{_text(token['token_text'])}</del>"
+        committed = [_span(record, step, number, place) for place in range(len(step["tokens"]))]
+        struck = [
+            f"<del {_tip(_rejected_lines(step, number, place))}>{_text(_visible(token['token_text']))}</del>"
             for place, token in enumerate(step["rejected"])
         ]
+        spans += [*committed[: step["accepted"]], *struck, *committed[step["accepted"] :]]
     toggle = ""
     if any(step["rejected"] for step in record["rounds"]):
         toggle = '<li><label><input type="checkbox" id="rejected"> show rejected drafts</label></li>'
@@ -189,7 +198,7 @@ def _span(record: Record, step: Record, number: int, place: int) -> str:
 def _token_lines(record: Record, step: Record, number: int, place: int) -> list[str]:
     """What a tooltip says of a committed token."""
     token = step["tokens"][place]
-    lines = [f"{_quoted(token['token_text'])} by {_by(token)}", *_why(token, record["num_blocks"])]
+    lines = [f"{_quoted(token['token_text'])} by {decider_of(token)}", *_why(token, record["num_blocks"])]
     if place < step["accepted"]:
         lines.append("drafted, and accepted by the backbone")
     elif step["accepted"] or step["rejected"]:
@@ -207,16 +216,12 @@ def _token_lines(record: Record, step: Record, number: int, place: int) -> list[
 def _rejected_lines(step: Record, number: int, place: int) -> list[str]:
     """What a tooltip says of a drafted token that was not taken."""
     token = step["rejected"][place]
-    lines = [f"{_quoted(token['token_text'])} drafted by {_by(token)}", *_why(token, None)]
+    lines = [f"{_quoted(token['token_text'])} drafted by {decider_of(token)}", *_why(token, None)]
     if place:
         lines.append("dropped: a drafted token before it was rejected")
     else:
         lines.append(f"rejected: the backbone chose {_quoted(step['tokens'][-1]['token_text'])}")
     return [*lines, f"round {number}, id {token['token_id']}"]
-
-
-def _by(token: Record) -> str:
-    return decider_of(token)
 
 
 def _why(token: Record, num_blocks: int | None) -> list[str]:
@@ -264,7 +269,7 @@ def _timeline(record: Record) -> str:
                 f'height="{size}" rx="2" {_tip(lines)}/>'
             )
             if rejected:
-                cells += f'<path class="cross {_class(decider)}" d="M2.5 {top + 6.5}l4 -4"/>'
+                cells += f'<path class="cross {_class(decider)}" d="M{CELL * 0.3} {top + CELL * 0.7}l{CELL * 0.4} -{CELL * 0.4}"/>'
         columns.append(f'<svg width="{CELL}" height="{height}" viewBox="0 0 {CELL} {height}">{cells}</svg>')
     rounds = len(record["rounds"])
     words = (
@@ -286,8 +291,11 @@ def _depths(record: Record) -> str:
         marks += (
             f'<rect class="cell {_class(decider_of(token))}" data-p="{token["position"]}" x="{plot[0] + place * step:.2f}" '
             f'y="{plot[1] + plot[3] - tall:.2f}" width="{max(step - 1, 0.8):.2f}" height="{tall:.2f}" '
-            f"{_tip([_quoted(token['token_text']) + ' by ' + _by(token), *_why(token, depth)])}/>"
+            f"{_tip([_quoted(token['token_text']) + ' by ' + decider_of(token), *_why(token, depth)])}/>"
         )
+    labels = {f"head {head}": layer for head, layer in enumerate(record["exit_layers"])} | {"backbone": depth}
+    for name, layer in labels.items():
+        marks += _right_label(plot, plot[1] + plot[3] * (1 - layer / depth), name)
     marks += _axis_words(plot, len(tokens), "blocks")
     words = "Blocks that were run to decide each token. The backbone runs all; a head decides after its exit layer."
     return _section("How deep each token went", words, _chart(width, height, marks))
@@ -313,15 +321,17 @@ def _entropies(record: Record) -> str:
         y = plot[1] + plot[3] * (1 - limit / top)
         label = min([y, *(other - 13 for other in taken)])
         taken.append(label)
-        marks += (
-            f'<path class="limit {_class(decider)}" d="M{plot[0]} {y:.1f}h{plot[2]}"/>'
-            f'<text x="{plot[0] + plot[2] + 8}" y="{label + 4:.1f}">{_text(decider)}: {limit:.2f}</text>'
+        marks += f'<path class="limit {_class(decider)}" d="M{plot[0]} {y:.1f}h{plot[2]}"/>' + _right_label(
+            plot, label, f"{decider}: {limit:.2f}"
         )
     for at, token, rejected in dots:
         x, y = plot[0] + (at + 0.5) / place * plot[2], plot[1] + plot[3] * (1 - token["entropy"] / top)
         verdict = "rejected" if rejected else "decided"
         position = "" if rejected else f'data-p="{token["position"]}"'
-        lines = [f"{_quoted(token['token_text'])} by {_by(token)}, {verdict}", *_why(token, record["num_blocks"])]
+        lines = [
+            f"{_quoted(token['token_text'])} by {decider_of(token)}, {verdict}",
+            *_why(token, record["num_blocks"]),
+        ]
         marks += f'<circle class="dot{rejected} {_class(decider_of(token))}" {position} cx="{x:.1f}" cy="{y:.1f}" r="3.6" {_tip(lines)}/>'
     marks += _axis_words(plot, place, "nats")
     words = "Entropy of the head at each token it decided. Dashed: its threshold. Hollow: drafted, and rejected by the backbone."
@@ -347,12 +357,16 @@ def _horizontal_grid(plot: Plot, lines: list[tuple[float, str]]) -> str:
     return drawn
 
 
+def _right_label(plot: Plot, y: float, words: str) -> str:
+    return f'<text x="{plot[0] + plot[2] + 8}" y="{y + 4:.1f}">{_text(words)}</text>'
+
+
 def _axis_words(plot: Plot, tokens: int, unit: str) -> str:
     base = plot[1] + plot[3] + 20
     return (
         f'<text x="{plot[0]}" y="{base}">token 1</text>'
         f'<text x="{plot[0] + plot[2]}" y="{base}" text-anchor="end">{tokens}</text>'
-        f'<text x="{plot[0] + plot[2] + 8}" y="{base}">{unit}</text>'
+        f'<text x="0" y="{plot[1] - 14}">{unit}</text>'
     )
 
 
@@ -371,10 +385,10 @@ def _methods(record: Record) -> str:
         speed = stats["tokens_per_second"]
         cells = [
             ("", _text(name)),
-            ("", f'<span class="speed" style="width:{speed / fastest * 110:.0f}px"></span>{speed:.1f}'),
+            ("", f'<span class="speed" style="width:{speed / fastest * 80:.0f}px"></span>{speed:.1f}'),
             ("n", f"{method['speedup']:.2f}×" if "speedup" in method else "1.00×"),
-            ("n", str(stats["tokens_drafted"])),
-            ("n", str(stats["tokens_accepted"])),
+            ("n", str(stats["tokens_drafted"] or "–")),
+            ("n", str(stats["tokens_accepted"]) if stats["tokens_drafted"] else "–"),
             ("n", _share(stats["acceptance_rate"])),
             ("n", f"{stats['accept_length']:.2f}"),
             ("n", f"{stats['average_exit_layer']:.1f}"),
@@ -401,10 +415,10 @@ def _methods(record: Record) -> str:
 
 def _same_words(method: Record) -> str:
     if "identical" not in method:
-        return "the model alone"
+        return "baseline"
     if not method["identical"]:
         return '<span class="different">different</span>'
-    return f'<span class="same">{"same, bit for bit" if method["bit_exact"] else "same"}</span>'
+    return f'<span class="same">{"same bits" if method["bit_exact"] else "same"}</span>'
 
 
 def _footer(record: Record) -> str:
@@ -415,8 +429,11 @@ def _footer(record: Record) -> str:
         if lossless
         else "Each token was decided by the first head that was sure enough, and nobody checked it."
     )
+    if any(token["threshold"] is not None for token in _drafted(record)):
+        how += (
+            " A head is sure when the entropy of its prediction is below a threshold that was calibrated on other text."
+        )
     return (
-        f"<footer>\n<p>{how} A head is sure when the entropy of its prediction is below a threshold that was calibrated for an "
-        f"accuracy of {record['accuracy_level']:.0%}.</p>\n<p>Greedy, one text at a time, {record['prompt_tokens']} tokens of "
-        f"prompt. Made by <code>eexit {_text(record['version'])}</code>.</p>\n</footer>"
+        f"<footer>\n<p>{how}</p>\n<p>Greedy, one text at a time, {record['prompt_tokens']} tokens of prompt. Made by "
+        f"<code>eexit {_text(record['version'])}</code>.</p>\n</footer>"
     )

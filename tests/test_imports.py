@@ -12,7 +12,9 @@ MAY_IMPORT = {
     "config": {"errors"},
     "resolve": set(),
     "artifacts": set(),
-    "console": set(),
+    "palette": set(),
+    "console": {"palette"},
+    "html_page": {"palette"},
     "plots": {"artifacts"},
     "backbone": {"artifacts"},
     "data": {"backbone", "fused_blocks", "batched", "artifacts"},
@@ -38,8 +40,9 @@ MAY_IMPORT = {
     "bench_methods": {"backbone", "blocks", "engine", "costs", "drafters", "decoding"},
     "bench": {"artifacts", "bench_methods", "decoding"},
     "evaluation": {"engine", "decoding", "drafters", "data", "artifacts"},
+    "comprehensive": {"costs", "decoding", "drafters", "engine", "evaluation"},
 }
-NEVER_TORCH = ("errors", "config", "resolve", "artifacts", "console", "plots")
+NEVER_TORCH = ("errors", "config", "resolve", "artifacts", "palette", "console", "html_page", "plots")
 
 
 def imports(path: Path) -> set[str]:

@@ -55,8 +55,13 @@ class Job:
     @property
     def title(self) -> str:
         """Of a table: what was run."""
-        backbone = self.model.backbone
-        return f"{backbone.name}, {backbone.quantization}, accuracy level {self.settings.accuracy_level:.2f}"
+        name = f"{self.model.backbone.name}, {self.model.backbone.quantization}"
+        return name if self.level is None else f"{name}, accuracy level {self.level:.2f}"
+
+    @property
+    def level(self) -> float | None:
+        """The target accuracy; None where every level is run."""
+        return None if self.settings.mode == "comprehensive" else self.settings.accuracy_level
 
 
 def prepare(resolved: Resolved, as_json: bool) -> Job:
@@ -270,8 +275,7 @@ def answer_comprehensive(job: Job, prompt: str, ids: list[int]) -> None:
 def write_page(job: Job, prompt: str, ids: list[int], shown: Generation, methods: dict[str, dict[str, Any]]) -> None:
     """The page of `--html`, where one is wanted."""
     if job.settings.html:
-        level = job.settings.accuracy_level
-        show.write_page(job.settings.html, job.model, prompt, len(ids), shown, methods, level)
+        show.write_page(job.settings.html, job.model, prompt, len(ids), shown, methods, job.level)
 
 
 def answer_many(job: Job, prompts: list[dict[str, Any]], encoded: list[list[int]]) -> None:

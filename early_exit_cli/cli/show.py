@@ -111,7 +111,7 @@ def all_methods(results: dict[str, MethodRun], title: str, repeats: int) -> None
             )
         )
     console.table(title, columns, rows)
-    console.note(f"medians of {repeats} repeats, methods in turns; decided by: head numbers, full is the backbone")
+    console.note(f"median of {repeats} repeats, methods in turns; decided by: head numbers, full is the backbone")
 
 
 def write_page(
@@ -121,7 +121,7 @@ def write_page(
     prompt_tokens: int,
     shown: Generation,
     methods: dict[str, dict[str, Any]],
-    accuracy_level: float,
+    accuracy_level: float | None,
 ) -> None:
     """The page of an answer: its rounds, and the records of all methods by name.
 
