@@ -18,8 +18,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-PROMPT = "Write one sentence about the sea, then repeat it word for word, then say why waves break."
-COMMAND = ["infer", "--mode", "compare", "--drafter", "auto", "--max-tokens", "120", "--prompt", PROMPT]
+PROMPT = "Explain step by step how to solve 2x + 6 = 14, then check the answer."
+COMMAND = ["infer", "--mode", "compare", "--drafter", "auto", "--read-heads", "all"]
 COLUMNS = 100
 FONT_FACE = re.compile(r"@font-face\s*\{[^}]*\}")
 
@@ -28,7 +28,7 @@ def run(*options: str) -> tuple[str, str]:
     """The command's two streams, in colour."""
     environment = {**os.environ, "COLORTERM": "truecolor", "TERM": "xterm-256color"}
     result = subprocess.run(
-        [sys.executable, "-m", "early_exit_cli", *COMMAND, *options],
+        [sys.executable, "-m", "early_exit_cli", *COMMAND, "--prompt", PROMPT, *options],
         capture_output=True, text=True, check=True, env=environment,
     )  # fmt: skip
     return result.stdout, result.stderr
@@ -37,9 +37,7 @@ def run(*options: str) -> tuple[str, str]:
 def terminal(out: str, err: str, path: Path) -> None:
     """Draw what a terminal of COLUMNS columns would show; without the web font that rich refers to."""
     console = Console(record=True, width=COLUMNS, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115
-    console.print(
-        f"[bold]$ eexit infer --mode compare --drafter auto --prompt \\\\\n    {PROMPT!r}[/bold]", highlight=False
-    )
+    console.print(Text(f'$ eexit {" ".join(COMMAND)} \\\n    --prompt "{PROMPT}"\n', style="bold"))
     legend = "\n".join(err.splitlines()[:2])
     verdict = err.splitlines()[-1] if "speed-up" in err.splitlines()[-1] else err.splitlines()[-2]
     console.print(Text.from_ansi(out.rstrip() + "\n"))

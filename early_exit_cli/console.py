@@ -63,7 +63,7 @@ def stream_coloured(piece: str, decider: str) -> None:
 
 def legend(counts: dict[str, int], statistics: str) -> None:
     """Who decided how many tokens, in their colours, and a line of statistics; for an answer that was coloured."""
-    parts = [_paint(f"{decider} {count}", decider) for decider, count in counts.items()]
+    parts = [_paint(f"{decider}: {count}", decider) for decider, count in counts.items()]
     sys.stderr.write("  ".join(parts) + f"\n{statistics}\n")
 
 

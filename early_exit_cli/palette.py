@@ -21,7 +21,7 @@ class Look:
     line: Literal["none", "single", "double"] = "none"
 
 
-LOOKS = {"lookup": Look("#187A7A", "single"), "lookahead": Look("#8A9E0C", "double")}
+LOOKS = {"lookup": Look("#1C8C82", "single"), "lookahead": Look("#8A9E0C", "double")}
 OTHER = Look("#7A7A7A", "double")
 
 

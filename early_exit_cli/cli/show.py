@@ -38,7 +38,8 @@ def finished_answer(model: EarlyExitModel, run: Generation, coloured: bool) -> N
 
 def legend(stats: Stats) -> None:
     """Who decided how many tokens, and the statistics in a line."""
-    counts = {decider_name(name): count for name, count in stats.exit_distribution.items()}
+    backbone_last = sorted(stats.exit_distribution.items(), key=lambda item: item[0] == "full")
+    counts = {decider_name(name): count for name, count in backbone_last}
     line = f"{stats.total_tokens_generated} tokens, {stats.tokens_per_second:.1f} tokens/s"
     if stats.tokens_drafted:
         line += f", accept length {stats.accept_length:.2f}, {share(stats.acceptance_rate)} of drafts accepted"

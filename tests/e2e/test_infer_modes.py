@@ -115,7 +115,9 @@ def test_a_terminal_shows_who_decided_and_the_same_text(base, full):
     assert "\x1b[38;2;58;148;245m" in coloured  # head 2
     plain = re.sub(r"\x1b\[[0-9;]*m", "", coloured)
     assert plain.startswith(full["text"] + "\n")
-    assert re.search(r"head 0 0  head 1 0  head 2 \d+  backbone \d+\n24 tokens, [\d.]+ tokens/s, accept length", plain)
+    assert re.search(
+        r"head 0: 0  head 1: 0  head 2: \d+  backbone: \d+\n24 tokens, [\d.]+ tokens/s, accept length", plain
+    )
 
 
 def test_colours_go_into_a_pipe_where_they_are_asked_for(base, full):
