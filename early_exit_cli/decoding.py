@@ -388,19 +388,23 @@ def token_record(
     model: EarlyExitModel, token: int, reason: Reason | None, readings: list[HeadReading]
 ) -> dict[str, Any]:
     """Who decided a token after how many blocks, how sure, and what every head would have said (when traced)."""
+
+    def text(token_id: int) -> str:
+        return model.backbone.tokenizer.decode([token_id])
+
     known: dict[str, Any] = {} if reason is None else asdict(reason)
     if known.get("threshold") == float("inf"):  # no gate, and no number in JSON
         known["threshold"] = None
     return {
         "token_id": token,
-        "token_text": model.backbone.tokenizer.decode([token]),
+        "token_text": text(token),
         "decided_by": "head" if isinstance(reason, Exit) else decider(reason),
         "exit_layer": model.blocks.num_blocks if reason is None else 0,
         "head": None,
         "entropy": None,
         "threshold": None,
         **known,
-        "heads": [asdict(reading) for reading in readings],
+        "heads": [{**asdict(reading), "token_text": text(reading.token_id)} for reading in readings],
     }
 
 

@@ -177,7 +177,7 @@ def _answer(record: Record) -> str:
         toggle = '<li><label><input type="checkbox" id="rejected"> show rejected drafts</label></li>'
     return (
         f'<section>\n<p class="prompt">{_text(record["prompt"])}</p>\n<div class="answer" id="answer">{"".join(spans)}</div>\n'
-        f'<div style="height:20px"></div>{_share_bar(counts)}\n<ul class="legend">{names}{toggle}</ul>\n</section>'
+        f'{_share_bar(counts)}\n<ul class="legend">{names}{toggle}</ul>\n</section>'
     )
 
 
@@ -208,8 +208,7 @@ def _token_lines(record: Record, step: Record, number: int, place: int) -> list[
         lines.append("not verified")
     lines.append(f"round {number}, position {token['position']}, id {token['token_id']}")
     for view in token["heads"]:
-        agrees = "the same" if view["token_id"] == token["token_id"] else f"id {view['token_id']}"
-        lines.append(f"head {view['head']} says {agrees}, entropy {view['entropy']:.2f}")
+        lines.append(f"head {view['head']} says {_quoted(view['token_text'])}, entropy {view['entropy']:.2f}")
     return lines
 
 

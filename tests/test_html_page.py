@@ -113,6 +113,21 @@ def test_an_unverified_answer_says_so_and_has_no_timeline():
     assert "nobody checked it" in text
 
 
+def test_a_plain_answer_is_a_page_without_drafts():
+    rounds = [{"accepted": 0, "tokens": [token("a", 5)], "rejected": []}]
+    text = render_page(record(rounds=rounds, exit_layers=[], shown="full", methods={"full": answer("full")}))
+    assert Page(text).answer == "a"
+    assert "Draft and verify" not in text
+    assert "Methods" not in text
+    assert "accuracy level" not in text
+
+
+def test_a_traced_answer_shows_what_every_head_said():
+    views = [{"head": 0, "token_id": 3, "token_text": "\n", "entropy": 2.5}]
+    rounds = [{"accepted": 0, "tokens": [token("a", 5, heads=views)], "rejected": []}]
+    assert "head 0 says “↵”, entropy 2.50" in render_page(record(rounds=rounds))
+
+
 def test_other_words_are_called_so():
     other = answer("auto", speedup=1.5, identical=False, bit_exact=False)
     text = render_page(record(methods={"full": answer("full"), "auto": other}))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from early_exit_cli import console
 from early_exit_cli.artifacts import processor_name, versions, write_text
+from early_exit_cli.errors import EexitError
 from early_exit_cli.html_page import render_page
 from early_exit_cli.palette import decider_of
 
@@ -146,5 +147,8 @@ def write_page(
         "processor": processor_name(),
         "version": versions()["eexit"],
     }
-    write_text(path, render_page(record))
+    try:
+        write_text(path, render_page(record))
+    except OSError as error:
+        raise EexitError(f"cannot write the page to {path}: {error.strerror}") from error
     console.note(f"page: {path}")

@@ -46,6 +46,14 @@ def test_dynamic_early_exit_says_that_nobody_verified_it(base, tmp_path):
     assert [token["token_id"] for token in json.loads((tmp_path / "trace.json").read_text())] == answer["token_ids"]
 
 
+def test_a_page_that_cannot_be_written_is_one_line(base, tmp_path):
+    code, out, err = eexit(*base, "--mode", "full", "--html", tmp_path)
+    assert code == 1
+    assert out.strip()
+    assert f"cannot write the page to {tmp_path}" in err
+    assert "Traceback" not in err
+
+
 def test_comprehensive_has_every_method_and_one_text(base, full):
     code, out, err = eexit(*base, "--mode", "comprehensive", "--repeats", 1, "--json")
     assert code == 0, err
