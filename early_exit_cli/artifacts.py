@@ -48,10 +48,12 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
-    _write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write `text` in UTF-8, atomically."""
+
     def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
 
@@ -61,7 +63,7 @@ def _write_text(path: Path, text: str) -> None:
 def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
     """Write one JSON object a line, atomically."""
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    _write_text(path, text)
+    write_text(path, text)
 
 
 def read_json(path: Path) -> dict[str, Any]:

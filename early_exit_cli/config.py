@@ -218,7 +218,9 @@ class BundleConfig(Section):
     calibration_path: Path | None = setting(None, "Another calibration.json than the bundle's own.")
 
 
-InferenceMode = Literal["full", "adaptive_early_exit", "compare"]
+InferenceMode = Literal[
+    "full", "fixed_layerskip", "dynamic_early_exit", "adaptive_early_exit", "compare", "comprehensive"
+]
 
 
 def _mode_alias(value: Any) -> Any:
@@ -230,7 +232,10 @@ class InferenceConfig(Section):
 
     mode: Annotated[InferenceMode, BeforeValidator(_mode_alias)] = setting(
         "adaptive_early_exit",
-        "full: plain decoding. adaptive_early_exit (or adaptive): entropy-gated exits. compare: both, in turns.",
+        "full: plain decoding. adaptive_early_exit (or adaptive): entropy-gated exits, verified. fixed_layerskip: one head "
+        "drafts a fixed number of tokens, verified. dynamic_early_exit: gated exits that nobody verifies, so the text may "
+        "differ. compare: full and one other, in turns. comprehensive: full, every head at draft lengths 5, 10 and 15, "
+        "and every calibrated level, in turns.",
     )
     drafter: Literal["exit", "lookahead", "lookup", "auto", "none"] | None = setting(
         None,
@@ -252,11 +257,26 @@ class InferenceConfig(Section):
         ge=2,
     )
     read_heads: Literal["auto", "all"] = setting(
-        "auto", "auto reads the heads that are worth it by costs measured here; all reads every head."
+        "auto",
+        "auto reads the heads that are worth it by costs measured here; all reads every head, which is what comprehensive "
+        "does unless told otherwise.",
+    )
+    fixed_head: int = setting(
+        0, "fixed_layerskip: the head that drafts, 0 is the shallowest.", ge=0, aliases=("--layerskip-head",)
+    )
+    draft_length: int = setting(
+        4, "fixed_layerskip: tokens of a draft.", ge=1, le=15, aliases=("--layerskip-draft-length",)
     )
     raw: bool = setting(False, "Use the prompt as it is, without the model's chat template.")
-    repeats: int = setting(3, "compare: timed repeats of each method, in turns; medians count.", ge=1)
+    repeats: int = setting(3, "compare, comprehensive: timed repeats of each method, in turns; medians count.", ge=1)
     trace: Path | None = setting(None, "Write a record per token (every head's choice and entropy) to this JSON file.")
+    html: Path | None = setting(
+        None, "Write the answer as one page to look at and share: tokens coloured by who decided them, rounds, methods."
+    )
+    color: Literal["auto", "always", "never"] = setting(
+        "auto",
+        "Colour the answer's tokens by who decided them. auto: in a terminal, unless NO_COLOR is set.",
+    )
 
 
 class EvaluationConfig(Section):

@@ -5,16 +5,22 @@ Progress is drawn on a terminal only; elsewhere a plain line now and then says h
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich.color import ColorSystem
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.style import Style
 from rich.table import Table
+
+from early_exit_cli import palette
 
 PLAIN_LINE_SECONDS = 15.0
 PLAIN_WIDTH = 160
@@ -40,6 +46,45 @@ def stream_text(piece: str) -> None:
     """Answer text, as it comes."""
     sys.stdout.write(piece)
     sys.stdout.flush()
+
+
+def wants_colour(choice: str) -> bool:
+    """Whether answers are coloured: `always`, `never`, or `auto`, which means in a terminal without NO_COLOR."""
+    if choice == "auto":
+        return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return choice == "always"
+
+
+def stream_coloured(piece: str, decider: str) -> None:
+    """Answer text, as it comes, in the colour of who decided it. Each piece ends its colour, so that an interruption
+    leaves the terminal as it was."""
+    stream_text(_paint(piece, decider))
+
+
+def legend(counts: dict[str, int], statistics: str) -> None:
+    """Who decided how many tokens, in their colours, and a line of statistics; for an answer that was coloured."""
+    parts = [_paint(f"{decider}: {count}", decider) for decider, count in counts.items()]
+    sys.stderr.write("  ".join(parts) + f"\n{statistics}\n")
+
+
+@functools.cache
+def _style(decider: str) -> Style | None:
+    seen = palette.look(decider)
+    if seen is None:
+        return None
+    return Style(color=seen.colour, underline=seen.line == "single", underline2=seen.line == "double")
+
+
+@functools.cache
+def _colour_system() -> ColorSystem:
+    """What the terminal can show; 256 colours where it does not say."""
+    found = Console(file=sys.stdout, force_terminal=True).color_system
+    return ColorSystem[{"standard": "STANDARD", "truecolor": "TRUECOLOR"}.get(found or "", "EIGHT_BIT")]
+
+
+def _paint(text: str, decider: str) -> str:
+    style = _style(decider)
+    return style.render(text, color_system=_colour_system()) if style else text
 
 
 def note(message: str) -> None:

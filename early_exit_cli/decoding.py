@@ -4,6 +4,8 @@ State between rounds: the KV cache holds all committed tokens but the newest, wh
 drafter for tokens after `pending`, runs what is left of the blocks over pending and draft in one pass, and commits the
 longest prefix of the draft that equals the backbone's own choices, then the backbone's next choice (the bonus token).
 Rolling back is `cache.length`. Greedy, one text at a time.
+
+`decode_unverified` is the seed's early exit without verification, a loop of its own because nothing is drafted in it.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -18,7 +21,7 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from early_exit_cli.blocks import LARGEST_WIDTH, KVCache
-from early_exit_cli.drafters import Draft, Drafter, Exit, Match, Reason, Row, catch_up
+from early_exit_cli.drafters import Draft, Drafter, Exit, Reason, Row, UnverifiedExits, catch_up, decider
 from early_exit_cli.engine import EarlyExitModel
 from early_exit_cli.errors import ConfigError
 from early_exit_cli.gating import entropy
@@ -42,7 +45,8 @@ class Round:
 
     tokens: committed, the first `accepted` of them drafted. decided_by: why each was drafted, None where
     the backbone decided. drafted: how many were proposed. states: [len(tokens), hidden], the final normed state that
-    decided each token, when asked for. readings: every head's view of each committed token, when traced.
+    decided each token, when asked for. readings: every head's view of each committed token, when traced. rejected: the
+    proposals from the first one on that the backbone did not choose, and why each was made.
     """
 
     tokens: list[int]
@@ -51,6 +55,7 @@ class Round:
     decided_by: list[Reason | None]
     states: Tensor | None = None
     readings: list[list[HeadReading]] = field(default_factory=list)
+    rejected: list[tuple[int, Reason | None]] = field(default_factory=list)
 
 
 def default_width(model: EarlyExitModel) -> int:
@@ -96,6 +101,8 @@ def decode(
         ConfigError: empty prompt, beyond the context, width out of range.
         NumericsError: the backbone's logits are not finite.
     """
+    if isinstance(drafter, UnverifiedExits):
+        raise ValueError("unverified exits are not drafts: decode_unverified commits them")
     if not 1 <= width <= LARGEST_WIDTH:
         raise ConfigError(f"width {width} is out of range", hint=f"--width takes 2 to {LARGEST_WIDTH}")
     stops = model.backbone.eos_token_ids if stop_ids is None else stop_ids
@@ -111,9 +118,9 @@ def decode(
         with torch.inference_mode():
             draft = drafter.propose(model, cache, pending, min(width, remaining) - 1, stops)
             rows, states, choices, readings = verify(model, cache, pending, draft, drafter.exit_layers, trace)
-        accepted = accepted_length(draft.tokens, choices)
-        tokens, ended = cut_at_stop(choices[: accepted + 1], stops, remaining)
-        accepted = min(accepted, len(tokens))
+        matched = accepted_length(draft.tokens, choices)
+        tokens, ended = cut_at_stop(choices[: matched + 1], stops, remaining)
+        accepted = min(matched, len(tokens))
         cache.length += len(tokens)
         pending = tokens[-1]
         produced += len(tokens)
@@ -129,7 +136,49 @@ def decode(
             decided_by=[*draft.reasons[:accepted], *[None] * (len(tokens) - len(draft.reasons[:accepted]))],
             states=states[: len(tokens)].clone() if keep_states else None,
             readings=readings[: len(tokens)],
+            rejected=list(zip_longest(draft.tokens[matched:], draft.reasons[matched:])),
         )
+
+
+def decode_unverified(
+    model: EarlyExitModel,
+    prompt_ids: list[int],
+    exits: UnverifiedExits,
+    max_new_tokens: int,
+    *,
+    stop_ids: Container[int] | None = None,
+    trace: bool = False,
+) -> Iterator[Round]:
+    """Each token by the first head that is sure, else by the backbone, a Round a token. Not lossless.
+
+    The blocks above the head that decides are skipped. The first later token that goes deeper needs the keys and values
+    of the tokens before it there: `catch_up` then runs the skipped blocks of all of them, so that the KV cache is always
+    that of the committed tokens. What was skipped is so paid later, in wide passes, or never if no token goes deeper.
+
+    Raises:
+        ConfigError: empty prompt, or beyond the context.
+        NumericsError: the backbone's logits are not finite.
+    """
+    stops = model.backbone.eos_token_ids if stop_ids is None else stop_ids
+    with torch.inference_mode():
+        cache = model.start(prompt_ids, max_new_tokens)
+    pending = prompt_ids[-1]
+    rows: list[Row] = []
+    produced = 0
+    ended = False
+    while not ended:
+        with torch.inference_mode():
+            found = exits.decide(model, cache, rows, pending)
+            readings = read_every_head(model, cache, rows, 1) if trace else []
+            if found is None:
+                catch_up(model, cache, rows, model.blocks.num_blocks)
+                _, choices = model.finish(rows[-1][model.blocks.num_blocks])
+                cache.length += len(rows)
+                rows = []
+        pending, reason = found or (int(choices[0]), None)
+        tokens, ended = cut_at_stop([pending], stops, max_new_tokens - produced)
+        produced += 1
+        yield Round(tokens=tokens, accepted=0, drafted=0, decided_by=[reason], readings=readings)
 
 
 def verify(
@@ -138,25 +187,41 @@ def verify(
     """Run what is left of the blocks over pending and draft, and keep the states after `exit_layers`.
 
     Returns:
-        (states of each row by layer, final normed states [rows, hidden], the backbone's choice after each row, head readings per row when traced).
+        (states of each row by layer, final normed states [rows, hidden], the backbone's choice after each row, head
+        readings per row when traced).
     """
     rows = draft.rows
     if trace or not rows:  # a trace needs every row at every exit layer, also where drafting did not stop
         rows = [{0: hidden} for hidden in model.embed([pending, *draft.tokens]).split(1)]
-    readings: list[list[HeadReading]] = [[] for _ in rows] if trace else []
-    traced = {layer: head for head, layer in enumerate(model.heads.exit_layers)} if trace and model.heads else {}
-    for layer in sorted({*exit_layers, *traced}):
+    readings = read_every_head(model, cache, rows, len(rows), exit_layers) if trace else []
+    for layer in exit_layers:
         catch_up(model, cache, rows, layer)
-        if layer in traced and model.heads is not None:
-            head = traced[layer]
-            logits = model.heads.logits(head, torch.cat([row[layer] for row in rows]))
-            chosen = model.heads.token_ids(logits.argmax(-1)).tolist()
-            for row_readings, token, uncertainty in zip(readings, chosen, entropy(logits).tolist(), strict=True):
-                row_readings.append(HeadReading(head, token, uncertainty))
     depth = model.blocks.num_blocks
     catch_up(model, cache, rows, depth)
     states, choices = model.finish(torch.cat([row[depth] for row in rows]))
     return rows, states, choices.tolist(), readings
+
+
+def read_every_head(
+    model: EarlyExitModel, cache: KVCache, rows: list[Row], last: int, stops: Sequence[int] = ()
+) -> list[list[HeadReading]]:
+    """What every head says for the last so many rows, a list a row; the rows go as deep as the deepest head.
+
+    Args:
+        stops: layers whose states the rows should keep too.
+    """
+    readings: list[list[HeadReading]] = [[] for _ in range(last)]
+    if model.heads is None:
+        return readings
+    heads = {layer: head for head, layer in enumerate(model.heads.exit_layers)}
+    for layer in sorted({*heads, *stops}):
+        catch_up(model, cache, rows, layer)
+        if layer in heads:
+            logits = model.heads.logits(heads[layer], torch.cat([row[layer] for row in rows[-last:]]))
+            chosen = model.heads.token_ids(logits.argmax(-1)).tolist()
+            for row_readings, token, uncertainty in zip(readings, chosen, entropy(logits).tolist(), strict=True):
+                row_readings.append(HeadReading(heads[layer], token, uncertainty))
+    return readings
 
 
 @dataclass(frozen=True)
@@ -181,17 +246,24 @@ class Stats:
 
 @dataclass(frozen=True)
 class Generation:
-    """One answer. states: [tokens, hidden], the final state that decided each token, when they were kept."""
+    """One answer. states: [tokens, hidden], the final state that decided each token, when they were kept. lossless:
+    whether the backbone verified every token, so that the text is that of plain decoding."""
 
     text: str
     token_ids: list[int]
     stats: Stats
     rounds: list[Round]
     states: Tensor | None = None
+    lossless: bool = True
 
     def record(self) -> dict[str, Any]:
         """The answer as JSON."""
-        return {"text": self.text, "token_ids": self.token_ids, "stats": asdict(self.stats)}
+        return {
+            "text": self.text,
+            "token_ids": self.token_ids,
+            "lossless": self.lossless,
+            "stats": asdict(self.stats),
+        }
 
 
 class TextStream:
@@ -232,44 +304,46 @@ def generate(
     width: int = DEFAULT_WIDTH,
     keep_states: bool = False,
     trace: bool = False,
-    on_text: Callable[[str], None] | None = None,
+    on_text: Callable[[str, str], None] | None = None,
 ) -> Generation:
     """Decode to the end, timed from before the prompt is run to after the last token.
 
     Args:
-        on_text: called with each piece of text as its tokens are committed.
+        on_text: called with each piece of text as its token is committed, and with who decided that token (a character
+            of several tokens belongs to the last one).
+        keep_states: for verified drafts only.
     """
     stream = TextStream(model)
     rounds: list[Round] = []
     first_token = 0.0
     synchronize(model)
+    reason: Reason | None = None
+    if isinstance(drafter, UnverifiedExits):
+        steps = decode_unverified(model, prompt_ids, drafter, max_new_tokens, trace=trace)
+    else:
+        steps = decode(model, prompt_ids, drafter, max_new_tokens, width=width, keep_states=keep_states, trace=trace)
     started = time.perf_counter()
-    for step in decode(model, prompt_ids, drafter, max_new_tokens, width=width, keep_states=keep_states, trace=trace):
+    for step in steps:
         rounds.append(step)
         first_token = first_token or time.perf_counter() - started
-        piece = stream.push(step.tokens)
-        if on_text and piece:
-            on_text(piece)
+        for token, reason in zip(step.tokens, step.decided_by, strict=True):
+            piece = stream.push([token])
+            if on_text and piece:
+                on_text(piece, decider(reason))
     synchronize(model)
     seconds = time.perf_counter() - started
     rest = stream.finish()
     if on_text and rest:
-        on_text(rest)
+        on_text(rest, decider(reason))
     states = torch.cat([step.states for step in rounds if step.states is not None]) if keep_states else None
-    return Generation(stream.text, stream.ids, collect_stats(model, mode, rounds, seconds, first_token), rounds, states)
+    stats = collect_stats(model, mode, rounds, seconds, first_token)
+    return Generation(stream.text, stream.ids, stats, rounds, states, drafter.lossless)
 
 
 def synchronize(model: EarlyExitModel) -> None:
     """Wait for the device, so that a clock read after it counts finished work."""
     if model.backbone.device.type == "cuda":
         torch.cuda.synchronize(model.backbone.device)
-
-
-def decided_by(reason: Reason | None) -> str:
-    """Who decided a token: `full` (the backbone), a head's number, `lookup` or `lookahead`."""
-    if reason is None:
-        return "full"
-    return str(reason.head) if isinstance(reason, Exit) else "lookup" if isinstance(reason, Match) else "lookahead"
 
 
 def collect_stats(model: EarlyExitModel, mode: str, rounds: list[Round], seconds: float, first_token: float) -> Stats:
@@ -284,7 +358,7 @@ def collect_stats(model: EarlyExitModel, mode: str, rounds: list[Round], seconds
     depth = model.blocks.num_blocks
     layers = 0
     for reason in reasons:
-        name = decided_by(reason)
+        name = "full" if reason is None else str(reason.head) if isinstance(reason, Exit) else reason.decider
         distribution[name] = distribution.get(name, 0) + 1
         layers += depth if reason is None else reason.exit_layer if isinstance(reason, Exit) else 0
     return Stats(
@@ -305,26 +379,51 @@ def collect_stats(model: EarlyExitModel, mode: str, rounds: list[Round], seconds
     )
 
 
-def trace_records(model: EarlyExitModel, generation: Generation, prompt_length: int) -> list[dict[str, Any]]:
-    """A record per committed token: who decided it, how sure, and what every head would have said."""
-    records = []
+def round_records(model: EarlyExitModel, generation: Generation, prompt_length: int) -> list[dict[str, Any]]:
+    """A record per round: the committed tokens, how many of them were drafted, and the drafted ones that were not taken.
+
+    A committed token's `text` is what became certain with it: joined, they are the text of the answer.
+    """
+    stream = TextStream(model)
+    records: list[dict[str, Any]] = []
     position = prompt_length
     for step in generation.rounds:
-        for token, reason, readings in zip(step.tokens, step.decided_by, step.readings, strict=True):
-            exit = reason if isinstance(reason, Exit) else None
-            who = decided_by(reason)
-            records.append(
-                {
-                    "position": position,
-                    "token_id": token,
-                    "token_text": model.backbone.tokenizer.decode([token]),
-                    "decided_by": "backbone" if reason is None else "head" if exit else who,
-                    "exit_layer": model.blocks.num_blocks if exit is None else exit.exit_layer,
-                    "head": None if exit is None else exit.head,
-                    "entropy": None if reason is None or isinstance(reason, Match) else reason.entropy,
-                    "threshold": None if exit is None else exit.threshold,
-                    "heads": [asdict(reading) for reading in readings],
-                }
-            )
+        tokens = []
+        views = step.readings or [[]] * len(step.tokens)
+        for token, reason, readings in zip(step.tokens, step.decided_by, views, strict=True):
+            record = token_record(model, token, reason, readings)
+            tokens.append({"position": position, **record, "text": stream.push([token])})
             position += 1
+        rejected = [token_record(model, token, reason, []) for token, reason in step.rejected]
+        records.append({"accepted": step.accepted, "tokens": tokens, "rejected": rejected})
+    records[-1]["tokens"][-1]["text"] += stream.finish()
     return records
+
+
+def token_record(
+    model: EarlyExitModel, token: int, reason: Reason | None, readings: list[HeadReading]
+) -> dict[str, Any]:
+    """Who decided a token after how many blocks, how sure, and what every head would have said (when traced)."""
+
+    def text(token_id: int) -> str:
+        return model.backbone.tokenizer.decode([token_id])
+
+    known: dict[str, Any] = {} if reason is None else asdict(reason)
+    if known.get("threshold") == float("inf"):  # no gate, and no number in JSON
+        known["threshold"] = None
+    return {
+        "token_id": token,
+        "token_text": text(token),
+        "decided_by": "head" if isinstance(reason, Exit) else decider(reason),
+        "exit_layer": model.blocks.num_blocks if reason is None else 0,
+        "head": None,
+        "entropy": None,
+        "threshold": None,
+        **known,
+        "heads": [{**asdict(reading), "token_text": text(reading.token_id)} for reading in readings],
+    }
+
+
+def trace_records(model: EarlyExitModel, generation: Generation, prompt_length: int) -> list[dict[str, Any]]:
+    """A record per committed token."""
+    return [token for step in round_records(model, generation, prompt_length) for token in step["tokens"]]

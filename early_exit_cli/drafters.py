@@ -2,7 +2,8 @@
 
 `NoDrafter` never proposes, which makes the decoding loop plain decoding. `ExitDrafter` is early exit: it runs a token to
 the first exit layer, reads its head, exits when the head's entropy is below its threshold, and otherwise goes on to the
-next head; when no head exits, drafting ends and the round is verified. `lookup.LookupDrafter` drafts from the text.
+next head; when no head exits, drafting ends and the round is verified. `FixedDrafter` lets one head draft everything;
+`UnverifiedExits` is early exit whose tokens stand as they are. `lookup.LookupDrafter` drafts from the text.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from early_exit_cli.blocks import KVCache
-from early_exit_cli.engine import EarlyExitModel
+from early_exit_cli.blocks import LARGEST_WIDTH, KVCache
+from early_exit_cli.engine import EarlyExitModel, require_heads
 from early_exit_cli.gating import entropy, may_exit
 from early_exit_cli.heads import ExitHeads
 
@@ -30,11 +31,16 @@ class Exit:
     entropy: float
     threshold: float
 
+    @property
+    def decider(self) -> str:
+        return f"head {self.head}"
+
 
 @dataclass(frozen=True)
 class Match:
     """Why a token was drafted: a suffix of so many tokens had occurred before."""
 
+    decider: ClassVar[str] = "lookup"
     length: int
 
 
@@ -43,12 +49,19 @@ class Step:
     """Why a token was drafted: a step of the lookahead head, 1 for the first, its entropy (nats), and the calibrated
     probability that the backbone says the same, given that it agreed with the steps before."""
 
+    decider: ClassVar[str] = "lookahead"
     number: int
     entropy: float
     chance: float
 
 
 Reason = Exit | Match | Step
+"""Why a token was drafted."""
+
+
+def decider(reason: Reason | None) -> str:
+    """Who decided a token, in words: `head 0`, `lookup` ..., or `backbone` where there is no other reason."""
+    return "backbone" if reason is None else reason.decider
 
 
 Row = dict[int, Tensor]
@@ -73,7 +86,8 @@ def catch_up(model: EarlyExitModel, cache: KVCache, rows: list[Row], layer: int)
     """Bring all rows to `layer` blocks, in passes over those that stopped earlier.
 
     Rows stand one after another from the pending token on, and no row has run deeper than one before it: its keys and
-    values would have been missing there. So the rows behind are always the last ones, and no block runs twice.
+    values would have been missing there. So the rows behind are always the last ones, and no block runs twice. A pass
+    takes LARGEST_WIDTH rows at most: what it leaves in the KV cache are the bits that any other pass would have left.
     """
     while layer not in rows[-1]:
         start = max(rows[-1])
@@ -81,9 +95,11 @@ def catch_up(model: EarlyExitModel, cache: KVCache, rows: list[Row], layer: int)
         target = min(layer, max(rows[first - 1])) if first else layer
         if target <= start:
             raise RuntimeError(f"row {first} stands at {start} blocks and its neighbour at {target}: rows out of order")
-        hidden = model.run(torch.cat([row[start] for row in rows[first:]]), cache, cache.length + first, start, target)
-        for row, state in zip(rows[first:], hidden.split(1), strict=True):
-            row[target] = state
+        for place in range(first, len(rows), LARGEST_WIDTH):
+            part = rows[place : place + LARGEST_WIDTH]
+            hidden = model.run(torch.cat([row[start] for row in part]), cache, cache.length + place, start, target)
+            for row, state in zip(part, hidden.split(1), strict=True):
+                row[target] = state
 
 
 class Drafter(ABC):
@@ -93,6 +109,8 @@ class Drafter(ABC):
     """Of the method, in records."""
     exit_layers: Sequence[int] = ()
     """Layers after which it wants to see the states of verified tokens."""
+    lossless: ClassVar[bool] = True
+    """Whether the backbone verifies every proposal, so that the text is that of plain decoding."""
 
     def begin(self, prompt_ids: list[int]) -> None:  # noqa: B027 (most drafters need not know)
         """A new text starts with these tokens."""
@@ -181,6 +199,32 @@ class ExitDrafter(Drafter):
             if may_exit(uncertainty, threshold):
                 return int(heads.token_ids(logits.argmax(-1))), Exit(head, exit_layer, uncertainty, threshold)
         return None
+
+
+class FixedDrafter(ExitDrafter):
+    """One head drafts every token, however sure it is: as many as the decoding loop asks for."""
+
+    name = "fixed_layerskip"
+
+    def __init__(self, head: int) -> None:
+        super().__init__([float("inf")] * (head + 1), [head])
+
+
+class UnverifiedExits(ExitDrafter):
+    """Early exit whose tokens stand: the loop commits what a head says, and the backbone never sees it as a draft."""
+
+    name = "dynamic_early_exit"
+    lossless = False
+
+    def decide(self, model: EarlyExitModel, cache: KVCache, rows: list[Row], pending: int) -> tuple[int, Exit] | None:
+        """The token after `pending` by the first head that is sure, None when none is; appends the row of `pending`.
+
+        rows: of the committed tokens from `cache.length` on, whose deeper blocks have not run.
+        """
+        heads = require_heads(model)
+        layer = heads.exit_layers[0]
+        rows.append({layer: model.run(model.embed([pending]), cache, cache.length + len(rows), 0, layer)})
+        return self._read_heads(model, heads, list(range(len(heads))), cache, rows)
 
 
 class AutoDrafter(Drafter):

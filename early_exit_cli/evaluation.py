@@ -132,7 +132,7 @@ def compare(
             runs[method.name].append(
                 generate(model, prompt_ids, method, max_new_tokens, mode=method.name, width=width, keep_states=True)
             )
-    full, drafted = (_median_run(runs[method.name]) for method in methods)
+    full, drafted = (median_run(runs[method.name]) for method in methods)
     identical = all(run.token_ids == full.token_ids for run in runs[drafter.name])
     bit_exact = identical and all(torch.equal(_states(run), _states(full)) for run in runs[drafter.name])
     return Comparison(
@@ -151,7 +151,7 @@ def _states(run: Generation) -> torch.Tensor:
     return run.states
 
 
-def _median_run(runs: list[Generation]) -> Generation:
+def median_run(runs: list[Generation]) -> Generation:
     """The run whose speed is the (lower) median."""
     median = statistics.median_low(run.stats.tokens_per_second for run in runs)
     return next(run for run in runs if run.stats.tokens_per_second == median)

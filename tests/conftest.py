@@ -21,11 +21,12 @@ from transformers import (
     Qwen3Config,
 )
 
+from early_exit_cli.artifacts import write_json
 from early_exit_cli.backbone import Backbone, embedded_gguf, load_backbone
 from early_exit_cli.blocks import HFBlocks
 from early_exit_cli.cli.app import app
 from early_exit_cli.config import BackboneConfig
-from early_exit_cli.engine import EarlyExitModel
+from early_exit_cli.engine import EarlyExitModel, save_bundle
 from early_exit_cli.fused_blocks import FusedBlocks
 from early_exit_cli.heads import ExitHeads
 from early_exit_cli.runners import measure_widths
@@ -158,6 +159,18 @@ def linear_bundle(tmp_path_factory, tiny_folder):
     for command in commands:
         app([str(word) for word in command], standalone_mode=False)
     return bundle
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory, tiny_model):
+    """A calibrated bundle of the tiny Llama's three untrained heads: at level 0.60 about half of its tokens exit."""
+    model = tiny_model("llama")
+    folder = tmp_path_factory.mktemp("bundle") / "heads"
+    save_bundle(folder, model.backbone, model.heads, {}, {})
+    levels = {"0.60": [3.4, 3.4, 3.6], "0.90": [2.7, 2.7, 2.7]}
+    thresholds = {level: {str(head): limit for head, limit in enumerate(row)} for level, row in levels.items()}
+    write_json(folder / "calibration.json", {"accuracy_levels": [0.6, 0.9], "thresholds": thresholds})
+    return folder
 
 
 @pytest.fixture(scope="session")

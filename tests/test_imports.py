@@ -12,7 +12,9 @@ MAY_IMPORT = {
     "config": {"errors"},
     "resolve": set(),
     "artifacts": set(),
-    "console": set(),
+    "palette": set(),
+    "console": {"palette"},
+    "html_page": {"palette"},
     "plots": {"artifacts"},
     "backbone": {"artifacts"},
     "data": {"backbone", "fused_blocks", "batched", "artifacts"},
@@ -52,10 +54,14 @@ MAY_IMPORT = {
     "bench_methods": {"backbone", "blocks", "engine", "costs", "drafters", "decoding"},
     "bench": {"artifacts", "bench_methods", "decoding"},
     "evaluation": {"engine", "decoding", "drafters", "data", "artifacts"},
+    "comprehensive": {"costs", "decoding", "drafters", "engine", "evaluation"},
     "model_card": {"artifacts", "bundle"},
     "hub": {"artifacts", "bundle", "dssd", "engine", "heads", "hub_client", "model_card"},
 }
-NEVER_TORCH = ("errors", "config", "resolve", "artifacts", "console", "plots", "bundle", "hub_client", "model_card")
+NEVER_TORCH = (
+    *("errors", "config", "resolve", "artifacts", "palette", "console", "html_page", "plots"),
+    *("bundle", "hub_client", "model_card"),
+)
 
 
 def imports(path: Path) -> set[str]:

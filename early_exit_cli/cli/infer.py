@@ -8,32 +8,37 @@ from typing import TYPE_CHECKING, Any
 
 from early_exit_cli import console
 from early_exit_cli.artifacts import write_json
+from early_exit_cli.cli import show
 from early_exit_cli.cli.options import configured
 from early_exit_cli.config import InferenceConfig
 from early_exit_cli.errors import ConfigError, DataError
 from early_exit_cli.resolve import Resolved
 
 if TYPE_CHECKING:
-    from early_exit_cli.decoding import Stats
+    from early_exit_cli.decoding import Generation
     from early_exit_cli.drafters import Drafter
     from early_exit_cli.engine import EarlyExitModel
+
+MODE_KINDS = {"fixed_layerskip": "fixed", "dynamic_early_exit": "dynamic", "comprehensive": "all"}
+"""Modes that say themselves how tokens are proposed, and the kind of drafter each means."""
 
 
 @configured("bundle", "backbone", "inference")
 def command(resolved: Resolved, as_json: bool) -> None:
     """Answer prompts."""
     settings = resolved.config.inference
+    check_combinations(resolved)
     prompts = gather_prompts(settings)
-    if settings.trace and settings.mode == "compare":
-        raise ConfigError("--trace runs every head on every token and would spoil the times of --mode compare")
     job = prepare(resolved, as_json)
     encoded = [encode(job.model, settings, prompt["prompt"]) for prompt in prompts]
     if settings.prompts:
         answer_many(job, prompts, encoded)
     elif settings.mode == "compare":
-        answer_compare(job, encoded[0])
+        answer_compare(job, prompts[0]["prompt"], encoded[0])
+    elif settings.mode == "comprehensive":
+        answer_comprehensive(job, prompts[0]["prompt"], encoded[0])
     else:
-        answer_one(job, encoded[0])
+        answer_one(job, prompts[0]["prompt"], encoded[0])
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,18 @@ class Job:
     drafter: Drafter
     width: int
     as_json: bool
+    coloured: bool
+
+    @property
+    def title(self) -> str:
+        """Of a table: what was run."""
+        name = f"{self.model.backbone.name}, {self.model.backbone.quantization}"
+        return name if self.level is None else f"{name}, accuracy level {self.level:.2f}"
+
+    @property
+    def level(self) -> float | None:
+        """The target accuracy; None where every level is run."""
+        return None if self.settings.mode == "comprehensive" else self.settings.accuracy_level
 
 
 def prepare(resolved: Resolved, as_json: bool) -> Job:
@@ -54,17 +71,53 @@ def prepare(resolved: Resolved, as_json: bool) -> Job:
 
     settings = resolved.config.inference
     kind = drafter_kind(resolved)
+    if kind == "all" and resolved.is_default("inference.read_heads"):
+        settings = settings.model_copy(update={"read_heads": "all"})
     model = load(resolved, kind)
-    width = settings.width or default_width(model)
+    width = settings.draft_length + 1 if kind == "fixed" else settings.width or default_width(model)
     drafter = make_drafter(model, settings, kind, width)
     if settings.width is None and kind in ("lookup", "lookahead", "auto"):  # these weigh draft lengths at every width
         width = LARGEST_WIDTH
-    return Job(model, settings, drafter, width, as_json)
+    if not drafter.lossless:
+        show.unverified_warning()
+    return Job(model, settings, drafter, width, as_json, console.wants_colour(settings.color) and not as_json)
+
+
+def check_combinations(resolved: Resolved) -> None:
+    """Refuse settings that do not go together, before anything is loaded.
+
+    Raises:
+        ConfigError: which, all of them.
+    """
+    settings = resolved.config.inference
+    faults = []
+    if settings.mode in ("compare", "comprehensive") and settings.trace:
+        faults.append(f"--trace runs every head on every token and would spoil the times of --mode {settings.mode}")
+    if settings.mode in MODE_KINDS and settings.drafter is not None:
+        faults.append(f"--mode {settings.mode} says itself how tokens are proposed; leave --drafter out")
+    if settings.width is not None and settings.mode == "fixed_layerskip":
+        faults.append("--mode fixed_layerskip takes --draft-length, which decides the width; leave --width out")
+    if settings.width is not None and settings.mode == "dynamic_early_exit":
+        faults.append("--mode dynamic_early_exit drafts nothing; leave --width out")
+    if settings.prompts and settings.mode == "comprehensive":
+        faults.append("--mode comprehensive takes one prompt; eexit bench compares methods on many")
+    if settings.prompts and settings.html:
+        faults.append("--html shows one answer; give one prompt")
+    if settings.mode == "fixed_layerskip":
+        from early_exit_cli.engine import bundle_folder, read_bundle_config
+
+        heads = read_bundle_config(bundle_folder(resolved.config.bundle))["num_heads"]
+        if settings.fixed_head >= heads:
+            faults.append(f"--fixed-head {settings.fixed_head}: the bundle has heads 0 to {heads - 1}")
+    if faults:
+        raise ConfigError("\n".join(faults))
 
 
 def drafter_kind(resolved: Resolved) -> str:
     """The drafter that was named, or that the mode means: `adaptive` is early exit; without either it is `auto`."""
     settings = resolved.config.inference
+    if settings.mode in MODE_KINDS:
+        return MODE_KINDS[settings.mode]
     if settings.mode == "full":
         return "none"
     return settings.drafter or ("auto" if resolved.is_default("inference.mode") else "exit")
@@ -106,21 +159,25 @@ def load(resolved: Resolved, kind: str) -> EarlyExitModel:
 
     config = resolved.config
     if (
-        kind not in ("exit", "lookahead")
+        kind in ("none", "lookup", "auto")
         and resolved.is_default("bundle.bundle")
         and not resolved.is_default("backbone.model_name")
     ):
         return load_model(config.backbone, None)
-    return load_model(backbone_of_bundle(resolved), config.bundle, with_thresholds=kind in ("exit", "auto"))
+    return load_model(backbone_of_bundle(resolved), config.bundle, with_thresholds=kind not in ("none", "lookup"))
 
 
 def make_drafter(model: EarlyExitModel, settings: InferenceConfig, kind: str, width: int) -> Drafter:
     """The drafter of that kind; says on stderr which heads early exit leaves unread."""
     from early_exit_cli.costs import auto_drafter, exit_drafter, lookahead_drafter, lookup_drafter
-    from early_exit_cli.drafters import NoDrafter
+    from early_exit_cli.drafters import FixedDrafter, NoDrafter, UnverifiedExits
 
-    if kind == "none":
+    if kind in ("none", "all"):
         return NoDrafter()
+    if kind == "fixed":
+        return FixedDrafter(settings.fixed_head)
+    if kind == "dynamic":
+        return UnverifiedExits(exit_drafter(model, settings.accuracy_level, width, "all").thresholds)
     if kind == "lookup":
         return lookup_drafter(model)
     if kind == "lookahead":
@@ -145,55 +202,82 @@ def encode(model: EarlyExitModel, settings: InferenceConfig, prompt: str) -> lis
     return ids
 
 
-def answer_one(job: Job, ids: list[int]) -> None:
+def answer_one(job: Job, prompt: str, ids: list[int]) -> None:
     """One prompt, one method, streamed."""
     from early_exit_cli.decoding import generate, trace_records
 
+    settings = job.settings
     result = generate(
         job.model,
         ids,
         job.drafter,
-        job.settings.max_tokens,
+        settings.max_tokens,
         mode=job.drafter.name,
         width=job.width,
-        trace=job.settings.trace is not None,
-        on_text=None if job.as_json else console.stream_text,
+        trace=settings.trace is not None,
+        on_text=None if job.as_json else show.writer(job.coloured),
     )
-    if job.settings.trace:
-        write_json(job.settings.trace, trace_records(job.model, result, len(ids)))
+    if settings.trace:
+        write_json(settings.trace, trace_records(job.model, result, len(ids)))
     if job.as_json:
         console.emit_json({job.drafter.name: result.record()})
-        return
-    console.stream_text("\n")
-    console.table("", ["", "value"], stats_rows(result.stats))
+    else:
+        console.stream_text("\n")
+        if job.coloured:
+            show.legend(result.stats)
+        else:
+            console.table("", ["", "value"], show.stats_rows(result.stats))
+    write_page(job, prompt, ids, result, {job.drafter.name: result.record()})
 
 
-def answer_compare(job: Job, ids: list[int]) -> None:
+def answer_compare(job: Job, prompt: str, ids: list[int]) -> None:
     """Both methods on one prompt, after a warm-up that is not counted."""
     from early_exit_cli.decoding import generate
     from early_exit_cli.drafters import NoDrafter
     from early_exit_cli.evaluation import compare
 
+    settings = job.settings
     for warm in (job.drafter, NoDrafter()):
-        generate(job.model, ids, warm, min(8, job.settings.max_tokens), mode="warm-up", width=job.width)
-    result = compare(
-        job.model, ids, job.drafter, job.settings.max_tokens, width=job.width, repeats=job.settings.repeats
-    )
+        generate(job.model, ids, warm, min(8, settings.max_tokens), mode="warm-up", width=job.width)
+    result = compare(job.model, ids, job.drafter, settings.max_tokens, width=job.width, repeats=settings.repeats)
     if job.as_json:
         console.emit_json(result.record())
-        return
-    console.stream_text(result.drafted.text + "\n")
-    full, drafted = dict(stats_rows(result.full.stats)), dict(stats_rows(result.drafted.stats))
-    console.table(
-        f"{job.model.backbone.name}, {job.model.backbone.quantization}, accuracy level {job.settings.accuracy_level:.2f}",
-        ["", "full", job.drafter.name],
-        [(name, full[name], drafted[name]) for name in full],
+    else:
+        show.finished_answer(job.model, result.drafted, job.coloured)
+        if job.coloured:
+            show.legend(result.drafted.stats)
+        show.comparison(result, job.title, settings.repeats)
+    verdict = {"speedup": result.speedup, "identical": result.identical, "bit_exact": result.bit_exact}
+    methods = {"full": result.full.record(), job.drafter.name: {**result.drafted.record(), **verdict}}
+    write_page(job, prompt, ids, result.drafted, methods)
+
+
+def answer_comprehensive(job: Job, prompt: str, ids: list[int]) -> None:
+    """Full, fixed drafts of every head, every calibrated level; the page shows the fastest that drafts."""
+    from early_exit_cli.comprehensive import all_methods, run_all
+
+    settings = job.settings
+    methods = all_methods(job.model, job.width, settings.read_heads)
+    with console.progress("runs", len(methods) * settings.repeats) as ticker:
+        results = run_all(job.model, ids, methods, settings.max_tokens, settings.repeats, ticker.update)
+    records = {name: result.record() for name, result in results.items()}
+    best = max(
+        (result.run for name, result in results.items() if name != "full"), key=lambda r: r.stats.tokens_per_second
     )
-    same = "identical" if result.identical else f"DIFFERENT from token {result.first_difference}"
-    bits = "bit-exact" if result.bit_exact else "not bit-exact"
-    console.note(
-        f"{same}, {bits}; speed-up {result.speedup:.2f}x (median of {job.settings.repeats} alternating repeats)"
-    )
+    if job.as_json:
+        console.emit_json(records)
+    else:
+        show.finished_answer(job.model, best, job.coloured)
+        if job.coloured:
+            show.legend(best.stats)
+        show.all_methods(results, job.title, settings.repeats)
+    write_page(job, prompt, ids, best, records)
+
+
+def write_page(job: Job, prompt: str, ids: list[int], shown: Generation, methods: dict[str, dict[str, Any]]) -> None:
+    """The page of `--html`, where one is wanted."""
+    if job.settings.html:
+        show.write_page(job.settings.html, job.model, prompt, len(ids), shown, methods, job.level)
 
 
 def answer_many(job: Job, prompts: list[dict[str, Any]], encoded: list[list[int]]) -> None:
@@ -228,27 +312,3 @@ def answer_many(job: Job, prompts: list[dict[str, Any]], encoded: list[list[int]
         rows.append((number, str(record.get("category", "")), record["prompt_tokens"], *speeds, *extra))
     compared = ["speed-up", "identical", "bit-exact"] if job.settings.mode == "compare" else []
     console.table("tokens/s", ["prompt", "category", "tokens", *methods, *compared], rows, result=True)
-
-
-def stats_rows(stats: Stats) -> list[tuple[str, str]]:
-    """Statistics of one answer for a person."""
-
-    def share(value: float | None) -> str:
-        return "-" if value is None else f"{value:.1%}"
-
-    exits = "  ".join(
-        f"{'backbone' if name == 'full' else 'head ' + name if name.isdigit() else name}: {count}"
-        for name, count in stats.exit_distribution.items()
-    )
-    return [
-        ("tokens", str(stats.total_tokens_generated)),
-        ("tokens/s", f"{stats.tokens_per_second:.1f}"),
-        ("time to first token", f"{stats.time_to_first_token_seconds * 1000:.0f} ms"),
-        ("accept length", f"{stats.accept_length:.2f}"),
-        (
-            "drafted, accepted",
-            f"{stats.tokens_drafted}, {stats.tokens_accepted} ({share(stats.acceptance_rate)})",
-        ),
-        ("average exit layer", f"{stats.average_exit_layer:.1f}"),
-        ("decided by", exits),
-    ]

@@ -1,0 +1,135 @@
+"""Modes and colours of `eexit infer` as a person runs them, on a tiny bundle."""
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+
+import pytest
+from test_commands import eexit
+
+PROMPT = ["--prompt", "one two three", "--max-tokens", 24]
+
+
+@pytest.fixture(scope="module")
+def base(tiny_bundle):
+    return ["infer", "--bundle", tiny_bundle, *PROMPT]
+
+
+@pytest.fixture(scope="module")
+def full(base):
+    code, out, err = eexit(*base, "--mode", "full", "--json")
+    assert code == 0, err
+    return json.loads(out)["full"]
+
+
+def test_fixed_layerskip_takes_the_seeds_flags_and_says_what_full_says(base, full):
+    seeds = ["--mode", "fixed_layerskip", "--layerskip_head", 2, "--layerskip_draft_length", 5]
+    code, out, err = eexit(*base, *seeds, "--json")
+    assert code == 0, err
+    answer = json.loads(out)["fixed_layerskip"]
+    assert answer["token_ids"] == full["token_ids"]
+    assert answer["lossless"] is True
+    assert answer["stats"]["tokens_drafted"] > answer["stats"]["tokens_accepted"] > 0
+
+
+def test_dynamic_early_exit_says_that_nobody_verified_it(base, tmp_path):
+    arguments = [*base, "--mode", "dynamic_early_exit", "--accuracy-level", 0.6, "--trace", tmp_path / "trace.json"]
+    code, out, err = eexit(*arguments, "--json")
+    assert code == 0, err
+    answer = json.loads(out)["dynamic_early_exit"]
+    assert answer["lossless"] is False
+    assert "not verified: the text may differ" in err
+    assert sum(count for name, count in answer["stats"]["exit_distribution"].items() if name != "full") > 0
+    assert [token["token_id"] for token in json.loads((tmp_path / "trace.json").read_text())] == answer["token_ids"]
+
+
+def test_a_page_that_cannot_be_written_is_one_line(base, tmp_path):
+    code, out, err = eexit(*base, "--mode", "full", "--html", tmp_path)
+    assert code == 1
+    assert out.strip()
+    assert f"cannot write the page to {tmp_path}" in err
+    assert "Traceback" not in err
+
+
+def test_comprehensive_has_every_method_and_one_text(base, full):
+    code, out, err = eexit(*base, "--mode", "comprehensive", "--repeats", 1, "--json")
+    assert code == 0, err
+    results = json.loads(out)
+    fixed = [f"layerskip_h{head}_d{length}" for head in range(3) for length in (5, 10, 15)]
+    assert list(results) == ["full", *fixed, "adaptive_acc0.60", "adaptive_acc0.90"]
+    for result in results.values():
+        assert {"text", "stats", "speedup", "identical", "bit_exact", "lossless"} <= set(result)
+        assert result["token_ids"] == full["token_ids"]
+        assert result["identical"]
+        assert result["bit_exact"]
+    assert results["adaptive_acc0.60"]["stats"]["tokens_drafted"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["--mode", "fixed_layerskip", "--drafter", "lookup", "--width", 4, "--fixed-head", 3],
+            ["leave --drafter out", "takes --draft-length", "the bundle has heads 0 to 2"],
+        ),
+        (["--mode", "comprehensive", "--trace", "trace.json"], ["--trace runs every head"]),
+        (["--mode", "dynamic_early_exit", "--width", 4], ["drafts nothing"]),
+        (["--draft-length", 16, "--color", "sometimes"], ["--draft-length", "inference.color = 'sometimes'"]),
+        (
+            ["--mode", "comprehensive", "--prompts", "many.jsonl", "--html", "page.html"],
+            ["takes one prompt", "--html shows one answer"],
+        ),
+    ],
+)
+def test_combinations_without_meaning_are_refused(base, arguments, words):
+    code, out, err = eexit(*base, *arguments)
+    assert code == 2
+    assert out == ""
+    assert all(some in err for some in words), err
+    assert "Traceback" not in err
+
+
+def in_terminal(arguments, **environment):
+    """What a terminal would get: the bytes of stdout and stderr together."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "early_exit_cli", *map(str, arguments)],
+        stdin=subprocess.DEVNULL,
+        stdout=theirs,
+        stderr=theirs,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "TERM": "xterm-256color", "COLORTERM": "truecolor"} | environment,
+    )
+    os.close(theirs)
+    written = b""
+    while True:
+        try:
+            chunk = os.read(ours, 65536)
+        except OSError:  # Linux: the other end is closed
+            break
+        if not chunk:
+            break
+        written += chunk
+    os.close(ours)
+    assert process.wait(timeout=60) == 0, written
+    return written.decode().replace("\r\n", "\n")
+
+
+def test_a_terminal_shows_who_decided_and_the_same_text(base, full):
+    arguments = [*base, "--mode", "fixed_layerskip", "--fixed-head", 2]
+    coloured = in_terminal(arguments)
+    assert "\x1b[38;2;58;148;245m" in coloured  # head 2
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", coloured)
+    assert plain.startswith(full["text"] + "\n")
+    assert re.search(
+        r"head 0: 0  head 1: 0  head 2: \d+  backbone: \d+\n24 tokens, [\d.]+ tokens/s, accept length", plain
+    )
+
+
+def test_colours_go_into_a_pipe_where_they_are_asked_for(base, full):
+    code, out, err = eexit(*base, "--mode", "fixed_layerskip", "--fixed-head", 2, "--color", "always")
+    assert code == 0, err
+    assert "\x1b[" in out
+    assert re.sub(r"\x1b\[[0-9;]*m", "", out) == full["text"] + "\n"
