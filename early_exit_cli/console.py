@@ -62,8 +62,13 @@ def stream_coloured(piece: str, decider: str) -> None:
 
 
 def legend(counts: dict[str, int], statistics: str) -> None:
-    """Who decided how many tokens, in their colours, and a line of statistics; for an answer that was coloured."""
-    parts = [_paint(f"{decider}: {count}", decider) for decider, count in counts.items()]
+    """Who decided how many tokens, in their colours, and a line of statistics; for an answer that was coloured.
+
+    Where the answer is in a terminal and stderr is not, the legend is plain.
+    """
+    painted = sys.stderr.isatty() or not sys.stdout.isatty()
+    words = {decider: f"{decider}: {count}" for decider, count in counts.items()}
+    parts = [_paint(text, decider) if painted else text for decider, text in words.items()]
     sys.stderr.write("  ".join(parts) + f"\n{statistics}\n")
 
 

@@ -198,7 +198,9 @@ def _span(record: Record, step: Record, number: int, place: int) -> str:
 def _token_lines(record: Record, step: Record, number: int, place: int) -> list[str]:
     """What a tooltip says of a committed token."""
     token = step["tokens"][place]
-    lines = [f"{_quoted(token['token_text'])} by {decider_of(token)}", *_why(token, record["num_blocks"])]
+    partial = not token["text"] and "\ufffd" in token["token_text"]
+    name = "a part of a character" if partial else _quoted(token["token_text"])
+    lines = [f"{name} by {decider_of(token)}", *_why(token, record["num_blocks"])]
     if place < step["accepted"]:
         lines.append("drafted, and accepted by the backbone")
     elif step["accepted"] or step["rejected"]:

@@ -122,6 +122,20 @@ def test_a_plain_answer_is_a_page_without_drafts():
     assert "accuracy level" not in text
 
 
+def test_a_token_that_is_half_a_character_is_called_so():
+    rounds = [
+        {
+            "accepted": 0,
+            "tokens": [token("", 5, token_text="\ufffd"), token("🍎", 6, token_text="\ufffd")],
+            "rejected": [],
+        }
+    ]
+    page = Page(render_page(record(rounds=rounds)))
+    assert page.answer == "🍎"
+    tips = [a["data-tip"] for tag, a in page.elements if a.get("class", "").startswith("t ")]
+    assert tips[0].startswith("a part of a character by backbone")
+
+
 def test_a_traced_answer_shows_what_every_head_said():
     views = [{"head": 0, "token_id": 3, "token_text": "\n", "entropy": 2.5}]
     rounds = [{"accepted": 0, "tokens": [token("a", 5, heads=views)], "rejected": []}]
