@@ -30,14 +30,17 @@ MAY_IMPORT = {
     "cached_states": {"cache", "states", "artifacts"},
     "distillation": {"backbone", "engine", "states"},
     "training": {"distillation", "engine", "heads", "states", "artifacts"},
-    "calibration": {"engine", "data", "gating", "artifacts"},
+    "reliability": set(),
+    "thresholds": {"reliability"},
+    "calibration": {"engine", "data", "gating", "reliability", "thresholds", "artifacts"},
     "drafters": {"blocks", "engine", "gating", "heads"},
     "lookup": {"blocks", "engine", "drafters"},
     "decoding": {"blocks", "engine", "drafters", "gating"},
     "costs": {"artifacts", "blocks", "runners", "engine", "drafters", "lookup", "gating"},
     "bench_methods": {"backbone", "blocks", "engine", "costs", "drafters", "decoding"},
     "bench": {"artifacts", "bench_methods", "decoding"},
-    "evaluation": {"engine", "decoding", "drafters", "data", "artifacts"},
+    "acceptance": {"engine", "thresholds"},
+    "evaluation": {"acceptance", "engine", "decoding", "drafters", "data", "artifacts"},
 }
 NEVER_TORCH = ("errors", "config", "resolve", "artifacts", "console", "plots")
 
