@@ -168,7 +168,7 @@ def _draw_reliability(calibration: dict[str, Any]) -> Any:
     for handle in panels[0].legend(fontsize="small").legend_handles:
         handle.set_sizes([50])
     figure.suptitle(
-        f"Solid: promised. Dashed: promised less {calibration['margin']:.1%}. "
+        f"Solid: promised. Dashed: {calibration['margin']:g} below. "
         f"Large dots: more than {calibration['enough_tokens']:,} tokens",
         fontsize="medium",
     )

@@ -11,7 +11,7 @@ from early_exit_cli.errors import TargetMissedError
 from early_exit_cli.resolve import Resolved
 
 if TYPE_CHECKING:
-    from early_exit_cli.calibration import Calibration, Cell
+    from early_exit_cli.calibration import Calibration
     from early_exit_cli.config import ThresholdRule
 
 
@@ -51,7 +51,8 @@ def print_calibration(result: Calibration, depth: int) -> None:
     from early_exit_cli.reliability import SURE
 
     other: ThresholdRule = "independent" if result.rule == "conditional" else "conditional"
-    rules = (result.rule, other)
+    fitted = f"level,{result.metric} threshold,coverage,agreement,at least ({SURE:.0%}),tokens missing"
+    columns = f"{fitted},checked tokens,reached,{other} threshold,reached".split(",")
     for index, head in enumerate(result.heads):
         rows = []
         for key, cell in head.cells[result.rule].items():
@@ -65,35 +66,18 @@ def print_calibration(result: Calibration, depth: int) -> None:
                     _share(cell.at_least),
                     f"{cell.missing:,}",
                     f"{cell.checked_tokens:,}",
-                    _reached(cell),
+                    _share(cell.reached) or "-",
                     f"{beside.threshold:.4f}",
-                    _reached(beside),
+                    _share(beside.reached) or "-",
                 )
             )
-        console.table(
-            f"head {index}, after {head.exit_layer} of {depth} blocks: agreement {head.agreement:.1%} over "
-            f"{head.samples:,} tokens",
-            [
-                *(
-                    "level",
-                    f"{result.metric} threshold",
-                    "coverage",
-                    "agreement",
-                    f"at least ({SURE:.0%})",
-                    "tokens missing",
-                ),
-                *("checked tokens", "reached", f"{other} threshold", "reached"),
-            ],
-            rows,
-            result=True,
-        )
+        title = f"head {index}, after {head.exit_layer} of {depth} blocks: agreement {head.agreement:.1%} over "
+        console.table(f"{title}{head.samples:,} tokens", columns, rows, result=True)
+    reached = f"cells that reached their level - {result.margin:g}"
     console.table(
         "promises on the second text",
-        [
-            *("thresholds", f"cells that reached their level less {result.margin:.1%}"),
-            *(f"cells of more than {ENOUGH_CHECKED:,} checked tokens", ""),
-        ],
-        [(rule, *result.kept(rule), "written" if rule == result.rule else "") for rule in rules],
+        ["thresholds", reached, f"cells of more than {ENOUGH_CHECKED:,} checked tokens", ""],
+        [(rule, *result.kept(rule), "written" if rule == result.rule else "") for rule in (result.rule, other)],
         result=True,
     )
 
@@ -102,23 +86,19 @@ def _share(value: float | None) -> str | None:
     return None if value is None else f"{value:.1%}"
 
 
-def _reached(cell: Cell) -> str:
-    return _share(cell.reached) or "-"
-
-
 def print_warnings(result: Calibration) -> None:
     """Levels that cannot be reached, and how many tokens are missing to be sure of the others."""
+    from early_exit_cli.reliability import SURE
+
     for level in result.levels:
         missed = [str(head) for found, head, cell in result.cells() if found == level and not cell.reachable]
         if missed:
             console.warn(f"level {level:.2f} was not reached by head {', '.join(missed)}: it never exits there")
-    from early_exit_cli.reliability import SURE
-
     unsure = [(level, head, cell) for level, head, cell in result.cells() if cell.reachable and cell.missing]
     if unsure:
         level, head, cell = max(unsure, key=lambda entry: entry[2].missing)
         console.warn(
-            f"too few exiting tokens to be {SURE:.0%} sure of a level less {result.margin:.1%}: "
+            f"too few exiting tokens to be {SURE:.0%} sure of a level - {result.margin:g}: "
             f"{len(unsure)} of {len(result.cells())} cells; most are missing at level {level:.2f}, head {head}: "
             f"{cell.tokens:,} tokens are there, {cell.missing:,} more are needed"
         )

@@ -86,11 +86,10 @@ def print_acceptance(found: Acceptance) -> None:
 
     record = found.record()
     rate = record["acceptance_rate"]
+    accepted = "" if rate is None else f", {rate:.1%} of them accepted"
     console.table(
-        f"tokens asked of the heads at level {found.level:.2f}, at most {found.draft_length} a draft: {found.asked:,}; "
-        f"drafted {found.drafted:,}, accepted {'none' if rate is None else f'{rate:.1%} of these'}; "
-        f"accept length {record['accept_length']:.2f}",
-        ["what became of them", "tokens", "share", "meaning"],
+        f"drafts at level {found.level:.2f}: {found.drafted:,} tokens{accepted}; accept length {record['accept_length']:.2f}",
+        ["what became of the tokens asked for", "tokens", "share", "meaning"],
         [
             (reason, f"{found.counts[reason]:,}", f"{share:.1%}", REASONS[reason])
             for reason, share in record["shares"].items()
