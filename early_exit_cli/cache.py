@@ -227,10 +227,10 @@ def wanted_sequences(
 
 
 def owned_text(text: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids, the number of each token's document and whether it is of an answer: [tokens] int64, int64, bool."""
-    places = torch.arange(text["ids"].numel())
-    owners = torch.searchsorted(text["document_starts"].long(), places, right=True) - 1
-    return text["ids"].long(), owners, places >= text["answer_starts"].long()[owners]
+    """Token ids, the number of each token's document and its place in the answer: [tokens] int64 each (`data.Batch`)."""
+    positions = torch.arange(text["ids"].numel())
+    owners = torch.searchsorted(text["document_starts"].long(), positions, right=True) - 1
+    return text["ids"].long(), owners, positions - text["answer_starts"].long()[owners]
 
 
 def measured_positions(text: dict[str, Tensor]) -> Tensor:

@@ -32,7 +32,7 @@ class _LoadedShard:
             self.normalizer = tensors["normalizer"].clone().to(device)
             self.measured = measured_positions(tensors).to(device)
             self.row_starts = tensors["row_starts"].tolist()
-            self.ids, self.owners, self.answers = owned_text(tensors)
+            self.ids, self.owners, self.places = owned_text(tensors)
         except (KeyError, IndexError, RuntimeError) as error:
             raise CacheError(f"{path} is no shard of this cache: {error}") from error
         for name, state in zip(names, self.states, strict=True):
@@ -42,7 +42,7 @@ class _LoadedShard:
     def row(self, number: int) -> States:
         part = slice(self.row_starts[number], self.row_starts[number + 1])
         *exits, final = [state[part] for state in self.states]
-        text = Batch(self.ids[None, part], self.owners[None, part], self.answers[None, part])
+        text = Batch(self.ids[None, part], self.owners[None, part], self.places[None, part])
         return States(exits, final, self.measured[part], text, self.normalizer[part])
 
 

@@ -1,222 +1,307 @@
-"""Entropy thresholds per head for each target accuracy, on held-out text.
+"""Thresholds per head for each target accuracy: fitted on one held-out text, checked on a second, recorded.
 
-Correct means that a head's argmax equals the backbone's. The rules stand in `threshold_for`; calibration.json holds
-what DSSD's loader reads, and nothing else; coverage, agreement and curves go into eexit.json.
+`thresholds` holds the rules and `reliability` the intervals. Both ways of fitting are always computed and checked as
+decoding would use them, every head read in order; a setting says which one is written. calibration.json holds what DSSD's
+loader reads, and nothing else; all the rest goes into eexit.json.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from early_exit_cli.artifacts import read_json, write_json
-from early_exit_cli.config import CalibrationConfig
+from early_exit_cli.config import CalibrationConfig, ThresholdRule, UncertaintyMetric
 from early_exit_cli.data import Batch
-from early_exit_cli.engine import CONFIG_FILE, RECORD_FILE, EarlyExitModel, read_batch
+from early_exit_cli.engine import CONFIG_FILE, EarlyExitModel, calibration_record_path, join_readings, read_batch
 from early_exit_cli.errors import DataError
 from early_exit_cli.gating import level_key
+from early_exit_cli.reliability import independent_tokens, lower_bound, tokens_missing
+from early_exit_cli.thresholds import (
+    Fitted,
+    Sample,
+    count_head_sets,
+    cumulative_agreement,
+    exits_in_order,
+    fit_thresholds,
+)
 
 CURVE_POINTS = 50
+HISTOGRAM_BINS = 30
+ENOUGH_CHECKED = 1000
+"""A promise is judged where more tokens than this exit on the second text."""
+RULES: tuple[ThresholdRule, ...] = get_args(ThresholdRule)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One head at one level: its threshold (nats), the share of tokens below it, and their agreement."""
+    """One head at one level.
+
+    tokens: how many exit below the threshold on the text it was fitted on, of those the rule gave the head; coverage:
+    their share of all tokens; agreement: the share of them that is right, at least `at_least` (reliability.SURE).
+    missing: how many more such tokens it takes to be sure of the level within the margin. checked_tokens, reached: how
+    many exit there on the second text with every head read in order, and the share that is right.
+    """
 
     threshold: float
+    reachable: bool
+    tokens: int
     coverage: float
     agreement: float | None
-    reachable: bool
+    at_least: float | None
+    missing: int
+    checked_tokens: int
+    reached: float | None
 
 
 @dataclass(frozen=True)
 class HeadCalibration:
-    """One head on the held-out text. `curve` holds (coverage, agreement) pairs along rising entropy."""
+    """One head on the first text.
+
+    cells: rule -> level -> Cell. curve: (coverage, agreement) pairs along rising uncertainty, all tokens. right, wrong:
+    how many tokens stand between each two of the calibration's `edges`.
+    """
 
     exit_layer: int
-    mean_entropy: float
-    std_entropy: float
+    mean_uncertainty: float
+    std_uncertainty: float
     agreement: float
     samples: int
-    cells: dict[str, Cell]
+    cells: dict[ThresholdRule, dict[str, Cell]]
     curve: list[tuple[float, float]]
+    right: list[int]
+    wrong: list[int]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Thresholds of all heads."""
+    """Thresholds of all heads. `rule` is the one that is written; both stand in the heads' cells."""
 
     levels: list[float]
     heads: list[HeadCalibration]
     dataset: str
     sequences: int
     strategy: str
+    metric: UncertaintyMetric
+    rule: ThresholdRule
+    margin: float
+    assurance: float | None
+    checked_tokens: int
+    edges: list[float]
     head_sets: dict[str, list[dict[str, list[Any]]]]
     """level -> for every set of heads: how often each exits when the heads before it declined, and how often rightly."""
 
+    def cells(self, rule: ThresholdRule | None = None) -> list[tuple[float, int, Cell]]:
+        """(level, head, cell) of a rule, by default of the one that is written."""
+        return [
+            (level, index, head.cells[rule or self.rule][level_key(level)])
+            for level in self.levels
+            for index, head in enumerate(self.heads)
+        ]
 
-def threshold_for(entropies: Tensor, correct: Tensor, level: float, strategy: str) -> float:
-    """The entropy threshold of one head for one target accuracy.
+    def kept(self, rule: ThresholdRule) -> tuple[int, int]:
+        """How many promises a rule kept within the margin on the second text, of how many that could be judged."""
+        judged = [self._is_kept(level, cell) for level, _, cell in self.cells(rule) if _is_judged(cell)]
+        return sum(judged), len(judged)
 
-    Args:
-        entropies: [samples] float32, ascending. correct: [samples] bool in the same order.
+    def _is_kept(self, level: float, cell: Cell) -> bool:
+        return cell.reached is not None and cell.reached >= level - self.margin
 
-    Returns:
-        The entropy (nats) at the last position whose cumulative accuracy reaches `level` (max_coverage), at the first
-        one (min_coverage), half way from the last one to its successor (midpoint), or where a logistic
-        P(correct | entropy) equals the level, clipped to what was seen (platt_scaling; Platt 1999). Where no position
-        reaches the level, the smallest entropy seen: no token is strictly below it, so the head never exits.
+    def faults(self) -> list[str]:
+        """The cells of the written rule that are unreachable, missed on the second text, or fitted on too few tokens."""
+        found = []
+        for level, head, cell in self.cells():
+            where = f"level {level_key(level)}, head {head}"
+            if not cell.reachable:
+                found.append(f"{where}: unreachable, the head never exits")
+            elif cell.missing:
+                found.append(f"{where}: {cell.tokens:,} exiting tokens are too few, by {cell.missing:,}")
+            if _is_judged(cell) and not self._is_kept(level, cell):
+                found.append(
+                    f"{where}: {cell.reached:.1%} reached on {cell.checked_tokens:,} tokens of the second text"
+                )
+        return found
+
+
+def _is_judged(cell: Cell) -> bool:
+    return cell.checked_tokens > ENOUGH_CHECKED
+
+
+def read_sample(
+    model: EarlyExitModel,
+    batches: Iterable[Batch],
+    metric: UncertaintyMetric,
+    on_batch: Callable[[int], None] | None = None,
+) -> tuple[Sample, int]:
+    """Read every head over the batches; returns the sample and the number of sequences.
+
+    Raises:
+        DataError: not one position to read.
     """
-    if strategy == "platt_scaling":
-        return _platt_threshold(entropies, correct, level)
-    valid = reaching(correct, level)
-    if valid.numel() == 0:
-        return float(entropies[0])
-    if strategy == "min_coverage":
-        return float(entropies[valid[0]])
-    last = int(valid[-1])
-    if strategy == "midpoint" and last + 1 < entropies.numel():
-        return float((entropies[last] + entropies[last + 1]) / 2)
-    return float(entropies[last])
-
-
-def reaching(correct: Tensor, level: float) -> Tensor:
-    """Positions, in rising entropy, at which the share of correct tokens so far is at least `level`."""
-    counts = torch.arange(1, correct.numel() + 1, dtype=torch.float64)
-    return (correct.double().cumsum(0) / counts >= level).nonzero()[:, 0]
-
-
-def _platt_threshold(entropies: Tensor, correct: Tensor, level: float) -> float:
-    """Newton's method on the two parameters of sigmoid(a + b * entropy), with a little ridge for separable data."""
-    x = torch.stack((torch.ones_like(entropies), entropies), 1).double()  # [samples, 2]
-    y = correct.double()
-    weights = torch.zeros(2, dtype=torch.float64)
-    ridge = 1e-6 * x.shape[0] * torch.eye(2, dtype=torch.float64)
-    for _ in range(50):
-        p = torch.sigmoid(x @ weights)
-        gradient = x.T @ (p - y) + ridge @ weights
-        hessian = (x * (p * (1 - p))[:, None]).T @ x + ridge
-        step = torch.linalg.solve(hessian, gradient)
-        weights = weights - step
-        if float(step.abs().max()) < 1e-9:
-            break
-    intercept, slope = weights.tolist()
-    low, high = float(entropies[0]), float(entropies[-1])
-    if slope >= 0:  # entropy says nothing here: all exit, or none
-        return high if float(y.mean()) >= level else low
-    return min(max((math.log(level / (1 - level)) - intercept) / slope, low), high)
+    readings = []
+    sequences = 0
+    for batch in batches:
+        readings.append(read_batch(model, batch, metric))
+        sequences += batch.input_ids.shape[0]
+        if on_batch:
+            on_batch(sequences)
+    if sum(part.choices.numel() for part in readings) == 0:
+        raise DataError("the calibration text holds no position to calibrate on")
+    all_of = join_readings(readings)
+    return Sample(all_of.uncertainties, all_of.tokens == all_of.choices, all_of.documents), sequences
 
 
 def calibrate(
     model: EarlyExitModel,
-    batches: Iterable[Batch],
+    fit: Iterable[Batch],
+    check: Iterable[Batch],
     config: CalibrationConfig,
     dataset: str,
     on_batch: Callable[[int], None] | None = None,
 ) -> Calibration:
-    """Read every head over the batches and fit the thresholds.
+    """Read every head over both texts, fit the thresholds on the first, check them on the second.
 
     Raises:
-        DataError: not one position to calibrate on.
+        DataError: a text without a position to calibrate on.
     """
-    entropies, correct = [], []
-    sequences = 0
-    for batch in batches:
-        readings = read_batch(model, batch)
-        entropies.append(readings.entropies)
-        correct.append(readings.tokens == readings.choices)
-        sequences += batch.input_ids.shape[0]
+    metric = config.uncertainty_metric
+    sample, sequences = read_sample(model, fit, metric, on_batch)
+
+    def on_second(done: int) -> None:
         if on_batch:
-            on_batch(sequences)
-    if not entropies or sum(part.shape[1] for part in entropies) == 0:
-        raise DataError("the calibration text holds no position to calibrate on")
-    all_entropies, all_correct = torch.cat(entropies, 1), torch.cat(correct, 1)
-    heads = [
-        _calibrate_head(exit_layer, all_entropies[head], all_correct[head], config)
-        for head, exit_layer in enumerate(model.heads.exit_layers if model.heads is not None else [])
-    ]
-    sets = {
-        level_key(level): count_head_sets(
-            all_entropies, all_correct, [head.cells[level_key(level)].threshold for head in heads]
-        )
-        for level in config.accuracy_levels
-    }
-    return Calibration(config.accuracy_levels, heads, dataset, sequences, config.threshold_strategy, sets)
+            on_batch(sequences + done)
+
+    second, _ = read_sample(model, check, metric, on_second)
+    layers = model.heads.exit_layers if model.heads is not None else []
+    return calibrate_samples(sample, second, layers, config, dataset, sequences)
 
 
-def count_head_sets(entropies: Tensor, correct: Tensor, thresholds: list[float]) -> list[dict[str, list[Any]]]:
-    """For every set of at most four heads: the share of tokens that exits at each, in order, and their agreement.
+def calibrate_samples(
+    sample: Sample, second: Sample, exit_layers: list[int], config: CalibrationConfig, dataset: str, sequences: int
+) -> Calibration:
+    """Fit on one sample, check on the other."""
+    cells: list[dict[ThresholdRule, dict[str, Cell]]] = [{rule: {} for rule in RULES} for _ in exit_layers]
+    head_sets = {}
+    for rule in RULES:
+        for level in config.accuracy_levels:
+            fitted = fit_thresholds(sample, level, rule, config)
+            thresholds = [found.threshold for found in fitted]
+            fitted_exits = _exits(sample, thresholds, rule)
+            checked_exits = exits_in_order(second.uncertainties, thresholds)
+            for head, found in enumerate(fitted):
+                cells[head][rule][level_key(level)] = _cell(
+                    head, found, level, config.margin, sample, fitted_exits[head], second, checked_exits[head]
+                )
+            if rule == config.threshold_rule:
+                head_sets[level_key(level)] = count_head_sets(sample.uncertainties, sample.correct, thresholds)
+    low, high = float(sample.uncertainties.min()), float(sample.uncertainties.max())
+    edges = torch.linspace(low, max(high, low + 1e-6), HISTOGRAM_BINS + 1)
+    return Calibration(
+        levels=config.accuracy_levels,
+        heads=[
+            _head(layer, sample.uncertainties[head], sample.correct[head], cells[head], edges)
+            for head, layer in enumerate(exit_layers)
+        ],
+        dataset=dataset,
+        sequences=sequences,
+        strategy=config.threshold_strategy,
+        metric=config.uncertainty_metric,
+        rule=config.threshold_rule,
+        margin=config.margin,
+        assurance=config.assurance,
+        checked_tokens=second.tokens,
+        edges=edges.tolist(),
+        head_sets=head_sets,
+    )
 
-    Args:
-        entropies, correct: [heads, samples].
-    """
-    counted: list[dict[str, list[Any]]] = []
-    for size in range(1, min(len(thresholds), 4) + 1):
-        for heads in itertools.combinations(range(len(thresholds)), size):
-            left = torch.ones(entropies.shape[1], dtype=torch.bool)
-            shares, agreements = [], []
-            for head in heads:
-                exits = left & (entropies[head] < thresholds[head])
-                count = int(exits.sum())
-                shares.append(count / entropies.shape[1])
-                agreements.append(int((exits & correct[head]).sum()) / count if count else 0.0)
-                left &= ~exits
-            counted.append({"heads": list(heads), "exit_share": shares, "agreement": agreements})
-    return counted
+
+def _exits(sample: Sample, thresholds: list[float], rule: ThresholdRule) -> Tensor:
+    """[heads, tokens] bool: the tokens below each threshold, of those that the rule gave the head."""
+    if rule == "conditional":
+        return exits_in_order(sample.uncertainties, thresholds)
+    return sample.uncertainties < torch.tensor(thresholds, dtype=torch.float64)[:, None]
 
 
-def _calibrate_head(exit_layer: int, entropies: Tensor, correct: Tensor, config: CalibrationConfig) -> HeadCalibration:
-    order = entropies.argsort(stable=True)
-    entropies, correct = entropies[order], correct[order]
-    cells = {}
-    for level in config.accuracy_levels:
-        threshold = threshold_for(entropies, correct, level, config.threshold_strategy)
-        exits = entropies < threshold
-        count = int(exits.sum())
-        cells[level_key(level)] = Cell(
-            threshold,
-            count / entropies.numel(),
-            float(correct[exits].double().mean()) if count else None,
-            bool(reaching(correct, level).numel()),
-        )
-    cumulative = correct.double().cumsum(0)
-    places = sorted({max(1, round(entropies.numel() * point / CURVE_POINTS)) for point in range(1, CURVE_POINTS + 1)})
+def _cell(
+    head: int,
+    fitted: Fitted,
+    level: float,
+    margin: float,
+    sample: Sample,
+    exits: Tensor,
+    second: Sample,
+    checked: Tensor,
+) -> Cell:
+    """exits, checked: [tokens] bool, the tokens of `sample` and of `second` that exit at the head."""
+    right, owners = sample.correct[head][exits], sample.documents[exits]
+    tokens, checked_tokens = right.numel(), int(checked.sum())
+    agreement = at_least = None
+    independent = float(tokens)
+    if tokens:
+        agreement = float(right.double().mean())
+        worth = independent_tokens(right, owners)[-1]
+        independent = float(worth)
+        at_least = float(lower_bound(torch.tensor(agreement, dtype=torch.float64), worth))
+    return Cell(
+        threshold=fitted.threshold,
+        reachable=fitted.reachable,
+        tokens=tokens,
+        coverage=tokens / sample.tokens,
+        agreement=agreement,
+        at_least=at_least,
+        missing=tokens_missing(agreement or 0.0, tokens, independent, level, margin),
+        checked_tokens=checked_tokens,
+        reached=float(second.correct[head][checked].double().mean()) if checked_tokens else None,
+    )
+
+
+def _head(
+    exit_layer: int,
+    uncertainties: Tensor,
+    correct: Tensor,
+    cells: dict[ThresholdRule, dict[str, Cell]],
+    edges: Tensor,
+) -> HeadCalibration:
+    tokens = uncertainties.numel()
+    along = cumulative_agreement(correct[uncertainties.argsort(stable=True)])
+    places = sorted({max(1, round(tokens * point / CURVE_POINTS)) for point in range(1, CURVE_POINTS + 1)})
+    right, wrong = (
+        torch.histogram(uncertainties[chosen], edges).hist.to(torch.int64).tolist() for chosen in (correct, ~correct)
+    )
     return HeadCalibration(
-        exit_layer,
-        float(entropies.mean()),
-        float(entropies.std(correction=0)),
-        float(correct.double().mean()),
-        entropies.numel(),
-        cells,
-        [(place / entropies.numel(), float(cumulative[place - 1]) / place) for place in places],
+        exit_layer=exit_layer,
+        mean_uncertainty=float(uncertainties.mean()),
+        std_uncertainty=float(uncertainties.std(correction=0)),
+        agreement=float(correct.double().mean()),
+        samples=tokens,
+        cells=cells,
+        curve=[(place / tokens, float(along[place - 1])) for place in places],
+        right=right,
+        wrong=wrong,
     )
 
 
 def calibration_json(calibration: Calibration) -> dict[str, Any]:
     """What calibration.json holds: exactly the keys that DSSD's loader takes."""
+    thresholds: dict[str, dict[str, float]] = {level_key(level): {} for level in calibration.levels}
+    for level, head, cell in calibration.cells():
+        thresholds[level_key(level)][str(head)] = cell.threshold
     return {
         "model_config_path": CONFIG_FILE,
         "calibration_dataset": calibration.dataset,
         "calibration_samples": calibration.sequences,
-        "uncertainty_metric": "entropy",
-        "accuracy_levels": calibration.levels,
-        "thresholds": {
-            level_key(level): {
-                str(i): head.cells[level_key(level)].threshold for i, head in enumerate(calibration.heads)
-            }
-            for level in calibration.levels
-        },
+        "uncertainty_metric": calibration.metric,
+        "accuracy_levels": list(calibration.levels),
+        "thresholds": thresholds,
         "statistics": {
             str(i): {
-                "mean_uncertainty": head.mean_entropy,
-                "std_uncertainty": head.std_entropy,
+                "mean_uncertainty": head.mean_uncertainty,
+                "std_uncertainty": head.std_uncertainty,
                 "overall_accuracy": head.agreement,
                 "num_samples": head.samples,
             }
@@ -225,25 +310,45 @@ def calibration_json(calibration: Calibration) -> dict[str, Any]:
     }
 
 
-def save_calibration(calibration: Calibration, folder: Path, output_path: Path) -> None:
-    """Write calibration.json to `output_path` and the rest into the bundle's eexit.json."""
-    write_json(output_path, calibration_json(calibration))
-    record = read_json(folder / RECORD_FILE) if (folder / RECORD_FILE).exists() else {}
-    record["calibration"] = {
+def calibration_record(calibration: Calibration) -> dict[str, Any]:
+    """What eexit.json holds of a calibration. `coverage` and `agreement_at` are those of the written rule."""
+    return {
         "dataset": calibration.dataset,
         "sequences": calibration.sequences,
         "strategy": calibration.strategy,
+        "uncertainty_metric": calibration.metric,
+        "threshold_rule": calibration.rule,
+        "levels": calibration.levels,
+        "margin": calibration.margin,
+        "assurance": calibration.assurance,
+        "checked_tokens": calibration.checked_tokens,
+        "enough_tokens": ENOUGH_CHECKED,
+        "promises_kept": {rule: dict(zip(("kept", "of"), calibration.kept(rule), strict=True)) for rule in RULES},
         "head_sets": calibration.head_sets,
+        "edges": calibration.edges,
         "heads": [
             {
                 "exit_layer": head.exit_layer,
                 "agreement": head.agreement,
                 "samples": head.samples,
-                "coverage": {key: cell.coverage for key, cell in head.cells.items()},
-                "agreement_at": {key: cell.agreement for key, cell in head.cells.items()},
+                "coverage": {key: cell.coverage for key, cell in head.cells[calibration.rule].items()},
+                "agreement_at": {key: cell.agreement for key, cell in head.cells[calibration.rule].items()},
                 "curve": head.curve,
+                "right": head.right,
+                "wrong": head.wrong,
+                "rules": {
+                    rule: {key: asdict(cell) for key, cell in cells.items()} for rule, cells in head.cells.items()
+                },
             }
             for head in calibration.heads
         ],
     }
-    write_json(folder / RECORD_FILE, record)
+
+
+def save_calibration(calibration: Calibration, folder: Path, output_path: Path) -> None:
+    """Write calibration.json to `output_path` and the rest beside it: into eexit.json where it is the bundle's own."""
+    write_json(output_path, calibration_json(calibration))
+    path = calibration_record_path(folder, output_path)
+    record = read_json(path) if path.exists() else {}
+    record["calibration"] = calibration_record(calibration)
+    write_json(path, record)

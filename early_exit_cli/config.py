@@ -19,6 +19,8 @@ HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 DEFAULT_ACCURACY_LEVELS = [0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.99]
 
 Quantization = Literal["4bit", "8bit", "none"]
+UncertaintyMetric = Literal["entropy", "confidence"]
+ThresholdRule = Literal["conditional", "independent"]
 
 
 def setting(default: Any, help: str, *, aliases: tuple[str, ...] = (), **bounds: Any) -> Any:
@@ -178,20 +180,48 @@ class TrainingConfig(Section):
 
 
 class CalibrationConfig(Section):
-    """Entropy thresholds for each head and target accuracy."""
+    """Thresholds for each head and target accuracy."""
 
-    num_samples: int = setting(1000, "Held-out sequences to calibrate on, at most.", ge=1)
+    num_samples: int = setting(
+        1000, "Held-out sequences to calibrate on, at most; as many others to check the result on.", ge=1
+    )
     accuracy_levels: FloatList = setting(DEFAULT_ACCURACY_LEVELS, "Target accuracies, separated by commas.")
     threshold_strategy: Literal["max_coverage", "min_coverage", "midpoint", "platt_scaling"] = setting(
         "max_coverage",
         "Where on the curve of cumulative accuracy a threshold lies: its last position at the level, its first, half way "
         "to the next one, or by a logistic fit.",
     )
-    uncertainty_metric: Literal["entropy"] = setting("entropy", "What a head's certainty is measured by (nats).")
+    threshold_rule: ThresholdRule = setting(
+        "conditional",
+        "Which tokens a head is calibrated on. conditional: those that the heads before it left at that level, as when "
+        "decoding. independent: all of them.",
+    )
+    uncertainty_metric: UncertaintyMetric = setting(
+        "entropy",
+        "What a head's certainty is measured by. entropy: of its distribution, in nats. confidence: its highest "
+        "probability, with a minus sign, so that lower is surer.",
+    )
+    assurance: float | None = setting(
+        None,
+        "Demand each level with this certainty (0.8: four times in five) instead of on average: lower coverage, firmer "
+        "promises. Default: on average, the rule of DSSD.",
+        gt=0.5,
+        lt=1.0,
+    )
+    margin: float = setting(
+        0.01,
+        "How far below its level a head's agreement may fall before it counts as missed, or as promised on too few "
+        "tokens.",
+        gt=0.0,
+        lt=0.5,
+    )
+    strict: bool = setting(
+        False, "End with code 3 when a level is unreachable, missed on the second text, or fitted on too few tokens."
+    )
     output_path: Path | None = setting(None, "Where calibration.json goes; default: into the bundle.")
 
     @model_validator(mode="after")
-    def _levels_distinct(self) -> CalibrationConfig:
+    def _levels_fit(self) -> CalibrationConfig:
         levels = self.accuracy_levels
         if not levels:
             raise ValueError("accuracy_levels is empty")
@@ -202,6 +232,10 @@ class CalibrationConfig(Section):
         for key in keys:
             if keys.count(key) > 1:
                 raise ValueError(f"two accuracy levels are both {key} after rounding to two digits")
+        if min(levels) <= self.margin:
+            raise ValueError(f"margin {self.margin} is not below the lowest accuracy level, {min(levels)}")
+        if self.assurance is not None and self.threshold_strategy == "platt_scaling":
+            raise ValueError("assurance needs a strategy that reads cumulative accuracy; platt_scaling does not")
         self.__dict__["accuracy_levels"] = sorted(levels)
         return self
 
@@ -283,6 +317,9 @@ class EvaluationConfig(Section):
     """Measuring the heads on text."""
 
     num_samples: int = setting(100, "Sequences to evaluate on, at most.", ge=1)
+    accuracy_level: float = setting(
+        0.9, "Level at which drafts are followed to see why tokens are not accepted.", gt=0.0, lt=1.0
+    )
     output_path: Path | None = setting(None, "Write the JSON record to this file too.")
 
 

@@ -248,11 +248,8 @@ def exit_drafter(model: EarlyExitModel, level: float, width: int, read_heads: st
     """
     if model.thresholds is None:
         raise BundleError("the bundle is not calibrated", hint="eexit calibrate --bundle FOLDER")
-    if level_key(level) not in model.thresholds.levels:
-        raise ConfigError(
-            f"accuracy level {level_key(level)} was not calibrated; calibrated: {', '.join(model.thresholds.levels)}"
-        )
+    thresholds = model.thresholds.at(level)
     if not 2 <= width <= LARGEST_WIDTH:
         raise ConfigError(f"width {width} is out of range", hint=f"--width takes 2 to {LARGEST_WIDTH}")
     active = choose_heads(model, level, width) if read_heads == "auto" else None
-    return ExitDrafter(model.thresholds.at(level), active)
+    return ExitDrafter(thresholds, active, model.thresholds.metric)

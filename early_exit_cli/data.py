@@ -46,19 +46,25 @@ class Document:
 class Batch:
     """Packed sequences.
 
-    input_ids: [batch, seq] int64. documents: [batch, seq] int64, the number of the document a token belongs to within
-    its row, IGNORED (-1) for padding. answers: [batch, seq] bool, the token is of an answer (of plain text, all are).
-    positions need no tensor: rotary attention sees differences only.
+    input_ids: [batch, seq] int64. documents: [batch, seq] int64, the number of the document a token belongs to among
+    those packed, IGNORED (-1) for padding. places: [batch, seq] int64, where in the document's answer the token stands:
+    0 is the first, a prompt's tokens have negative ones (plain text is all answer). Positions need no tensor: rotary
+    attention sees differences only.
     """
 
     input_ids: Tensor
     documents: Tensor
-    answers: Tensor
+    places: Tensor
 
     @property
     def valid(self) -> Tensor:
         """[batch, seq] bool: not padding."""
         return self.documents != IGNORED
+
+    @property
+    def answers(self) -> Tensor:
+        """[batch, seq] bool: of an answer."""
+        return self.places >= 0
 
     @property
     def measured(self) -> Tensor:
@@ -79,7 +85,7 @@ class Batch:
         return (causal & same)[:, None]
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.input_ids.to(device), self.documents.to(device), self.answers.to(device))
+        return Batch(self.input_ids.to(device), self.documents.to(device), self.places.to(device))
 
 
 def read_records(config: DataConfig) -> list[dict[str, Any]]:
@@ -99,7 +105,7 @@ def read_records(config: DataConfig) -> list[dict[str, Any]]:
             hint="--text-column NAME",
         )
     records = [
-        {"text": text, "source": str(row.get("source", Path(name).stem))}
+        {"text": text, "source": str(row.get("source") or row.get("category") or Path(name).stem)}
         for row in rows
         if (text := _as_text(row[column])).strip()
     ]
@@ -216,38 +222,34 @@ def split_documents(documents: list[Document], holdout: float, split: Split) -> 
 def pack(documents: list[Document], max_length: int, pad_id: int) -> list[Batch]:
     """Rows of `max_length` tokens, each a [1, max_length] Batch.
 
-    Documents follow one another; one longer than what is left of a row is cut there and goes on, as a document of its
-    own, in the next. Only the last row is padded.
+    Documents follow one another; one longer than what is left of a row is cut there and goes on in the next, where it
+    sees nothing of its beginning. Only the last row is padded.
     """
     rows: list[Batch] = []
     ids: list[int] = []
     owners: list[int] = []
-    answers: list[bool] = []
-    owner = 0
+    places: list[int] = []
 
     def close() -> None:
-        nonlocal owner
         missing = max_length - len(ids)
         rows.append(
             Batch(
                 torch.tensor([ids + [pad_id] * missing], dtype=torch.int64),
                 torch.tensor([owners + [IGNORED] * missing], dtype=torch.int64),
-                torch.tensor([answers + [False] * missing]),
+                torch.tensor([places + [IGNORED] * missing], dtype=torch.int64),
             )
         )
         ids.clear()
         owners.clear()
-        answers.clear()
-        owner = 0
+        places.clear()
 
-    for document in documents:
+    for owner, document in enumerate(documents):
         start = 0
         while start < len(document.ids):
             piece = document.ids[start : start + max_length - len(ids)]
             ids.extend(piece)
             owners.extend([owner] * len(piece))
-            answers.extend(place >= document.answer_start for place in range(start, start + len(piece)))
-            owner += 1
+            places.extend(range(start - document.answer_start, start - document.answer_start + len(piece)))
             start += len(piece)
             if len(ids) == max_length:
                 close()
@@ -266,7 +268,7 @@ def stacked(rows: list[Batch]) -> Batch:
     return Batch(
         join([row.input_ids for row in rows], 0),
         join([row.documents for row in rows], IGNORED),
-        join([row.answers for row in rows], 0),
+        join([row.places for row in rows], IGNORED),
     )
 
 

@@ -17,14 +17,16 @@ import torch
 from torch import Tensor
 
 from early_exit_cli.blocks import LARGEST_WIDTH, KVCache
+from early_exit_cli.config import UncertaintyMetric
 from early_exit_cli.engine import EarlyExitModel, require_heads
-from early_exit_cli.gating import entropy, may_exit
+from early_exit_cli.gating import may_exit, uncertainty
 from early_exit_cli.heads import ExitHeads
 
 
 @dataclass(frozen=True)
 class Exit:
-    """Why a token was drafted: which head (in depth order) exited after how many blocks, and how sure it was (nats)."""
+    """Why a token was drafted: which head (in depth order) exited after how many blocks, and how sure it was (entropy in
+    nats, or what the calibration's metric puts in its place)."""
 
     head: int
     exit_layer: int
@@ -150,14 +152,16 @@ class NoDrafter(Drafter):
 
 @dataclass
 class ExitDrafter(Drafter):
-    """Early exit with the entropy thresholds of one target accuracy.
+    """Early exit with the thresholds of one target accuracy.
 
-    thresholds: nats, one per head in depth order. active: the heads that are read, ascending; all by default.
+    thresholds: in the units of metric, one per head in depth order. active: the heads that are read, ascending; all by
+    default.
     """
 
     name: ClassVar[str] = "adaptive_early_exit"
     thresholds: list[float]
     active: list[int] | None = None
+    metric: UncertaintyMetric = "entropy"
 
     def propose(
         self, model: EarlyExitModel, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]
@@ -195,9 +199,9 @@ class ExitDrafter(Drafter):
             exit_layer, threshold = heads.exit_layers[head], self.thresholds[head]
             catch_up(model, cache, rows, exit_layer)
             logits = heads.logits(head, rows[-1][exit_layer])
-            uncertainty = float(entropy(logits))
-            if may_exit(uncertainty, threshold):
-                return int(heads.token_ids(logits.argmax(-1))), Exit(head, exit_layer, uncertainty, threshold)
+            found = float(uncertainty(logits, self.metric))
+            if may_exit(found, threshold):
+                return int(heads.token_ids(logits.argmax(-1))), Exit(head, exit_layer, found, threshold)
         return None
 
 

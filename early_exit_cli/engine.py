@@ -6,9 +6,9 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -29,10 +29,10 @@ from early_exit_cli.bundle import (
     lookahead_layers,
     read_bundle_config,
 )
-from early_exit_cli.config import HUB_ID, SHIPPED_BUNDLE, BackboneConfig, BundleConfig, HubConfig
+from early_exit_cli.config import HUB_ID, SHIPPED_BUNDLE, BackboneConfig, BundleConfig, HubConfig, UncertaintyMetric
 from early_exit_cli.data import Batch
 from early_exit_cli.errors import BundleError, ConfigError, HubError, NumericsError
-from early_exit_cli.gating import Thresholds, entropy, level_key
+from early_exit_cli.gating import Thresholds, level_key, uncertainty
 from early_exit_cli.heads import ExitHeads, load_heads
 from early_exit_cli.lookahead import LookaheadHead, load_lookahead
 from early_exit_cli.runners import make_blocks
@@ -178,13 +178,18 @@ def read_thresholds(path: Path, num_heads: int) -> Thresholds:
     """calibration.json's thresholds.
 
     Raises:
-        BundleError: a level without its block, a head without its number.
+        BundleError: an unknown metric, a level without its block, a head without its number.
     """
     record = read_json(path)
     levels = record.get("accuracy_levels")
     blocks = record.get("thresholds")
     if not isinstance(levels, list) or not isinstance(blocks, dict):
         raise BundleError(f"{path} must hold accuracy_levels and thresholds")
+    metric = record.get("uncertainty_metric", "entropy")
+    if metric not in get_args(UncertaintyMetric):
+        raise BundleError(
+            f"{path}: uncertainty_metric {metric!r} is unknown; known: {', '.join(get_args(UncertaintyMetric))}"
+        )
     found: dict[str, list[float]] = {}
     for level in levels:
         block = blocks.get(level_key(level)) if isinstance(level, (int, float)) else None
@@ -195,7 +200,13 @@ def read_thresholds(path: Path, num_heads: int) -> Thresholds:
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
                 raise BundleError(f"{path}: level {level_key(level)}, head {head}: no threshold, found {value!r}")
         found[level_key(level)] = [float(value) for value in row if value is not None]
-    return Thresholds(found)
+    return Thresholds(found, metric)
+
+
+def calibration_record_path(folder: Path, calibration: Path) -> Path:
+    """Where the record of a calibration stands: the bundle's eexit.json for its own, else NAME.eexit.json beside it."""
+    own = calibration.resolve() == (folder / CALIBRATION_FILE).resolve()
+    return folder / RECORD_FILE if own else calibration.with_suffix(f".{RECORD_FILE}")
 
 
 def load_model(
@@ -223,6 +234,8 @@ def load_model(
     calibration = bundle.calibration_path or folder / CALIBRATION_FILE
     if with_thresholds and (bundle.calibration_path or calibration.exists()):
         model.thresholds = read_thresholds(calibration, config["num_heads"])
+        record = calibration_record_path(folder, calibration)
+        model.record["calibration"] = read_json(record).get("calibration", {}) if record.exists() else {}
     return model
 
 
@@ -326,19 +339,22 @@ def bundle_config(readout: Readout, layers: list[int], training_config: dict[str
 class Readings:
     """What backbone and heads say at the positions of a batch where the next token is known.
 
-    All on the CPU. choices, targets: [positions] int64, the backbone's argmax and the text's next token.
-    backbone_top5: [positions, 5]. tokens, entropies: [heads, positions]; top5: [heads, positions, 5], token ids.
+    All on the CPU. choices, targets: [positions] int64, the backbone's argmax and the text's next token. documents,
+    places: [positions] int64, which document that next token is of, and where in its answer (0 is the first).
+    backbone_top5: [positions, 5]. tokens, uncertainties: [heads, positions]; top5: [heads, positions, 5], token ids.
     """
 
     choices: Tensor
     targets: Tensor
+    documents: Tensor
+    places: Tensor
     backbone_top5: Tensor
     tokens: Tensor
-    entropies: Tensor
+    uncertainties: Tensor
     top5: Tensor
 
 
-def read_batch(model: EarlyExitModel, batch: Batch) -> Readings:
+def read_batch(model: EarlyExitModel, batch: Batch, metric: UncertaintyMetric = "entropy") -> Readings:
     """Run a packed batch and read every head at the positions that count (`Batch.measured`).
 
     Raises:
@@ -354,21 +370,29 @@ def read_batch(model: EarlyExitModel, batch: Batch) -> Readings:
         backbone_logits = model.backbone.lm_head(final)
         highest, choices = backbone_logits.max(-1)
         require_finite(highest)
-        tokens, entropies, top5 = [], [], []
+        tokens, uncertainties, top5 = [], [], []
         for head, hidden in enumerate(exits):
             logits = heads.logits(head, hidden)
-            entropies.append(entropy(logits))
+            uncertainties.append(uncertainty(logits, metric))
             best = heads.token_ids(logits.topk(5, -1).indices)
             top5.append(best)
             tokens.append(best[:, 0])
         return Readings(
             choices.cpu(),
             targets.cpu(),
+            batch.documents[valid].cpu(),
+            batch.places.roll(-1, 1)[valid].cpu(),
             backbone_logits.topk(5, -1).indices.cpu(),
             torch.stack(tokens).cpu(),
-            torch.stack(entropies).cpu(),
+            torch.stack(uncertainties).cpu(),
             torch.stack(top5).cpu(),
         )
+
+
+def join_readings(parts: list[Readings]) -> Readings:
+    """Readings of several batches, one after another."""
+    along = {field.name: int(field.name in ("tokens", "uncertainties", "top5")) for field in fields(Readings)}
+    return Readings(**{name: torch.cat([getattr(part, name) for part in parts], dim) for name, dim in along.items()})
 
 
 def require_heads(model: EarlyExitModel) -> ExitHeads:

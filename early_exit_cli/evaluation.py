@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from early_exit_cli.acceptance import Acceptance, explain_acceptance
 from early_exit_cli.data import Batch
-from early_exit_cli.decoding import Generation, accepted_length, generate
+from early_exit_cli.decoding import Generation, accepted_length, default_width, generate
 from early_exit_cli.drafters import Drafter, NoDrafter
-from early_exit_cli.engine import EarlyExitModel, read_batch, require_heads
+from early_exit_cli.engine import EarlyExitModel, Readings, join_readings, read_batch, require_heads
 from early_exit_cli.errors import DataError
 
 
@@ -31,58 +33,127 @@ class HeadScore:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Positions that have something in common, and each head's agreement with the backbone on them."""
+
+    name: str
+    tokens: int
+    agreement: list[float]
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """Scores of backbone and heads over the same positions; padding never counts."""
+    """Scores of backbone and heads over the same positions; padding never counts.
+
+    agreement_by: position, frequency or source -> groups, which together hold every position once. position: where in
+    its answer (or text) the predicted token stands, 1 is the first. frequency: how often the backbone chooses that token
+    over all the positions evaluated. source: of the document. acceptance: none without thresholds.
+    """
 
     model_name: str
     num_samples: int
     total_tokens: int
     main_head: dict[str, float]
     auxiliary_heads: list[HeadScore]
+    agreement_by: dict[str, list[Group]]
+    acceptance: Acceptance | None
 
     def record(self) -> dict[str, Any]:
         """The evaluation as JSON."""
-        return asdict(self)
+        return {**asdict(self), "acceptance": self.acceptance and self.acceptance.record()}
 
 
 def evaluate(
-    model: EarlyExitModel, batches: Iterable[Batch], on_batch: Callable[[int], None] | None = None
+    model: EarlyExitModel,
+    batches: Iterable[Batch],
+    sources: list[str],
+    level: float,
+    on_batch: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """Score every head.
+    """Score every head, and follow the drafts at one level where the model has thresholds.
+
+    Args:
+        sources: of the documents, by their numbers in the batches.
 
     Raises:
+        ConfigError: a level that was not calibrated.
         DataError: not one position with a next token.
     """
     heads = require_heads(model)
-    hits = torch.zeros(len(heads), 4, dtype=torch.int64)  # text, text in top 5, backbone, backbone in top 5
-    main = torch.zeros(2, dtype=torch.int64)
-    total = sequences = 0
+    thresholds = model.thresholds.at(level) if model.thresholds is not None else None
+    metric = model.thresholds.metric if model.thresholds is not None else "entropy"
+    parts: list[Readings] = []
+    sequences = 0
     for batch in batches:
-        readings = read_batch(model, batch)
-        targets, choices = readings.targets, readings.choices
-        total += targets.numel()
+        parts.append(read_batch(model, batch, metric))
         sequences += batch.input_ids.shape[0]
-        main[0] += (choices == targets).sum()
-        main[1] += (readings.backbone_top5 == targets[:, None]).any(-1).sum()
-        hits[:, 0] += (readings.tokens == targets).sum(-1)
-        hits[:, 1] += (readings.top5 == targets[None, :, None]).any(-1).sum(-1)
-        hits[:, 2] += (readings.tokens == choices).sum(-1)
-        hits[:, 3] += (readings.top5 == choices[None, :, None]).any(-1).sum(-1)
         if on_batch:
             on_batch(sequences)
-    if total == 0:
+    if sum(part.choices.numel() for part in parts) == 0:
         raise DataError("the text holds no position to evaluate on")
-    scores = [
-        HeadScore(index, layer, row[0], total, *(count / total for count in row))
-        for index, (layer, row) in enumerate(zip(heads.layers, hits.tolist(), strict=True))
-    ]
-    return Evaluation(
-        model.backbone.name,
-        sequences,
-        total,
-        {"accuracy": int(main[0]) / total, "top5_accuracy": int(main[1]) / total},
-        scores,
+    all_of = join_readings(parts)
+    targets, choices = all_of.targets, all_of.choices
+    hits = torch.stack(
+        (
+            (all_of.tokens == targets).sum(-1),
+            (all_of.top5 == targets[None, :, None]).any(-1).sum(-1),
+            (all_of.tokens == choices).sum(-1),
+            (all_of.top5 == choices[None, :, None]).any(-1).sum(-1),
+        ),
+        1,
     )
+    total = choices.numel()
+    return Evaluation(
+        model_name=model.backbone.name,
+        num_samples=sequences,
+        total_tokens=total,
+        main_head={
+            "accuracy": int((choices == targets).sum()) / total,
+            "top5_accuracy": int((all_of.backbone_top5 == targets[:, None]).any(-1).sum()) / total,
+        },
+        auxiliary_heads=[
+            HeadScore(index, layer, row[0], total, *(count / total for count in row))
+            for index, (layer, row) in enumerate(zip(heads.layers, hits.tolist(), strict=True))
+        ],
+        agreement_by=agreement_by(all_of, sources),
+        acceptance=None
+        if thresholds is None
+        else explain_acceptance(all_of, thresholds, heads.draft_vocab, level, default_width(model) - 1),
+    )
+
+
+def agreement_by(readings: Readings, sources: list[str]) -> dict[str, list[Group]]:
+    """Agreement by position in the answer, by frequency of the backbone's choice, and by source; empty groups left out."""
+    correct = readings.tokens == readings.choices
+    share = readings.choices.bincount()[readings.choices] / readings.choices.numel()
+    place = readings.places + 1
+
+    def group(name: str, chosen: Tensor) -> Group:
+        return Group(name, int(chosen.sum()), correct[:, chosen].double().mean(-1).tolist())
+
+    positions = [
+        group(f"{low}-{high - 1}" if high - 1 > low else str(low), (place >= low) & (place < high))
+        for low, high in zip((1, 2, 5, 17, 65, 257), (2, 5, 17, 65, 257, 1 << 62), strict=True)
+    ]
+    frequencies = [
+        group(name, (share >= low) & (share < high))
+        for name, low, high in (
+            ("1 % or more", 0.01, 2.0),
+            ("0.1 % to 1 %", 0.001, 0.01),
+            ("0.01 % to 0.1 %", 0.0001, 0.001),
+            ("less", 0.0, 0.0001),
+        )
+    ]
+    names = sorted(set(sources))
+    of_source = torch.tensor([names.index(source) for source in sources])[readings.documents]
+    return {
+        title: [found for found in groups if found.tokens]
+        for title, groups in {
+            "position": positions,
+            "frequency": frequencies,
+            "source": [group(name, of_source == number) for number, name in enumerate(names)],
+        }.items()
+    }
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from early_exit_cli.config import UncertaintyMetric
+from early_exit_cli.errors import ConfigError
+
 NEVER = float("-inf")
-"""A threshold that no entropy is below."""
+"""A threshold that no uncertainty is below."""
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -18,9 +21,20 @@ def entropy(logits: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(-1)
 
 
-def may_exit(uncertainty: float, entropy_threshold: float) -> bool:
-    """A head exits when its entropy is strictly below its threshold."""
-    return uncertainty < entropy_threshold
+def uncertainty(logits: Tensor, metric: UncertaintyMetric) -> Tensor:
+    """How unsure softmax(logits) is over the last dimension, in float32; lower is surer.
+
+    `confidence` is minus the highest probability, which is what DSSD writes into calibration.json under that name: its
+    thresholds and ours mean the same.
+    """
+    if metric == "entropy":
+        return entropy(logits)
+    return -torch.softmax(logits, -1, dtype=torch.float32).amax(-1)
+
+
+def may_exit(found: float, threshold: float) -> bool:
+    """A head exits when its uncertainty is strictly below its threshold."""
+    return found < threshold
 
 
 def level_key(level: float) -> str:
@@ -30,10 +44,19 @@ def level_key(level: float) -> str:
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Entropy thresholds (nats) of every head at every calibrated target accuracy."""
+    """Thresholds of every head at every calibrated target accuracy, in the units of `metric`."""
 
     levels: Mapping[str, Sequence[float]]
+    metric: UncertaintyMetric = "entropy"
 
     def at(self, level: float) -> list[float]:
-        """Thresholds of the heads in depth order; KeyError for a level that was not calibrated."""
+        """Thresholds of the heads in depth order.
+
+        Raises:
+            ConfigError: a level that was not calibrated.
+        """
+        if level_key(level) not in self.levels:
+            raise ConfigError(
+                f"accuracy level {level_key(level)} was not calibrated; calibrated: {', '.join(self.levels)}"
+            )
         return list(self.levels[level_key(level)])

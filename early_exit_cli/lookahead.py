@@ -135,11 +135,12 @@ class LookaheadHead(nn.Module):
             A prediction per step. Step k says token t + k + 2 from position t, for the t whose document reaches it.
         """
         batch = states.batch
-        valid, seq = batch.valid, batch.input_ids.shape[1]
+        valid = batch.valid
         fused = self.fuse([*states.exits, states.final]).float()
         hidden = fused.new_zeros(*valid.shape, fused.shape[-1]).index_put((valid,), fused)  # [batch, seq, hidden]
         mask = batch.block_mask()
-        owners = (batch.documents + torch.arange(len(valid), device=valid.device)[:, None] * seq)[valid]
+        rows = torch.arange(len(valid), device=valid.device)[:, None]
+        owners = (batch.documents * len(valid) + rows)[valid]  # a document that goes on in another row is another one
         keys: list[Tensor] = []
         values: list[Tensor] = []
         predictions = []

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from early_exit_cli.artifacts import read_json, write_json
+from early_exit_cli.bundle import RECORD_FILE
 from early_exit_cli.data import Batch, Document
 from early_exit_cli.engine import EarlyExitModel, require_finite
 from early_exit_cli.errors import BundleError
@@ -27,10 +30,15 @@ STEPS = 7
 
 @dataclass(frozen=True)
 class Policy:
-    """lookup: P(next token right) by kind of match (`lookup.SHORTEST`). lookahead: by draft position; none without one."""
+    """What drafts are worth.
+
+    lookup: P(next token right) by kind of match (`lookup.SHORTEST`). lookahead: by draft position, empty without such a
+    head. checked: for each of these, on a second text: the share that agreed, and the share that was expected to.
+    """
 
     lookup: list[float]
     lookahead: list[Survival]
+    checked: list[tuple[float, float]]
 
     def record(self) -> dict[str, Any]:
         """As JSON."""
@@ -45,9 +53,13 @@ def policy_of(record: dict[str, Any]) -> Policy:
     """
     found = record.get("drafting")
     if found is None:
-        return Policy(list(PRIOR), [])
+        return Policy(list(PRIOR), [], [])
     try:
-        policy = Policy([float(p) for p in found["lookup"]], [Survival(**entry) for entry in found["lookahead"]])
+        policy = Policy(
+            [float(chance) for chance in found["lookup"]],
+            [Survival(**entry) for entry in found["lookahead"]],
+            [(float(agreed), float(expected)) for agreed, expected in found["checked"]],
+        )
         if len(policy.lookup) != len(SHORTEST):
             raise ValueError(f"{len(policy.lookup)} probabilities for {len(SHORTEST)} kinds of match")
     except (KeyError, TypeError, ValueError) as error:
@@ -73,35 +85,53 @@ def fit_lookup(documents: Iterable[Document]) -> list[float]:
     return [hits / count for hits, count in zip(right, seen, strict=True)]
 
 
-def fit_lookahead(
+def roll_out(
     model: EarlyExitModel, batches: Iterable[Batch], on_batch: Callable[[int], None] | None = None
-) -> list[Survival]:
-    """P(agree | entropy) per draft position, from roll-outs with the text's own tokens in between: it agreed so far."""
+) -> list[tuple[Tensor, Tensor]]:
+    """The lookahead head from every answer position, the text's own tokens in between: it agreed so far.
+
+    Returns:
+        For each draft position that the text reaches, (entropies [samples] in nats, whether the backbone agreed).
+    """
     head = model.lookahead
     if head is None:
         return []
-    entropies: list[list[Tensor]] = [[] for _ in range(STEPS)]
-    agreed: list[list[Tensor]] = [[] for _ in range(STEPS)]
-    sequences = 0
+    found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(STEPS)]
+    sequences, dtype = 0, model.backbone.dtype
     with torch.inference_mode():
         for batch in batches:
             states = run_states(model.backbone, batch, head.exit_layers)
             best, choices = model.backbone.lm_head(states.final).max(-1)
             require_finite(best)
-            dtype = model.backbone.dtype
             with torch.autocast(states.final.device.type, dtype, enabled=dtype == torch.bfloat16):
                 predictions = head(states, STEPS, only_measured=True)
             for step, said in enumerate(predictions):
-                entropies[step].append(entropy(said.logits))
-                agreed[step].append(head.token_ids(said.logits.argmax(-1)) == choices[said.positions])
+                agreed = head.token_ids(said.logits.argmax(-1)) == choices[said.positions]
+                found[step].append((entropy(said.logits).cpu(), agreed.cpu()))
             sequences += batch.input_ids.shape[0]
             if on_batch:
                 on_batch(sequences)
-    return [
-        fit_survival(torch.cat(uncertainty).cpu(), torch.cat(right).cpu())
-        for uncertainty, right in zip(entropies, agreed, strict=True)
-        if sum(map(len, right))
+    joined = [tuple(torch.cat(part) for part in zip(*parts, strict=True)) for parts in found if parts]
+    return [(entropies, agreed) for entropies, agreed in joined if agreed.numel()]
+
+
+def fit_lookahead(
+    first: list[tuple[Tensor, Tensor]], second: list[tuple[Tensor, Tensor]]
+) -> tuple[list[Survival], list[tuple[float, float]]]:
+    """P(agree | entropy) per draft position from the first text's roll-outs, and what the second's say of it."""
+    fitted = [fit_survival(entropies, agreed) for entropies, agreed in first]
+    checked = [
+        (float(agreed.double().mean()), sum(map(survival.at, entropies.tolist())) / agreed.numel())
+        for survival, (entropies, agreed) in zip(fitted, second)  # noqa: B905 (a short text has no late positions)
     ]
+    return fitted[: len(checked)], checked
+
+
+def save_policy(policy: Policy, folder: Path) -> None:
+    """Into the bundle's eexit.json."""
+    record = read_json(folder / RECORD_FILE)
+    record["drafting"] = policy.record()
+    write_json(folder / RECORD_FILE, record)
 
 
 def fit_survival(entropies: Tensor, agreed: Tensor) -> Survival:

@@ -1,50 +1,105 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from early_exit_cli.calibration import calibrate, calibration_json, save_calibration, threshold_for
-from early_exit_cli.config import CalibrationConfig
-from early_exit_cli.data import Document, pack
-from early_exit_cli.engine import read_batch, read_thresholds
-from early_exit_cli.errors import BundleError
-
-ENTROPIES = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
-#            cumulative accuracy   1    1/2  2/3  3/4  3/5  1/2
-CORRECT = torch.tensor([True, False, True, True, False, False])
-
-
-@pytest.mark.parametrize(
-    ("strategy", "level", "expected"),
-    [
-        ("max_coverage", 0.75, 0.4),
-        ("max_coverage", 0.6, 0.5),
-        ("max_coverage", 0.5, 0.6),
-        ("max_coverage", 0.9, 0.1),
-        ("min_coverage", 0.6, 0.1),
-        ("midpoint", 0.75, 0.45),
-        ("midpoint", 0.5, 0.6),
-    ],
+from early_exit_cli.calibration import (
+    calibrate,
+    calibrate_samples,
+    calibration_json,
+    calibration_record,
+    save_calibration,
 )
-def test_thresholds_follow_the_rules_on_numbers_worked_by_hand(strategy, level, expected):
-    assert threshold_for(ENTROPIES, CORRECT, level, strategy) == pytest.approx(expected)
+from early_exit_cli.config import CalibrationConfig
+from early_exit_cli.costs import exit_drafter
+from early_exit_cli.data import Document, pack
+from early_exit_cli.decoding import generate
+from early_exit_cli.drafters import NoDrafter
+from early_exit_cli.engine import join_readings, read_batch, read_thresholds
+from early_exit_cli.errors import BundleError
+from early_exit_cli.reliability import lower_bound
+from early_exit_cli.thresholds import Sample
+
+TOKENS = 8
+#                     exit at 0.75: 0 1 2         left: 3 .. 7
+SHALLOW = ([0.1, 0.2, 0.3, 0.4, 0.9, 0.9, 0.9, 0.9], [1, 1, 1, 0, 0, 0, 0, 0])
+DEEP = ([0.1, 0.1, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [1, 1, 1, 1, 0, 1, 1, 0])
+SAMPLE = Sample(torch.tensor([SHALLOW[0], DEEP[0]]), torch.tensor([SHALLOW[1], DEEP[1]]).bool(), torch.arange(TOKENS))
 
 
-@pytest.mark.parametrize("strategy", ["max_coverage", "min_coverage", "midpoint"])
-def test_an_unreachable_level_never_exits(strategy):
-    threshold = threshold_for(ENTROPIES, torch.zeros(6, dtype=torch.bool), 0.6, strategy)
-    assert threshold == pytest.approx(0.1)
-    assert not (threshold > ENTROPIES).any()
+def calibrated_by_hand(second=SAMPLE, **settings):
+    config = CalibrationConfig(accuracy_levels=[0.75], **settings)
+    return calibrate_samples(SAMPLE, second, [3, 6], config, "some/data", 2)
 
 
-def test_platt_scaling_finds_the_level_of_a_known_logistic():
-    generator = torch.Generator().manual_seed(0)
-    entropies = torch.rand(60_000, generator=generator).mul(6).sort().values
-    chance = torch.sigmoid(3 - 1.5 * entropies)
-    correct = torch.rand(60_000, generator=generator) < chance
-    # sigmoid(3 - 1.5 x) = 0.8  at  x = (3 - ln 4) / 1.5
-    assert threshold_for(entropies, correct, 0.8, "platt_scaling") == pytest.approx((3 - 1.3863) / 1.5, abs=0.06)
-    assert threshold_for(entropies, correct, 0.99, "platt_scaling") == pytest.approx(float(entropies[0]))
+def test_both_rules_are_counted_and_the_chosen_one_is_written():
+    """The deep head at 0.75. Alone: all but the last are below 0.6, 6 of 7 right. Of the tokens that the shallow head
+    left: 3, 4 and 5 are below 0.5, 2 of 3 right."""
+    for rule, threshold in (("conditional", 0.5), ("independent", 0.6)):
+        calibration = calibrated_by_hand(threshold_rule=rule)
+        assert calibration_json(calibration)["thresholds"]["0.75"] == pytest.approx({"0": 0.4, "1": threshold})
+        (share,) = [entry["exit_share"] for entry in calibration.head_sets["0.75"] if entry["heads"] == [0, 1]]
+        assert share == [3 / 8, {"conditional": 3 / 8, "independent": 4 / 8}[rule]]
+    alone, left = (calibration.heads[1].cells[rule]["0.75"] for rule in ("independent", "conditional"))
+    assert (alone.tokens, alone.coverage, alone.agreement) == (7, 7 / 8, pytest.approx(6 / 7))
+    assert (left.tokens, left.coverage, left.agreement) == (3, 3 / 8, pytest.approx(2 / 3))
+    record = calibration_record(calibration)
+    assert record["threshold_rule"] == "independent"
+    assert record["heads"][1]["coverage"] == {"0.75": 7 / 8}
+    assert record["heads"][1]["rules"]["conditional"]["0.75"]["threshold"] == pytest.approx(0.5)
+
+
+def test_the_check_reads_the_heads_in_order_on_the_second_text():
+    second = Sample(
+        torch.tensor([[0.3, 0.9, 0.9, 0.9, 0.9], [0.0, 0.2, 0.45, 0.55, 0.7]]),
+        torch.tensor([[1, 0, 0, 0, 0], [0, 1, 0, 1, 1]]).bool(),
+        torch.zeros(5, dtype=torch.int64),
+    )
+    calibration = calibrated_by_hand(second)
+    shallow, deep = (head.cells["conditional"]["0.75"] for head in calibration.heads)
+    assert (shallow.checked_tokens, shallow.reached) == (1, 1.0)
+    assert (deep.checked_tokens, deep.reached) == (2, 0.5)
+    beside = calibration.heads[1].cells["independent"]["0.75"]
+    assert (beside.checked_tokens, beside.reached) == (3, pytest.approx(2 / 3))
+    assert calibration.checked_tokens == 5
+
+
+def test_promises_are_judged_where_many_tokens_exit(monkeypatch):
+    monkeypatch.setattr("early_exit_cli.calibration.ENOUGH_CHECKED", 2)
+    calibration = calibrated_by_hand()
+    assert calibration.kept("conditional") == (1, 2)  # 3 of 3 at the shallow head, 2 of 3 at the deep one
+    assert calibration.kept("independent") == (2, 2)  # 3 of 3, and 3 of 4 in order
+    assert calibrated_by_hand(margin=0.1).kept("conditional") == (2, 2)
+    assert "level 0.75, head 1: 66.7% reached on 3 tokens of the second text" in calibration.faults()
+    monkeypatch.setattr("early_exit_cli.calibration.ENOUGH_CHECKED", 3)
+    assert calibration.kept("conditional") == (0, 0)
+    assert calibration.kept("independent") == (1, 1)
+
+
+def test_too_few_tokens_and_unreachable_levels_are_faults():
+    wrong = Sample(SAMPLE.uncertainties, torch.zeros_like(SAMPLE.correct), SAMPLE.documents)
+    calibration = calibrate_samples(wrong, wrong, [3, 6], CalibrationConfig(accuracy_levels=[0.75]), "some/data", 2)
+    for _, _, cell in calibration.cells():
+        assert not cell.reachable
+        assert cell.tokens == 0
+        assert cell.threshold == pytest.approx(0.1)
+    assert calibration.faults() == [f"level 0.75, head {head}: unreachable, the head never exits" for head in (0, 1)]
+    few = calibrated_by_hand()
+    deep = few.heads[1].cells["conditional"]["0.75"]
+    #  2.7055 * 0.74 * 0.26 / 0.01^2 = 5206 tokens are needed at an agreement not above 0.75
+    assert deep.missing == 5206 - 3
+    assert deep.at_least == pytest.approx(float(lower_bound(torch.tensor(2 / 3).double(), torch.tensor(3.0))), abs=1e-6)
+    assert "level 0.75, head 1: 3 exiting tokens are too few, by 5,203" in few.faults()
+
+
+def test_histograms_hold_every_token_once():
+    calibration = calibrated_by_hand()
+    for index, head in enumerate(calibration.heads):
+        assert sum(head.right) == int(SAMPLE.correct[index].sum())
+        assert sum(head.right) + sum(head.wrong) == TOKENS
+        assert len(calibration.edges) == len(head.right) + 1
+        assert head.right[0] >= 1  # the surest tokens are right
 
 
 @pytest.fixture(scope="module")
@@ -56,25 +111,58 @@ def calibrated(tiny_model):
     return (
         model,
         batches,
-        calibrate(model, batches, CalibrationConfig(accuracy_levels=[0.1, 0.3, 0.9]), "some/data"),
+        calibrate(model, batches[:6], batches[6:], CalibrationConfig(accuracy_levels=[0.1, 0.3, 0.9]), "some/data"),
     )
 
 
-def test_coverage_and_agreement_are_those_of_the_threshold(calibrated):
+def test_coverage_agreement_and_check_are_those_of_the_thresholds(calibrated):
     model, batches, calibration = calibrated
-    readings = [read_batch(model, batch) for batch in batches]
-    entropies = torch.cat([reading.entropies for reading in readings], 1)
-    correct = torch.cat([reading.tokens == reading.choices for reading in readings], 1)
-    assert any(cell.coverage > 0 for head in calibration.heads for cell in head.cells.values())
+    first, second = (join_readings([read_batch(model, batch) for batch in part]) for part in (batches[:6], batches[6:]))
+    assert any(cell.coverage > 0 for _, _, cell in calibration.cells())
     for index, head in enumerate(calibration.heads):
-        assert head.samples == entropies.shape[1]
-        for level, cell in head.cells.items():
-            exits = entropies[index] < cell.threshold
+        assert head.samples == first.choices.numel()
+        for level, cell in head.cells["independent"].items():
+            exits = first.uncertainties[index] < cell.threshold
             assert cell.coverage == pytest.approx(float(exits.double().mean()))
             if cell.coverage:
-                assert cell.agreement == pytest.approx(float(correct[index][exits].double().mean()))
+                right = (first.tokens == first.choices)[index][exits]
+                assert cell.agreement == pytest.approx(float(right.double().mean()))
                 # one token less than the position that reached the level: within one token of it
                 assert cell.agreement >= float(level) - 1 / int(exits.sum())
+    for level in ("0.10", "0.30", "0.90"):
+        left = torch.ones(second.choices.numel(), dtype=torch.bool)
+        for index, head in enumerate(calibration.heads):
+            cell = head.cells["conditional"][level]
+            exits = left & (second.uncertainties[index] < cell.threshold)
+            assert cell.checked_tokens == int(exits.sum())
+            left &= ~exits
+
+
+def test_a_bundle_calibrated_by_confidence_is_gated_by_it(calibrated, tmp_path):
+    model, batches, _ = calibrated
+    config = CalibrationConfig(accuracy_levels=[0.1], uncertainty_metric="confidence")
+    save_calibration(calibrate(model, batches, batches, config, "some/data"), tmp_path, tmp_path / "calibration.json")
+    thresholds = read_thresholds(tmp_path / "calibration.json", 3)
+    assert thresholds.metric == "confidence"
+    assert all(-1 <= threshold <= 0 for threshold in thresholds.at(0.1))
+    drafter = exit_drafter(replace(model, thresholds=thresholds), 0.1, 8, "all")
+    prompt = batches[0].input_ids[0, :20].tolist()
+    plain = generate(model, prompt, NoDrafter(), 40, mode="full")
+    run = generate(model, prompt, drafter, 40, mode="adaptive", trace=True)
+    assert run.token_ids == plain.token_ids
+    exits = [reason for step in run.rounds for reason in step.decided_by if reason is not None]
+    assert exits
+    for reason in exits:
+        assert reason.entropy < reason.threshold == thresholds.at(0.1)[reason.head] <= 0
+
+
+def test_another_output_keeps_its_record_beside_it(calibrated, tmp_path):
+    """Which heads pay is counted with the thresholds in use, wherever they were written."""
+    (tmp_path / "eexit.json").write_text('{"calibration": {"of": "the bundle"}}')
+    save_calibration(calibrated[2], tmp_path, tmp_path / "other" / "mine.json")
+    assert json.loads((tmp_path / "eexit.json").read_text()) == {"calibration": {"of": "the bundle"}}
+    record = json.loads((tmp_path / "other" / "mine.eexit.json").read_text())
+    assert record["calibration"]["head_sets"].keys() == {"0.10", "0.30", "0.90"}
 
 
 def test_calibration_json_loads_in_dssd_by_keyword(calibrated, tmp_path):
@@ -103,11 +191,11 @@ def test_calibration_json_loads_in_dssd_by_keyword(calibrated, tmp_path):
         return calibration_samples
 
     record = json.loads(json.dumps(calibration_json(calibrated[2])))
-    assert dssd_loader(**record) == len(calibrated[1])
+    assert dssd_loader(**record) == 6
     (tmp_path / "eexit.json").write_text('{"kept": 1}')
     save_calibration(calibrated[2], tmp_path, tmp_path / "calibration.json")
     assert read_thresholds(tmp_path / "calibration.json", 3).at(0.3) == [
-        head.cells["0.30"].threshold for head in calibrated[2].heads
+        head.cells["conditional"]["0.30"].threshold for head in calibrated[2].heads
     ]
     ours = json.loads((tmp_path / "eexit.json").read_text())
     assert ours["kept"] == 1
@@ -123,6 +211,7 @@ def test_calibration_json_loads_in_dssd_by_keyword(calibrated, tmp_path):
         (lambda r: r["thresholds"]["0.30"].update({"1": float("nan")}), "head 1: no threshold"),
         (lambda r: r.pop("accuracy_levels"), "must hold accuracy_levels"),
         (lambda r: r["accuracy_levels"].append("x"), "level 'x' has no thresholds"),
+        (lambda r: r.update(uncertainty_metric="margin"), "'margin' is unknown; known: entropy, confidence"),
     ],
 )
 def test_broken_calibrations_are_named(calibrated, tmp_path, change, words):

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from early_exit_cli.calibration import count_head_sets
 from early_exit_cli.costs import Costs, HeadSet, choose_heads, cost_table, expected_rate, measure_costs
+from early_exit_cli.thresholds import count_head_sets
 
 WIDTHS = [2, 4, 8]
 COSTS = Costs(

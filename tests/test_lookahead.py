@@ -13,7 +13,7 @@ from early_exit_cli.engine import EarlyExitModel, load_model
 from early_exit_cli.errors import BundleError
 from early_exit_cli.lookahead import LookaheadHead
 from early_exit_cli.lookahead_drafter import LookaheadDrafter, LookaheadRunner, Survival, draft_linear
-from early_exit_cli.policy import fit_lookahead, fit_lookup, fit_survival, policy_of
+from early_exit_cli.policy import fit_lookahead, fit_lookup, fit_survival, policy_of, roll_out
 from early_exit_cli.states import BackboneStates, run_states
 from early_exit_cli.training import Lessons, Trainer
 
@@ -211,10 +211,16 @@ def test_training_learns_and_leaves_a_head_that_drafts(tmp_path, tiny_backbone, 
     with pytest.raises(BundleError, match="not calibrated"):
         lookahead_drafter(model)
     batches = pack(texts, 32, 0)
-    survival = fit_lookahead(model, batches)
+    rolled = roll_out(model, batches)
+    survival, checked = fit_lookahead(rolled, rolled)
+    assert checked[0] == pytest.approx((survival[0].mean, survival[0].mean), abs=1e-3)
     assert survival[0].mean == pytest.approx(result.last_agreement[0], abs=0.2)
     assert survival[0].slope < 0
-    model.record["drafting"] = {"lookup": [0.5] * 6, "lookahead": [vars(entry) for entry in survival]}
+    model.record["drafting"] = {
+        "lookup": [0.5] * 6,
+        "lookahead": [vars(entry) for entry in survival],
+        "checked": checked,
+    }
     prompt = texts[0].ids[:12]
     plain = generate(model, prompt, NoDrafter(), 20, mode="full").token_ids
     for made in (lookahead_drafter(model), auto_drafter(model, 0.9, 8, "auto")):
@@ -239,7 +245,11 @@ def test_it_joins_a_bundle_of_the_same_backbone_only(tmp_path, tiny_backbone):
 
 @pytest.mark.parametrize(
     "damaged",
-    [{"lookup": [0.5] * 6}, {"lookup": [0.5], "lookahead": []}, {"lookup": [0.5] * 6, "lookahead": [{"a": 1}]}],
+    [
+        {"lookup": [0.5] * 6},
+        {"lookup": [0.5], "lookahead": [], "checked": []},
+        {"lookup": [0.5] * 6, "lookahead": [{"a": 1}], "checked": []},
+    ],
 )
 def test_a_damaged_policy_is_refused(damaged):
     with pytest.raises(BundleError, match="drafting record is damaged"):

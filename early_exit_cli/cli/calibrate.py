@@ -1,20 +1,30 @@
-"""`eexit calibrate`: resolve, load model and held-out text, fit thresholds, report."""
+"""`eexit calibrate`: resolve, load model and two held-out texts, fit and check thresholds, report."""
 
 from __future__ import annotations
 
-from early_exit_cli import console
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from early_exit_cli import console, plots
 from early_exit_cli.cli.options import configured
-from early_exit_cli.errors import ConfigError
+from early_exit_cli.errors import ConfigError, TargetMissedError
 from early_exit_cli.resolve import Resolved
+
+if TYPE_CHECKING:
+    from early_exit_cli.calibration import Calibration
+    from early_exit_cli.cli.shared import HeldOut
+    from early_exit_cli.config import ThresholdRule
+    from early_exit_cli.engine import EarlyExitModel
+    from early_exit_cli.policy import Policy
 
 
 @configured("bundle", "backbone", "data", "calibration")
 def command(resolved: Resolved, as_json: bool) -> None:
-    """Fit an entropy threshold for each head and target accuracy on held-out text."""
-    from early_exit_cli.calibration import calibrate, calibration_json, save_calibration
-    from early_exit_cli.cli.shared import backbone_of_bundle, dataset_label, held_out_batches
+    """Fit thresholds for each head and target accuracy on held-out text, and check them on other held-out text."""
+    from early_exit_cli.calibration import calibrate, calibration_json, calibration_record, save_calibration
+    from early_exit_cli.cli.shared import backbone_of_bundle, data_of_bundle, dataset_label, held_out_text
     from early_exit_cli.engine import CALIBRATION_FILE, bundle_source, load_model
-    from early_exit_cli.gating import level_key
+    from early_exit_cli.policy import save_policy
 
     config = resolved.config
     source = bundle_source(config.bundle)
@@ -25,33 +35,133 @@ def command(resolved: Resolved, as_json: bool) -> None:
         )
     folder = source.folder
     model = load_model(backbone_of_bundle(resolved), config.bundle, with_thresholds=False)
-    batches, data = held_out_batches(resolved, model, "calibrate", config.calibration.num_samples)
-    sequences = sum(batch.input_ids.shape[0] for batch in batches)
-    with console.progress("calibrating", sequences) as ticker:
-        result = calibrate(model, batches, config.calibration, dataset_label(data), ticker.update)
+    data = data_of_bundle(resolved, model.record)
+    fit, check = (held_out_text(data, model, split, config.calibration.num_samples) for split in ("calibrate", "eval"))
+    policy = fit_policy(model, fit, check)
+    save_policy(policy, folder)
+    print_policy(policy, as_json)
+    if model.heads is None:
+        if as_json:
+            console.emit_json({"drafting": policy.record()})
+        return
+    with console.progress("calibrating", fit.sequences + check.sequences) as ticker:
+        result = calibrate(model, fit.batches, check.batches, config.calibration, dataset_label(data), ticker.update)
     output = config.calibration.output_path or config.bundle.calibration_path or folder / CALIBRATION_FILE
     save_calibration(result, folder, output)
+    record = calibration_record(result)
+    pictures = plots.draw_calibration(record, output.with_suffix("")) if plots.available() else []
+    faults = result.faults()
     if as_json:
-        console.emit_json(calibration_json(result))
+        found = {"record": record, "faults": faults, "output_path": str(output), "pictures": [str(p) for p in pictures]}
+        console.emit_json(calibration_json(result) | found | {"drafting": policy.record()})
+    else:
+        print_calibration(result, model.blocks.num_blocks)
+    print_warnings(result)
+    print_files(output, pictures)
+    if config.calibration.strict and faults:
+        raise TargetMissedError("\n".join(faults), hint="more held-out text, --assurance, other levels, or --margin")
+
+
+def fit_policy(model: EarlyExitModel, fit: HeldOut, check: HeldOut) -> Policy:
+    """How likely drafts of lookup and of the lookahead head survive, with the latter looked at on the second text too."""
+    from early_exit_cli.policy import Policy, fit_lookahead, fit_lookup, roll_out
+
+    lookup = fit_lookup(fit.documents)
+    if model.lookahead is None:
+        return Policy(lookup, [], [])
+    with console.progress("rolling out", fit.sequences + check.sequences) as ticker:
+        first = roll_out(model, fit.batches, ticker.update)
+        second = roll_out(model, check.batches, lambda done: ticker.update(fit.sequences + done))
+    return Policy(lookup, *fit_lookahead(first, second))
+
+
+def print_policy(policy: Policy, as_json: bool) -> None:
+    """What drafts are worth, by kind of match and by draft position."""
+    from early_exit_cli.lookup import SHORTEST
+
+    if as_json:
         return
-    for index, head in enumerate(result.heads):
+    rows = [(length, f"{chance:.1%}") for length, chance in zip(SHORTEST, policy.lookup, strict=True)]
+    console.table("lookup", ["match of at least", "next token right"], rows, result=True)
+    if policy.lookahead:
         console.table(
-            f"head {index}, after {head.exit_layer} of {model.blocks.num_blocks} blocks: agreement {head.agreement:.1%} "
-            f"over {head.samples:,} tokens",
-            ["target accuracy", "entropy threshold", "coverage", "agreement"],
+            "lookahead, given that it agreed so far",
+            ["draft position", "agreement", "at 0.5 nats", "at 2 nats", "on the second text: agreement", "expected"],
             [
+                (
+                    place + 1,
+                    *(f"{share:.1%}" for share in (found.mean, found.at(0.5), found.at(2.0))),
+                    *(f"{share:.1%}" for share in checked),
+                )
+                for place, (found, checked) in enumerate(zip(policy.lookahead, policy.checked, strict=True))
+            ],
+            result=True,
+        )
+
+
+def print_calibration(result: Calibration, depth: int) -> None:
+    """A table for each head, then how both rules kept their promises."""
+    from early_exit_cli.calibration import ENOUGH_CHECKED
+    from early_exit_cli.reliability import SURE
+
+    other: ThresholdRule = "independent" if result.rule == "conditional" else "conditional"
+    fitted = f"level,{result.metric} threshold,coverage,agreement,at least ({SURE:.0%}),tokens missing"
+    columns = f"{fitted},checked tokens,reached,{other} threshold,reached".split(",")
+    for index, head in enumerate(result.heads):
+        rows = []
+        for key, cell in head.cells[result.rule].items():
+            beside = head.cells[other][key]
+            rows.append(
                 (
                     key,
                     f"{cell.threshold:.4f}",
                     f"{cell.coverage:.1%}",
-                    f"{cell.agreement:.1%}" if cell.agreement is not None else "never exits",
+                    _share(cell.agreement) or "never exits",
+                    _share(cell.at_least),
+                    f"{cell.missing:,}",
+                    f"{cell.checked_tokens:,}",
+                    _share(cell.reached) or "-",
+                    f"{beside.threshold:.4f}",
+                    _share(beside.reached) or "-",
                 )
-                for key, cell in head.cells.items()
-            ],
-            result=True,
-        )
-    for level in config.calibration.accuracy_levels:
-        missed = [str(i) for i, head in enumerate(result.heads) if not head.cells[level_key(level)].reachable]
+            )
+        title = f"head {index}, after {head.exit_layer} of {depth} blocks: agreement {head.agreement:.1%} over "
+        console.table(f"{title}{head.samples:,} tokens", columns, rows, result=True)
+    reached = f"cells that reached their level - {result.margin:g}"
+    console.table(
+        "promises on the second text",
+        ["thresholds", reached, f"cells of more than {ENOUGH_CHECKED:,} checked tokens", ""],
+        [(rule, *result.kept(rule), "written" if rule == result.rule else "") for rule in (result.rule, other)],
+        result=True,
+    )
+
+
+def _share(value: float | None) -> str | None:
+    return None if value is None else f"{value:.1%}"
+
+
+def print_warnings(result: Calibration) -> None:
+    """Levels that cannot be reached, and how many tokens are missing to be sure of the others."""
+    from early_exit_cli.reliability import SURE
+
+    for level in result.levels:
+        missed = [str(head) for found, head, cell in result.cells() if found == level and not cell.reachable]
         if missed:
-            console.warn(f"level {level_key(level)} was not reached by head {', '.join(missed)}: it never exits there")
+            console.warn(f"level {level:.2f} was not reached by head {', '.join(missed)}: it never exits there")
+    unsure = [(level, head, cell) for level, head, cell in result.cells() if cell.reachable and cell.missing]
+    if unsure:
+        level, head, cell = max(unsure, key=lambda entry: entry[2].missing)
+        console.warn(
+            f"too few exiting tokens to be {SURE:.0%} sure of a level - {result.margin:g}: "
+            f"{len(unsure)} of {len(result.cells())} cells; most are missing at level {level:.2f}, head {head}: "
+            f"{cell.tokens:,} tokens are there, {cell.missing:,} more are needed"
+        )
+
+
+def print_files(output: Path, pictures: list[Path]) -> None:
+    """Where everything is."""
     console.note(f"written: {output}")
+    if pictures:
+        console.note(f"pictures: {', '.join(str(path) for path in pictures)}")
+    else:
+        console.note("no pictures: pip install 'eexit[plots]'")

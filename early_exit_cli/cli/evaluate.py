@@ -1,25 +1,34 @@
-"""`eexit evaluate`: resolve, load model and held-out text, score, report."""
+"""`eexit evaluate`: resolve, load model and held-out text, score, explain, report."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from early_exit_cli import console
 from early_exit_cli.artifacts import write_json
 from early_exit_cli.cli.options import configured
 from early_exit_cli.resolve import Resolved
 
+if TYPE_CHECKING:
+    from early_exit_cli.acceptance import Acceptance
+    from early_exit_cli.evaluation import Evaluation
+
 
 @configured("bundle", "backbone", "data", "evaluation")
 def command(resolved: Resolved, as_json: bool) -> None:
-    """Measure each head against the text and against the backbone."""
-    from early_exit_cli.cli.shared import backbone_of_bundle, dataset_label, held_out_batches
+    """Measure each head against the text and against the backbone, and say why drafts are not accepted."""
+    from early_exit_cli.cli.shared import backbone_of_bundle, data_of_bundle, dataset_label, held_out_text
     from early_exit_cli.engine import bundle_source, load_model
     from early_exit_cli.evaluation import evaluate
 
     config = resolved.config
-    model = load_model(backbone_of_bundle(resolved), config.bundle, with_thresholds=False)
-    batches, data = held_out_batches(resolved, model, "calibrate", config.evaluation.num_samples)
-    with console.progress("evaluating", sum(batch.input_ids.shape[0] for batch in batches)) as ticker:
-        result = evaluate(model, batches, ticker.update)
+    model = load_model(backbone_of_bundle(resolved), config.bundle)
+    if model.thresholds is not None:
+        model.thresholds.at(config.evaluation.accuracy_level)  # refuse an uncalibrated level before text is read
+    data = data_of_bundle(resolved, model.record)
+    text = held_out_text(data, model, "eval", config.evaluation.num_samples)
+    with console.progress("evaluating", text.sequences) as ticker:
+        result = evaluate(model, text.batches, text.sources, config.evaluation.accuracy_level, ticker.update)
     record = {
         **result.record(),
         "dataset": dataset_label(data),
@@ -30,7 +39,16 @@ def command(resolved: Resolved, as_json: bool) -> None:
     if as_json:
         console.emit_json(record)
         return
-    depth = model.blocks.num_blocks
+    print_scores(result, model.blocks.num_blocks)
+    print_groups(result)
+    if result.acceptance is None:
+        console.note("not calibrated, so no drafts to follow: eexit calibrate")
+    else:
+        print_acceptance(result.acceptance)
+
+
+def print_scores(result: Evaluation, depth: int) -> None:
+    """Heads and backbone against the text and against each other."""
     rows = [
         (
             f"head {score.head_idx}",
@@ -48,5 +66,39 @@ def command(resolved: Resolved, as_json: bool) -> None:
         f"{result.model_name}: {result.num_samples} sequences, {result.total_tokens:,} tokens",
         ["", "blocks run", "agreement", "backbone's in top 5", "accuracy on text", "text in top 5"],
         rows,
+        result=True,
+    )
+
+
+def print_groups(result: Evaluation) -> None:
+    """Agreement by position, frequency and source."""
+    titles = {
+        "position": "token of the answer",
+        "frequency": "the backbone's choice, of all its choices here",
+        "source": "source",
+    }
+    for title, groups in result.agreement_by.items():
+        console.table(
+            f"agreement by {title}",
+            [titles[title], "tokens", *(f"head {score.head_idx}" for score in result.auxiliary_heads)],
+            [(found.name, f"{found.tokens:,}", *(f"{share:.1%}" for share in found.agreement)) for found in groups],
+            result=True,
+        )
+
+
+def print_acceptance(found: Acceptance) -> None:
+    """What became of the tokens asked for."""
+    from early_exit_cli.acceptance import REASONS
+
+    record = found.record()
+    rate = record["acceptance_rate"]
+    accepted = "" if rate is None else f", {rate:.1%} of them accepted"
+    console.table(
+        f"drafts at level {found.level:.2f}: {found.drafted:,} tokens{accepted}; accept length {record['accept_length']:.2f}",
+        ["what became of the tokens asked for", "tokens", "share", "meaning"],
+        [
+            (reason, f"{found.counts[reason]:,}", f"{share:.1%}", REASONS[reason])
+            for reason, share in record["shares"].items()
+        ],
         result=True,
     )

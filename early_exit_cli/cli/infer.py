@@ -177,7 +177,8 @@ def make_drafter(model: EarlyExitModel, settings: InferenceConfig, kind: str, wi
     if kind == "fixed":
         return FixedDrafter(settings.fixed_head)
     if kind == "dynamic":
-        return UnverifiedExits(exit_drafter(model, settings.accuracy_level, width, "all").thresholds)
+        exits = exit_drafter(model, settings.accuracy_level, width, "all")
+        return UnverifiedExits(exits.thresholds, metric=exits.metric)
     if kind == "lookup":
         return lookup_drafter(model)
     if kind == "lookahead":

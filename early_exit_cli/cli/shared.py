@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from early_exit_cli.resolve import Resolved
 
 if TYPE_CHECKING:
     from early_exit_cli.backbone import Backbone
-    from early_exit_cli.data import Batch, Document
+    from early_exit_cli.data import Batch, Document, Split
     from early_exit_cli.engine import EarlyExitModel
 
 
@@ -62,16 +63,30 @@ def load_text(data: DataConfig, backbone: Backbone) -> tuple[list[Document], lis
     return train, held_out
 
 
-def held_out_batches(
-    resolved: Resolved, model: EarlyExitModel, split: Any, limit: int, batch_size: int = 4
-) -> tuple[list[Batch], DataConfig]:
-    """Packed batches of a held-out split, at most `limit` sequences."""
+@dataclass(frozen=True)
+class HeldOut:
+    """One held-out split: its documents, and packed batches of them, in which `Batch.documents` numbers them."""
+
+    batches: list[Batch]
+    documents: list[Document]
+
+    @property
+    def sources(self) -> list[str]:
+        """Where each document came from."""
+        return [document.source for document in self.documents]
+
+    @property
+    def sequences(self) -> int:
+        return sum(batch.input_ids.shape[0] for batch in self.batches)
+
+
+def held_out_text(config: DataConfig, model: EarlyExitModel, split: Split, limit: int, batch_size: int = 4) -> HeldOut:
+    """At most `limit` sequences of a held-out split."""
     from early_exit_cli.data import batches, load_documents, pack, pad_token_id
 
-    config = data_of_bundle(resolved, model.record)
     documents = load_documents(config, model.backbone, split)
     rows = pack(documents, config.max_length, pad_token_id(model.backbone))[:limit]
-    return list(batches(rows, batch_size)), config
+    return HeldOut(list(batches(rows, batch_size)), documents)
 
 
 def dataset_label(config: DataConfig) -> str:

@@ -163,8 +163,10 @@ def test_evaluate_writes_the_record_of_formats(bundle, tmp_path):
     assert code == 0, err
     assert "agreement" in out
     record = json.loads(path.read_text())
-    known = {"model_name", "num_samples", "total_tokens", "main_head", "auxiliary_heads"}
-    assert set(record) == known | {"dataset", "bundle"}
+    assert set(record) == {
+        "model_name", "num_samples", "total_tokens", "main_head", "auxiliary_heads", "agreement_by", "acceptance",
+        "dataset", "bundle",
+    }  # fmt: skip
     assert set(record["auxiliary_heads"][0]) == {
         "head_idx", "layer_idx", "correct", "total", "accuracy", "top5_accuracy", "accuracy_vs_lm_head",
         "top5_accuracy_vs_lm_head",
