@@ -3,7 +3,7 @@ BIN := .venv/bin
 PROMPTS ?= prompts.jsonl
 PROMPT ?= Explain step by step how to solve 2x + 6 = 14, then check the answer.
 
-.PHONY: demo bench test check format install clean
+.PHONY: demo bench test check format docs install clean
 
 # The main job: the 4-bit model answers plainly and with drafts, side by side.
 demo: .venv/installed
@@ -27,6 +27,10 @@ check: .venv/installed-dev
 format: .venv/installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The pages of docs/commands, from the settings themselves.
+docs: .venv/installed
+	$(BIN)/python -m early_exit_cli.cli.reference docs/commands
 
 install: .venv/installed
 

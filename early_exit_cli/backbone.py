@@ -165,11 +165,12 @@ class Backbone:
 
     @property
     def last_block(self) -> LastBlock:
-        attention, mlp = self.blocks[-1].self_attn, self.blocks[-1].mlp
+        last: Any = self.blocks[-1]
+        attention, mlp = last.self_attn, last.mlp
         head_dim = int(attention.head_dim)
         names = {
             name: dense_weight(module) if isinstance(module, nn.Linear) else module.weight.detach()
-            for name, module in self.blocks[-1].named_modules()
+            for name, module in last.named_modules()
             if getattr(module, "weight", None) is not None
         }
         return LastBlock(

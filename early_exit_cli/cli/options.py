@@ -57,27 +57,45 @@ def flag_names(name: str, field: FieldInfo) -> list[str]:
 
 def option_type(annotation: Any) -> Any:
     """The type Typer should parse; lists and choices arrive as text and are validated by the configuration."""
-    if get_origin(annotation) is Annotated:
-        annotation = get_args(annotation)[0]
-    if get_origin(annotation) in (typing.Union, types.UnionType):
-        annotation = next(part for part in get_args(annotation) if part is not type(None))
-        return option_type(annotation)
-    if get_origin(annotation) in (Literal, list):
-        return str
+    annotation = _bare(annotation)
     return annotation if annotation in (str, int, float, bool, Path) else str
 
 
-def _help(field: FieldInfo) -> str:
-    annotation: Any = field.annotation
-    if get_origin(annotation) is Annotated:
-        annotation = get_args(annotation)[0]
-    parts = [field.description or ""]
-    if get_origin(annotation) is Literal:
-        parts.append(f"[{'|'.join(map(str, get_args(annotation)))}]")
+def default_text(field: FieldInfo) -> str:
+    """The default as a person writes it; nothing where the help says what happens without the flag."""
     default = field.get_default(call_default_factory=True)
-    if default is not None and default is not False:
-        text = ",".join(map(str, default)) if isinstance(default, list) else str(default)
-        parts.append(f"(default: {text})")
+    if default is None or default is False:
+        return ""
+    return ",".join(map(str, default)) if isinstance(default, list) else str(default)
+
+
+def kind_text(field: FieldInfo) -> str:
+    """What a flag takes: its choices, or the kind of value; nothing for a switch."""
+    annotation = _bare(field.annotation)
+    if get_origin(annotation) is Literal:
+        return "|".join(map(str, get_args(annotation)))
+    if get_origin(annotation) is list:
+        return "list"
+    return {bool: "", int: "number", float: "number", Path: "path"}.get(annotation, "text")
+
+
+def _bare(annotation: Any) -> Any:
+    """A type without validators and without None."""
+    while True:
+        if get_origin(annotation) is Annotated:
+            annotation = get_args(annotation)[0]
+        elif get_origin(annotation) in (typing.Union, types.UnionType):
+            annotation = next(part for part in get_args(annotation) if part is not type(None))
+        else:
+            return annotation
+
+
+def _help(field: FieldInfo) -> str:
+    parts = [field.description or ""]
+    if get_origin(_bare(field.annotation)) is Literal:
+        parts.append(f"[{kind_text(field)}]")
+    if default_text(field):
+        parts.append(f"(default: {default_text(field)})")
     return " ".join(parts)
 
 
@@ -154,6 +172,7 @@ def configured(
             else:
                 function(variants[0], as_json)
 
+        command.sections, command.argument = names, argument  # type: ignore[attr-defined]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return command
