@@ -105,6 +105,8 @@ class Blocks(ABC):
         self.exact_argmax: ExactArgmax | None = None
         self.any_length = False
         """Whether bits are the same at every length of the buffer: measured, see `runners.measure_widths`."""
+        self.without_graphs: str | None = None
+        """Why passes are not recorded here although they were to be, see `runners.use_graphs`."""
 
     @property
     def name(self) -> str:

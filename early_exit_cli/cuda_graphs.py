@@ -10,7 +10,8 @@ output buffers. Who owns what:
 * `Graphs` forgets the recordings used least recently beyond MOST_RECORDINGS, and free KV buffers beyond MOST_KEYS.
 
 `Graphs` knows nothing of CUDA: a recorder takes a step, a function without arguments, and gives back what repeats it on
-the same memory. `CudaRecorder` captures it; a recorder that gives back the step itself runs the same on any device.
+the same memory. `CudaRecorder` captures it as a CUDA graph; it is the one part that has not been run yet (no GPU was at
+hand, docs/decisions/0010), and `runners.use_graphs` checks at load what it records before anything relies on it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from early_exit_cli.blocks import LARGEST_WIDTH, KVCache
 
 SMALLEST_BUCKET, BUCKET_STEP = 256, 1024
 MOST_RECORDINGS = 128
-"""Each takes about a megabyte of a GPU's memory for a model of 30 blocks."""
+"""Three heads cut the blocks into some ten parts, each run at up to nine widths."""
 
 MOST_KEYS = 8192
 """Tokens of KV buffers that are kept for later requests: 1 GB for Llama-3 8B."""
@@ -70,15 +71,16 @@ class CudaRecorder:
         with torch.cuda.device(self.device):
             caller = torch.cuda.current_stream()
             self.stream.wait_stream(caller)
-            # Entered here too: after a failed capture torch would leave its stream the current one.
-            with torch.cuda.stream(self.stream):
-                for _ in range(self.warm_ups):
-                    step()
-                # A pool whose graphs have all been forgotten must not be named again; without one, a new pool is made.
-                pool = next((other.pool() for other in self.alive), None)
-                with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):
-                    step()
-            caller.wait_stream(self.stream)
+            try:
+                with torch.cuda.stream(self.stream):  # here too: a failed capture would leave it the current stream
+                    for _ in range(self.warm_ups):
+                        step()
+                    # torch asserts that a pool named here is in use: when all its graphs are forgotten, a new one.
+                    pool = next((other.pool() for other in self.alive), None)
+                    with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):
+                        step()
+            finally:
+                caller.wait_stream(self.stream)
         self.alive.add(graph)
         return graph.replay
 

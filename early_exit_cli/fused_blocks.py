@@ -46,8 +46,6 @@ class FusedBlocks(Blocks):
         self.longest_short = SHORT_BUFFER if backbone.device.type == "cpu" else math.inf
         self.graphs: Graphs | None = None
         """Recorded passes, where `runners.use_graphs` found them to give the same bits."""
-        self.without_graphs: str | None = None
-        """Why it did not."""
         self.layers = [self._merge(block) for block in backbone.blocks]
 
     def _merge(self, block: Any) -> _FusedBlock:
