@@ -238,6 +238,7 @@ def load_backbone(config: BackboneConfig) -> Backbone:
     """Load the backbone frozen, in the asked precision.
 
     Raises:
+        ConfigError: CUDA graphs demanded on another device.
         UnsupportedBackboneError: no runner for the family; told before any weight is read.
         BackboneError: not found, gated, offline, or damaged.
         NumericsError: the loaded model does not compute finite numbers.
