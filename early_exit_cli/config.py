@@ -59,6 +59,16 @@ class BackboneConfig(Section):
     runner: Literal["auto", "fused", "hf"] = setting(
         "auto", "Block runner: fused is our lean path for the Llama shape, hf runs the library's own modules."
     )
+    cuda_graphs: Literal["auto", "on", "off"] = setting(
+        "auto",
+        "Replay recorded passes on a GPU. auto: where a check at load finds the same bits; on: refuse to run without.",
+    )
+
+    @model_validator(mode="after")
+    def _graphs_possible(self) -> BackboneConfig:
+        if self.cuda_graphs == "on" and self.runner == "hf":
+            raise ValueError("cuda_graphs is on, but runner hf has none; use auto or fused")
+        return self
 
 
 class HeadsConfig(Section):

@@ -94,7 +94,7 @@ class EarlyExitModel:
 
     def embed(self, tokens: list[int]) -> Tensor:
         """Token ids -> [len(tokens), hidden]."""
-        return self.blocks.embed(torch.tensor(tokens, device=self.backbone.device))
+        return self.blocks.embed(torch.tensor(tokens).to(self.backbone.device, non_blocking=True))
 
     def run(self, hidden: Tensor, cache: KVCache, position: int, first: int, last: int) -> Tensor:
         """Blocks first .. last - 1 over [rows, hidden] at `position`, padded to an invariant width.
@@ -102,7 +102,11 @@ class EarlyExitModel:
         What padding rows leave in the KV cache lies behind the last row and is overwritten before any real row can
         see it.
         """
-        return self.blocks.run(self._padded(hidden), cache, position, first, last)[: hidden.shape[0]]
+        rows, largest = hidden.shape[0], self.blocks.widths[-1]
+        if largest < rows <= LARGEST_WIDTH:  # a device whose invariant widths end earlier takes several passes
+            parts = ((hidden[:largest], position), (hidden[largest:], position + largest))
+            return torch.cat([self.run(part, cache, place, first, last) for part, place in parts])
+        return self.blocks.run(self._padded(hidden), cache, position, first, last)[:rows]
 
     def _padded(self, hidden: Tensor) -> Tensor:
         """[rows, hidden] with its last row repeated up to an invariant width."""
@@ -111,16 +115,20 @@ class EarlyExitModel:
         return hidden if width == rows else torch.cat((hidden, hidden[-1:].expand(width - rows, -1)))
 
     def finish(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """States after the last block -> (normed states [rows, hidden], the backbone's choices [rows] int64).
+        """States after the last block -> (normed states [rows, hidden], the backbone's choices [rows] on the CPU).
 
         Raises:
             NumericsError: a NaN or infinite state.
         """
-        rows = hidden.shape[0]
-        normed = self.blocks.final_norm(self._padded(hidden))
-        choices, best = self.blocks.choose(normed)
-        require_finite(best)
-        return normed[:rows], choices[:rows]
+        rows, largest = hidden.shape[0], self.blocks.widths[-1]
+        if largest < rows <= LARGEST_WIDTH:
+            (head, first), (tail, others) = self.finish(hidden[:largest]), self.finish(hidden[largest:])
+            return torch.cat((head, tail)), torch.cat((first, others))
+        normed, choices = self.blocks.finish(self._padded(hidden))
+        choices = choices[:rows].cpu()  # the one time that a pass waits for the device
+        if (choices < 0).any():
+            raise _not_finite()
+        return normed[:rows], choices
 
 
 def require_finite(best_logits: Tensor) -> None:
@@ -130,10 +138,14 @@ def require_finite(best_logits: Tensor) -> None:
         NumericsError
     """
     if not torch.isfinite(best_logits).all():
-        raise NumericsError(
-            "the backbone's logits are NaN or infinite",
-            hint="check the model file and the text, or --quantization none",
-        )
+        raise _not_finite()
+
+
+def _not_finite() -> NumericsError:
+    return NumericsError(
+        "the backbone's logits are NaN or infinite",
+        hint="check the model file and the text, or --quantization none",
+    )
 
 
 def bundle_source(config: BundleConfig) -> BundleSource:
@@ -220,7 +232,7 @@ def load_model(
     folder = bundle_folder(bundle) if bundle else None
     config = read_bundle_config(folder) if folder else None
     backbone = load_backbone(backbone_config)
-    model = EarlyExitModel(backbone, make_blocks(backbone, backbone_config.runner))
+    model = EarlyExitModel(backbone, make_blocks(backbone, backbone_config.runner, backbone_config.cuda_graphs))
     if folder is None or config is None or bundle is None:
         return model
     model.record = read_json(folder / RECORD_FILE)

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from early_exit_cli.backbone import Backbone
-from early_exit_cli.blocks import LARGEST_WIDTH, Blocks, KVCache
+from early_exit_cli.blocks import LARGEST_WIDTH, Blocks, KVCache, Rows
+from early_exit_cli.cuda_graphs import Graphs, kv_bucket
 
 SHORT_BUFFER = 512
 """Up to so many keys the library's attention kernel is the faster one on a CPU (docs/experiments.md)."""
@@ -43,6 +44,8 @@ class FusedBlocks(Blocks):
         self.eps = float(backbone.config.rms_norm_eps)
         self.scale = self.head_dim**-0.5
         self.longest_short = SHORT_BUFFER if backbone.device.type == "cpu" else math.inf
+        self.graphs: Graphs | None = None
+        """Recorded passes, where `runners.use_graphs` found them to give the same bits."""
         self.layers = [self._merge(block) for block in backbone.blocks]
 
     def _merge(self, block: Any) -> _FusedBlock:
@@ -66,11 +69,35 @@ class FusedBlocks(Blocks):
             inner=int(mlp.down_proj.in_features),
         )
 
+    @property
+    def name(self) -> str:
+        return f"{super().name}{'' if self.graphs is None else ', graphs'}"
+
+    def new_cache(self, limit: int) -> KVCache:
+        """On a GPU its length is a bucket's, with recorded passes or without: bits may depend on the keys read."""
+        if self.graphs is None:
+            return super().new_cache(limit if self.backbone.device.type == "cpu" else kv_bucket(limit))
+        bucket = kv_bucket(limit)
+        return self.graphs.lease(bucket, super().new_cache) or super().new_cache(bucket)
+
     def run(self, hidden: Tensor, cache: KVCache, position: int, first: int, last: int) -> Tensor:
+        if self.graphs is not None:
+            replayed = self.graphs.run(self.run_at, hidden, cache, position, first, last)
+            if replayed is not None:
+                return replayed
+        return self._through(hidden, cache, self.rows(cache, position, hidden.shape[0]), first, last)
+
+    def run_at(self, hidden: Tensor, cache: KVCache, position: Tensor, first: int, last: int) -> Tensor:
+        """`run` as a function of tensors only: `position` is [] int64 on the device, and the whole buffer is read."""
+        return self._through(hidden, cache, self.rows_at(cache, position, hidden.shape[0]), first, last)
+
+    def finish(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        replayed = None if self.graphs is None else self.graphs.finish(super().finish, hidden)
+        return super().finish(hidden) if replayed is None else replayed
+
+    def _through(self, hidden: Tensor, cache: KVCache, rows: Rows, first: int, last: int) -> Tensor:
         width = hidden.shape[0]
-        rows = self.rows(cache, position, width)
         is_long = cache.limit > self.longest_short and width <= LARGEST_WIDTH
-        end = position + width
         heads = self.query_heads + self.kv_heads
         group = self.query_heads // self.kv_heads
         split = self.query_heads * self.head_dim
@@ -85,8 +112,8 @@ class FusedBlocks(Blocks):
                 qk = layer.qk_norm * F.rms_norm(qk, (self.head_dim,), None, self.eps)
             qk = qk * rows.cos + qk.roll(half, -1) * rows.sin
             stored_keys, stored_values = cache.keys[block], cache.values[block]
-            stored_keys[:, position:end] = qk[:, self.query_heads :].transpose(0, 1)
-            stored_values[:, position:end] = (
+            stored_keys[:, rows.place] = qk[:, self.query_heads :].transpose(0, 1)
+            stored_values[:, rows.place] = (
                 qkv[:, heads * self.head_dim :].view(width, self.kv_heads, self.head_dim).transpose(0, 1)
             )
             # Rows (token, query head) of one key head side by side: [kv_heads, width * group, head_dim]
@@ -108,7 +135,7 @@ class FusedBlocks(Blocks):
         return hidden
 
     def grows(self, limit: int) -> bool:
-        return self.any_length and limit > self.longest_short
+        return self.graphs is None and self.any_length and limit > self.longest_short
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, is_long: bool) -> Tensor:
         """Attention of [kv_heads, width * group, head_dim] queries over [kv_heads, keys, head_dim].

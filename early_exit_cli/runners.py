@@ -12,15 +12,21 @@ from torch import Tensor
 from early_exit_cli.artifacts import processor_name, read_json, sha256_of, user_cache_dir, versions, write_json
 from early_exit_cli.backbone import Backbone
 from early_exit_cli.blocks import KEY_STEP, LARGEST_WIDTH, Blocks, HFBlocks, KVCache
-from early_exit_cli.errors import BundleError
+from early_exit_cli.cuda_graphs import CudaRecorder, Graphs, Recorder
+from early_exit_cli.errors import BackboneError, BundleError
 from early_exit_cli.fused_blocks import FusedBlocks
+from early_exit_cli.fused_kernels import fused_widths
 from early_exit_cli.lm_head import ExactArgmax, faster_widths, usable
 
 CANDIDATE_WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 
 
-def make_blocks(backbone: Backbone, runner: str = "auto") -> Blocks:
-    """The runner asked for, with what was measured of it on this device."""
+def make_blocks(backbone: Backbone, runner: str = "auto", cuda_graphs: str = "auto") -> Blocks:
+    """The runner asked for, with what was measured of it on this device.
+
+    Raises:
+        BackboneError: `cuda_graphs` is "on" and they cannot be used.
+    """
     blocks: Blocks = HFBlocks(backbone) if runner == "hf" else FusedBlocks(backbone)
     identity = device_identity(blocks)
     path = measurement_path("widths", identity)
@@ -41,7 +47,43 @@ def make_blocks(backbone: Backbone, runner: str = "auto") -> Blocks:
         write_json(path, {**measured, **identity})
     if blocks.argmax_widths:
         blocks.exact_argmax = ExactArgmax(backbone.lm_head.weight)
+    if isinstance(blocks, FusedBlocks) and backbone.device.type == "cuda" and cuda_graphs != "off":
+        with torch.inference_mode():
+            use_graphs(blocks, CudaRecorder(backbone.device))
+        if cuda_graphs == "on" and blocks.without_graphs is not None:
+            raise BackboneError(f"no CUDA graphs here: {blocks.without_graphs}", hint="--cuda-graphs auto")
     return blocks
+
+
+def use_graphs(blocks: FusedBlocks, record: Recorder) -> None:
+    """Record passes from now on, if replaying them gives the bits of running them; else `without_graphs` says why not.
+
+    Checked at every invariant width: all blocks and the finish, at positions and on rows other than those recorded, and
+    what is left in the KV buffers.
+    """
+    if blocks.backbone.quantization == "8bit":
+        blocks.without_graphs = "8-bit products choose their path by the data, which cannot be recorded"
+        return
+    blocks.graphs = Graphs(record)
+    differing = [width for width in blocks.widths if not _replays_exactly(blocks, width)]
+    blocks.without_graphs = blocks.graphs.failure
+    if differing and blocks.without_graphs is None:
+        blocks.without_graphs = f"a replayed pass of width {differing[0]} gives other bits than the pass itself"
+    if blocks.without_graphs is not None:
+        blocks.graphs = None
+
+
+def _replays_exactly(blocks: FusedBlocks, width: int) -> bool:
+    depth = blocks.num_blocks
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(blocks.backbone.vocab_size, (4, width), generator=generator).to(blocks.backbone.device)
+    recorded, plain = blocks.new_cache(KEY_STEP), blocks.new_cache(KEY_STEP)  # while one is held, the other is plain
+    for tokens, position in zip(ids, (0, width, 3 * width, 2 * width), strict=True):
+        hidden = blocks.embed(tokens)
+        ours, theirs = (blocks.run(hidden, cache, position, 0, depth) for cache in (recorded, plain))
+        if not torch.equal(ours, theirs) or not all(map(torch.equal, blocks.finish(ours), Blocks.finish(blocks, ours))):
+            return False
+    return all(map(torch.equal, recorded.keys + recorded.values, plain.keys + plain.values))
 
 
 def device_identity(blocks: Blocks) -> dict[str, Any]:
@@ -51,7 +93,7 @@ def device_identity(blocks: Blocks) -> dict[str, Any]:
         "fingerprint": backbone.fingerprint,
         "device": processor_name() if backbone.device.type == "cpu" else torch.cuda.get_device_name(backbone.device),
         "dtype": str(backbone.dtype),
-        "runner": type(blocks).__name__,
+        "runner": blocks.name,
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
@@ -65,19 +107,16 @@ def measurement_path(kind: str, identity: dict[str, Any]) -> Path:
 def measure_widths(blocks: Blocks) -> None:
     """Find the widths at which a token's bits depend on nothing but the tokens before it, and set them on `blocks`.
 
-    The same tokens are run at the largest width, then at every other one in windows that put each token into other
-    rows with other neighbours: all blocks and the LM head, compared bit for bit; and one block over random keys, at
-    many lengths and positions. Where even the largest width disagrees with itself in other rows, it is the only one
-    used and `is_invariant` is false: nothing is promised there.
+    Candidates are those of `fused_widths`. The same tokens are run at the largest one, then at every other one in
+    windows that put each token into other rows with other neighbours: all blocks and the LM head, compared bit for bit;
+    and one block over random keys, at many lengths and positions. Where even the largest width disagrees with itself in
+    other rows, it is the only one used and `is_invariant` is false: nothing is promised there.
     """
-    probe = _Probe(blocks)
-    blocks.is_invariant = probe.agrees(LARGEST_WIDTH)
-    found = (
-        [width for width in CANDIDATE_WIDTHS if width < LARGEST_WIDTH and probe.agrees(width)]
-        if blocks.is_invariant
-        else []
-    )
-    blocks.widths = (*found, LARGEST_WIDTH)
+    *others, largest = fused_widths(blocks, CANDIDATE_WIDTHS)
+    probe = _Probe(blocks, largest)
+    blocks.is_invariant = probe.agrees(largest)
+    found = [width for width in others if probe.agrees(width)] if blocks.is_invariant else []
+    blocks.widths = (*found, largest)
     blocks.any_length = blocks.is_invariant and probe.same_at_every_length(blocks.widths)
     head = blocks.backbone.lm_head
     if head.bias is None and usable(head.weight):
@@ -85,9 +124,11 @@ def measure_widths(blocks: Blocks) -> None:
 
 
 class _Probe:
-    """Random tokens through all blocks, and random states through one block over long random keys."""
+    """Random tokens through all blocks, and random states through one block over long random keys.
 
-    length = 2 * LARGEST_WIDTH
+    largest: the width that all others are compared with.
+    """
+
     offset = 3
     far = tuple(
         (capacity, int(capacity * share))
@@ -96,8 +137,10 @@ class _Probe:
     )
     """(keys in the buffer, position of the first row) of the passes over random keys."""
 
-    def __init__(self, blocks: Blocks) -> None:
+    def __init__(self, blocks: Blocks, largest: int) -> None:
         self.blocks = blocks
+        self.largest = largest
+        self.length = -(-2 * LARGEST_WIDTH // largest) * largest
         backbone = blocks.backbone
         generator = torch.Generator().manual_seed(0)
 
@@ -105,11 +148,11 @@ class _Probe:
             return torch.randn(shape, generator=generator).to(backbone.device, backbone.dtype)
 
         self.ids = torch.randint(backbone.vocab_size, (self.length,), generator=generator).to(backbone.device)
-        self.hidden = random(LARGEST_WIDTH, backbone.hidden_size)
+        self.hidden = random(largest, backbone.hidden_size)
         self.far_keys = random(blocks.kv_heads, self.far[-1][0], blocks.head_dim)
         self.far_values = random(blocks.kv_heads, self.far[-1][0], blocks.head_dim)
-        self.reference = self._outputs(LARGEST_WIDTH, 0, None)
-        self.far_reference = self._far(LARGEST_WIDTH, 0)
+        self.reference = self._outputs(largest, 0, None)
+        self.far_reference = self._far(largest, 0)
 
     def _outputs(self, width: int, offset: int, prefix: KVCache | None) -> tuple[Tensor, Tensor, KVCache]:
         """Normed final states and logits of tokens `offset` and on, in windows of `width`, over an earlier KV cache."""
@@ -146,13 +189,13 @@ class _Probe:
 
     def agrees(self, width: int) -> bool:
         """Whether this width gives the reference's bits, in windows shifted against it."""
-        states, logits, _ = self._outputs(width, self.offset, self._outputs(LARGEST_WIDTH, 0, None)[2])
+        states, logits, _ = self._outputs(width, self.offset, self._outputs(self.largest, 0, None)[2])
         end = self.offset + states.shape[0]
         return (
             torch.equal(states, self.reference[0][self.offset : end])
             and torch.equal(logits, self.reference[1][self.offset : end])
             and self._far_agrees(width, 0)
-            and (width == LARGEST_WIDTH or self._far_agrees(width, min(self.offset, LARGEST_WIDTH - width)))
+            and (width == self.largest or self._far_agrees(width, min(self.offset, self.largest - width)))
         )
 
     def same_at_every_length(self, widths: tuple[int, ...]) -> bool:
