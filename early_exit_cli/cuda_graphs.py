@@ -11,7 +11,7 @@ output buffers. Who owns what:
 
 `Graphs` knows nothing of CUDA: a recorder takes a step, a function without arguments, and gives back what repeats it on
 the same memory. `CudaRecorder` captures it as a CUDA graph; it is the one part that has not been run yet (no GPU was at
-hand, docs/decisions/0010), and `runners.use_graphs` checks at load what it records before anything relies on it.
+hand, docs/decisions/0011), and `runners.use_graphs` checks at load what it records before anything relies on it.
 """
 
 from __future__ import annotations
