@@ -28,7 +28,7 @@ TOKENS = (WRITER, READER, "hf_unknownToken")
 class Terminal:
     """A process that runs commands against the server, and checks that no token is ever shown."""
 
-    def __init__(self, server: HubServer, home: Path) -> None:
+    def __init__(self, server: HubServer, home: Path, folder: Path | None = None) -> None:
         self.home = home
         self.environment = {
             **os.environ,
@@ -46,6 +46,7 @@ class Terminal:
             stderr=self.log,
             text=True,
             env=self.environment,
+            cwd=folder,
         )
 
     def run(self, *arguments: object, token: str = WRITER) -> tuple[int, str, str]:

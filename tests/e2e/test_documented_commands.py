@@ -1,0 +1,61 @@
+"""Every `eexit` command that README and guides show is run, in their order, on small models and a Hub on localhost."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from hub_server import HubServer
+from test_dssd import dssd_folder
+from test_hub_commands import Terminal
+
+from early_exit_cli.artifacts import user_cache_dir
+
+ROOT = Path(__file__).parent.parent.parent
+PAGES = ["README.md", "docs/train-your-own.md", "docs/how-it-stays-exact.md", "docs/hub.md"]
+SMALLER = {
+    "train": "--max-steps 2 --batch-size 2 --max-length 64 --answer-tokens 8 --draft-vocab 64",
+    "cache": "--max-length 64 --answer-tokens 8",
+    "infer": "--max-tokens 6 --repeats 1",
+}
+"""What is added to a command, so that it takes seconds; a flag given twice counts the last time."""
+
+
+def shown(page: str) -> list[str]:
+    """The `eexit` commands of a page's shell blocks, without comments."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line.startswith("eexit ")]
+
+
+def test_every_page_shows_commands():
+    assert all(shown(page) for page in PAGES)
+
+
+@pytest.fixture(scope="module")
+def terminal(tmp_path_factory, tiny_folder, linear_bundle):
+    folder = tmp_path_factory.mktemp("documented")
+    (folder / "Qwen").mkdir()
+    (folder / "Qwen" / "Qwen2.5-0.5B-Instruct").symlink_to(tiny_folder("qwen2"))  # a local folder comes before the Hub
+    rows = [{"prompt": f"What is {number} times {number + 1}?"} for number in range(60)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dssd_folder(linear_bundle, folder / "DSSD_FOLDER")
+    (folder / "eexit").mkdir()
+    (folder / "eexit" / "gguf").symlink_to(user_cache_dir() / "gguf")  # converting the embedded model takes long
+    with HubServer() as server:
+        found = Terminal(server, folder, folder)
+        yield found
+        found.process.stdin.close()
+        found.process.wait(30)
+
+
+@pytest.mark.parametrize("command", [command for page in PAGES for command in shown(page)])
+def test_a_documented_command_runs(terminal, command):
+    words = shlex.split(command, comments=True)[1:]
+    extra = shlex.split(SMALLER.get(words[0], ""))
+    if words[0] in ("train", "cache") or "--model-name" in words:
+        extra += ["--model-name", "Qwen/Qwen2.5-0.5B-Instruct", "--quantization", "none"]
+    code, out, err = terminal.run(*words, *extra)
+    assert code == 0, err
+    assert out or err
