@@ -1,0 +1,66 @@
+"""The exported head is the same head to the package that serves it: equal logits, in an environment of its own."""
+
+import os
+import subprocess
+import venv
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_lookahead import some_head
+
+from early_exit_cli.data import Document, pack
+from early_exit_cli.speculators_export import export_lookahead
+from early_exit_cli.states import run_states
+
+PACKAGES = ["torch", "transformers<=5.19.0", "loguru", "pydantic-settings", "psutil", "protobuf", "openai", "aiohttp"]
+PACKAGES += ["datasets", "typer", "rich", "httpx", "click", "tqdm"]
+UNRESOLVED = ["speculators==0.9.0", "hs-connectors==0.9.0"]  # the first asks for torchvision and torchaudio
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory):
+    """A Python with speculators: that of EEXIT_SPECULATORS_PYTHON, or of a new environment."""
+    known = os.environ.get("EEXIT_SPECULATORS_PYTHON")
+    if known:
+        return known
+    folder = tmp_path_factory.mktemp("speculators")
+    venv.create(folder, with_pip=True)
+    pip = [str(folder / "bin" / "pip"), "install", "--quiet"]
+    constraints = Path(__file__).parent.parent / "constraints.txt"
+    pins = [line for line in constraints.read_text().splitlines() if line.startswith("torch==")]
+    subprocess.run([*pip, *pins, *PACKAGES], check=True)
+    subprocess.run([*pip, "--no-deps", *UNRESOLVED], check=True)
+    return str(folder / "bin" / "python")
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_an_exported_head_has_equal_logits_in_speculators(python, tmp_path, tiny_backbone):
+    backbone = tiny_backbone("llama")
+    head = some_head(backbone, torch.arange(0, 320, 5))
+    export_lookahead(head, backbone, tmp_path / "head", 3)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(256, (24,), generator=generator)
+    batch = pack([Document(ids.tolist(), "s")], 24, 0)[0]
+    kept = {}
+    hook = backbone.blocks[-1].register_forward_hook(
+        lambda _module, _arguments, output: kept.update(last=output[0] if isinstance(output, tuple) else output)
+    )
+    states = run_states(backbone, batch, head.exit_layers)
+    hook.remove()
+    raw = torch.cat([*states.exits, kept["last"][0]], -1)  # that checkpoint norms the last state itself
+    save_file({"states": raw, "ids": ids}, tmp_path / "inputs.safetensors")
+    worker = Path(__file__).parent / "speculators_worker.py"
+    subprocess.run(
+        [python, str(worker), tmp_path / "head", tmp_path / "inputs.safetensors", tmp_path / "outputs.safetensors"],
+        check=True,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+    )
+    theirs = load_file(tmp_path / "outputs.safetensors")
+    with torch.inference_mode():
+        ours = head(states, 3)
+    for step, said in enumerate(ours):
+        positions = said.positions - 1 - step
+        assert torch.allclose(theirs[f"step{step}"][positions], said.logits, atol=1e-4), step
