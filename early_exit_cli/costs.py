@@ -123,7 +123,7 @@ def measure_costs(model: EarlyExitModel, widths: list[int]) -> Costs:
             final = run(hidden, near)
             per_block[width] = fastest(lambda h=hidden: run(h, near)) / depth  # type: ignore[misc]
             per_block_far[width] = fastest(lambda h=hidden: run(h, far)) / depth  # type: ignore[misc]
-            finish[width] = fastest(lambda h=final: model.blocks.choose(model.blocks.final_norm(h)))  # type: ignore[misc]
+            finish[width] = fastest(lambda h=final: model.blocks.finish(h))  # type: ignore[misc]
         head = 0.0
         if model.heads is not None:
             heads, row = model.heads, model.blocks.embed(ids[:1])
@@ -186,6 +186,7 @@ def choose_heads(model: EarlyExitModel, level: float, width: int, costs: Costs |
     counted = model.record.get("calibration", {}).get("head_sets", {}).get(level_key(level))
     if not counted:
         return list(range(len(model.heads)))
+    width = min(width, model.blocks.widths[-1])
     widths = [w for w in model.blocks.widths if w <= max(width, min(model.blocks.widths))]
     widths = widths if widths[-1] >= width else [*widths, model.blocks.pass_width(width)]
     costs = costs or cost_table(model)

@@ -105,6 +105,7 @@ def decode(
         raise ValueError("unverified exits are not drafts: decode_unverified commits them")
     if not 1 <= width <= LARGEST_WIDTH:
         raise ConfigError(f"width {width} is out of range", hint=f"--width takes 2 to {LARGEST_WIDTH}")
+    width = min(width, model.blocks.widths[-1])
     stops = model.backbone.eos_token_ids if stop_ids is None else stop_ids
     with torch.inference_mode():
         drafter.begin(prompt_ids)

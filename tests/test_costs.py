@@ -76,14 +76,20 @@ def record(*sets):
     }
 
 
-def test_heads_that_never_exit_are_not_read(tiny_model):
+def model_of_known_costs(tiny_model):
     model = tiny_model("llama")
+    model.blocks.widths = tuple(WIDTHS)
+    return model
+
+
+def test_heads_that_never_exit_are_not_read(tiny_model):
+    model = model_of_known_costs(tiny_model)
     model.record = record(([0], [0.0], [0.0]), ([0, 1, 2], [0.0, 0.0, 0.01], [0.0, 0.0, 0.5]))
     assert choose_heads(model, 0.8, 8, COSTS) == []
 
 
 def test_the_set_that_earns_most_is_read(tiny_model):
-    model = tiny_model("llama")
+    model = model_of_known_costs(tiny_model)
     model.record = record(([0], [0.05], [0.8]), ([1], [0.95], [0.99]), ([0, 1], [0.05, 0.9], [0.8, 0.99]))
     costs = replace(COSTS, head=0.05)
     assert choose_heads(model, 0.8, 8, costs) in ([1], [0, 1])

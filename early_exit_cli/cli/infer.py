@@ -74,6 +74,8 @@ def prepare(resolved: Resolved, as_json: bool) -> Job:
     if kind == "all" and resolved.is_default("inference.read_heads"):
         settings = settings.model_copy(update={"read_heads": "all"})
     model = load(resolved, kind)
+    if model.blocks.without_graphs:
+        console.note(f"CUDA graphs off: {model.blocks.without_graphs}")
     width = settings.draft_length + 1 if kind == "fixed" else settings.width or default_width(model)
     drafter = make_drafter(model, settings, kind, width)
     if settings.width is None and kind in ("lookup", "lookahead", "auto"):  # these weigh draft lengths at every width
