@@ -132,8 +132,15 @@ def agreement_by(readings: Readings, sources: list[str]) -> dict[str, list[Group
         return Group(name, int(chosen.sum()), correct[:, chosen].double().mean(-1).tolist())
 
     positions = [
-        group(f"{low}-{high - 1}" if high - 1 > low else str(low), (place >= low) & (place < high))
-        for low, high in zip((1, 2, 5, 17, 65, 257), (2, 5, 17, 65, 257, 1 << 62), strict=True)
+        group(name, (place >= low) & (place <= high))
+        for name, low, high in (
+            ("1", 1, 1),
+            ("2-4", 2, 4),
+            ("5-16", 5, 16),
+            ("17-64", 17, 64),
+            ("65-256", 65, 256),
+            ("later", 257, place.max()),
+        )
     ]
     frequencies = [
         group(name, (share >= low) & (share < high))

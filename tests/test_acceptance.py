@@ -8,6 +8,7 @@ from early_exit_cli.data import Document, pack
 from early_exit_cli.decoding import generate
 from early_exit_cli.drafters import ExitDrafter, NoDrafter
 from early_exit_cli.engine import Readings, join_readings, read_batch
+from early_exit_cli.evaluation import agreement_by
 
 SURE, UNSURE = 0.1, 0.9
 
@@ -83,3 +84,20 @@ def test_the_walk_counts_what_decoding_does(tiny_model):
     assert 0 < accepted < drafted
     assert found.rounds == rounds
     assert accepted <= found.counts["accepted"] <= accepted + len(documents)
+
+
+def test_agreement_is_grouped_by_position_frequency_and_source():
+    """Token 5 is 6 of 8 choices, 9 and 7 one each; the second document begins at the seventh position."""
+    rows = [RIGHT, RIGHT, WRONG, RIGHT, RIGHT, (9, (6, SURE)), RIGHT, (7, (7, SURE))]
+    found = agreement_by(readings(*rows, documents=[0] * 6 + [1] * 2), ["b", "a"])
+    shown = {title: [(g.name, g.tokens, g.agreement) for g in groups] for title, groups in found.items()}
+    assert shown == {
+        "position": [("1", 2, [1.0]), ("2-4", 4, [0.75]), ("5-16", 2, [0.5])],
+        "frequency": [("1 % or more", 8, [0.75])],
+        "source": [("a", 2, [1.0]), ("b", 6, [pytest.approx(4 / 6)])],
+    }
+    many = readings(*[RIGHT] * 996, *[(token, (token if token < 52 else 6, SURE)) for token in range(50, 54)])
+    assert [(g.name, g.tokens, g.agreement) for g in agreement_by(many, ["s"])["frequency"]] == [
+        ("1 % or more", 996, [1.0]),
+        ("0.1 % to 1 %", 4, [0.5]),
+    ]

@@ -42,6 +42,12 @@ def test_only_answers_are_measured():
     assert second.answers[0].tolist() == [True] + [False] * 5
 
 
+def test_every_token_knows_its_document_and_its_place_in_the_answer():
+    rows = pack([Document([1, 2, 3, 4, 5], "a", answer_start=2), Document([6, 7, 8], "b")], 4, pad_id=0)
+    assert [row.documents[0].tolist() for row in rows] == [[0, 0, 0, 0], [0, 1, 1, 1]]
+    assert [row.places[0].tolist() for row in rows] == [[-2, -1, 0, 1], [2, 0, 1, 2]]
+
+
 def test_packed_documents_give_the_states_they_have_alone(tiny_backbone):
     backbone = tiny_backbone("llama")
     documents = [Document([5, 6, 7, 8], "a"), Document([50, 60, 70], "b")]
@@ -75,6 +81,12 @@ def test_local_files_of_every_kind_are_read(tmp_path):
     for name in ("a.jsonl", "a.txt", "a.parquet", "folder"):
         records = read_records(DataConfig(dataset_name=str(tmp_path / name)))
         assert [record["text"].split()[0] for record in records] == ["first", "second"], name
+
+
+def test_a_documents_source_is_its_source_its_category_or_its_file(tmp_path):
+    rows = [{"text": "a", "source": "s", "category": "c"}, {"text": "b", "category": "c"}, {"text": "c"}]
+    path = write_lines(tmp_path / "mixed.jsonl", rows)
+    assert [record["source"] for record in read_records(DataConfig(dataset_name=str(path)))] == ["s", "c", "mixed"]
 
 
 def test_data_faults_name_file_line_and_flag(tmp_path):
