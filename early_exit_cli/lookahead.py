@@ -114,7 +114,7 @@ class LookaheadHead(nn.Module):
     def fuse(self, states: Sequence[Tensor]) -> Tensor:
         """States after the exit layers and the final normed state, [*, hidden] each -> [*, hidden]."""
         *exits, final = states
-        normed = [norm(state.float()) for norm, state in zip(self.fc_norm, exits, strict=True)]
+        normed = [norm(state.to(norm.weight.dtype)) for norm, state in zip(self.fc_norm, exits, strict=True)]
         return self.fc(torch.cat([*normed, final], -1))
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class LookaheadHead(nn.Module):
         """
         batch = states.batch
         valid = batch.valid
-        fused = self.fuse([*states.exits, states.final]).float()
+        fused = self.fuse([*states.exits, states.final]).to(self.norm.weight.dtype)
         hidden = fused.new_zeros(*valid.shape, fused.shape[-1]).index_put((valid,), fused)  # [batch, seq, hidden]
         mask = batch.block_mask()
         rows = torch.arange(len(valid), device=valid.device)[:, None]
@@ -160,7 +160,7 @@ class LookaheadHead(nn.Module):
         """One step from all positions at once, [batch, seq, hidden] -> [batch, seq, hidden]; keys and values grow."""
         block, attention = self.block, self.block.self_attn
         rows, seq, _ = hidden.shape
-        joined = torch.cat((block.input_layernorm(embedded.float()), block.hidden_norm(hidden)), -1)
+        joined = torch.cat((block.input_layernorm(embedded.to(self.norm.weight.dtype)), block.hidden_norm(hidden)), -1)
         cos, sin = rotary(torch.arange(step, seq + step, device=hidden.device), attention.head_dim, self.rope_theta)
 
         def split(projected: Tensor) -> Tensor:  # -> [batch, heads, seq, head_dim]
