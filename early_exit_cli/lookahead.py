@@ -111,11 +111,12 @@ class LookaheadHead(nn.Module):
                     parameter.zero_()
                     parameter[:, hidden:] = weights[name]
 
-    def fuse(self, states: Sequence[Tensor]) -> Tensor:
-        """States after the exit layers and the final normed state, [*, hidden] each -> [*, hidden]."""
+    def normed(self, states: Sequence[Tensor]) -> Tensor:
+        """States after the exit layers and the final normed state, [*, hidden] each -> [*, states * hidden], for `fc`."""
         *exits, final = states
-        normed = [norm(state.to(norm.weight.dtype)) for norm, state in zip(self.fc_norm, exits, strict=True)]
-        return self.fc(torch.cat([*normed, final], -1))
+        return torch.cat(
+            [*(norm(x.to(norm.weight.dtype)) for norm, x in zip(self.fc_norm, exits, strict=True)), final], -1
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[*, hidden] -> [*, draft vocab]."""
@@ -136,7 +137,7 @@ class LookaheadHead(nn.Module):
         """
         batch = states.batch
         valid = batch.valid
-        fused = self.fuse([*states.exits, states.final]).to(self.norm.weight.dtype)
+        fused = self.fc(self.normed([*states.exits, states.final])).to(self.norm.weight.dtype)
         hidden = fused.new_zeros(*valid.shape, fused.shape[-1]).index_put((valid,), fused)  # [batch, seq, hidden]
         mask = batch.block_mask()
         rows = torch.arange(len(valid), device=valid.device)[:, None]

@@ -67,6 +67,7 @@ class LookaheadRunner:
             attention.kv_heads,
             attention.head_dim,
         )
+        self.fc = draft_linear([head.fc.weight])
         self.qkv = draft_linear([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
         self.output = draft_linear([attention.o_proj.weight])
         self.gate_up = draft_linear([block.mlp.gate_proj.weight, block.mlp.up_proj.weight])
@@ -104,7 +105,7 @@ class LookaheadRunner:
             tokens: [rows] int64, the token that follows each position.
             states: after the exit layers and the final normed one, [rows, hidden] each.
         """
-        hidden = self._block(tokens, self.head.fuse(states), self.length)
+        hidden = self._block(tokens, self.fc(self.head.normed(states)), self.length)
         self.length += tokens.numel()
         return hidden[-1:]
 
@@ -147,7 +148,7 @@ class LookaheadRunner:
     def choose(self, hidden: Tensor) -> tuple[int, float]:
         """[1, hidden] -> its token, and its entropy (nats)."""
         logits = self.lm_head(hidden)
-        token = self.head.token_ids(logits.argmax(-1))
+        token = self.head.token_ids(logits.max(-1).indices)
         return int(token), float(entropy(logits))
 
 

@@ -288,9 +288,9 @@ def test_the_shipped_head_drafts_in_bfloat16_without_changing_a_bit(smollm2):
     from early_exit_cli.config import SHIPPED_BUNDLE
 
     model = load_model(BackboneConfig(), BundleConfig(bundle=SHIPPED_BUNDLE))
-    prompt = smollm2.encode_prompt("Count from one to ten in words, then count again.")
+    prompt = smollm2.encode_prompt("Explain step by step how to solve 2x + 6 = 14.")
     plain = generate(model, prompt, NoDrafter(), 48, mode="full", keep_states=True)
     run = generate(model, prompt, lookahead_drafter(model), 48, mode="lookahead", width=16, keep_states=True)
     assert run.token_ids == plain.token_ids
     assert torch.equal(run.states, plain.states)
-    assert run.stats.tokens_accepted > 5
+    assert run.stats.tokens_accepted > 10
