@@ -277,8 +277,8 @@ class InferenceConfig(Section):
     mode: Annotated[InferenceMode, BeforeValidator(_mode_alias)] = setting(
         "adaptive_early_exit",
         "full: plain decoding. adaptive_early_exit (or adaptive): entropy-gated exits, verified. fixed_layerskip: one head "
-        "drafts a fixed number of tokens, verified. dynamic_early_exit: gated exits that nobody verifies, so the text may "
-        "differ. compare: full and one other, in turns. comprehensive: full, every head at draft lengths 5, 10 and 15, "
+        "drafts a fixed number of tokens, verified. dynamic_early_exit: adaptive with every head read and drafts "
+        "of up to 10 tokens, verified. compare: full and one other, in turns. comprehensive: full, every head at draft lengths 5, 10 and 15, "
         "and every calibrated level, in turns.",
     )
     drafter: Literal["exit", "lookahead", "lookup", "auto", "none"] | None = setting(

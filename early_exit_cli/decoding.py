@@ -4,8 +4,6 @@ State between rounds: the KV cache holds all committed tokens but the newest, wh
 drafter for tokens after `pending`, runs what is left of the blocks over pending and draft in one pass, and commits the
 longest prefix of the draft that equals the backbone's own choices, then the backbone's next choice (the bonus token).
 Rolling back is `cache.length`. Greedy, one text at a time.
-
-`decode_unverified` is the seed's early exit without verification, a loop of its own because nothing is drafted in it.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from early_exit_cli.blocks import LARGEST_WIDTH, KVCache
-from early_exit_cli.drafters import Draft, Drafter, Exit, Reason, Row, UnverifiedExits, catch_up, decider
+from early_exit_cli.drafters import Draft, Drafter, Exit, Reason, Row, catch_up, decider
 from early_exit_cli.engine import EarlyExitModel
 from early_exit_cli.errors import ConfigError
 from early_exit_cli.gating import entropy
@@ -101,8 +99,6 @@ def decode(
         ConfigError: empty prompt, beyond the context, width out of range.
         NumericsError: the backbone's logits are not finite.
     """
-    if isinstance(drafter, UnverifiedExits):
-        raise ValueError("unverified exits are not drafts: decode_unverified commits them")
     if not 1 <= width <= LARGEST_WIDTH:
         raise ConfigError(f"width {width} is out of range", hint=f"--width takes 2 to {LARGEST_WIDTH}")
     width = min(width, model.blocks.widths[-1])
@@ -139,47 +135,6 @@ def decode(
             readings=readings[: len(tokens)],
             rejected=list(zip_longest(draft.tokens[matched:], draft.reasons[matched:])),
         )
-
-
-def decode_unverified(
-    model: EarlyExitModel,
-    prompt_ids: list[int],
-    exits: UnverifiedExits,
-    max_new_tokens: int,
-    *,
-    stop_ids: Container[int] | None = None,
-    trace: bool = False,
-) -> Iterator[Round]:
-    """Each token by the first head that is sure, else by the backbone, a Round a token. Not lossless.
-
-    The blocks above the head that decides are skipped. The first later token that goes deeper needs the keys and values
-    of the tokens before it there: `catch_up` then runs the skipped blocks of all of them, so that the KV cache is always
-    that of the committed tokens. What was skipped is so paid later, in wide passes, or never if no token goes deeper.
-
-    Raises:
-        ConfigError: empty prompt, or beyond the context.
-        NumericsError: the backbone's logits are not finite.
-    """
-    stops = model.backbone.eos_token_ids if stop_ids is None else stop_ids
-    with torch.inference_mode():
-        cache = model.start(prompt_ids, max_new_tokens)
-    pending = prompt_ids[-1]
-    rows: list[Row] = []
-    produced = 0
-    ended = False
-    while not ended:
-        with torch.inference_mode():
-            found = exits.decide(model, cache, rows, pending)
-            readings = read_every_head(model, cache, rows, 1) if trace else []
-            if found is None:
-                catch_up(model, cache, rows, model.blocks.num_blocks)
-                _, choices = model.finish(rows[-1][model.blocks.num_blocks])
-                cache.length += len(rows)
-                rows = []
-        pending, reason = found or (int(choices[0]), None)
-        tokens, ended = cut_at_stop([pending], stops, max_new_tokens - produced)
-        produced += 1
-        yield Round(tokens=tokens, accepted=0, drafted=0, decided_by=[reason], readings=readings)
 
 
 def verify(
@@ -247,22 +202,19 @@ class Stats:
 
 @dataclass(frozen=True)
 class Generation:
-    """One answer. states: [tokens, hidden], the final state that decided each token, when they were kept. lossless:
-    whether the backbone verified every token, so that the text is that of plain decoding."""
+    """One answer. states: [tokens, hidden], the final state that decided each token, when they were kept."""
 
     text: str
     token_ids: list[int]
     stats: Stats
     rounds: list[Round]
     states: Tensor | None = None
-    lossless: bool = True
 
     def record(self) -> dict[str, Any]:
         """The answer as JSON."""
         return {
             "text": self.text,
             "token_ids": self.token_ids,
-            "lossless": self.lossless,
             "stats": asdict(self.stats),
         }
 
@@ -312,17 +264,13 @@ def generate(
     Args:
         on_text: called with each piece of text as its token is committed, and with who decided that token (a character
             of several tokens belongs to the last one).
-        keep_states: for verified drafts only.
     """
     stream = TextStream(model)
     rounds: list[Round] = []
     first_token = 0.0
     synchronize(model)
     reason: Reason | None = None
-    if isinstance(drafter, UnverifiedExits):
-        steps = decode_unverified(model, prompt_ids, drafter, max_new_tokens, trace=trace)
-    else:
-        steps = decode(model, prompt_ids, drafter, max_new_tokens, width=width, keep_states=keep_states, trace=trace)
+    steps = decode(model, prompt_ids, drafter, max_new_tokens, width=width, keep_states=keep_states, trace=trace)
     started = time.perf_counter()
     for step in steps:
         rounds.append(step)
@@ -338,7 +286,7 @@ def generate(
         on_text(rest, decider(reason))
     states = torch.cat([step.states for step in rounds if step.states is not None]) if keep_states else None
     stats = collect_stats(model, mode, rounds, seconds, first_token)
-    return Generation(stream.text, stream.ids, stats, rounds, states, drafter.lossless)
+    return Generation(stream.text, stream.ids, stats, rounds, states)
 
 
 def synchronize(model: EarlyExitModel) -> None:

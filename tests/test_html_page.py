@@ -25,7 +25,7 @@ def answer(name, **known):
         "tokens_drafted": 3, "tokens_accepted": 1, "acceptance_rate": 1 / 3, "accept_length": 2.0,
         "exit_distribution": {"0": 1, "full": 2, "lookup": 1}, "average_exit_layer": 17.0,
     }  # fmt: skip
-    return {"text": "", "token_ids": [], "lossless": True, "stats": stats} | known
+    return {"text": "", "token_ids": [], "stats": stats} | known
 
 
 def record(**known):
@@ -102,15 +102,6 @@ def test_rejected_drafts_are_struck_in_the_text_and_hollow_in_the_timeline():
     assert "a drafted token before it was rejected" in struck[1]
     cells = [a["class"] for tag, a in page.elements if tag == "rect" and "cell" in a["class"] and "by-" in a["class"]]
     assert sum(" no " in name for name in cells) == 2
-
-
-def test_an_unverified_answer_says_so_and_has_no_timeline():
-    rounds = [{"accepted": 0, "tokens": [by_head("a", 5)], "rejected": []}]
-    text = render_page(record(rounds=rounds, methods={"auto": answer("auto", lossless=False)}))
-    assert "not verified: the text may differ" in text
-    assert "Draft and verify" not in text
-    assert "How deep each token went" in text
-    assert "nobody checked it" in text
 
 
 def test_a_plain_answer_is_a_page_without_drafts():

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 MODE_KINDS = {"fixed_layerskip": "fixed", "dynamic_early_exit": "dynamic", "comprehensive": "all"}
 """Modes that say themselves how tokens are proposed, and the kind of drafter each means."""
+DYNAMIC_LENGTH = 10
+"""Tokens of a draft of dynamic_early_exit, at most, as in the seed."""
 
 
 @configured("bundle", "backbone", "inference")
@@ -76,12 +78,11 @@ def prepare(resolved: Resolved, as_json: bool) -> Job:
     model = load(resolved, kind)
     if model.blocks.without_graphs:
         console.note(f"CUDA graphs off: {model.blocks.without_graphs}")
-    width = settings.draft_length + 1 if kind == "fixed" else settings.width or default_width(model)
+    lengths = {"fixed": settings.draft_length, "dynamic": DYNAMIC_LENGTH}
+    width = lengths[kind] + 1 if kind in lengths else settings.width or default_width(model)
     drafter = make_drafter(model, settings, kind, width)
     if settings.width is None and kind in ("lookup", "lookahead", "auto"):  # these weigh draft lengths at every width
         width = LARGEST_WIDTH
-    if not drafter.lossless:
-        show.unverified_warning()
     return Job(model, settings, drafter, width, as_json, console.wants_colour(settings.color) and not as_json)
 
 
@@ -100,7 +101,7 @@ def check_combinations(resolved: Resolved) -> None:
     if settings.width is not None and settings.mode == "fixed_layerskip":
         faults.append("--mode fixed_layerskip takes --draft-length, which decides the width; leave --width out")
     if settings.width is not None and settings.mode == "dynamic_early_exit":
-        faults.append("--mode dynamic_early_exit drafts nothing; leave --width out")
+        faults.append(f"--mode dynamic_early_exit drafts up to {DYNAMIC_LENGTH} tokens; leave --width out")
     if settings.prompts and settings.mode == "comprehensive":
         faults.append("--mode comprehensive takes one prompt; eexit bench compares methods on many")
     if settings.prompts and settings.html:
@@ -172,7 +173,7 @@ def load(resolved: Resolved, kind: str) -> EarlyExitModel:
 def make_drafter(model: EarlyExitModel, settings: InferenceConfig, kind: str, width: int) -> Drafter:
     """The drafter of that kind; says on stderr which heads early exit leaves unread."""
     from early_exit_cli.costs import auto_drafter, exit_drafter, lookahead_drafter, lookup_drafter
-    from early_exit_cli.drafters import FixedDrafter, NoDrafter, UnverifiedExits
+    from early_exit_cli.drafters import DynamicDrafter, FixedDrafter, NoDrafter
 
     if kind in ("none", "all"):
         return NoDrafter()
@@ -180,7 +181,7 @@ def make_drafter(model: EarlyExitModel, settings: InferenceConfig, kind: str, wi
         return FixedDrafter(settings.fixed_head)
     if kind == "dynamic":
         exits = exit_drafter(model, settings.accuracy_level, width, "all")
-        return UnverifiedExits(exits.thresholds, metric=exits.metric)
+        return DynamicDrafter(exits.thresholds, metric=exits.metric)
     if kind == "lookup":
         return lookup_drafter(model)
     if kind == "lookahead":

@@ -47,11 +47,6 @@ def legend(stats: Stats) -> None:
     console.legend(counts, f"{line}, average exit layer {stats.average_exit_layer:.1f}")
 
 
-def unverified_warning() -> None:
-    """What a person must know of an answer that the backbone did not check."""
-    console.warn("dynamic_early_exit is not verified: the text may differ from the model's own (adaptive is lossless)")
-
-
 def decider_name(counted: str) -> str:
     """A key of the exit distribution as people read it."""
     return "backbone" if counted == "full" else f"head {counted}" if counted.isdigit() else counted
