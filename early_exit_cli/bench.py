@@ -20,9 +20,12 @@ from early_exit_cli.bench_methods import PEERS, Worker, check_methods
 from early_exit_cli.config import BackboneConfig, BenchConfig, BundleConfig
 from early_exit_cli.decoding import accepted_length
 from early_exit_cli.errors import ConfigError, DataError
+from early_exit_cli.lookup import SuffixAutomaton
 
 MT_BENCH = {"writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"}
 BASELINE = "full"
+REPEAT = 16
+"""Tokens of a verbatim repeat that counts as one."""
 PLAIN_OF = {"transformers-lookup": "transformers", "transformers-early-exit": "transformers"}
 
 
@@ -148,6 +151,7 @@ def summarize(
         "categories": {
             name: _figures([record for record in records if record["category"] == name], config) for name in categories
         },
+        "repeats": _repeats(records, config),
         "environment": {
             **environment(),
             "model": backbone.model_name,
@@ -156,6 +160,33 @@ def summarize(
             "repeats": config.repeats,
             "start_up": start_up,
         },
+    }
+
+
+def repeated_tokens(tokens: list[int]) -> int:
+    """Tokens of an answer that stand in a verbatim repeat, REPEAT tokens or longer, of what it said before."""
+    automaton = SuffixAutomaton()
+    repeated = end = 0
+    for place, token in enumerate(tokens, start=1):
+        automaton.extend([token])
+        if automaton.match_length >= REPEAT:
+            repeated += place - max(end, place - automaton.match_length)
+            end = place
+    return repeated
+
+
+def _repeats(records: list[dict[str, Any]], config: BenchConfig) -> dict[str, Any]:
+    """How much of the baseline's answers repeats itself, which flatters lookup; and the speed-ups on the others."""
+    plain = {record["prompt"]: record["token_ids"] for record in records if record["method"] == BASELINE}
+    repeated = {prompt: repeated_tokens(tokens) for prompt, tokens in plain.items()}
+    others = [record for record in records if not repeated[record["prompt"]]]
+    return {
+        "length": REPEAT,
+        "share": sum(repeated.values()) / max(1, sum(map(len, plain.values()))),
+        "prompts_with": sum(count > 0 for count in repeated.values()),
+        "speedup_without": {name: found["speedup_over_full"] for name, found in _figures(others, config).items()}
+        if others
+        else {},
     }
 
 

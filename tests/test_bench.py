@@ -107,3 +107,14 @@ def test_prompts_are_spread_over_a_category():
 def test_unknown_methods_are_refused(name):
     with pytest.raises(ConfigError, match="unknown method"):
         check_methods(["full", name])
+
+
+def test_repeats_count_each_token_once():
+    from early_exit_cli.bench import repeated_tokens
+
+    line = list(range(20))
+    assert repeated_tokens(line * 2) == 20
+    assert repeated_tokens(line * 3) == 40
+    assert repeated_tokens(line + line[:15]) == 0
+    assert repeated_tokens([7] * 40) == 39
+    assert repeated_tokens([*line, 99, *line[2:19], 98, *line[2:19]]) == 34

@@ -56,7 +56,7 @@ MAY_IMPORT = {
         "gating",
     },
     "bench_methods": {"backbone", "blocks", "engine", "costs", "drafters", "decoding"},
-    "bench": {"artifacts", "bench_methods", "decoding"},
+    "bench": {"artifacts", "bench_methods", "decoding", "lookup"},
     "acceptance": {"engine", "thresholds"},
     "evaluation": {"acceptance", "engine", "decoding", "drafters", "data", "artifacts"},
     "comprehensive": {"costs", "decoding", "drafters", "engine", "evaluation"},

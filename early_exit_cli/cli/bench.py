@@ -80,7 +80,8 @@ def show_costs(resolved: Resolved, as_json: bool) -> None:
         )
     console.table(
         f"{model.backbone.name}, {model.backbone.quantization}; ms on {environment()['processor']}; "
-        f"invariant: {model.blocks.is_invariant}; reading a head: {costs.head:.2f} ms",
+        f"invariant: {model.blocks.is_invariant}; reading a head: {costs.head:.2f} ms"
+        + (f", a lookahead step: {costs.lookahead:.2f} ms" if costs.lookahead else ""),
         ["width", "used", "pass", "of width 1", "one block", f"one block, {FAR_CONTEXT} keys", "norm and LM head"],
         rows,
         result=True,
@@ -121,4 +122,10 @@ def print_report(report: dict[str, Any]) -> None:
             for category, figures in report["categories"].items()
         ],
         result=True,
+    )
+    repeats = report["repeats"]
+    without = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in repeats["speedup_without"].items() if name != "full")
+    console.note(
+        f"{repeats['share']:.0%} of full's tokens stand in verbatim repeats of {repeats['length']} or more, in "
+        f"{repeats['prompts_with']} answers" + (f"; over full on the others: {without}" if without else "")
     )

@@ -367,7 +367,7 @@ def test_bench_measures_each_method_in_its_own_process(bundle, prompts, tmp_path
     )  # fmt: skip
     assert code == 0, err
     report = json.loads(out)
-    assert set(report) == {"methods", "categories", "environment"}
+    assert set(report) == {"methods", "categories", "repeats", "environment"}
     adaptive = report["methods"]["adaptive@0.60"]
     assert {"tokens_per_second", "speedup_over_full", "accept_length", "identical_prompts", "prompts", "ttft_s"} <= set(
         adaptive
