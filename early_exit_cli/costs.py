@@ -39,13 +39,15 @@ independent, and ties should fall to the simpler side."""
 @dataclass(frozen=True)
 class Costs:
     """Milliseconds on this device, by width: one block over CONTEXT keys and over FAR_CONTEXT, final norm and LM head;
-    for reading one head of one row; and for one step of the lookahead head."""
+    for reading one head of one row; and of the lookahead head, for reading what a pass verified and for a step of its own,
+    each with its choice. What drafts is timed right after a pass, which is when it runs: with cold caches."""
 
     per_block: dict[int, float]
     per_block_far: dict[int, float]
     finish: dict[int, float]
     head: float
-    lookahead: float = 0.0
+    lookahead_read: float = 0.0
+    lookahead_step: float = 0.0
 
     def plain(self, num_blocks: int, width: int) -> float:
         """A pass through the whole backbone."""
@@ -83,7 +85,9 @@ def cost_table(model: EarlyExitModel, *, refresh: bool = False) -> Costs:
                 {int(width): float(ms) for width, ms in found[name].items()}
                 for name in ("per_block", "per_block_far", "finish")
             )
-            return Costs(near, far, finish, float(found["head"]), float(found["lookahead"]))
+            return Costs(
+                near, far, finish, *(float(found[name]) for name in ("head", "lookahead_read", "lookahead_step"))
+            )
         except (BundleError, KeyError, TypeError, ValueError, AttributeError):
             pass
     costs = measure_costs(model, sorted({1, *model.blocks.widths}))
@@ -100,10 +104,11 @@ def measure_costs(model: EarlyExitModel, widths: list[int]) -> Costs:
     ids = torch.tensor((words * CONTEXT)[: near.limit], device=model.backbone.device)
     place = near.limit - max(widths)
 
-    def fastest(call: Callable[[], Any]) -> float:
+    def fastest(call: Callable[[], Any], before: Callable[[], Any] = lambda: None) -> float:
         times = []
         call()
         for _ in range(REPEATS):
+            before()
             started = time.perf_counter()
             call()
             if model.backbone.device.type == "cuda":
@@ -124,22 +129,33 @@ def measure_costs(model: EarlyExitModel, widths: list[int]) -> Costs:
             per_block[width] = fastest(lambda h=hidden: run(h, near)) / depth  # type: ignore[misc]
             per_block_far[width] = fastest(lambda h=hidden: run(h, far)) / depth  # type: ignore[misc]
             finish[width] = fastest(lambda h=final: model.blocks.finish(h))  # type: ignore[misc]
+
+        def a_pass() -> None:
+            model.blocks.finish(run(model.blocks.embed(ids[place : place + min(widths)]), near))
+
         head = 0.0
         if model.heads is not None:
             heads, row = model.heads, model.blocks.embed(ids[:1])
-            head = fastest(lambda: float(entropy(heads.logits(0, row))))
-        lookahead = fastest(_one_step(model.lookahead, near.limit)) if model.lookahead is not None else 0.0
-    return Costs(per_block, per_block_far, finish, head, lookahead)
+            head = fastest(lambda: float(entropy(heads.logits(0, row))), a_pass)
+        reads = steps = 0.0
+        if model.lookahead is not None:
+            reads, steps = (fastest(call, a_pass) for call in _lookahead_calls(model.lookahead, near.limit))
+    return Costs(per_block, per_block_far, finish, head, reads, steps)
 
 
-def _one_step(head: LookaheadHead, length: int) -> Callable[[], Any]:
-    """A draft step, and reading what it says, after `length` positions."""
+def _lookahead_calls(head: LookaheadHead, length: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Reading two verified positions after `length` others, and a step of its own; each with its choice."""
     runner = LookaheadRunner(head)
     weight = head.fc.weight
-    token = torch.zeros(1, dtype=torch.int64, device=weight.device)
+    tokens = torch.zeros(length, dtype=torch.int64, device=weight.device)
     states = [weight.new_zeros(length, weight.shape[0]) for _ in range(len(head.exit_layers) + 1)]
-    hidden = runner.read(token.expand(length), states)
-    return lambda: runner.choose(runner.step(token, hidden, 1))
+    hidden = runner.read(tokens, states)
+
+    def read() -> None:
+        runner.length = length
+        runner.choose(runner.read(tokens[:2], [state[:2] for state in states]))
+
+    return read, lambda: runner.choose(runner.step(tokens[:1], hidden, 1))
 
 
 def expected_rate(
@@ -221,7 +237,8 @@ def lookahead_drafter(model: EarlyExitModel) -> LookaheadDrafter:
     survival = policy_of(model.record).lookahead
     if not survival:
         raise BundleError("the lookahead head is not calibrated", hint="eexit calibrate --bundle FOLDER")
-    return LookaheadDrafter(model.lookahead, survival, pass_costs(model), cost_table(model).lookahead)
+    costs = cost_table(model)
+    return LookaheadDrafter(model.lookahead, survival, pass_costs(model), costs.lookahead_read, costs.lookahead_step)
 
 
 def auto_drafter(model: EarlyExitModel, level: float, width: int, read_heads: str) -> AutoDrafter:

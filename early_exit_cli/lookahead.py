@@ -115,7 +115,7 @@ class LookaheadHead(nn.Module):
         """States after the exit layers and the final normed state, [*, hidden] each -> [*, states * hidden], for `fc`."""
         *exits, final = states
         return torch.cat(
-            [*(norm(x.to(norm.weight.dtype)) for norm, x in zip(self.fc_norm, exits, strict=True)), final], -1
+            [*(norm(x.to(self.norm.weight.dtype)) for norm, x in zip(self.fc_norm, exits, strict=True)), final], -1
         )
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from early_exit_cli.blocks import KVCache
+from early_exit_cli.blocks import LARGEST_WIDTH, KVCache
 from early_exit_cli.drafters import Draft, Drafter, Step
 from early_exit_cli.engine import EarlyExitModel
 from early_exit_cli.gating import entropy
@@ -24,8 +24,10 @@ from early_exit_cli.lookahead import LookaheadHead, rotary
 
 LinearMap = Callable[[Tensor], Tensor]
 
-STRENGTH = 8.0
+STRENGTH = 4.0
 """Drafted tokens that the calibrated probabilities count for against what this text has shown."""
+NEED = 1.03
+"""A draft must be expected to beat plain decoding by this factor."""
 FORGETTING = 0.97
 """What is left of the text's own evidence after a round without a draft, so that drafting is tried again."""
 GROWTH = 512
@@ -47,13 +49,15 @@ class Survival:
 
 
 def draft_linear(weights: list[Tensor]) -> LinearMap:
-    """x [rows, in] -> [rows, sum of out]: int8 rows with a scale each on the CPU, else the weights as they are."""
+    """x [rows, in] -> [rows, sum of out]: for a few rows on the CPU in int8 with a scale a row, else the weights as they are."""
     weight = torch.cat(weights)
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not hasattr(torch, "_weight_int8pack_mm"):
         return lambda x: F.linear(x, weight)
     scales = (weight.float().abs().amax(1) / 127).clamp(min=1e-12).to(torch.bfloat16)
     quantized = (weight.float() / scales.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8)
-    return lambda x: torch._weight_int8pack_mm(x, quantized, scales)
+    return lambda x: (
+        torch._weight_int8pack_mm(x, quantized, scales) if x.shape[0] <= LARGEST_WIDTH else F.linear(x, weight)
+    )
 
 
 class LookaheadRunner:
@@ -158,17 +162,23 @@ class LookaheadDrafter(Drafter):
     Args:
         survival: by draft position; the last one stands for all later ones.
         pass_cost: rows -> milliseconds of a pass of the backbone over so many rows.
-        step_cost: milliseconds of one draft step.
+        read_cost: milliseconds until the first token is known. step_cost: of each further one.
     """
 
     name = "lookahead"
 
     def __init__(
-        self, head: LookaheadHead, survival: list[Survival], pass_cost: Callable[[int], float], step_cost: float
+        self,
+        head: LookaheadHead,
+        survival: list[Survival],
+        pass_cost: Callable[[int], float],
+        read_cost: float,
+        step_cost: float,
     ) -> None:
         self.runner = LookaheadRunner(head)
         self.exit_layers = head.exit_layers
-        self.survival, self.pass_cost, self.step_cost = survival, pass_cost, step_cost
+        self.survival, self.pass_cost = survival, pass_cost
+        self.read_cost, self.step_cost = read_cost, step_cost
         self.waiting: list[tuple[list[int], list[Tensor]]] = []
         self.hits = self.expected = 0.0
 
@@ -226,6 +236,10 @@ class LookaheadDrafter(Drafter):
         calibrated = survival.mean if uncertainty is None else survival.at(uncertainty)
         return min(calibrated * (self.hits + STRENGTH) / (self.expected + STRENGTH), 0.995)
 
+    def _draft_cost(self, steps: int) -> float:
+        """Milliseconds of drafting so many tokens."""
+        return self.read_cost + (steps - 1) * self.step_cost if steps else 0.0
+
     def _best_stop(self, chances: list[float], made: int, limit: int) -> tuple[int, float]:
         """The draft length of the highest expected tokens per millisecond from here on, and that rate.
 
@@ -233,12 +247,12 @@ class LookaheadDrafter(Drafter):
             chances: of the tokens drafted already; later ones count with their position's mean.
             made: draft steps that are spent already.
         """
-        best, best_rate = 0, 1 / (self.pass_cost(1) + made * self.step_cost)
+        best, best_rate = 0, NEED / (self.pass_cost(1) + self._draft_cost(made))
         expected = survives = 1.0
         for count in range(1, limit + 1):
             survives *= chances[count - 1] if count <= len(chances) else self._chance(count - 1)
             expected += survives
-            rate = expected / (self.pass_cost(count + 1) + max(made, count) * self.step_cost)
+            rate = expected / (self.pass_cost(count + 1) + self._draft_cost(max(made, count)))
             if rate > best_rate:
                 best, best_rate = count, rate
         return best, best_rate

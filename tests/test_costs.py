@@ -126,5 +126,12 @@ def test_costs_are_measured_once_and_again_when_asked(tiny_model, monkeypatch, t
     (kept,) = (tmp_path / "costs").iterdir()
     kept.write_text("{")  # a damaged file is measured anew, not an error
     cost_table(model)
-    assert set(json.loads(kept.read_text())["costs"]) == {"per_block", "per_block_far", "finish", "head", "lookahead"}
+    assert set(json.loads(kept.read_text())["costs"]) == {
+        "per_block",
+        "per_block_far",
+        "finish",
+        "head",
+        "lookahead_read",
+        "lookahead_step",
+    }
     assert cost_table(model, refresh=True) == cost_table(model)

@@ -31,7 +31,7 @@ def some_head(backbone, draft_vocab=None):
 
 
 def drafter(head, survival=CERTAIN):
-    return LookaheadDrafter(head, survival, lambda rows: 10.0, 0.1)
+    return LookaheadDrafter(head, survival, lambda rows: 10.0, 0.1, 0.1)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ class Oracle(LookaheadDrafter):
 def test_accepted_and_partly_rejected_drafts_leave_only_verified_states_behind(tiny_model):
     model = tiny_model("llama")
     plain = [token for step in decode(model, PROMPT, NoDrafter(), 60, stop_ids=()) for token in step.tokens]
-    oracle = Oracle(some_head(model.backbone), CERTAIN, lambda rows: 10.0, 0.1)
+    oracle = Oracle(some_head(model.backbone), CERTAIN, lambda rows: 10.0, 0.1, 0.1)
     oracle.truth = [*PROMPT, *plain]
     done, partly = len(PROMPT), 0
     for step in decode(model, PROMPT, oracle, 40, width=8, stop_ids=()):
@@ -137,7 +137,7 @@ def test_a_draft_ends_where_it_stops_paying(tiny_model):
     hopeless = drafter(head, [Survival(-30.0, 0.0, 0.0)])
     rounds = list(decode(model, PROMPT, hopeless, 12, width=8, stop_ids=()))
     assert all(step.drafted == 0 for step in rounds)
-    dear = LookaheadDrafter(head, CERTAIN, lambda rows: 10.0 * rows, 0.1)  # a pass costs what its rows cost
+    dear = LookaheadDrafter(head, CERTAIN, lambda rows: 10.0 * rows, 0.1, 0.1)  # a pass costs what its rows cost
     assert all(step.drafted == 0 for step in decode(model, PROMPT, dear, 12, width=8, stop_ids=()))
     certain = list(decode(model, PROMPT, drafter(head), 12, width=8, stop_ids=()))
     assert max(step.drafted for step in certain) == 7

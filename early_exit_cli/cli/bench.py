@@ -81,7 +81,11 @@ def show_costs(resolved: Resolved, as_json: bool) -> None:
     console.table(
         f"{model.backbone.name}, {model.backbone.quantization}; ms on {environment()['processor']}; "
         f"invariant: {model.blocks.is_invariant}; reading a head: {costs.head:.2f} ms"
-        + (f", a lookahead step: {costs.lookahead:.2f} ms" if costs.lookahead else ""),
+        + (
+            f"; the lookahead head: {costs.lookahead_read:.2f} ms for a first token, {costs.lookahead_step:.2f} for a next"
+            if costs.lookahead_step
+            else ""
+        ),
         ["width", "used", "pass", "of width 1", "one block", f"one block, {FAR_CONTEXT} keys", "norm and LM head"],
         rows,
         result=True,
