@@ -191,7 +191,11 @@ def repair(
             tokens += shard["tokens"]
             if on_shard:
                 on_shard(number, len(wanted), tokens / (time.perf_counter() - started))
-        header = {key: value for key, value in cache.manifest.items() if key not in ("complete", "readout", "shards")}
+        header = {
+            key: value
+            for key, value in cache.manifest.items()
+            if key not in ("complete", "last_block", "readout", "shards")
+        }
         write_json(cache.folder / MANIFEST, {**cache.manifest, "shards": cache.shards})
         if READOUT in names:
             _finish(cache.folder, header, list(plans.values()), rows["train"], backbone)

@@ -511,11 +511,11 @@ def test_the_products_asked_about_are_those_that_a_block_makes(tiny_folder):
 
 
 def test_drafts_wider_than_the_widest_pass_are_verified_in_parts(tiny_model, monkeypatch):
-    """A device whose fused kernels end at 5 rows: the same text and states at every width asked for."""
-    monkeypatch.setattr(runners, "fused_widths", lambda _blocks, _candidates: (1, 2, 3, 4, 5))
+    """A device whose fused kernels end at 4 rows: the same text and states at every width asked for."""
+    monkeypatch.setattr(runners, "fused_widths", lambda _blocks, _candidates: (1, 2, 3, 4))
     model = tiny_model("llama")
     assert model.blocks.is_invariant
-    assert model.blocks.widths[-1] == 5
+    assert model.blocks.widths[-1] == 4
     expected = answer(model)
     for width in (4, 8, 16):
         run = answer(model, Proposing(expected.token_ids), width=width)
@@ -526,13 +526,13 @@ def test_drafts_wider_than_the_widest_pass_are_verified_in_parts(tiny_model, mon
 
 
 def test_the_measurement_compares_with_the_widest_fused_width(tiny_backbone, monkeypatch):
-    monkeypatch.setattr(runners, "fused_widths", lambda _blocks, _candidates: (1, 4, 6))
+    monkeypatch.setattr(runners, "fused_widths", lambda _blocks, _candidates: (1, 4, 8))
     blocks = FusedBlocks(tiny_backbone("llama"))
     with torch.inference_mode():
         measure_widths(blocks)
     assert blocks.is_invariant
-    assert blocks.widths[-1] == 6
-    assert set(blocks.widths) <= {1, 4, 6}
+    assert blocks.widths[-1] == 8
+    assert set(blocks.widths) <= {1, 4, 8}
 
 
 @pytest.fixture(scope="module")
