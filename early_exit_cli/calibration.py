@@ -18,8 +18,7 @@ from torch import Tensor
 from early_exit_cli.artifacts import read_json, write_json
 from early_exit_cli.config import CalibrationConfig, ThresholdRule, UncertaintyMetric
 from early_exit_cli.data import Batch
-from early_exit_cli.engine import CONFIG_FILE, EarlyExitModel, calibration_record_path, join_readings, read_batch
-from early_exit_cli.errors import DataError
+from early_exit_cli.engine import CONFIG_FILE, EarlyExitModel, calibration_record_path, read_batches
 from early_exit_cli.gating import level_key
 from early_exit_cli.reliability import independent_tokens, lower_bound, tokens_missing
 from early_exit_cli.thresholds import (
@@ -143,16 +142,8 @@ def read_sample(
     Raises:
         DataError: not one position to read.
     """
-    readings = []
-    sequences = 0
-    for batch in batches:
-        readings.append(read_batch(model, batch, metric))
-        sequences += batch.input_ids.shape[0]
-        if on_batch:
-            on_batch(sequences)
-    if sum(part.choices.numel() for part in readings) == 0:
-        raise DataError("the calibration text holds no position to calibrate on")
-    all_of = join_readings(readings)
+    nothing = "the calibration text holds no position to calibrate on"
+    all_of, sequences = read_batches(model, batches, metric, nothing, on_batch)
     return Sample(all_of.uncertainties, all_of.tokens == all_of.choices, all_of.documents), sequences
 
 

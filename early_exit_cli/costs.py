@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from early_exit_cli.artifacts import read_json, write_json
-from early_exit_cli.blocks import LARGEST_WIDTH, KVCache
+from early_exit_cli.blocks import LARGEST_WIDTH, Blocks, KVCache
 from early_exit_cli.drafters import AutoDrafter, Drafter, ExitDrafter
 from early_exit_cli.engine import EarlyExitModel
 from early_exit_cli.errors import BundleError, ConfigError
@@ -215,15 +215,14 @@ def choose_heads(model: EarlyExitModel, level: float, width: int, costs: Costs |
     return best
 
 
-def pass_costs(model: EarlyExitModel) -> Callable[[int], float]:
+def pass_costs(costs: Costs, blocks: Blocks) -> Callable[[int], float]:
     """rows -> milliseconds of a pass of the whole backbone on this device."""
-    costs, blocks = cost_table(model), model.blocks
     return lambda rows: costs.plain(blocks.num_blocks, blocks.pass_width(rows))
 
 
 def lookup_drafter(model: EarlyExitModel) -> LookupDrafter:
     """Prompt lookup with the pass costs of this device and the bundle's calibrated chances."""
-    return LookupDrafter(pass_costs(model), policy_of(model.record).lookup)
+    return LookupDrafter(pass_costs(cost_table(model), model.blocks), policy_of(model.record).lookup)
 
 
 def lookahead_drafter(model: EarlyExitModel) -> LookaheadDrafter:
@@ -238,7 +237,8 @@ def lookahead_drafter(model: EarlyExitModel) -> LookaheadDrafter:
     if not survival:
         raise BundleError("the lookahead head is not calibrated", hint="eexit calibrate --bundle FOLDER")
     costs = cost_table(model)
-    return LookaheadDrafter(model.lookahead, survival, pass_costs(model), costs.lookahead_read, costs.lookahead_step)
+    passes = pass_costs(costs, model.blocks)
+    return LookaheadDrafter(model.lookahead, survival, passes, costs.lookahead_read, costs.lookahead_step)
 
 
 def auto_drafter(model: EarlyExitModel, level: float, width: int, read_heads: str) -> AutoDrafter:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -31,7 +31,7 @@ from early_exit_cli.bundle import (
 )
 from early_exit_cli.config import HUB_ID, SHIPPED_BUNDLE, BackboneConfig, BundleConfig, HubConfig, UncertaintyMetric
 from early_exit_cli.data import Batch
-from early_exit_cli.errors import BundleError, ConfigError, HubError, NumericsError
+from early_exit_cli.errors import BundleError, ConfigError, DataError, HubError, NumericsError
 from early_exit_cli.gating import Thresholds, level_key, uncertainty
 from early_exit_cli.heads import ExitHeads, load_heads
 from early_exit_cli.lookahead import LookaheadHead, load_lookahead
@@ -399,6 +399,33 @@ def read_batch(model: EarlyExitModel, batch: Batch, metric: UncertaintyMetric = 
             torch.stack(uncertainties).cpu(),
             torch.stack(top5).cpu(),
         )
+
+
+def read_batches(
+    model: EarlyExitModel,
+    batches: Iterable[Batch],
+    metric: UncertaintyMetric,
+    nothing: str,
+    on_batch: Callable[[int], None] | None = None,
+) -> tuple[Readings, int]:
+    """`read_batch` over all batches, one after another; and the number of sequences.
+
+    Args:
+        nothing: what to say of a text without a position to read.
+
+    Raises:
+        DataError: `nothing`.
+    """
+    parts: list[Readings] = []
+    sequences = 0
+    for batch in batches:
+        parts.append(read_batch(model, batch, metric))
+        sequences += batch.input_ids.shape[0]
+        if on_batch:
+            on_batch(sequences)
+    if sum(part.choices.numel() for part in parts) == 0:
+        raise DataError(nothing)
+    return join_readings(parts), sequences
 
 
 def join_readings(parts: list[Readings]) -> Readings:

@@ -14,8 +14,7 @@ from early_exit_cli.acceptance import Acceptance, explain_acceptance
 from early_exit_cli.data import Batch
 from early_exit_cli.decoding import Generation, accepted_length, default_width, generate
 from early_exit_cli.drafters import Drafter, NoDrafter
-from early_exit_cli.engine import EarlyExitModel, Readings, join_readings, read_batch, require_heads
-from early_exit_cli.errors import DataError
+from early_exit_cli.engine import EarlyExitModel, Readings, read_batches, require_heads
 
 
 @dataclass(frozen=True)
@@ -82,16 +81,7 @@ def evaluate(
     heads = require_heads(model)
     thresholds = model.thresholds.at(level) if model.thresholds is not None else None
     metric = model.thresholds.metric if model.thresholds is not None else "entropy"
-    parts: list[Readings] = []
-    sequences = 0
-    for batch in batches:
-        parts.append(read_batch(model, batch, metric))
-        sequences += batch.input_ids.shape[0]
-        if on_batch:
-            on_batch(sequences)
-    if sum(part.choices.numel() for part in parts) == 0:
-        raise DataError("the text holds no position to evaluate on")
-    all_of = join_readings(parts)
+    all_of, sequences = read_batches(model, batches, metric, "the text holds no position to evaluate on", on_batch)
     targets, choices = all_of.targets, all_of.choices
     hits = torch.stack(
         (

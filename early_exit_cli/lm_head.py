@@ -35,6 +35,12 @@ Choose = Callable[[Tensor], tuple[Tensor, Tensor]]
 """[width, hidden] normed states -> (choices [width] int64, the best value per row, for a check that it is finite)."""
 
 
+def int8_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """[rows, in] float32 -> int8 of the same shape and a scale a row [rows] bfloat16, for `torch._weight_int8pack_mm`."""
+    scales = (rows.abs().amax(1) / 127).clamp(min=1e-12).to(torch.bfloat16)
+    return (rows / scales.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8), scales
+
+
 def full_argmax(weight: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
     """The full product: [width, hidden] -> (choices [width], their logits [width])."""
     best, choices = F.linear(normed, weight).max(-1)
@@ -57,10 +63,9 @@ class ExactArgmax:
         for start in range(0, weight.shape[0], 4096):  # in parts: float32 copies of the whole would double the memory
             part = slice(start, start + 4096)
             rows = weight[part].float()
-            scales = (rows.abs().amax(1) / 127).clamp(min=1e-12).to(torch.bfloat16)
-            quantized = (rows / scales.float()[:, None]).round_().clamp_(-127, 127)
-            error = (rows - quantized * scales.float()[:, None]).norm(dim=1)
-            self.quantized[part], self.scales[part] = quantized.to(torch.int8), scales
+            quantized, scales = int8_rows(rows)
+            self.quantized[part], self.scales[part] = quantized, scales
+            error = (rows - quantized.float() * scales.float()[:, None]).norm(dim=1)
             self.row_bound[part] = 1.01 * (error + accumulation * rows.norm(dim=1))
         self.group = max(size for size in range(1, LARGEST_GROUP + 1) if weight.shape[0] % size == 0)
         self.within = torch.arange(self.group)

@@ -20,6 +20,7 @@ from early_exit_cli.blocks import LARGEST_WIDTH, KVCache
 from early_exit_cli.drafters import Draft, Drafter, Step
 from early_exit_cli.engine import EarlyExitModel
 from early_exit_cli.gating import entropy
+from early_exit_cli.lm_head import int8_rows
 from early_exit_cli.lookahead import LookaheadHead, rotary
 
 LinearMap = Callable[[Tensor], Tensor]
@@ -53,8 +54,7 @@ def draft_linear(weights: list[Tensor]) -> LinearMap:
     weight = torch.cat(weights)
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not hasattr(torch, "_weight_int8pack_mm"):
         return lambda x: F.linear(x, weight)
-    scales = (weight.float().abs().amax(1) / 127).clamp(min=1e-12).to(torch.bfloat16)
-    quantized = (weight.float() / scales.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+    quantized, scales = int8_rows(weight.float())
     return lambda x: (
         torch._weight_int8pack_mm(x, quantized, scales) if x.shape[0] <= LARGEST_WIDTH else F.linear(x, weight)
     )

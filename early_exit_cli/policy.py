@@ -23,6 +23,7 @@ from early_exit_cli.gating import entropy
 from early_exit_cli.lookahead_drafter import Survival
 from early_exit_cli.lookup import PRIOR, PRIOR_STRENGTH, SHORTEST, SuffixAutomaton, kind_of_match
 from early_exit_cli.states import run_states
+from early_exit_cli.thresholds import fit_logistic
 
 STEPS = 7
 """Draft positions that are told apart."""
@@ -135,16 +136,6 @@ def save_policy(policy: Policy, folder: Path) -> None:
 
 
 def fit_survival(entropies: Tensor, agreed: Tensor) -> Survival:
-    """The logistic P(agree | entropy) of [samples] entropies (nats) and outcomes (bool), by Newton's method."""
-    x = torch.stack((torch.ones_like(entropies), entropies), 1).double()
-    y = agreed.double()
-    weights = torch.zeros(2, dtype=torch.float64)
-    ridge = 1e-4 * torch.eye(2, dtype=torch.float64)
-    for _ in range(50):
-        p = torch.sigmoid(x @ weights)
-        step = torch.linalg.solve((x * (p * (1 - p))[:, None]).T @ x + ridge, x.T @ (p - y) + ridge @ weights)
-        weights = weights - step
-        if float(step.abs().max()) < 1e-9:
-            break
-    intercept, slope = weights.tolist()
-    return Survival(intercept, slope, float(y.mean()))
+    """The logistic P(agree | entropy) of [samples] entropies (nats) and outcomes (bool)."""
+    intercept, slope = fit_logistic(entropies, agreed, 1e-4)
+    return Survival(intercept, slope, float(agreed.double().mean()))

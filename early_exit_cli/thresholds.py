@@ -79,24 +79,34 @@ def reaching(agreement: Tensor, level: float) -> Tensor:
     return (agreement >= level).nonzero()[:, 0]
 
 
-def _platt_threshold(uncertainties: Tensor, correct: Tensor, level: float) -> float:
-    """Newton's method on the two parameters of sigmoid(a + b * uncertainty), with a little ridge for separable data."""
-    x = torch.stack((torch.ones_like(uncertainties), uncertainties), 1).double()  # [samples, 2]
-    y = correct.double()
+def fit_logistic(values: Tensor, outcomes: Tensor, ridge: float) -> tuple[float, float]:
+    """(intercept, slope) of P(outcome | value) = sigmoid(intercept + slope * value), by Newton's method.
+
+    Args:
+        values: [samples]. outcomes: [samples] bool. ridge: weight of the squared parameters, for separable data.
+    """
+    x = torch.stack((torch.ones_like(values), values), 1).double()  # [samples, 2]
+    y = outcomes.double()
     weights = torch.zeros(2, dtype=torch.float64)
-    ridge = 1e-6 * x.shape[0] * torch.eye(2, dtype=torch.float64)
+    penalty = ridge * torch.eye(2, dtype=torch.float64)
     for _ in range(50):
         p = torch.sigmoid(x @ weights)
-        gradient = x.T @ (p - y) + ridge @ weights
-        hessian = (x * (p * (1 - p))[:, None]).T @ x + ridge
+        gradient = x.T @ (p - y) + penalty @ weights
+        hessian = (x * (p * (1 - p))[:, None]).T @ x + penalty
         step = torch.linalg.solve(hessian, gradient)
         weights = weights - step
         if float(step.abs().max()) < 1e-9:
             break
     intercept, slope = weights.tolist()
+    return intercept, slope
+
+
+def _platt_threshold(uncertainties: Tensor, correct: Tensor, level: float) -> float:
+    """Where the logistic P(correct | uncertainty) equals the level, with a little ridge for separable data."""
+    intercept, slope = fit_logistic(uncertainties, correct, 1e-6 * uncertainties.numel())
     low, high = float(uncertainties[0]), float(uncertainties[-1])
     if slope >= 0:  # uncertainty says nothing here: all exit, or none
-        return high if float(y.mean()) >= level else low
+        return high if float(correct.double().mean()) >= level else low
     return min(max((math.log(level / (1 - level)) - intercept) / slope, low), high)
 
 
