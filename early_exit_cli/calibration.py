@@ -18,7 +18,7 @@ from torch import Tensor
 from early_exit_cli.artifacts import read_json, write_json
 from early_exit_cli.config import CalibrationConfig, ThresholdRule, UncertaintyMetric
 from early_exit_cli.data import Batch
-from early_exit_cli.engine import CONFIG_FILE, EarlyExitModel, calibration_record_path, read_batches
+from early_exit_cli.engine import CONFIG_FILE, Engine, calibration_record_path, read_batches
 from early_exit_cli.gating import level_key
 from early_exit_cli.reliability import independent_tokens, lower_bound, tokens_missing
 from early_exit_cli.thresholds import (
@@ -132,7 +132,7 @@ def _is_judged(cell: Cell) -> bool:
 
 
 def read_sample(
-    model: EarlyExitModel,
+    model: Engine,
     batches: Iterable[Batch],
     metric: UncertaintyMetric,
     on_batch: Callable[[int], None] | None = None,
@@ -148,7 +148,7 @@ def read_sample(
 
 
 def calibrate(
-    model: EarlyExitModel,
+    model: Engine,
     fit: Iterable[Batch],
     check: Iterable[Batch],
     config: CalibrationConfig,

@@ -14,7 +14,7 @@ import torch
 from early_exit_cli.costs import exit_drafter
 from early_exit_cli.decoding import Generation, generate
 from early_exit_cli.drafters import Drafter, FixedDrafter, NoDrafter
-from early_exit_cli.engine import EarlyExitModel, require_heads
+from early_exit_cli.engine import Engine, require_heads
 from early_exit_cli.errors import BundleError
 from early_exit_cli.evaluation import median_run
 
@@ -41,7 +41,7 @@ class MethodRun:
         }
 
 
-def all_methods(model: EarlyExitModel, width: int, read_heads: str) -> dict[str, tuple[Drafter, int]]:
+def all_methods(model: Engine, width: int, read_heads: str) -> dict[str, tuple[Drafter, int]]:
     """Name -> (drafter, rows of a pass).
 
     Args:
@@ -66,7 +66,7 @@ def all_methods(model: EarlyExitModel, width: int, read_heads: str) -> dict[str,
 
 
 def run_all(
-    model: EarlyExitModel,
+    model: Engine,
     prompt_ids: list[int],
     methods: dict[str, tuple[Drafter, int]],
     max_new_tokens: int,

@@ -19,7 +19,7 @@ from torch import Tensor
 from early_exit_cli.artifacts import read_json, write_json
 from early_exit_cli.blocks import LARGEST_WIDTH, Blocks, KVCache
 from early_exit_cli.drafters import AutoDrafter, Drafter, ExitDrafter
-from early_exit_cli.engine import EarlyExitModel
+from early_exit_cli.engine import Engine
 from early_exit_cli.errors import BundleError, ConfigError
 from early_exit_cli.gating import entropy, level_key
 from early_exit_cli.lookahead import LookaheadHead
@@ -64,7 +64,7 @@ class HeadSet:
     agreement: list[float]
 
 
-def cost_table(model: EarlyExitModel, *, refresh: bool = False) -> Costs:
+def cost_table(model: Engine, *, refresh: bool = False) -> Costs:
     """The costs of the invariant widths, and of width 1 for comparison; measured once on a device, then remembered.
 
     Args:
@@ -95,7 +95,7 @@ def cost_table(model: EarlyExitModel, *, refresh: bool = False) -> Costs:
     return costs
 
 
-def measure_costs(model: EarlyExitModel, widths: list[int]) -> Costs:
+def measure_costs(model: Engine, widths: list[int]) -> Costs:
     """Milliseconds of each part: the fastest of some runs, since whatever else the machine does only adds."""
     depth = model.blocks.num_blocks
     far_context = min(FAR_CONTEXT, model.backbone.context_length)
@@ -192,7 +192,7 @@ def expected_rate(
     return tokens / time_spent
 
 
-def choose_heads(model: EarlyExitModel, level: float, width: int, costs: Costs | None = None) -> list[int]:
+def choose_heads(model: Engine, level: float, width: int, costs: Costs | None = None) -> list[int]:
     """The heads to read at a level on this device; none when no set is expected to beat plain decoding.
 
     A bundle whose calibration counted no sets (one made elsewhere) has all its heads read.
@@ -220,12 +220,12 @@ def pass_costs(costs: Costs, blocks: Blocks) -> Callable[[int], float]:
     return lambda rows: costs.plain(blocks.num_blocks, blocks.pass_width(rows))
 
 
-def lookup_drafter(model: EarlyExitModel) -> LookupDrafter:
+def lookup_drafter(model: Engine) -> LookupDrafter:
     """Prompt lookup with the pass costs of this device and the bundle's calibrated chances."""
     return LookupDrafter(pass_costs(cost_table(model), model.blocks), policy_of(model.record).lookup)
 
 
-def lookahead_drafter(model: EarlyExitModel) -> LookaheadDrafter:
+def lookahead_drafter(model: Engine) -> LookaheadDrafter:
     """The bundle's lookahead head, with its calibrated chances and the costs of this device.
 
     Raises:
@@ -241,7 +241,7 @@ def lookahead_drafter(model: EarlyExitModel) -> LookaheadDrafter:
     return LookaheadDrafter(model.lookahead, survival, passes, costs.lookahead_read, costs.lookahead_step)
 
 
-def auto_drafter(model: EarlyExitModel, level: float, width: int, read_heads: str) -> AutoDrafter:
+def auto_drafter(model: Engine, level: float, width: int, read_heads: str) -> AutoDrafter:
     """Lookup or the lookahead head, whichever promises more; without a calibrated one, lookup and the exits that pay.
 
     Args:
@@ -257,7 +257,7 @@ def auto_drafter(model: EarlyExitModel, level: float, width: int, read_heads: st
     return AutoDrafter(choices)
 
 
-def exit_drafter(model: EarlyExitModel, level: float, width: int, read_heads: str) -> ExitDrafter:
+def exit_drafter(model: Engine, level: float, width: int, read_heads: str) -> ExitDrafter:
     """Early exit at a calibrated level, reading the heads that are worth it (`auto`) or `all`.
 
     Raises:

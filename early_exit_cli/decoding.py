@@ -20,7 +20,7 @@ from torch import Tensor
 
 from early_exit_cli.blocks import LARGEST_WIDTH, KVCache
 from early_exit_cli.drafters import Draft, Drafter, Exit, Reason, Row, catch_up, decider
-from early_exit_cli.engine import EarlyExitModel
+from early_exit_cli.engine import Engine
 from early_exit_cli.errors import ConfigError
 from early_exit_cli.gating import entropy
 
@@ -56,7 +56,7 @@ class Round:
     rejected: list[tuple[int, Reason | None]] = field(default_factory=list)
 
 
-def default_width(model: EarlyExitModel) -> int:
+def default_width(model: Engine) -> int:
     """Rows of a verifying pass when nobody asks for another number: 8, or the largest invariant width below."""
     return min(DEFAULT_WIDTH, model.blocks.widths[-1])
 
@@ -79,7 +79,7 @@ def cut_at_stop(tokens: list[int], stop_ids: Container[int], remaining: int) -> 
 
 
 def decode(
-    model: EarlyExitModel,
+    model: Engine,
     prompt_ids: list[int],
     drafter: Drafter,
     max_new_tokens: int,
@@ -138,7 +138,7 @@ def decode(
 
 
 def verify(
-    model: EarlyExitModel, cache: KVCache, pending: int, draft: Draft, exit_layers: Sequence[int], trace: bool
+    model: Engine, cache: KVCache, pending: int, draft: Draft, exit_layers: Sequence[int], trace: bool
 ) -> tuple[list[Row], Tensor, list[int], list[list[HeadReading]]]:
     """Run what is left of the blocks over pending and draft, and keep the states after `exit_layers`.
 
@@ -159,7 +159,7 @@ def verify(
 
 
 def read_every_head(
-    model: EarlyExitModel, cache: KVCache, rows: list[Row], last: int, stops: Sequence[int] = ()
+    model: Engine, cache: KVCache, rows: list[Row], last: int, stops: Sequence[int] = ()
 ) -> list[list[HeadReading]]:
     """What every head says for the last so many rows, a list a row; the rows go as deep as the deepest head.
 
@@ -222,7 +222,7 @@ class Generation:
 class TextStream:
     """Token ids to text, piece by piece; never half a character, and the pieces joined are the final text."""
 
-    def __init__(self, model: EarlyExitModel) -> None:
+    def __init__(self, model: Engine) -> None:
         self.tokenizer = model.backbone.tokenizer
         self.stream = DecodeStream(skip_special_tokens=True)
         self.ids: list[int] = []
@@ -248,7 +248,7 @@ class TextStream:
 
 
 def generate(
-    model: EarlyExitModel,
+    model: Engine,
     prompt_ids: list[int],
     drafter: Drafter,
     max_new_tokens: int,
@@ -289,13 +289,13 @@ def generate(
     return Generation(stream.text, stream.ids, stats, rounds, states)
 
 
-def synchronize(model: EarlyExitModel) -> None:
+def synchronize(model: Engine) -> None:
     """Wait for the device, so that a clock read after it counts finished work."""
     if model.backbone.device.type == "cuda":
         torch.cuda.synchronize(model.backbone.device)
 
 
-def collect_stats(model: EarlyExitModel, mode: str, rounds: list[Round], seconds: float, first_token: float) -> Stats:
+def collect_stats(model: Engine, mode: str, rounds: list[Round], seconds: float, first_token: float) -> Stats:
     """The one place where tokens, drafts and exits are counted; committed tokens only."""
     tokens = sum(len(step.tokens) for step in rounds)
     drafted = sum(step.drafted for step in rounds)
@@ -328,7 +328,7 @@ def collect_stats(model: EarlyExitModel, mode: str, rounds: list[Round], seconds
     )
 
 
-def round_records(model: EarlyExitModel, generation: Generation, prompt_length: int) -> list[dict[str, Any]]:
+def round_records(model: Engine, generation: Generation, prompt_length: int) -> list[dict[str, Any]]:
     """A record per round: the committed tokens, how many of them were drafted, and the drafted ones that were not taken.
 
     A committed token's `text` is what became certain with it: joined, they are the text of the answer.
@@ -349,9 +349,7 @@ def round_records(model: EarlyExitModel, generation: Generation, prompt_length: 
     return records
 
 
-def token_record(
-    model: EarlyExitModel, token: int, reason: Reason | None, readings: list[HeadReading]
-) -> dict[str, Any]:
+def token_record(model: Engine, token: int, reason: Reason | None, readings: list[HeadReading]) -> dict[str, Any]:
     """Who decided a token after how many blocks, how sure, and what every head would have said (when traced)."""
 
     def text(token_id: int) -> str:
@@ -373,6 +371,6 @@ def token_record(
     }
 
 
-def trace_records(model: EarlyExitModel, generation: Generation, prompt_length: int) -> list[dict[str, Any]]:
+def trace_records(model: Engine, generation: Generation, prompt_length: int) -> list[dict[str, Any]]:
     """A record per committed token."""
     return [token for step in round_records(model, generation, prompt_length) for token in step["tokens"]]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from early_exit_cli.blocks import LARGEST_WIDTH, KVCache
 from early_exit_cli.config import UncertaintyMetric
-from early_exit_cli.engine import EarlyExitModel
+from early_exit_cli.engine import Engine
 from early_exit_cli.gating import may_exit, uncertainty
 from early_exit_cli.heads import ExitHeads
 
@@ -84,7 +84,7 @@ class Draft:
     rows: list[Row] = field(default_factory=list)
 
 
-def catch_up(model: EarlyExitModel, cache: KVCache, rows: list[Row], layer: int) -> None:
+def catch_up(model: Engine, cache: KVCache, rows: list[Row], layer: int) -> None:
     """Bring all rows to `layer` blocks, in passes over those that stopped earlier.
 
     Rows stand one after another from the pending token on, and no row has run deeper than one before it: its keys and
@@ -128,9 +128,7 @@ class Drafter(ABC):
         return 0.0
 
     @abstractmethod
-    def propose(
-        self, model: EarlyExitModel, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]
-    ) -> Draft:
+    def propose(self, model: Engine, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]) -> Draft:
         """At most `limit` tokens."""
 
     def observe(self, draft: Draft, tokens: list[int], accepted: int) -> None:  # noqa: B027
@@ -142,9 +140,7 @@ class NoDrafter(Drafter):
 
     name = "full"
 
-    def propose(
-        self, model: EarlyExitModel, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]
-    ) -> Draft:
+    def propose(self, model: Engine, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]) -> Draft:
         return Draft()
 
 
@@ -161,9 +157,7 @@ class ExitDrafter(Drafter):
     active: list[int] | None = None
     metric: UncertaintyMetric = "entropy"
 
-    def propose(
-        self, model: EarlyExitModel, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]
-    ) -> Draft:
+    def propose(self, model: Engine, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]) -> Draft:
         heads = model.heads
         active = list(range(len(self.thresholds))) if self.active is None else self.active
         if limit < 1 or heads is None or not active:
@@ -186,7 +180,7 @@ class ExitDrafter(Drafter):
                 return draft
 
     def _read_heads(
-        self, model: EarlyExitModel, heads: ExitHeads, active: list[int], cache: KVCache, rows: list[Row]
+        self, model: Engine, heads: ExitHeads, active: list[int], cache: KVCache, rows: list[Row]
     ) -> tuple[int, Exit] | None:
         """Go from head to head with the last row until one is sure; None when none is.
 
@@ -240,9 +234,7 @@ class AutoDrafter(Drafter):
             if drafter.exit_layers:
                 drafter.see(tokens, states)
 
-    def propose(
-        self, model: EarlyExitModel, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]
-    ) -> Draft:
+    def propose(self, model: Engine, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]) -> Draft:
         draft = Draft()
         for drafter, longest in sorted(
             self.choices, key=lambda choice: -choice[0].expected_rate(min(limit, choice[1]))

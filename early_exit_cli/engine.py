@@ -1,4 +1,4 @@
-"""`EarlyExitModel`: a backbone, its block runner, its heads and their thresholds, loaded from a bundle and saved as one."""
+"""`Engine`: a backbone, its block runner, its heads and their thresholds, loaded from a bundle and saved as one."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ See = Callable[[list[int], list[Tensor]], None]
 
 
 @dataclass
-class EarlyExitModel:
+class Engine:
     """A backbone with exit heads, ready to decode one text at a time."""
 
     backbone: Backbone
@@ -221,9 +221,7 @@ def calibration_record_path(folder: Path, calibration: Path) -> Path:
     return folder / RECORD_FILE if own else calibration.with_suffix(f".{RECORD_FILE}")
 
 
-def load_model(
-    backbone_config: BackboneConfig, bundle: BundleConfig | None, *, with_thresholds: bool = True
-) -> EarlyExitModel:
+def load_model(backbone_config: BackboneConfig, bundle: BundleConfig | None, *, with_thresholds: bool = True) -> Engine:
     """Load a backbone and, with `bundle`, its heads and thresholds.
 
     Raises:
@@ -232,7 +230,7 @@ def load_model(
     folder = bundle_folder(bundle) if bundle else None
     config = read_bundle_config(folder) if folder else None
     backbone = load_backbone(backbone_config)
-    model = EarlyExitModel(backbone, make_blocks(backbone, backbone_config.runner, backbone_config.cuda_graphs))
+    model = Engine(backbone, make_blocks(backbone, backbone_config.runner, backbone_config.cuda_graphs))
     if folder is None or config is None or bundle is None:
         return model
     model.record = read_json(folder / RECORD_FILE)
@@ -366,7 +364,7 @@ class Readings:
     top5: Tensor
 
 
-def read_batch(model: EarlyExitModel, batch: Batch, metric: UncertaintyMetric = "entropy") -> Readings:
+def read_batch(model: Engine, batch: Batch, metric: UncertaintyMetric = "entropy") -> Readings:
     """Run a packed batch and read every head at the positions that count (`Batch.measured`).
 
     Raises:
@@ -402,7 +400,7 @@ def read_batch(model: EarlyExitModel, batch: Batch, metric: UncertaintyMetric = 
 
 
 def read_batches(
-    model: EarlyExitModel,
+    model: Engine,
     batches: Iterable[Batch],
     metric: UncertaintyMetric,
     nothing: str,
@@ -434,7 +432,7 @@ def join_readings(parts: list[Readings]) -> Readings:
     return Readings(**{name: torch.cat([getattr(part, name) for part in parts], dim) for name, dim in along.items()})
 
 
-def require_heads(model: EarlyExitModel) -> ExitHeads:
+def require_heads(model: Engine) -> ExitHeads:
     """The model's heads.
 
     Raises:

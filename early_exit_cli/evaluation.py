@@ -14,7 +14,7 @@ from early_exit_cli.acceptance import Acceptance, explain_acceptance
 from early_exit_cli.data import Batch
 from early_exit_cli.decoding import Generation, accepted_length, default_width, generate
 from early_exit_cli.drafters import Drafter, NoDrafter
-from early_exit_cli.engine import EarlyExitModel, Readings, read_batches, require_heads
+from early_exit_cli.engine import Engine, Readings, read_batches, require_heads
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: EarlyExitModel,
+    model: Engine,
     batches: Iterable[Batch],
     sources: list[str],
     level: float,
@@ -184,7 +184,7 @@ class Comparison:
 
 
 def compare(
-    model: EarlyExitModel,
+    model: Engine,
     prompt_ids: list[int],
     drafter: Drafter,
     max_new_tokens: int,
@@ -225,7 +225,7 @@ def median_run(runs: list[Generation]) -> Generation:
     return next(run for run in runs if run.stats.tokens_per_second == median)
 
 
-def _first_difference(model: EarlyExitModel, full: Generation, drafted: Generation) -> dict[str, Any]:
+def _first_difference(model: Engine, full: Generation, drafted: Generation) -> dict[str, Any]:
     shorter = min(len(full.token_ids), len(drafted.token_ids))
     place = min(accepted_length(full.token_ids, drafted.token_ids), shorter - 1)
     with torch.inference_mode():

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from early_exit_cli.blocks import LARGEST_WIDTH, KVCache
 from early_exit_cli.drafters import Draft, Drafter, Step
-from early_exit_cli.engine import EarlyExitModel
+from early_exit_cli.engine import Engine
 from early_exit_cli.gating import entropy
 from early_exit_cli.lm_head import int8_rows
 from early_exit_cli.lookahead import LookaheadHead, rotary
@@ -196,9 +196,7 @@ class LookaheadDrafter(Drafter):
             return 0.0
         return self._best_stop([], 0, limit)[1]
 
-    def propose(
-        self, model: EarlyExitModel, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]
-    ) -> Draft:
+    def propose(self, model: Engine, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]) -> Draft:
         if limit < 1 or not self.waiting or self._best_stop([], 0, limit)[0] == 0:
             self.hits, self.expected = self.hits * FORGETTING, self.expected * FORGETTING
             return Draft()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Container, Sequence
 
 from early_exit_cli.blocks import KVCache
 from early_exit_cli.drafters import Draft, Drafter, Match
-from early_exit_cli.engine import EarlyExitModel
+from early_exit_cli.engine import Engine
 
 SHORTEST = (1, 2, 3, 5, 8, 16)
 """Matches are told apart by the largest of these lengths that they reach."""
@@ -136,9 +136,7 @@ class LookupDrafter(Drafter):
         length = self.automaton.match_length
         return self._best_length(length, limit)[1] if limit >= 1 and length else 0.0
 
-    def propose(
-        self, model: EarlyExitModel, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]
-    ) -> Draft:
+    def propose(self, model: Engine, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]) -> Draft:
         length = self.automaton.match_length
         if limit < 1 or length == 0:
             return Draft()

@@ -17,7 +17,7 @@ from torch import Tensor
 from early_exit_cli.artifacts import read_json, write_json
 from early_exit_cli.bundle import RECORD_FILE
 from early_exit_cli.data import Batch, Document
-from early_exit_cli.engine import EarlyExitModel, require_finite
+from early_exit_cli.engine import Engine, require_finite
 from early_exit_cli.errors import BundleError
 from early_exit_cli.gating import entropy
 from early_exit_cli.lookahead_drafter import Survival
@@ -87,7 +87,7 @@ def fit_lookup(documents: Iterable[Document]) -> list[float]:
 
 
 def roll_out(
-    model: EarlyExitModel, batches: Iterable[Batch], on_batch: Callable[[int], None] | None = None
+    model: Engine, batches: Iterable[Batch], on_batch: Callable[[int], None] | None = None
 ) -> list[tuple[Tensor, Tensor]]:
     """The lookahead head from every answer position, the text's own tokens in between: it agreed so far.
 

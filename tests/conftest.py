@@ -26,7 +26,7 @@ from early_exit_cli.backbone import Backbone, embedded_gguf, load_backbone
 from early_exit_cli.blocks import HFBlocks
 from early_exit_cli.cli.app import app
 from early_exit_cli.config import BackboneConfig
-from early_exit_cli.engine import EarlyExitModel, save_bundle
+from early_exit_cli.engine import Engine, save_bundle
 from early_exit_cli.fused_blocks import FusedBlocks
 from early_exit_cli.heads import ExitHeads
 from early_exit_cli.runners import measure_widths
@@ -129,16 +129,16 @@ def tiny_backbone(tiny_folder):
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_backbone):
-    """(family, runner) -> EarlyExitModel with three untrained adapter heads: the logit lens, right now and then."""
+    """(family, runner) -> Engine with three untrained adapter heads: the logit lens, right now and then."""
 
-    def build(family: str, runner: str = "fused") -> EarlyExitModel:
+    def build(family: str, runner: str = "fused") -> Engine:
         backbone = tiny_backbone(family)
         blocks = HFBlocks(backbone) if runner == "hf" else FusedBlocks(backbone)
         with torch.inference_mode():
             measure_widths(blocks)
         torch.manual_seed(2)
         heads = ExitHeads(backbone, "adapter", [0, 2, 4], 16, None).requires_grad_(False)
-        return EarlyExitModel(backbone, blocks, heads)
+        return Engine(backbone, blocks, heads)
 
     return build
 

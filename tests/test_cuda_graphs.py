@@ -25,7 +25,7 @@ from early_exit_cli.config import BackboneConfig
 from early_exit_cli.cuda_graphs import Graphs, kv_bucket
 from early_exit_cli.decoding import decode, generate
 from early_exit_cli.drafters import Draft, Drafter, ExitDrafter, NoDrafter
-from early_exit_cli.engine import EarlyExitModel
+from early_exit_cli.engine import Engine
 from early_exit_cli.errors import ConfigError, NumericsError
 from early_exit_cli.fused_blocks import FusedBlocks
 from early_exit_cli.fused_kernels import fused_widths, nf4_products
@@ -106,7 +106,7 @@ def pair(tiny_model):
         for kind in (FusedBlocks, Bucketed):
             blocks = kind(plain.backbone)
             blocks.widths, blocks.is_invariant = plain.blocks.widths, plain.blocks.is_invariant
-            models.append(EarlyExitModel(plain.backbone, blocks, plain.heads))
+            models.append(Engine(plain.backbone, blocks, plain.heads))
         models[0].blocks.graphs = Graphs(record)
         return models
 
@@ -193,7 +193,7 @@ def test_whole_answers_are_the_same_with_recorded_passes(pair, family):
 
 
 def test_nf4_answers_are_the_same_with_recorded_passes(smollm2):
-    recorded, plain = (EarlyExitModel(smollm2, kind(smollm2)) for kind in (FusedBlocks, Bucketed))
+    recorded, plain = (Engine(smollm2, kind(smollm2)) for kind in (FusedBlocks, Bucketed))
     recorded.blocks.widths = plain.blocks.widths = make_blocks(smollm2).widths
     recorded.blocks.graphs = Graphs(run_again)
     prompt = smollm2.encode_prompt("Name two colours.")
@@ -539,7 +539,7 @@ def test_the_measurement_compares_with_the_widest_fused_width(tiny_backbone, mon
 def on_gpu():
     """SmolLM2 in NF4 on a card, recorded passes demanded."""
     backbone = load_backbone(BackboneConfig(device="cuda"))
-    return EarlyExitModel(backbone, make_blocks(backbone, "fused", "on"))
+    return Engine(backbone, make_blocks(backbone, "fused", "on"))
 
 
 @pytest.mark.gpu

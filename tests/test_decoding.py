@@ -156,13 +156,13 @@ def test_states_of_adaptive_decoding_are_the_plain_ones_bit_for_bit(smollm2_mode
 
 @pytest.fixture(scope="module")
 def smollm2_model(smollm2):
-    from early_exit_cli.engine import EarlyExitModel
+    from early_exit_cli.engine import Engine
     from early_exit_cli.heads import ExitHeads
     from early_exit_cli.runners import make_blocks
 
     torch.manual_seed(0)
     heads = ExitHeads(smollm2, "adapter", [7, 15, 22], 16, torch.arange(8192))
-    return EarlyExitModel(smollm2, make_blocks(smollm2), heads.to(smollm2.dtype).requires_grad_(False))
+    return Engine(smollm2, make_blocks(smollm2), heads.to(smollm2.dtype).requires_grad_(False))
 
 
 def test_statistics_count_committed_tokens_only(model, plain):

@@ -9,7 +9,7 @@ from early_exit_cli.costs import auto_drafter, lookahead_drafter
 from early_exit_cli.data import Document, pack
 from early_exit_cli.decoding import decode, generate
 from early_exit_cli.drafters import NoDrafter, Step
-from early_exit_cli.engine import EarlyExitModel, load_model
+from early_exit_cli.engine import Engine, load_model
 from early_exit_cli.errors import BundleError
 from early_exit_cli.lookahead import LookaheadHead
 from early_exit_cli.lookahead_drafter import LookaheadDrafter, LookaheadRunner, Survival, draft_linear
@@ -257,7 +257,7 @@ def test_a_damaged_policy_is_refused(damaged):
 
 
 def test_a_bundle_without_one_says_how_to_get_one(tiny_model):
-    model: EarlyExitModel = tiny_model("llama")
+    model: Engine = tiny_model("llama")
     with pytest.raises(BundleError, match="no lookahead head"):
         lookahead_drafter(model)
 

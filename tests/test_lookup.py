@@ -97,10 +97,10 @@ def test_lookup_gives_the_words_of_plain_decoding(tiny_model, family):
 
 
 def test_lookup_is_bit_exact_in_four_bit(smollm2):
-    from early_exit_cli.engine import EarlyExitModel
+    from early_exit_cli.engine import Engine
     from early_exit_cli.runners import make_blocks
 
-    model = EarlyExitModel(smollm2, make_blocks(smollm2))
+    model = Engine(smollm2, make_blocks(smollm2))
     prompt = smollm2.encode_prompt("Repeat this list three times: apple, pear, plum, fig, grape, lemon.")
     for room in (48, 600):  # a short request and a long one: both forms of attention
         plain = generate(model, prompt, NoDrafter(), room, mode="full", keep_states=True)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from early_exit_cli.calibration import Calibration
     from early_exit_cli.cli.shared import HeldOut
     from early_exit_cli.config import ThresholdRule
-    from early_exit_cli.engine import EarlyExitModel
+    from early_exit_cli.engine import Engine
     from early_exit_cli.policy import Policy
 
 
@@ -62,7 +62,7 @@ def command(resolved: Resolved, as_json: bool) -> None:
         raise TargetMissedError("\n".join(faults), hint="more held-out text, --assurance, other levels, or --margin")
 
 
-def fit_policy(model: EarlyExitModel, fit: HeldOut, check: HeldOut) -> Policy:
+def fit_policy(model: Engine, fit: HeldOut, check: HeldOut) -> Policy:
     """How likely drafts of lookup and of the lookahead head survive, with the latter looked at on the second text too."""
     from early_exit_cli.policy import Policy, fit_lookahead, fit_lookup, roll_out
 

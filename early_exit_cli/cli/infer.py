@@ -17,7 +17,7 @@ from early_exit_cli.resolve import Resolved
 if TYPE_CHECKING:
     from early_exit_cli.decoding import Generation
     from early_exit_cli.drafters import Drafter
-    from early_exit_cli.engine import EarlyExitModel
+    from early_exit_cli.engine import Engine
 
 MODE_KINDS = {"fixed_layerskip": "fixed", "dynamic_early_exit": "dynamic", "comprehensive": "all"}
 """Modes that say themselves how tokens are proposed, and the kind of drafter each means."""
@@ -47,7 +47,7 @@ def command(resolved: Resolved, as_json: bool) -> None:
 class Job:
     """Everything but the prompt."""
 
-    model: EarlyExitModel
+    model: Engine
     settings: InferenceConfig
     drafter: Drafter
     width: int
@@ -155,7 +155,7 @@ def gather_prompts(settings: InferenceConfig) -> list[dict[str, Any]]:
     return [{"prompt": prompt}]
 
 
-def load(resolved: Resolved, kind: str) -> EarlyExitModel:
+def load(resolved: Resolved, kind: str) -> Engine:
     """The model; a backbone that was named without a bundle is loaded alone where no head must be read."""
     from early_exit_cli.cli.shared import backbone_of_bundle
     from early_exit_cli.engine import load_model
@@ -170,7 +170,7 @@ def load(resolved: Resolved, kind: str) -> EarlyExitModel:
     return load_model(backbone_of_bundle(resolved), config.bundle, with_thresholds=kind not in ("none", "lookup"))
 
 
-def make_drafter(model: EarlyExitModel, settings: InferenceConfig, kind: str, width: int) -> Drafter:
+def make_drafter(model: Engine, settings: InferenceConfig, kind: str, width: int) -> Drafter:
     """The drafter of that kind; says on stderr which heads early exit leaves unread."""
     from early_exit_cli.costs import auto_drafter, exit_drafter, lookahead_drafter, lookup_drafter
     from early_exit_cli.drafters import DynamicDrafter, FixedDrafter, NoDrafter
@@ -199,7 +199,7 @@ def make_drafter(model: EarlyExitModel, settings: InferenceConfig, kind: str, wi
     return drafter
 
 
-def encode(model: EarlyExitModel, settings: InferenceConfig, prompt: str) -> list[int]:
+def encode(model: Engine, settings: InferenceConfig, prompt: str) -> list[int]:
     """Token ids of a prompt, refused when it is empty or beyond the context."""
     ids = model.backbone.encode_prompt(prompt, raw=settings.raw)
     model.check_length(len(ids), settings.max_tokens)

@@ -14,7 +14,7 @@ from early_exit_cli.resolve import Resolved
 if TYPE_CHECKING:
     from early_exit_cli.backbone import Backbone
     from early_exit_cli.data import Batch, Document, Split
-    from early_exit_cli.engine import EarlyExitModel
+    from early_exit_cli.engine import Engine
 
 
 def backbone_of_bundle(resolved: Resolved) -> BackboneConfig:
@@ -80,7 +80,7 @@ class HeldOut:
         return sum(batch.input_ids.shape[0] for batch in self.batches)
 
 
-def held_out_text(config: DataConfig, model: EarlyExitModel, split: Split, limit: int, batch_size: int = 4) -> HeldOut:
+def held_out_text(config: DataConfig, model: Engine, split: Split, limit: int, batch_size: int = 4) -> HeldOut:
     """At most `limit` sequences of a held-out split."""
     from early_exit_cli.data import batches, load_documents, pack, pad_token_id
 

@@ -15,7 +15,7 @@ from early_exit_cli.palette import decider_of
 if TYPE_CHECKING:
     from early_exit_cli.comprehensive import MethodRun
     from early_exit_cli.decoding import Generation, Stats
-    from early_exit_cli.engine import EarlyExitModel
+    from early_exit_cli.engine import Engine
     from early_exit_cli.evaluation import Comparison
 
 
@@ -24,7 +24,7 @@ def writer(coloured: bool) -> Callable[[str, str], None]:
     return console.stream_coloured if coloured else lambda piece, decider: console.stream_text(piece)
 
 
-def finished_answer(model: EarlyExitModel, run: Generation, coloured: bool) -> None:
+def finished_answer(model: Engine, run: Generation, coloured: bool) -> None:
     """An answer that was not streamed."""
     from early_exit_cli.decoding import round_records
 
@@ -113,7 +113,7 @@ def all_methods(results: dict[str, MethodRun], title: str, repeats: int) -> None
 
 def write_page(
     path: Path,
-    model: EarlyExitModel,
+    model: Engine,
     prompt: str,
     prompt_tokens: int,
     shown: Generation,
