@@ -47,6 +47,7 @@ class Rows:
     """
 
     place: slice | Tensor
+    width: int
     keys: int
     cos: Tensor
     sin: Tensor
@@ -83,6 +84,15 @@ class KVCache:
                 buffers[block] = F.pad(old, (0, 0, 0, capacity - old.shape[1]))
 
 
+@dataclass(frozen=True)
+class Part:
+    """Rows of one text in a pass over several: `width` of them, at `position` of its KV cache."""
+
+    cache: KVCache
+    position: int
+    width: int
+
+
 class Blocks(ABC):
     """Interface of the runners."""
 
@@ -116,6 +126,14 @@ class Blocks(ABC):
     @abstractmethod
     def run(self, hidden: Tensor, cache: KVCache, position: int, first: int, last: int) -> Tensor:
         """Run blocks first .. last - 1 on the rows at `position`, [width, hidden] to [width, hidden]."""
+
+    def run_together(self, hidden: Tensor, parts: list[Part], first: int, last: int) -> Tensor:
+        """`run` for the rows of several texts, one after another; rows behind the last part are padding."""
+        pieces = hidden[: sum(part.width for part in parts)].split([part.width for part in parts])
+        outputs = [
+            self.run(piece, part.cache, part.position, first, last) for piece, part in zip(pieces, parts, strict=True)
+        ]
+        return torch.cat(outputs)
 
     def keys_read(self, cache: KVCache, end: int, width: int) -> int:
         """How many keys a pass of `width` rows up to position `end` reads."""
@@ -188,7 +206,7 @@ class Blocks(ABC):
             cache.grow(min(-(-end // GROWTH) * GROWTH, cache.limit))
         keys = self.keys_read(cache, end, width)
         masks, grouped = self._masks(torch.arange(position, end, device=self.backbone.device), keys)
-        cache.rows = Rows(place, keys, cache.cos[place], cache.sin[place], masks, grouped)
+        cache.rows = Rows(place, width, keys, cache.cos[place], cache.sin[place], masks, grouped)
         return cache.rows
 
     def rows_at(self, cache: KVCache, position: Tensor, width: int) -> Rows:
@@ -199,7 +217,7 @@ class Blocks(ABC):
         place = position + torch.arange(width, device=position.device)
         masks, grouped = self._masks(place, cache.capacity)
         cos, sin = cache.cos.index_select(0, place), cache.sin.index_select(0, place)
-        return Rows(place, cache.capacity, cos, sin, masks, grouped)
+        return Rows(place, width, cache.capacity, cos, sin, masks, grouped)
 
     def _masks(self, place: Tensor, keys: int) -> tuple[dict[int | None, Tensor], dict[int | None, Tensor]]:
         """`Rows.masks` and `Rows.grouped` of the rows at `place` [width] over the first `keys` keys."""

@@ -8,8 +8,9 @@ next head; when no head exits, drafting ends and the round is verified. `FixedDr
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -114,10 +115,20 @@ class Drafter(ABC):
     """Layers after which it wants to see the states of verified tokens."""
     chooser: Chooser = GREEDY
     """How the text's tokens are chosen, and so the drafted ones."""
+    company: int = 0
+    """Other texts that have a row in the same passes."""
 
     def begin(self, prompt_ids: list[int], chooser: Chooser = GREEDY) -> None:
         """A new text starts with these tokens."""
         self.chooser = chooser
+
+    def another(self) -> Drafter:
+        """A drafter like this one for another text at the same time; what is learned is shared, the text is not."""
+        return copy.copy(self)
+
+    def join(self, company: int) -> None:
+        """From now on so many other texts stand in the same passes."""
+        self.company = company
 
     def see(self, tokens: list[int], states: list[Tensor]) -> None:  # noqa: B027
         """States of verified positions, for a drafter with `exit_layers`; called for the prompt too.
@@ -137,6 +148,15 @@ class Drafter(ABC):
 
     def observe(self, draft: Draft, tokens: list[int], accepted: int) -> None:  # noqa: B027
         """A round is over: `tokens` were committed, the first `accepted` of them from the draft."""
+
+
+def share_of_pass(pass_cost: Callable[[int], float], rows: int, company: int) -> float:
+    """Milliseconds of a pass that fall to one text with `rows` rows: an equal share of the pass in which every text has
+    one row, and all that its further rows cost."""
+    if not company:
+        return pass_cost(rows)
+    everyone = pass_cost(1 + company)
+    return everyone / (1 + company) + pass_cost(rows + company) - everyone
 
 
 class NoDrafter(Drafter):
@@ -234,6 +254,13 @@ class AutoDrafter(Drafter):
     def begin(self, prompt_ids: list[int], chooser: Chooser = GREEDY) -> None:
         for drafter, _ in self.choices:
             drafter.begin(prompt_ids, chooser)
+
+    def another(self) -> Drafter:
+        return AutoDrafter([(drafter.another(), longest) for drafter, longest in self.choices])
+
+    def join(self, company: int) -> None:
+        for drafter, _ in self.choices:
+            drafter.join(company)
 
     def see(self, tokens: list[int], states: list[Tensor]) -> None:
         for drafter, _ in self.choices:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from early_exit_cli.artifacts import fingerprint_differences, read_json, write_atomic, write_json
 from early_exit_cli.backbone import Backbone, Readout, load_backbone
-from early_exit_cli.blocks import LARGEST_WIDTH, PREFILL_WIDTH, Blocks, KVCache
+from early_exit_cli.blocks import LARGEST_WIDTH, PREFILL_WIDTH, Blocks, KVCache, Part
 from early_exit_cli.bundle import (
     CALIBRATION_FILE,
     CONFIG_FILE,
@@ -107,6 +107,28 @@ class Engine:
             parts = ((hidden[:largest], position), (hidden[largest:], position + largest))
             return torch.cat([self.run(part, cache, place, first, last) for part, place in parts])
         return self.blocks.run(self._padded(hidden), cache, position, first, last)[:rows]
+
+    def run_together(
+        self, texts: list[Tensor], caches: list[KVCache], positions: list[int], first: int, last: int
+    ) -> list[Tensor]:
+        """`run` for several texts, [rows, hidden] each, in as few passes as their widths allow; the same bits."""
+        widths = [self.blocks.pass_width(hidden.shape[0]) for hidden in texts]
+        outputs: list[Tensor] = []
+        while len(outputs) < len(texts):
+            start = end = len(outputs)
+            while end < len(texts) and sum(widths[start : end + 1]) <= self.blocks.widths[-1]:
+                end += 1
+            if end <= start + 1:  # alone, or wider than any pass
+                end = start + 1
+                outputs.append(self.run(texts[start], caches[start], positions[start], first, last))
+                continue
+            parts = [Part(caches[text], positions[text], widths[text]) for text in range(start, end)]
+            together = self.blocks.run_together(
+                self._padded(torch.cat([self._padded(hidden) for hidden in texts[start:end]])), parts, first, last
+            )
+            split = together.split(widths[start:end])
+            outputs += [rows[: hidden.shape[0]] for rows, hidden in zip(split, texts[start:end], strict=True)]
+        return outputs
 
     def _padded(self, hidden: Tensor) -> Tensor:
         """[rows, hidden] with its last row repeated up to an invariant width."""

@@ -8,6 +8,7 @@ measured; the draft of the highest expected tokens per millisecond is proposed, 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from early_exit_cli.blocks import LARGEST_WIDTH, KVCache
-from early_exit_cli.drafters import Draft, Drafter, Step
+from early_exit_cli.drafters import Draft, Drafter, Step, share_of_pass
 from early_exit_cli.engine import Engine
 from early_exit_cli.gating import entropy
 from early_exit_cli.lm_head import int8_rows
@@ -86,6 +87,13 @@ class LookaheadRunner:
     def reset(self) -> None:
         """Begin another text."""
         self.length = 0
+
+    def another(self) -> LookaheadRunner:
+        """The same weights over another text."""
+        other = copy.copy(self)
+        other.keys = other.values = torch.empty(0)
+        other.reset()
+        return other
 
     def _reserve(self, length: int) -> None:
         if self.keys.numel() and length <= self.keys.shape[1]:
@@ -194,6 +202,11 @@ class LookaheadDrafter(Drafter):
         self.waiting = []
         self.hits = self.expected = 0.0
 
+    def another(self) -> Drafter:
+        other = copy.copy(self)
+        other.runner = self.runner.another()
+        return other
+
     def see(self, tokens: list[int], states: list[Tensor]) -> None:
         self.waiting.append((tokens, states))
 
@@ -252,12 +265,14 @@ class LookaheadDrafter(Drafter):
             chances: of the tokens drafted already; later ones count with their position's mean.
             made: draft steps that are spent already.
         """
-        best, best_rate = 0, NEED / (self.pass_cost(1) + self._draft_cost(made))
+        plain = share_of_pass(self.pass_cost, 1, self.company)
+        best, best_rate = 0, NEED / (plain + self._draft_cost(made))
         expected = survives = 1.0
         for count in range(1, limit + 1):
             survives *= chances[count - 1] if count <= len(chances) else self._chance(count - 1)
             expected += survives
-            rate = expected / (self.pass_cost(count + 1) + self._draft_cost(max(made, count)))
+            verifying = share_of_pass(self.pass_cost, count + 1, self.company)
+            rate = expected / (verifying + self._draft_cost(max(made, count)))
             if rate > best_rate:
                 best, best_rate = count, rate
         return best, best_rate

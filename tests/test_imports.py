@@ -62,6 +62,7 @@ MAY_IMPORT = {
         "thresholds",
     },
     "decoding": {"blocks", "engine", "drafters", "gating", "sampling"},
+    "together": {"blocks", "engine", "drafters", "decoding", "sampling"},
     "costs": {
         *("artifacts", "blocks", "runners", "engine", "drafters", "lookup", "lookahead", "lookahead_drafter", "policy"),
         "gating",
