@@ -29,7 +29,7 @@ class _Rows:
         self.values = [
             torch.zeros(shape, dtype=backbone.dtype, device=backbone.device) for _ in range(blocks.num_blocks)
         ]
-        self.cos, self.sin = blocks.rotary_tables(capacity)
+        self.cos, self.sin = blocks.rotary_tables(capacity)[None]
 
     def keep(self, rows: Tensor) -> None:
         """Drop all but `rows`."""

@@ -209,7 +209,7 @@ class _LlamaCpp:
         import torch
         import xllamacpp
 
-        from early_exit_cli.backbone import embedded_gguf
+        from early_exit_cli.gguf import embedded_gguf
 
         path = embedded_gguf() if backbone.model_name == EMBEDDED_MODEL else backbone.model_name
         if path is None or not str(path).endswith(".gguf"):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from early_exit_cli.artifacts import fingerprint_differences, read_json, write_atomic, write_json
-from early_exit_cli.backbone import Backbone, Readout, load_backbone
+from early_exit_cli.backbone import Backbone, load_backbone
 from early_exit_cli.blocks import LARGEST_WIDTH, PREFILL_WIDTH, Blocks, KVCache
 from early_exit_cli.bundle import (
     CALIBRATION_FILE,
@@ -35,6 +35,7 @@ from early_exit_cli.errors import BundleError, ConfigError, DataError, HubError,
 from early_exit_cli.gating import Thresholds, level_key, uncertainty
 from early_exit_cli.heads import ExitHeads, load_heads
 from early_exit_cli.lookahead import LookaheadHead, load_lookahead
+from early_exit_cli.readout import Readout
 from early_exit_cli.runners import make_blocks
 
 See = Callable[[list[int], list[Tensor]], None]

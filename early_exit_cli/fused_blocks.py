@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from early_exit_cli.backbone import Backbone
-from early_exit_cli.blocks import LARGEST_WIDTH, Blocks, KVCache, Rows
+from early_exit_cli.blocks import LARGEST_WIDTH, Blocks, KVCache, Rotary, Rows
 from early_exit_cli.cuda_graphs import Graphs, kv_bucket
+from early_exit_cli.errors import UnsupportedBackboneError
 
 SHORT_BUFFER = 512
 """Up to so many keys the library's attention kernel is the faster one on a CPU (docs/experiments.md)."""
@@ -37,6 +38,12 @@ class FusedBlocks(Blocks):
     """
 
     def __init__(self, backbone: Backbone) -> None:
+        if not backbone.has_llama_shape:
+            raise UnsupportedBackboneError(
+                f"{backbone.name}: the fused runner is for blocks of the Llama shape, and {backbone.config.model_type} "
+                f"({backbone.quantization}) has others",
+                hint="--runner hf",
+            )
         super().__init__(backbone)
         from transformers.activations import ACT2FN
 
@@ -80,6 +87,14 @@ class FusedBlocks(Blocks):
         bucket = kv_bucket(limit)
         return self.graphs.lease(bucket, super().new_cache) or super().new_cache(bucket)
 
+    def rotary_tables(self, limit: int) -> Rotary:
+        """sin carries the sign of rotate_half."""
+        half = self.head_dim // 2
+        return {
+            kind: (cos, torch.cat((-sin[..., :half], sin[..., half:]), -1))
+            for kind, (cos, sin) in super().rotary_tables(limit).items()
+        }
+
     def run(self, hidden: Tensor, cache: KVCache, position: int, first: int, last: int) -> Tensor:
         if self.graphs is not None:
             replayed = self.graphs.run(self.run_at, hidden, cache, position, first, last)
@@ -103,6 +118,7 @@ class FusedBlocks(Blocks):
         split = self.query_heads * self.head_dim
         half = self.head_dim // 2
         shape = (hidden.shape[1],)
+        cos, sin = rows.rotary[None]
         for block in range(first, last):
             layer = self.layers[block]
             normed = layer.input_norm * F.rms_norm(hidden, shape, None, self.eps)
@@ -110,7 +126,7 @@ class FusedBlocks(Blocks):
             qk = qkv[:, : heads * self.head_dim].view(width, heads, self.head_dim)
             if layer.qk_norm is not None:
                 qk = layer.qk_norm * F.rms_norm(qk, (self.head_dim,), None, self.eps)
-            qk = qk * rows.cos + qk.roll(half, -1) * rows.sin
+            qk = qk * cos + qk.roll(half, -1) * sin
             stored_keys, stored_values = cache.keys[block], cache.values[block]
             stored_keys[:, rows.place] = qk[:, self.query_heads :].transpose(0, 1)
             stored_values[:, rows.place] = (

@@ -122,7 +122,7 @@ def same(first, second):
 
 
 def addresses(cache):
-    return [tensor.data_ptr() for tensor in (*cache.keys, *cache.values, cache.cos, cache.sin)]
+    return [tensor.data_ptr() for tensor in (*cache.keys, *cache.values, *cache.rotary[None])]
 
 
 @pytest.mark.parametrize("longest_short", [512, 100], ids=["short", "long"])
