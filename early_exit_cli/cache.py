@@ -159,7 +159,7 @@ class Cache:
         shape = found["last_block"]
         return StoredReadout(
             name=found["request"]["backbone.model_name"],
-            quantization=found["request"]["backbone.quantization"],
+            quantization=found["fingerprint"]["quantization"],
             fingerprint=found["fingerprint"],
             eos_token_ids=frozenset(found["eos_token_ids"]),
             num_blocks=int(found["num_blocks"]),
@@ -328,7 +328,7 @@ def info(cache: Cache) -> dict[str, Any]:
         "folder": str(cache.folder),
         "complete": cache.is_complete,
         "model_name": found["request"]["backbone.model_name"],
-        "quantization": found["request"]["backbone.quantization"],
+        "quantization": found["fingerprint"]["quantization"],
         "layers": cache.layers,
         "store": found["store"],
         "sequences": cache.sequences(),

@@ -25,6 +25,7 @@ from early_exit_cli.bundle import (
     LOOKAHEAD_FILE,
     RECORD_FILE,
     BundleSource,
+    applied_quantization,
     kind_of_heads,
     lookahead_layers,
     read_bundle_config,
@@ -254,7 +255,8 @@ def check_fingerprint(config: dict[str, Any], record: dict[str, Any], backbone: 
     """Refuse heads of another backbone, naming the field and both values."""
     found = backbone.fingerprint
     declared = {key: config[key] for key in ("hidden_size", "vocab_size", "num_hidden_layers", "quantization")}
-    differences = fingerprint_differences(declared, found) or fingerprint_differences(
+    applied = {**found, "quantization": applied_quantization(backbone.quantization)}
+    differences = fingerprint_differences(declared, applied) or fingerprint_differences(
         record.get("fingerprint", {}), found
     )
     if differences:
@@ -338,7 +340,7 @@ def bundle_config(readout: Readout, layers: list[int], training_config: dict[str
         "model_name": readout.name,
         "num_heads": len(layers),
         "head_layer_indices": layers,
-        "quantization": readout.quantization,
+        "quantization": applied_quantization(readout.quantization),
         "hidden_size": readout.hidden_size,
         "vocab_size": readout.vocab_size,
         "num_hidden_layers": readout.num_blocks,

@@ -70,7 +70,6 @@ OTHER_FAMILIES = (
     "olmo2",
     "granite",
     "mixtral",
-    "mixtral-window",
     "qwen2_moe",
     "qwen3_moe",
 )
@@ -130,7 +129,7 @@ def family_config(family: str):
         "qwen3": lambda: Qwen3Config(**shared, head_dim=32),
         "smollm": lambda: LlamaConfig(**shared),
         "gemma2": lambda: Gemma2Config(
-            **shared, **window, head_dim=16, attn_logit_softcapping=2.0, final_logit_softcapping=3.0
+            **shared, **window, head_dim=16, attn_logit_softcapping=2.0, final_logit_softcapping=8.0
         ),
         "gemma3": lambda: Gemma3TextConfig(
             **shared,
@@ -142,16 +141,17 @@ def family_config(family: str):
         "phi3-window": lambda: Phi3Config(**shared, **window),
         "gpt2": lambda: GPT2Config(**ungrouped),
         "gpt_neox": lambda: GPTNeoXConfig(**ungrouped, rope_parameters=half_rotary),
-        "gpt_neox-sequential": lambda: GPTNeoXConfig(**ungrouped, use_parallel_residual=False),
+        "gpt_neox-sequential": lambda: GPTNeoXConfig(
+            **ungrouped, rope_parameters=half_rotary, use_parallel_residual=False
+        ),
         "opt": lambda: OPTConfig(**ungrouped, ffn_dim=128, word_embed_proj_dim=64, init_std=0.3),
         "smollm3": lambda: SmolLM3Config(**shared),
         "smollm3-window": lambda: SmolLM3Config(**shared, **window, use_sliding_window=True),
         "olmo2": lambda: Olmo2Config(**shared),
         "granite": lambda: GraniteConfig(
-            **shared, embedding_multiplier=3.0, residual_multiplier=0.7, attention_multiplier=0.1, logits_scaling=6.0
+            **shared, embedding_multiplier=3.0, residual_multiplier=0.7, attention_multiplier=0.1, logits_scaling=2.0
         ),
         "mixtral": lambda: MixtralConfig(**shared, num_local_experts=4),
-        "mixtral-window": lambda: MixtralConfig(**shared, **window, num_local_experts=4),
         "qwen2_moe": lambda: Qwen2MoeConfig(**shared, **experts, shared_expert_intermediate_size=64),
         "qwen3_moe": lambda: Qwen3MoeConfig(**shared, **experts, head_dim=16),
     }[family]()
