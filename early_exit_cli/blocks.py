@@ -155,8 +155,8 @@ class Blocks(ABC):
     def choose(self, normed: Tensor) -> tuple[Tensor, Tensor]:
         """The backbone's choice after each row, [width, hidden] -> ([width] int64, [width] best logits or near them).
 
-        Always the argmax of the LM head's product, which is that of `logits`, except where their cap rounds two to one;
-        by `ExactArgmax` at the widths where that is faster on this device.
+        Always the argmax of `logits`, which is that of the LM head's product; by `ExactArgmax` at the widths where that is
+        faster on this device.
         """
         if self.exact_argmax is not None and normed.shape[0] in self.argmax_widths:
             return self.exact_argmax(normed)

@@ -40,7 +40,8 @@ def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
 class LogitMap:
     """What some families do to the LM head's product: divide it (Granite), bend it below a cap (Gemma 2).
 
-    It grows with the product, so that the best token stays the best; entropies and probabilities change.
+    It grows with the product, so that the best token stays the best; entropies and probabilities change. In float32, where
+    it rounds no two logits to one.
     """
 
     divisor: float = 1.0
@@ -48,8 +49,8 @@ class LogitMap:
 
     def __call__(self, product: Tensor) -> Tensor:
         if self.divisor != 1.0:
-            product = product / self.divisor
-        return product if self.cap is None else torch.tanh(product / self.cap) * self.cap
+            product = product.float() / self.divisor
+        return product if self.cap is None else torch.tanh(product.float() / self.cap) * self.cap
 
 
 @dataclass(frozen=True)

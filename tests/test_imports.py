@@ -64,6 +64,7 @@ MAY_IMPORT = {
         "gating",
         "lookahead_drafter",
         "lookup",
+        "readout",
         "states",
         "thresholds",
     },
