@@ -27,7 +27,7 @@ from early_exit_cli.errors import BackboneError, ConfigError, NumericsError, Uns
 from early_exit_cli.families import FAMILIES, Family, refusal
 from early_exit_cli.gguf import converted_gguf, embedded_gguf
 from early_exit_cli.quantization import saved_in, settings_for
-from early_exit_cli.readout import FinalNorm, LastBlock, LogitMap
+from early_exit_cli.readout import FinalNorm, LastBlock, LogitMap, no_last_block
 
 
 @dataclass
@@ -129,11 +129,7 @@ class Backbone:
     @property
     def last_block(self) -> LastBlock:
         if not self.has_llama_shape:
-            raise UnsupportedBackboneError(
-                f"{self.name}: a lookahead head starts as a block of the Llama shape, and {self.config.model_type} "
-                f"({self.quantization}) has none",
-                hint="--head adapter",
-            )
+            raise no_last_block(f"{self.name} ({self.config.model_type}, {self.quantization})")
         last: Any = self.blocks[-1]
         attention, mlp = last.self_attn, last.mlp
         head_dim = int(attention.head_dim)

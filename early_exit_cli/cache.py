@@ -31,8 +31,8 @@ from torch import Tensor
 
 from early_exit_cli.artifacts import file_sha256, read_json, sha256_of, user_cache_dir
 from early_exit_cli.config import BackboneConfig, CacheConfig, DataConfig, HeadsConfig, TrainingConfig
-from early_exit_cli.errors import BundleError, CacheError, UnsupportedBackboneError
-from early_exit_cli.readout import FinalNorm, LastBlock, LogitMap
+from early_exit_cli.errors import BundleError, CacheError
+from early_exit_cli.readout import FinalNorm, LastBlock, LogitMap, no_last_block
 
 FORMAT_VERSION = 1
 MANIFEST, READOUT, SHARDS = "manifest.json", "readout.safetensors", "shards"
@@ -70,10 +70,7 @@ class StoredReadout:
     @property
     def last_block(self) -> LastBlock:
         if self.stored_block is None:
-            raise UnsupportedBackboneError(
-                f"{self.name}: a lookahead head starts as a block of the Llama shape, and there is none in this cache",
-                hint="--head adapter",
-            )
+            raise no_last_block(self.name)
         return self.stored_block
 
     @property

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from early_exit_cli.errors import UnsupportedBackboneError
+
 
 @dataclass(frozen=True)
 class FinalNorm:
@@ -113,6 +115,13 @@ class Readout(Protocol):
         Raises:
             UnsupportedBackboneError: the backbone's blocks have not the Llama shape.
         """
+
+
+def no_last_block(name: str) -> UnsupportedBackboneError:
+    """What to say where a backbone's blocks have not the Llama shape."""
+    return UnsupportedBackboneError(
+        f"a lookahead head starts as a block of the Llama shape, and {name} has none", hint="--head adapter"
+    )
 
 
 def logits_of(readout: Readout, normed: Tensor, vocab: Tensor | None = None) -> Tensor:
