@@ -419,7 +419,7 @@ def _supported_config(name: str, source: str, revision: str | None) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(source, revision=revision)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the library raises whatever a damaged config.json provokes
         raise _load_error(name, error) from error
     refused = refusal(config)
     if refused is not None:

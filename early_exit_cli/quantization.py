@@ -50,7 +50,7 @@ def saved_in(name: str, config: Any, device: torch.device, dtype: torch.dtype) -
     method = settings.get("quant_method", "bitsandbytes")
     try:
         AutoHfQuantizer.from_config(dict(settings), pre_quantized=True).validate_environment(device_map={"": device})
-    except (ImportError, RuntimeError, ValueError, TypeError, KeyError) as error:
+    except (ImportError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise BackboneError(
             f"{name} is quantized with {method}, which does not run here: {reason}",

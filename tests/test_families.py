@@ -286,6 +286,12 @@ def test_a_checkpoint_that_nothing_here_reads_names_the_package(tmp_path, method
     assert caught.value.exit_code == 1
 
 
+@pytest.mark.parametrize("settings", [[1, 2], {}, {"quant_method": "nosuch"}, {"quant_method": "gptq"}])
+def test_damaged_settings_of_a_quantized_checkpoint_are_one_line(tmp_path, settings):
+    with pytest.raises(BackboneError, match="cannot load|is quantized with"):
+        load_backbone(config_only(tmp_path, family_config("llama"), quantization_config=settings))
+
+
 @pytest.mark.parametrize(("family", "asked"), [("llama", "4bit"), ("llama", "none"), ("gpt_neox", "4bit")])
 def test_a_checkpoint_saved_in_4_bit_loads_as_it_was_saved(tmp_path, tiny_folder, family, asked):
     """Its own settings, not ours on top: here single quantization, and a compute dtype that ours replaces."""
