@@ -237,7 +237,7 @@ class _LlamaCpp:
         import torch
         import xllamacpp
 
-        from early_exit_cli.backbone import embedded_gguf
+        from early_exit_cli.gguf import embedded_gguf
 
         self.sampling = setup.sampling
         name = setup.backbone.model_name

@@ -84,6 +84,11 @@ def read_bundle_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def applied_quantization(quantization: str) -> str:
+    """What config.json says of a backbone's: what loading applies, so nothing to a checkpoint quantized by another tool."""
+    return quantization if quantization in get_args(Quantization) else "none"
+
+
 def kind_of_heads(record: dict[str, Any], path: Path) -> tuple[str, int]:
     """(kind, rank) of the heads as eexit.json, read from `path`, has them.
 

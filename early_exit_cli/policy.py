@@ -24,6 +24,7 @@ from early_exit_cli.errors import BundleError
 from early_exit_cli.gating import entropy
 from early_exit_cli.lookahead_drafter import Survival
 from early_exit_cli.lookup import PRIOR, PRIOR_STRENGTH, SHORTEST, SuffixAutomaton, kind_of_match
+from early_exit_cli.readout import logits_of
 from early_exit_cli.states import run_states
 from early_exit_cli.thresholds import fit_logistic
 
@@ -151,13 +152,13 @@ def fit_temperatures(model: Engine, batches: Iterable[Batch]) -> tuple[float, fl
                 states = run_states(model.backbone, batch, heads.exit_layers)
                 places = states.measured.nonzero()[::TEMPERATURE_STRIDE, 0]
                 said = [heads.logits(head, hidden[places]) for head, hidden in enumerate(states.exits)]
-                expected = model.backbone.lm_head(states.final[places])
+                expected = logits_of(model.backbone, states.final[places])
                 overlaps["exit"] += [overlap(expected, logits, heads.draft_vocab) for logits in said]
             if lookahead is not None:
                 states = run_states(model.backbone, batch, lookahead.exit_layers)
                 with autocast(model):
                     first = lookahead(states, 1, only_measured=True)[0]
-                expected = model.backbone.lm_head(states.final[first.positions[::TEMPERATURE_STRIDE]])
+                expected = logits_of(model.backbone, states.final[first.positions[::TEMPERATURE_STRIDE]])
                 logits = first.logits[::TEMPERATURE_STRIDE]
                 overlaps["lookahead"].append(overlap(expected, logits, lookahead.draft_vocab))
     best = {

@@ -277,7 +277,7 @@ def test_an_exported_checkpoint_holds_the_head_and_what_it_borrows(tmp_path, tin
     assert (tensors["d2t"] + torch.arange(4)).tolist() == vocab.tolist()
     assert tensors["t2d"].nonzero()[:, 0].tolist() == vocab.tolist()
     assert torch.equal(tensors["lm_head.weight"], backbone.lm_head_weight[vocab])
-    assert torch.equal(tensors["fc_norm.2.weight"], backbone.norm_weight)
+    assert torch.equal(tensors["fc_norm.2.weight"], backbone.final_norm.weight)
     for name, value in head.state_dict().items():
         assert name == "draft_vocab" or torch.equal(tensors[name], value), name
     config = read_json(tmp_path / "out" / "config.json")
