@@ -336,6 +336,60 @@ def load_backbone(config: BackboneConfig) -> Backbone:
     return backbone
 
 
+def adopt_backbone(model: Any, tokenizer: Any = None) -> Backbone:
+    """A backbone that was loaded with `transformers` before: the same weights, frozen and in evaluation mode from now on.
+
+    Args:
+        tokenizer: by default the one that lies where the model was loaded from.
+
+    Raises:
+        UnsupportedBackboneError: no runner for the family or the quantization.
+        BackboneError: not a causal language model of `transformers` on one device, or no tokenizer.
+        NumericsError: it does not compute finite numbers.
+    """
+    from transformers import AutoTokenizer, PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
+        raise BackboneError(
+            f"{type(model).__name__} is not a causal language model of transformers",
+            hint="AutoModelForCausalLM loads one; merge_and_unload() makes one of a peft model",
+        )
+    name = model.name_or_path or model.config.model_type
+    if model.config.model_type not in SUPPORTED_FAMILIES:
+        raise _unsupported(name, model.config.model_type)
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    if len(devices) > 1 or "meta" in devices:
+        raise BackboneError(f"{name} lies on {', '.join(sorted(devices))}; it must lie on one device")
+    if tokenizer is None:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise BackboneError(f"no tokenizer at {name!r}", hint="give it: tokenizer=...") from error
+    model.eval().requires_grad_(False)
+    backbone = Backbone(
+        model=model,
+        tokenizer=tokenizer,
+        name=name,
+        quantization=_quantization_of(model, name),
+        revision=getattr(model.config, "_commit_hash", None),
+    )
+    _preflight(backbone)
+    return backbone
+
+
+def _quantization_of(model: Any, name: str) -> str:
+    """4bit, 8bit or none, from the model's own configuration."""
+    found = getattr(model.config, "quantization_config", None)
+    if found is None:
+        return "none"
+    for key, quantization in (("load_in_4bit", "4bit"), ("load_in_8bit", "8bit")):
+        if getattr(found, key, False):
+            return quantization
+    raise UnsupportedBackboneError(
+        f"{name} is quantized by {type(found).__name__}; supported: bitsandbytes in 4 or 8 bit, or none"
+    )
+
+
 def _return_freed_memory() -> None:
     """Give what loading used and freed back to the system: otherwise it adds to the peak of all that follows."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None

@@ -26,6 +26,8 @@ from early_exit_cli.gating import entropy
 
 DEFAULT_WIDTH = 8
 REPLACEMENT = "\ufffd"
+StopsAfter = Callable[[int], bool]
+"""Asked once for every committed token, in order: does the text end with it?"""
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,15 @@ def accepted_length(draft: list[int], choices: list[int]) -> int:
     return length
 
 
-def cut_at_stop(tokens: list[int], stop_ids: Container[int], remaining: int) -> tuple[list[int], bool]:
-    """The stop rule: up to and with the first stop token, at most `remaining`; and whether the text ends here."""
+def cut_at_stop(
+    tokens: list[int], stop_ids: Container[int], remaining: int, stops_after: StopsAfter | None = None
+) -> tuple[list[int], bool]:
+    """The stop rule: up to and with the first stop token or the first one that `stops_after` ends the text after, at
+    most `remaining`; and whether the text ends here."""
     tokens = tokens[:remaining]
     for place, token in enumerate(tokens):
-        if token in stop_ids:
+        asked = stops_after is not None and stops_after(token)
+        if asked or token in stop_ids:
             return tokens[: place + 1], True
     return tokens, len(tokens) == remaining
 
@@ -86,6 +92,7 @@ def decode(
     *,
     width: int = DEFAULT_WIDTH,
     stop_ids: Container[int] | None = None,
+    stops_after: StopsAfter | None = None,
     keep_states: bool = False,
     trace: bool = False,
 ) -> Iterator[Round]:
@@ -94,6 +101,7 @@ def decode(
     Args:
         width: rows of a verifying pass, at most LARGEST_WIDTH; at most width - 1 tokens are drafted.
         stop_ids: tokens that end the text; the backbone's by default.
+        stops_after: a further rule that ends it.
 
     Raises:
         ConfigError: empty prompt, beyond the context, width out of range.
@@ -116,7 +124,7 @@ def decode(
             draft = drafter.propose(model, cache, pending, min(width, remaining) - 1, stops)
             rows, states, choices, readings = verify(model, cache, pending, draft, drafter.exit_layers, trace)
         matched = accepted_length(draft.tokens, choices)
-        tokens, ended = cut_at_stop(choices[: matched + 1], stops, remaining)
+        tokens, ended = cut_at_stop(choices[: matched + 1], stops, remaining, stops_after)
         accepted = min(matched, len(tokens))
         cache.length += len(tokens)
         pending = tokens[-1]
@@ -255,28 +263,45 @@ def generate(
     *,
     mode: str,
     width: int = DEFAULT_WIDTH,
+    stop_ids: Container[int] | None = None,
+    stops_after: StopsAfter | None = None,
     keep_states: bool = False,
     trace: bool = False,
     on_text: Callable[[str, str], None] | None = None,
+    on_token: Callable[[int], None] | None = None,
 ) -> Generation:
     """Decode to the end, timed from before the prompt is run to after the last token.
 
     Args:
+        stop_ids, stops_after: as for `decode`.
         on_text: called with each piece of text as its token is committed, and with who decided that token (a character
             of several tokens belongs to the last one).
+        on_token: called with each committed token.
     """
     stream = TextStream(model)
     rounds: list[Round] = []
     first_token = 0.0
     synchronize(model)
     reason: Reason | None = None
-    steps = decode(model, prompt_ids, drafter, max_new_tokens, width=width, keep_states=keep_states, trace=trace)
+    steps = decode(
+        model,
+        prompt_ids,
+        drafter,
+        max_new_tokens,
+        width=width,
+        stop_ids=stop_ids,
+        stops_after=stops_after,
+        keep_states=keep_states,
+        trace=trace,
+    )
     started = time.perf_counter()
     for step in steps:
         rounds.append(step)
         first_token = first_token or time.perf_counter() - started
         for token, reason in zip(step.tokens, step.decided_by, strict=True):
             piece = stream.push([token])
+            if on_token:
+                on_token(token)
             if on_text and piece:
                 on_text(piece, decider(reason))
     synchronize(model)
