@@ -7,10 +7,12 @@ here: by drafting and verifying. What drafting and verifying cannot do is refuse
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,9 +71,9 @@ class EarlyExitModel:
     @classmethod
     def from_pretrained(
         cls,
-        bundle: str | None = SHIPPED_BUNDLE,
+        bundle: str | Path | None = SHIPPED_BUNDLE,
         *,
-        backbone: str | None = None,
+        backbone: str | Path | None = None,
         revision: str | None = None,
         quantization: str | None = None,
         device: str | None = None,
@@ -97,8 +99,8 @@ class EarlyExitModel:
             EexitError: settings that do not go together, or a bundle or backbone that cannot be had.
         """
         asked = {
-            "bundle.bundle": (bundle, "bundle"),
-            "backbone.model_name": (backbone, "backbone"),
+            "bundle.bundle": (bundle and str(bundle), "bundle"),
+            "backbone.model_name": (backbone and str(backbone), "backbone"),
             "backbone.revision": (revision, "revision"),
             "backbone.quantization": (quantization, "quantization"),
             "backbone.device": (device, "device"),
@@ -157,18 +159,19 @@ class EarlyExitModel:
             ConfigError: settings that cannot be honoured, an empty prompt, or one beyond the context.
             NumericsError: the backbone's logits are not finite.
         """
-        config = generation_config and generation_config.to_dict()
-        refuse({**(config or {}), **kwargs})
+        config = copy.deepcopy(generation_config)
+        refuse({**(config.to_dict() if config else {}), **kwargs})
         criteria = StoppingCriteriaList(stopping_criteria or [])
         # transformers hands neither tokenizer nor streamer on to a callable
         tokenizer = kwargs.pop("tokenizer", None) or self.tokenizer
-        stop_strings = kwargs.pop("stop_strings", None) or (config or {}).get("stop_strings")
-        if stop_strings is not None:
+        stop_strings = kwargs.pop("stop_strings", None) or (config and config.stop_strings)
+        if stop_strings:
             criteria.append(StopStringCriteria(tokenizer, stop_strings))
-            generation_config = generation_config and GenerationConfig(**{**(config or {}), "stop_strings": None})
+            if config:
+                config.stop_strings = None
         return self.model.generate(
             input_ids,
-            generation_config,
+            config,
             logits_processor=logits_processor,
             stopping_criteria=criteria,
             streamer=streamer,

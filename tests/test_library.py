@@ -237,7 +237,7 @@ def loaded(tiny_folder):
 
 def test_a_loaded_model_is_the_backbone_and_its_weights_are_held_once(loaded, tiny_bundle):
     expected = loaded.generate(PROMPT, max_new_tokens=40)
-    early = EarlyExitModel.from_pretrained(str(tiny_bundle), model=loaded, drafter="exit", accuracy_level=0.6)
+    early = EarlyExitModel.from_pretrained(tiny_bundle, model=loaded, drafter="exit", accuracy_level=0.6)
     assert early.model is loaded
     assert early.engine.backbone.embedding.weight is loaded.get_input_embeddings().weight
     merged = early.engine.blocks.layers[0].qkv(torch.eye(64)).t()
