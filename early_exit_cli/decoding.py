@@ -2,8 +2,8 @@
 
 State between rounds: the KV cache holds all committed tokens but the newest, which is `pending`. A round asks the
 drafter for tokens after `pending`, runs what is left of the blocks over pending and draft in one pass, and commits the
-longest prefix of the draft that equals the backbone's own choices, then the backbone's next choice (the bonus token).
-Rolling back is `cache.length`. Greedy, one text at a time.
+longest prefix of the draft that equals the backbone's own choices, greedy or sampled (`sampling.Chooser`), then its next
+choice (the bonus token). Rolling back is `cache.length`. One text at a time.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from early_exit_cli.drafters import Draft, Drafter, Exit, Reason, Row, catch_up,
 from early_exit_cli.engine import Engine
 from early_exit_cli.errors import ConfigError
 from early_exit_cli.gating import entropy
+from early_exit_cli.sampling import GREEDY, Chooser
 
 DEFAULT_WIDTH = 8
 REPLACEMENT = "\ufffd"
@@ -91,14 +92,16 @@ def decode(
     max_new_tokens: int,
     *,
     width: int = DEFAULT_WIDTH,
+    chooser: Chooser = GREEDY,
     stop_ids: Container[int] | None = None,
     stops_after: StopsAfter | None = None,
     keep_states: bool = False,
     trace: bool = False,
 ) -> Iterator[Round]:
-    """Decode greedily, a Round at a time.
+    """Decode, a Round at a time.
 
     Args:
+        chooser: how the backbone's choices follow from its logits.
         width: rows of a verifying pass, at most LARGEST_WIDTH; at most width - 1 tokens are drafted.
         stop_ids: tokens that end the text; the backbone's by default.
         stops_after: a further rule that ends it.
@@ -112,7 +115,8 @@ def decode(
     width = min(width, model.blocks.widths[-1])
     stops = model.backbone.eos_token_ids if stop_ids is None else stop_ids
     with torch.inference_mode():
-        drafter.begin(prompt_ids)
+        chooser.begin(model, prompt_ids)
+        drafter.begin(prompt_ids, chooser)
         see = drafter.see if drafter.exit_layers else None
         cache = model.start(prompt_ids, max_new_tokens, drafter.exit_layers, see)
     pending = prompt_ids[-1]
@@ -122,13 +126,14 @@ def decode(
         remaining = max_new_tokens - produced
         with torch.inference_mode():
             draft = drafter.propose(model, cache, pending, min(width, remaining) - 1, stops)
-            rows, states, choices, readings = verify(model, cache, pending, draft, drafter.exit_layers, trace)
+            rows, states, choices, readings = verify(model, cache, pending, draft, chooser, drafter.exit_layers, trace)
         matched = accepted_length(draft.tokens, choices)
         tokens, ended = cut_at_stop(choices[: matched + 1], stops, remaining, stops_after)
         accepted = min(matched, len(tokens))
         cache.length += len(tokens)
         pending = tokens[-1]
         produced += len(tokens)
+        chooser.commit(tokens)
         drafter.observe(draft, tokens, accepted)
         if see:
             seen = rows[: len(tokens)]
@@ -146,13 +151,19 @@ def decode(
 
 
 def verify(
-    model: Engine, cache: KVCache, pending: int, draft: Draft, exit_layers: Sequence[int], trace: bool
+    model: Engine,
+    cache: KVCache,
+    pending: int,
+    draft: Draft,
+    chooser: Chooser,
+    exit_layers: Sequence[int],
+    trace: bool,
 ) -> tuple[list[Row], Tensor, list[int], list[list[HeadReading]]]:
     """Run what is left of the blocks over pending and draft, and keep the states after `exit_layers`.
 
     Returns:
-        (states of each row by layer, final normed states [rows, hidden], the backbone's choice after each row, head
-        readings per row when traced).
+        (states of each row by layer, final normed states [rows, hidden], the backbone's choice after each row, up
+        to the first that the draft lacks at least, head readings per row when traced).
     """
     rows = draft.rows
     if trace or not rows:  # a trace needs every row at every exit layer, also where drafting did not stop
@@ -162,8 +173,8 @@ def verify(
         catch_up(model, cache, rows, layer)
     depth = model.blocks.num_blocks
     catch_up(model, cache, rows, depth)
-    states, choices = model.finish(torch.cat([row[depth] for row in rows]))
-    return rows, states, choices.tolist(), readings
+    states, choices = chooser.choose(model, torch.cat([row[depth] for row in rows]), draft.tokens)
+    return rows, states, choices, readings
 
 
 def read_every_head(
@@ -263,6 +274,7 @@ def generate(
     *,
     mode: str,
     width: int = DEFAULT_WIDTH,
+    chooser: Chooser = GREEDY,
     stop_ids: Container[int] | None = None,
     stops_after: StopsAfter | None = None,
     keep_states: bool = False,
@@ -289,6 +301,7 @@ def generate(
         drafter,
         max_new_tokens,
         width=width,
+        chooser=chooser,
         stop_ids=stop_ids,
         stops_after=stops_after,
         keep_states=keep_states,

@@ -21,6 +21,7 @@ from early_exit_cli.config import UncertaintyMetric
 from early_exit_cli.engine import Engine
 from early_exit_cli.gating import may_exit, uncertainty
 from early_exit_cli.heads import ExitHeads
+from early_exit_cli.sampling import GREEDY, Chooser
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,12 @@ class Drafter(ABC):
     """Of the method, in records."""
     exit_layers: Sequence[int] = ()
     """Layers after which it wants to see the states of verified tokens."""
+    chooser: Chooser = GREEDY
+    """How the text's tokens are chosen, and so the drafted ones."""
 
-    def begin(self, prompt_ids: list[int]) -> None:  # noqa: B027 (most drafters need not know)
+    def begin(self, prompt_ids: list[int], chooser: Chooser = GREEDY) -> None:
         """A new text starts with these tokens."""
+        self.chooser = chooser
 
     def see(self, tokens: list[int], states: list[Tensor]) -> None:  # noqa: B027
         """States of verified positions, for a drafter with `exit_layers`; called for the prompt too.
@@ -149,13 +153,14 @@ class ExitDrafter(Drafter):
     """Early exit with the thresholds of one target accuracy.
 
     thresholds: in the units of metric, one per head in depth order. active: the heads that are read, ascending; all by
-    default.
+    default. temperature: of the heads' distributions, where tokens are sampled.
     """
 
     name: ClassVar[str] = "adaptive_early_exit"
     thresholds: list[float]
     active: list[int] | None = None
     metric: UncertaintyMetric = "entropy"
+    temperature: float = 1.0
 
     def propose(self, model: Engine, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]) -> Draft:
         heads = model.heads
@@ -170,7 +175,7 @@ class ExitDrafter(Drafter):
             draft.rows.append({first_layer: model.run(model.embed([token]), cache, position, 0, first_layer)})
             if len(draft.tokens) == limit:
                 return draft
-            found = self._read_heads(model, heads, active, cache, draft.rows)
+            found = self._read_heads(model, heads, active, cache, draft)
             if found is None:
                 return draft
             token, reason = found
@@ -180,7 +185,7 @@ class ExitDrafter(Drafter):
                 return draft
 
     def _read_heads(
-        self, model: Engine, heads: ExitHeads, active: list[int], cache: KVCache, rows: list[Row]
+        self, model: Engine, heads: ExitHeads, active: list[int], cache: KVCache, draft: Draft
     ) -> tuple[int, Exit] | None:
         """Go from head to head with the last row until one is sure; None when none is.
 
@@ -189,11 +194,12 @@ class ExitDrafter(Drafter):
         """
         for head in active:
             exit_layer, threshold = heads.exit_layers[head], self.thresholds[head]
-            catch_up(model, cache, rows, exit_layer)
-            logits = heads.logits(head, rows[-1][exit_layer])
+            catch_up(model, cache, draft.rows, exit_layer)
+            logits = heads.logits(head, draft.rows[-1][exit_layer])
             found = float(uncertainty(logits, self.metric))
             if may_exit(found, threshold):
-                return int(heads.token_ids(logits.argmax(-1))), Exit(head, exit_layer, found, threshold)
+                token = self.chooser.draft(logits, heads.draft_vocab, draft.tokens, self.temperature)
+                return token, Exit(head, exit_layer, found, threshold)
         return None
 
 
@@ -225,9 +231,9 @@ class AutoDrafter(Drafter):
         self.choices = choices
         self.exit_layers = sorted({layer for drafter, _ in choices for layer in drafter.exit_layers})
 
-    def begin(self, prompt_ids: list[int]) -> None:
+    def begin(self, prompt_ids: list[int], chooser: Chooser = GREEDY) -> None:
         for drafter, _ in self.choices:
-            drafter.begin(prompt_ids)
+            drafter.begin(prompt_ids, chooser)
 
     def see(self, tokens: list[int], states: list[Tensor]) -> None:
         for drafter, _ in self.choices:

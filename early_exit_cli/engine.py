@@ -130,6 +130,15 @@ class Engine:
             raise _not_finite()
         return normed[:rows], choices
 
+    def read_out(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """States after the last block -> (normed states [rows, hidden], the backbone's logits [rows, vocab])."""
+        rows, largest = hidden.shape[0], self.blocks.widths[-1]
+        if largest < rows <= LARGEST_WIDTH:
+            (head, first), (tail, others) = self.read_out(hidden[:largest]), self.read_out(hidden[largest:])
+            return torch.cat((head, tail)), torch.cat((first, others))
+        normed = self.blocks.final_norm(self._padded(hidden))
+        return normed[:rows], self.blocks.logits(normed)[:rows]
+
 
 def require_finite(best_logits: Tensor) -> None:
     """Refuse a row whose best logit is NaN or infinite: argmax would silently say token 0.

@@ -12,6 +12,7 @@ from collections.abc import Callable, Container, Sequence
 from early_exit_cli.blocks import KVCache
 from early_exit_cli.drafters import Draft, Drafter, Match
 from early_exit_cli.engine import Engine
+from early_exit_cli.sampling import GREEDY, Chooser
 
 SHORTEST = (1, 2, 3, 5, 8, 16)
 """Matches are told apart by the largest of these lengths that they reach."""
@@ -126,7 +127,7 @@ class LookupDrafter(Drafter):
         self.right: list[float] = []
         self.seen: list[float] = []
 
-    def begin(self, prompt_ids: list[int]) -> None:
+    def begin(self, prompt_ids: list[int], chooser: Chooser = GREEDY) -> None:
         self.automaton = SuffixAutomaton()
         self.automaton.extend(prompt_ids)
         self.right = [PRIOR_STRENGTH * chance for chance in self.prior]

@@ -30,7 +30,7 @@ def make_drafter(model: Engine, settings: InferenceConfig, kind: str) -> tuple[D
         return FixedDrafter(settings.fixed_head), settings.draft_length + 1
     if kind == "dynamic":
         exits = exit_drafter(model, level, DYNAMIC_LENGTH + 1, "all")
-        return DynamicDrafter(exits.thresholds, metric=exits.metric), DYNAMIC_LENGTH + 1
+        return DynamicDrafter(exits.thresholds, None, exits.metric, exits.temperature), DYNAMIC_LENGTH + 1
     if kind == "exit":
         return exit_drafter(model, level, width, read_heads), width
     if kind == "lookup":
