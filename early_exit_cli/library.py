@@ -29,26 +29,26 @@ from transformers.generation.streamers import BaseStreamer
 
 from early_exit_cli import decoding
 from early_exit_cli.backbone import adopt_backbone
-from early_exit_cli.config import SHIPPED_BUNDLE
+from early_exit_cli.config import SHIPPED_BUNDLE, SamplingConfig
 from early_exit_cli.decoding import Generation, StopsAfter
 from early_exit_cli.drafters import Drafter
 from early_exit_cli.engine import Engine, bundle_source, load_model, with_names_of_bundle
 from early_exit_cli.errors import ConfigError
 from early_exit_cli.methods import HEADLESS, make_drafter
 from early_exit_cli.resolve import resolve
+from early_exit_cli.sampling import GREEDY, Chooser, Sampler
 
 HARMLESS: dict[str, Any] = {
-    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences", "guidance_scale"), 1),
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), 1),
     **dict.fromkeys(("output_attentions", "output_hidden_states", "output_scores", "output_logits"), False),
     **dict.fromkeys(("token_healing", "use_mtp", "is_assistant", "synced_gpus"), False),
     "diversity_penalty": 0.0,
     "use_cache": True,
     "cache_implementation": "dynamic",
-    **dict.fromkeys(("penalty_alpha", "dola_layers", "constraints", "force_words_ids", "watermarking_config")),
+    **dict.fromkeys(("penalty_alpha", "dola_layers", "constraints", "force_words_ids")),
     **dict.fromkeys(("prompt_lookup_num_tokens", "assistant_early_exit", "speculation_type")),
     **dict.fromkeys(("assistant_model", "assistant_tokenizer", "assistant_ensemble_weight")),
-    **dict.fromkeys(("negative_prompt_ids", "negative_prompt_attention_mask", "inputs", "inputs_embeds")),
-    **dict.fromkeys(("cache", "past_key_values", "custom_generate", "trust_remote_code")),
+    **dict.fromkeys(("cache", "past_key_values", "inputs", "inputs_embeds", "custom_generate", "trust_remote_code")),
 }
 """What `generate` of transformers takes and drafting cannot honour, with the value that asks for nothing (as None does)."""
 PREPARED = {"attention_mask", "position_ids", "cache", "logits_to_keep", "use_cache"}
@@ -212,6 +212,7 @@ class EarlyExitModel:
             max_new_tokens,
             mode=self.drafter.name,
             width=self.width,
+            chooser=chooser_of(generation_config, logits_processor, input_ids[:, : input_ids.shape[1] - len(prompt)]),
             stop_ids=stop_ids,
             stops_after=stops_after,
             on_token=None if streamer is None else lambda token: streamer.put(torch.tensor([token])),
@@ -274,6 +275,26 @@ def one_prompt(input_ids: Tensor, attention_mask: Tensor | None, position_ids: T
     if position_ids is not None and position_ids[0, hidden:].tolist() != list(range(len(row) - hidden)):
         raise ConfigError("position_ids do not count from 0")
     return row[hidden:]
+
+
+def chooser_of(config: GenerationConfig, processors: LogitsProcessorList, padding: Tensor) -> Chooser:
+    """How the tokens follow from the logits, as transformers has prepared it.
+
+    The processors decide the text: they are applied to each token's logits once, in the order of the text. Drafts keep to
+    the settings that a head can follow. Noise is seeded from torch's own generator (`torch.manual_seed`).
+
+    Args:
+        padding: [1, padding] ids on the left of the prompt, which processors see as well.
+    """
+    if not config.do_sample and not processors:
+        return GREEDY
+    settings = {"repetition_penalty": config.repetition_penalty}
+    if config.do_sample:
+        settings |= {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+        settings |= {"top_p": max(settings["top_p"], 1e-9), "seed": int(torch.randint(2**63 - 1, ()))}
+    known = SamplingConfig.model_validate({name: value for name, value in settings.items() if value is not None})
+    apply: Any = processors
+    return Sampler(known, lambda ids, scores: apply(torch.cat([padding.to(ids.device), ids], -1), scores))
 
 
 def stop_rules(criteria: StoppingCriteriaList, input_ids: Tensor) -> tuple[int, set[int], StopsAfter | None]:

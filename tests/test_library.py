@@ -3,15 +3,24 @@
 import functools
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
-from conftest import END, FAMILIES, byte_tokenizer
-from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT2LMHeadModel, StoppingCriteria
+from conftest import END, FAMILIES, VOCAB, byte_tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+)
 from transformers.utils import logging as transformers_logging
 
 from early_exit_cli import EarlyExitModel
-from early_exit_cli.drafters import ExitDrafter
+from early_exit_cli.drafters import ExitDrafter, NoDrafter
 from early_exit_cli.errors import BackboneError, BundleError, ConfigError, UnsupportedBackboneError
 
 PROMPT = torch.tensor([list(b"one two three")])
@@ -56,6 +65,17 @@ class StopAfter(StoppingCriteria):
     def __call__(self, input_ids, scores, **kwargs):
         self.seen.append(input_ids.clone())
         return torch.full((input_ids.shape[0],), input_ids.shape[1] >= self.length)
+
+
+class Watcher(LogitsProcessor):
+    """Changes scores by what it saw before, and keeps which texts it was asked about."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, input_ids, scores):
+        self.seen.append(input_ids.clone())
+        return scores + torch.arange(scores.shape[1]).roll(len(self.seen))[None] / 100
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -155,6 +175,83 @@ def test_custom_generate_of_another_model_is_refused(early, early_of):
         early_of("qwen3").model.generate(PROMPT, custom_generate=early.custom_generate, max_new_tokens=4)
 
 
+PROCESSED = {
+    "repetition_penalty": {"repetition_penalty": 1.4},
+    "no_repeat_ngram_size": {"no_repeat_ngram_size": 1},
+    "bias": {"bad_words_ids": [[8], [35, 7]], "suppress_tokens": [64, 65], "sequence_bias": [[[46], 4.0]]},
+    "forced_eos_token_id": {"forced_eos_token_id": END},
+    "guidance_scale": {"guidance_scale": 1.5, "negative_prompt_ids": torch.tensor([[65, 66]])},
+    "watermarking_config": {"watermarking_config": {"bias": 3.0}},
+    "prefix": {"prefix_allowed_tokens_fn": lambda row, ids: [token for token in range(VOCAB) if token % 3]},
+    "top_k 1": {"do_sample": True, "top_k": 1, "temperature": 0.7, "repetition_penalty": 1.2},
+}
+
+
+@pytest.mark.parametrize("name", PROCESSED)
+def test_processed_logits_decide_as_in_transformers(early, plain, name):
+    settings = {"max_new_tokens": 32, **PROCESSED[name]}
+    expected = plain(PROMPT, **settings)
+    assert torch.equal(early.generate(PROMPT, **settings), expected)
+    assert early.last.stats.tokens_drafted > 0
+    assert not torch.equal(expected, plain(PROMPT, max_new_tokens=32))
+
+
+def test_the_end_waits_for_the_fewest_new_tokens(early, plain):
+    prompt = torch.tensor([list(b"What is it?")])
+    assert plain(prompt, max_new_tokens=32).shape[1] < prompt.shape[1] + 20
+    expected = plain(prompt, max_new_tokens=32, min_new_tokens=20)
+    assert expected.shape[1] >= prompt.shape[1] + 20
+    assert torch.equal(early.generate(prompt, max_new_tokens=32, min_new_tokens=20), expected)
+
+
+def test_a_processor_is_asked_about_each_token_once_in_order(early, plain):
+    padded, mask = torch.cat([torch.full((1, 3), END), PROMPT], -1), torch.ones(1, 16, dtype=torch.int64)
+    mask[0, :3] = 0
+    for ids, attention_mask in ((PROMPT, None), (padded, mask)):
+        ours, theirs = Watcher(), Watcher()
+        settings = {"attention_mask": attention_mask, "max_new_tokens": 32, "repetition_penalty": 1.1}
+        expected = plain(ids, logits_processor=LogitsProcessorList([theirs]), **settings)
+        assert torch.equal(early.generate(ids, logits_processor=LogitsProcessorList([ours]), **settings), expected)
+        assert len(ours.seen) == len(theirs.seen) > 10
+        assert all(map(torch.equal, ours.seen, theirs.seen))
+
+
+def test_torchs_seed_decides_what_is_sampled_whoever_drafts(early):
+    plainly = EarlyExitModel(early.engine, NoDrafter(), 8)
+    settings = {"max_new_tokens": 24, "do_sample": True, "temperature": 0.9, "top_p": 0.95, "min_p": 0.01}
+    texts, accepted = [], 0
+    for seed in (0, 0, 1, 2):
+        torch.manual_seed(seed)
+        texts.append(early.generate(PROMPT, **settings))
+        accepted += early.last.stats.tokens_accepted
+        torch.manual_seed(seed)
+        assert torch.equal(plainly.generate(PROMPT, **settings), texts[-1])
+    assert torch.equal(texts[0], texts[1])
+    assert len({tuple(text[0].tolist()) for text in texts}) == 3
+    assert accepted > 0
+
+
+def test_two_tokens_are_sampled_from_the_distribution_of_transformers(early, plain):
+    """Chi-square over the joint distribution of two tokens, of which the second is drafted now and then."""
+    settings = {"do_sample": True, "top_k": 3, "temperature": 1.5, "max_new_tokens": 2}
+
+    def probabilities(ids):
+        output = plain(ids, **settings | {"max_new_tokens": 1}, output_scores=True, return_dict_in_generate=True)
+        return {token: p for token, p in enumerate(output.scores[0][0].softmax(0).tolist()) if p}
+
+    expected = {}
+    for first, p in probabilities(PROMPT).items():
+        for second, q in probabilities(torch.cat([PROMPT, torch.tensor([[first]])], -1)).items():
+            expected[first, second] = p * q
+    torch.manual_seed(0)
+    draws = 500
+    counts = Counter(tuple(early.generate(PROMPT, **settings)[0, -2:].tolist()) for _ in range(draws))
+    assert set(counts) <= set(expected)
+    assert len(expected) == 9
+    statistic = sum((counts[pair] - draws * p) ** 2 / (draws * p) for pair, p in expected.items())
+    assert statistic < 26.1  # 8 degrees of freedom, one in a thousand
+
+
 def test_padding_on_the_left_changes_nothing(early, plain):
     padded = torch.cat([torch.full((1, 5), END), PROMPT], -1)
     mask = torch.tensor([[0] * 5 + [1] * PROMPT.shape[1]])
@@ -179,7 +276,6 @@ def test_what_cannot_be_honoured_is_refused_by_name_all_together(early):
         ("output_hidden_states", True),
         ("cache_implementation", "static"),
         ("cache_implementation", "paged"),
-        ("guidance_scale", 1.5),
         ("prompt_lookup_num_tokens", 4),
         ("assistant_early_exit", 2),
         ("token_healing", True),
