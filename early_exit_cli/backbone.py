@@ -373,6 +373,11 @@ def adopt_backbone(model: Any, tokenizer: Any = None) -> Backbone:
         quantization=_quantization_of(model, name),
         revision=getattr(model.config, "_commit_hash", None),
     )
+    if backbone.quantization == "4bit" and backbone.device.type == "cpu" and backbone.dtype != torch.bfloat16:
+        raise UnsupportedBackboneError(
+            f"{name} is in 4bit with states in {backbone.dtype}; on a CPU they are in torch.bfloat16",
+            hint="load it with dtype=torch.bfloat16",
+        )
     _preflight(backbone)
     return backbone
 

@@ -6,11 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from hub_server import WRITER, HubServer
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from early_exit_cli import EarlyExitModel
 from early_exit_cli.drafters import NoDrafter
+from early_exit_cli.errors import UnsupportedBackboneError
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -71,3 +74,12 @@ def test_a_loaded_4_bit_model_takes_the_shipped_heads_and_answers_as_plain_decod
     plain = EarlyExitModel(early.engine, NoDrafter(), 8).generate(ids, max_new_tokens=48)
     assert torch.equal(drafted, plain)
     assert torch.equal(smollm2.model.generate(ids, max_new_tokens=48, custom_generate=early.custom_generate), plain)
+
+
+def test_4_bit_with_float32_states_is_refused_on_a_cpu(tiny_folder):
+    """The CPU kernel for packed NF4 weights reads bfloat16, whatever it is given."""
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_folder("llama"), quantization_config=BitsAndBytesConfig(load_in_4bit=True), dtype=torch.float32
+    )
+    with pytest.raises(UnsupportedBackboneError, match=r"states in torch\.float32"):
+        EarlyExitModel.from_pretrained(None, model=model)
