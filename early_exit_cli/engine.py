@@ -131,13 +131,19 @@ class Engine:
         return normed[:rows], choices
 
     def read_out(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """States after the last block -> (normed states [rows, hidden], the backbone's logits [rows, vocab])."""
+        """States after the last block -> (normed states [rows, hidden], the backbone's logits [rows, vocab]).
+
+        Raises:
+            NumericsError: a NaN or infinite state.
+        """
         rows, largest = hidden.shape[0], self.blocks.widths[-1]
         if largest < rows <= LARGEST_WIDTH:
             (head, first), (tail, others) = self.read_out(hidden[:largest]), self.read_out(hidden[largest:])
             return torch.cat((head, tail)), torch.cat((first, others))
         normed = self.blocks.final_norm(self._padded(hidden))
-        return normed[:rows], self.blocks.logits(normed)[:rows]
+        logits = self.blocks.logits(normed)[:rows]
+        require_finite(logits.amax(-1))
+        return normed[:rows], logits
 
 
 def require_finite(best_logits: Tensor) -> None:

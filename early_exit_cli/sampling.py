@@ -16,12 +16,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from early_exit_cli.config import SamplingConfig
-from early_exit_cli.engine import Engine, require_finite
+from early_exit_cli.engine import Engine
 
 Processors = Callable[[Tensor, Tensor], Tensor]
 """(token ids so far [1, length], scores [1, vocab] float32) -> scores [1, vocab]: transformers' LogitsProcessor."""
@@ -33,6 +34,9 @@ LIKELY = 1024
 class Chooser(ABC):
     """Turns what the backbone, or a head, says into tokens."""
 
+    reads_logits: ClassVar[bool] = True
+    """Whether it needs the backbone's logits, or its best token alone, which is had faster."""
+
     def begin(self, model: Engine, prompt_ids: list[int]) -> None:  # noqa: B027 (a greedy choice needs nothing else)
         """A new text starts with these tokens."""
 
@@ -40,17 +44,15 @@ class Chooser(ABC):
         """These tokens were appended to the text."""
 
     @abstractmethod
-    def choose(self, model: Engine, hidden: Tensor, drafted: list[int]) -> tuple[Tensor, list[int]]:
-        """States after the last block, of the pending token and the drafted ones, to the backbone's choice after each.
+    def choose(self, said: Tensor, drafted: list[int]) -> list[int]:
+        """The text's next token after the pending one and after each of the drafted ones, from what the backbone says.
 
         Args:
-            hidden: [1 + len(drafted), hidden].
+            said: of the pending token and the drafted ones, a row each: the best token [rows] int64, or, if
+                `reads_logits`, logits [rows, vocab].
 
         Returns:
-            (normed states [rows, hidden], choices: one a row, at least up to the first that is not the drafted one).
-
-        Raises:
-            NumericsError: NaN or infinite logits.
+            A choice for each row, at least up to the first that is not the drafted one.
         """
 
     @abstractmethod
@@ -68,9 +70,10 @@ class Chooser(ABC):
 class Greedy(Chooser):
     """The best token."""
 
-    def choose(self, model: Engine, hidden: Tensor, drafted: list[int]) -> tuple[Tensor, list[int]]:
-        normed, choices = model.finish(hidden)
-        return normed, choices.tolist()
+    reads_logits = False
+
+    def choose(self, said: Tensor, drafted: list[int]) -> list[int]:
+        return said.tolist()
 
     def draft(self, logits: Tensor, token_ids: Tensor | None, drafted: list[int], temperature: float = 1.0) -> int:
         return _token(int(logits.argmax(-1)), token_ids)
@@ -102,21 +105,18 @@ class Sampler(Chooser):
         self.text += tokens
         self.noise = self.noise[len(tokens) :]
 
-    def choose(self, model: Engine, hidden: Tensor, drafted: list[int]) -> tuple[Tensor, list[int]]:
-        normed, logits = model.read_out(hidden)
-        require_finite(logits.amax(-1))
+    def choose(self, said: Tensor, drafted: list[int]) -> list[int]:
         choices: list[int] = []
-        for row in range(logits.shape[0]):
+        for row, logits in enumerate(said.float()):
             before = drafted[:row]
             if self.processors is None:
-                choices.append(self._pick(logits[row].float(), None, before, self.settings.temperature))
+                choices.append(self._pick(logits, None, before, self.settings.temperature))
             else:
-                ids = torch.tensor([self.text + before], device=logits.device)
-                scores = self.processors(ids, logits[row : row + 1].float())[0]
+                scores = self.processors(torch.tensor([self.text + before], device=said.device), logits[None])[0]
                 choices.append(self._draw(scores, torch.arange(scores.numel(), device=scores.device), row))
             if choices[-1:] != drafted[row : row + 1]:
                 break
-        return normed, choices
+        return choices
 
     def draft(self, logits: Tensor, token_ids: Tensor | None, drafted: list[int], temperature: float = 1.0) -> int:
         return self._pick(logits[0].float(), token_ids, drafted, self.settings.temperature * temperature)
