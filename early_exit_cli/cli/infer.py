@@ -10,7 +10,7 @@ from early_exit_cli import console
 from early_exit_cli.artifacts import write_json
 from early_exit_cli.cli import show
 from early_exit_cli.cli.options import configured
-from early_exit_cli.config import InferenceConfig
+from early_exit_cli.config import DYNAMIC_LENGTH, InferenceConfig
 from early_exit_cli.errors import ConfigError, DataError
 from early_exit_cli.resolve import Resolved
 
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 MODE_KINDS = {"fixed_layerskip": "fixed", "dynamic_early_exit": "dynamic", "comprehensive": "all"}
 """Modes that say themselves how tokens are proposed, and the kind of drafter each means."""
-DYNAMIC_LENGTH = 10
-"""Tokens of a draft of dynamic_early_exit, at most, as in the seed."""
 
 
 @configured("bundle", "backbone", "inference", "sampling")
@@ -70,8 +68,7 @@ class Job:
 
 def prepare(resolved: Resolved, as_json: bool) -> Job:
     """Load the model and make the drafter of the mode."""
-    from early_exit_cli.blocks import LARGEST_WIDTH
-    from early_exit_cli.decoding import default_width
+    from early_exit_cli.methods import make_drafter
     from early_exit_cli.sampling import make_chooser
 
     settings = resolved.config.inference
@@ -81,11 +78,8 @@ def prepare(resolved: Resolved, as_json: bool) -> Job:
     model = load(resolved, kind)
     if model.blocks.without_graphs:
         console.note(f"CUDA graphs off: {model.blocks.without_graphs}")
-    lengths = {"fixed": settings.draft_length, "dynamic": DYNAMIC_LENGTH}
-    width = lengths[kind] + 1 if kind in lengths else settings.width or default_width(model)
-    drafter = make_drafter(model, settings, kind, width)
-    if settings.width is None and kind in ("lookup", "lookahead", "auto"):  # these weigh draft lengths at every width
-        width = LARGEST_WIDTH
+    drafter, width = make_drafter(model, settings, kind)
+    say_what_is_not_read(model, drafter)
     coloured = console.wants_colour(settings.color) and not as_json
     return Job(model, settings, drafter, make_chooser(resolved.config.sampling), width, as_json, coloured)
 
@@ -163,44 +157,25 @@ def load(resolved: Resolved, kind: str) -> Engine:
     """The model; a backbone that was named without a bundle is loaded alone where no head must be read."""
     from early_exit_cli.cli.shared import backbone_of_bundle
     from early_exit_cli.engine import load_model
+    from early_exit_cli.methods import HEADLESS
 
     config = resolved.config
-    if (
-        kind in ("none", "lookup", "auto")
-        and resolved.is_default("bundle.bundle")
-        and not resolved.is_default("backbone.model_name")
-    ):
+    if kind in HEADLESS and resolved.is_default("bundle.bundle") and not resolved.is_default("backbone.model_name"):
         return load_model(config.backbone, None)
     return load_model(backbone_of_bundle(resolved), config.bundle, with_thresholds=kind not in ("none", "lookup"))
 
 
-def make_drafter(model: Engine, settings: InferenceConfig, kind: str, width: int) -> Drafter:
-    """The drafter of that kind; says on stderr which heads early exit leaves unread."""
-    from early_exit_cli.costs import auto_drafter, exit_drafter, lookahead_drafter, lookup_drafter
-    from early_exit_cli.drafters import DynamicDrafter, FixedDrafter, NoDrafter
+def say_what_is_not_read(model: Engine, drafter: Drafter) -> None:
+    """On stderr: which of the bundle's heads are left unread, and why."""
+    from early_exit_cli.drafters import AutoDrafter, ExitDrafter
 
-    if kind in ("none", "all"):
-        return NoDrafter()
-    if kind == "fixed":
-        return FixedDrafter(settings.fixed_head)
-    if kind == "dynamic":
-        exits = exit_drafter(model, settings.accuracy_level, width, "all")
-        return DynamicDrafter(exits.thresholds, None, exits.metric, exits.temperature)
-    if kind == "lookup":
-        return lookup_drafter(model)
-    if kind == "lookahead":
-        return lookahead_drafter(model)
-    if kind == "auto":
-        if model.heads is not None and model.thresholds is None:
-            console.note("the bundle is not calibrated: its heads are not read (eexit calibrate)")
-        return auto_drafter(model, settings.accuracy_level, width, settings.read_heads)
-    drafter = exit_drafter(model, settings.accuracy_level, width, settings.read_heads)
-    if drafter.active is not None and len(drafter.active) < len(drafter.thresholds):
+    if isinstance(drafter, AutoDrafter) and model.heads is not None and model.thresholds is None:
+        console.note("the bundle is not calibrated: its heads are not read (eexit calibrate)")
+    if type(drafter) is ExitDrafter and drafter.active is not None and len(drafter.active) < len(drafter.thresholds):
         unread = [str(head) for head in range(len(drafter.thresholds)) if head not in drafter.active]
         console.note(
             f"head {', '.join(unread)} not read: by the costs measured here it would not pay (--read-heads all)"
         )
-    return drafter
 
 
 def encode(model: Engine, settings: InferenceConfig, prompt: str) -> list[int]:
