@@ -295,6 +295,12 @@ class InferenceConfig(Section):
     prompt_file: Path | None = setting(None, "Read the prompt from this file.")
     prompts: Path | None = setting(None, "A .jsonl file with `prompt`, or Spec-Bench's `turns`, a line; a record each.")
     limit: int | None = setting(None, "With --prompts: answer only the first so many.", ge=1)
+    batch: int = setting(
+        1,
+        "With --prompts: so many answers share the backbone's passes, each the same as alone.",
+        ge=1,
+        aliases=("--batch-size",),
+    )
     max_tokens: int = setting(128, "New tokens, at most.", ge=1, aliases=("--max-new-tokens",))
     accuracy_level: float = setting(
         0.9, "Target accuracy of exited tokens; must be a calibrated level.", gt=0.0, lt=1.0

@@ -37,6 +37,7 @@ from early_exit_cli.errors import ConfigError
 from early_exit_cli.methods import HEADLESS, make_drafter
 from early_exit_cli.resolve import resolve
 from early_exit_cli.sampling import GREEDY, Chooser, Sampler
+from early_exit_cli.together import Request, generate_together
 
 HARMLESS: dict[str, Any] = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), 1),
@@ -56,17 +57,17 @@ PREPARED = {"attention_mask", "position_ids", "cache", "logits_to_keep", "use_ca
 
 
 class EarlyExitModel:
-    """A causal language model that drafts its next tokens and verifies them: the same output, sooner. One text at a time.
+    """A causal language model that drafts its next tokens and verifies them: the same output, sooner.
 
-    tokenizer: the backbone's. last: the newest answer, with `text`, `token_ids` and `stats` (`accept_length`,
-    `tokens_per_second` ...); None before the first.
+    tokenizer: the backbone's. answers: of the newest call, one a row, with `text`, `token_ids` and `stats`
+    (`accept_length`, `tokens_per_second` ...).
     """
 
     def __init__(self, engine: Engine, drafter: Drafter, width: int) -> None:
         self.engine, self.drafter, self.width = engine, drafter, width
         self.model = engine.backbone.model
         self.tokenizer = engine.backbone.tokenizer
-        self.last: Generation | None = None
+        self.answers: list[Generation] = []
 
     @classmethod
     def from_pretrained(
@@ -132,6 +133,11 @@ class EarlyExitModel:
             return cls(engine, *make_drafter(engine, config.inference, drafter))
 
     @property
+    def last(self) -> Generation | None:
+        """The newest answer; of several rows the last one's. None before the first."""
+        return self.answers[-1] if self.answers else None
+
+    @property
     def device(self) -> torch.device:
         return self.engine.backbone.device
 
@@ -148,12 +154,13 @@ class EarlyExitModel:
         """What `generate` of the transformers model returns for the same arguments.
 
         Args:
-            input_ids: [1, tokens] int64.
+            input_ids: [rows, tokens] int64, padded on the left. Several rows share the backbone's passes, and each is
+                what it is alone.
             kwargs: fields of a `GenerationConfig`, `attention_mask`, and `tokenizer` for `stop_strings` (by default
                 the model's own).
 
         Returns:
-            [1, tokens + new] int64, or with `return_dict_in_generate` an output whose `sequences` it is.
+            [rows, tokens + new] int64, padded on the right, or with `return_dict_in_generate` an output whose `sequences` it is.
 
         Raises:
             ConfigError: settings that cannot be honoured, an empty prompt, or one beyond the context.
@@ -203,24 +210,50 @@ class EarlyExitModel:
         known = {name: getattr(generation_config, name, None) for name in HARMLESS}
         own_cache = {"cache": cache} if getattr(cache, "_is_user_defined", False) else {}
         refuse(known | unknown | own_cache, also=tuple(unknown))
-        prompt = one_prompt(input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"))
-        max_new_tokens, stop_ids, stops_after = stop_rules(stopping_criteria, input_ids)
-        self.last = decoding.generate(
-            self.engine,
-            prompt,
-            self.drafter,
-            max_new_tokens,
-            mode=self.drafter.name,
-            width=self.width,
-            chooser=chooser_of(generation_config, logits_processor, input_ids[:, : input_ids.shape[1] - len(prompt)]),
-            stop_ids=stop_ids,
-            stops_after=stops_after,
-            on_token=None if streamer is None else lambda token: streamer.put(torch.tensor([token])),
-        )
+        if streamer is not None and len(input_ids) > 1:
+            raise ConfigError(f"a streamer shows one text, and {len(input_ids)} rows were given")
+        max_new_tokens, stop_ids = length_and_stops(stopping_criteria, input_ids)
+        requests = []
+        for row, prompt in zip(input_ids.split(1), prompts_of(input_ids, model_kwargs), strict=True):
+            chooser = chooser_of(generation_config, logits_processor, row[:, : row.shape[1] - len(prompt)])
+            requests.append(Request(prompt, chooser, other_stops(stopping_criteria, row, max_new_tokens)))
+        if len(requests) == 1:
+            (request,) = requests
+            answer = decoding.generate(
+                self.engine,
+                request.prompt_ids,
+                self.drafter,
+                max_new_tokens,
+                mode=self.drafter.name,
+                width=self.width,
+                chooser=request.chooser,
+                stop_ids=stop_ids,
+                stops_after=request.stops_after,
+                on_token=None if streamer is None else lambda token: streamer.put(torch.tensor([token])),
+            )
+            self.answers = [answer]
+        else:
+            self.answers = generate_together(
+                self.engine,
+                requests,
+                self.drafter,
+                max_new_tokens,
+                mode=self.drafter.name,
+                batch=len(requests),
+                width=self.width,
+                stop_ids=stop_ids,
+            )
         if streamer is not None:
             streamer.end()
-        sequences: Any = torch.cat([input_ids, input_ids.new_tensor([self.last.token_ids])], -1)
+        sequences: Any = torch.cat([input_ids, self._padded_answers(generation_config).to(input_ids.device)], -1)
         return GenerateDecoderOnlyOutput(sequences) if generation_config.return_dict_in_generate else sequences
+
+    def _padded_answers(self, config: GenerationConfig) -> Tensor:
+        """The newest tokens, [rows, longest] int64."""
+        longest = max(len(answer.token_ids) for answer in self.answers)
+        padding = config.pad_token_id if config.pad_token_id is not None else 0
+        rows = [answer.token_ids + [padding] * (longest - len(answer.token_ids)) for answer in self.answers]
+        return torch.tensor(rows)
 
     def answer(self, prompt: str, *, raw: bool = False, **kwargs: Any) -> str:
         """The text that follows a prompt.
@@ -231,7 +264,7 @@ class EarlyExitModel:
         """
         ids = self.engine.backbone.encode_prompt(prompt, raw=raw)
         self.generate(torch.tensor([ids], device=self.device), **kwargs)
-        return self.last.text if self.last else ""
+        return self.answers[0].text
 
 
 def refuse(settings: Mapping[str, Any], also: tuple[str, ...] = ()) -> None:
@@ -260,21 +293,27 @@ def _is_scalar(value: Any) -> bool:
     return isinstance(value, (bool, int, float, str))
 
 
-def one_prompt(input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> list[int]:
-    """Token ids of the one row, without its padding on the left.
+def prompts_of(input_ids: Tensor, prepared: Mapping[str, Any]) -> list[list[int]]:
+    """Token ids of each row, without its padding on the left.
+
+    Args:
+        prepared: `attention_mask` and `position_ids`, where there are any.
 
     Raises:
-        ConfigError: several rows; a mask with holes; positions that do not count from 0.
+        ConfigError: a mask with holes; positions that do not count from 0.
     """
-    if input_ids.shape[0] != 1:
-        raise ConfigError(f"{input_ids.shape[0]} rows were given; one text is decoded at a time")
-    (row,) = input_ids.tolist()
-    hidden = 0 if attention_mask is None else int((attention_mask[0] == 0).sum())
-    if attention_mask is not None and not attention_mask[0, hidden:].all():
-        raise ConfigError("attention_mask hides tokens behind the first one that it shows")
-    if position_ids is not None and position_ids[0, hidden:].tolist() != list(range(len(row) - hidden)):
-        raise ConfigError("position_ids do not count from 0")
-    return row[hidden:]
+    attention_mask, position_ids = prepared.get("attention_mask"), prepared.get("position_ids")
+    prompts = []
+    for number, row in enumerate(input_ids.tolist()):
+        hidden = 0 if attention_mask is None else int((attention_mask[number] == 0).sum())
+        if attention_mask is not None and not attention_mask[number, hidden:].all():
+            raise ConfigError("attention_mask hides tokens behind the first one that it shows")
+        if position_ids is not None:
+            positions = position_ids[number if len(position_ids) > 1 else 0, hidden:]
+            if positions.tolist() != list(range(len(row) - hidden)):
+                raise ConfigError("position_ids do not count from 0")
+        prompts.append(row[hidden:])
+    return prompts
 
 
 def chooser_of(config: GenerationConfig, processors: LogitsProcessorList, padding: Tensor) -> Chooser:
@@ -293,24 +332,29 @@ def chooser_of(config: GenerationConfig, processors: LogitsProcessorList, paddin
         settings |= {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "min_p")}
         settings |= {"top_p": max(settings["top_p"], 1e-9), "seed": int(torch.randint(2**63 - 1, ()))}
     known = SamplingConfig.model_validate({name: value for name, value in settings.items() if value is not None})
-    apply: Any = processors
+    apply: Any = LogitsProcessorList(copy.copy(processor) for processor in processors)  # some remember their text
     return Sampler(known, lambda ids, scores: apply(torch.cat([padding.to(ids.device), ids], -1), scores))
 
 
-def stop_rules(criteria: StoppingCriteriaList, input_ids: Tensor) -> tuple[int, set[int], StopsAfter | None]:
-    """The most new tokens, those that end the text, and all further criteria; None without any.
+def length_and_stops(criteria: StoppingCriteriaList, input_ids: Tensor) -> tuple[int, set[int]]:
+    """The most new tokens of a row, and those that end a text."""
+    longest = min(each.max_length for each in criteria if type(each) is MaxLengthCriteria)
+    stop_ids = {
+        int(token) for each in criteria if type(each) is EosTokenCriteria for token in each.eos_token_id.tolist()
+    }
+    return longest - input_ids.shape[1], stop_ids
+
+
+def other_stops(criteria: StoppingCriteriaList, input_ids: Tensor, max_new_tokens: int) -> StopsAfter | None:
+    """All further criteria of a row; None without any.
 
     Args:
         input_ids: [1, tokens]; criteria see them with every new token behind.
     """
-    length = input_ids.shape[1]
-    max_new_tokens = min(each.max_length for each in criteria if type(each) is MaxLengthCriteria) - length
-    stop_ids = {
-        int(token) for each in criteria if type(each) is EosTokenCriteria for token in each.eos_token_id.tolist()
-    }
     others = StoppingCriteriaList(each for each in criteria if type(each) not in (EosTokenCriteria, MaxLengthCriteria))
     if not others:
-        return max_new_tokens, stop_ids, None
+        return None
+    length = input_ids.shape[1]
     ids = torch.cat([input_ids, input_ids.new_zeros(1, max_new_tokens)], -1)  # [1, tokens + new]
 
     def stops_after(token: int) -> bool:
@@ -319,7 +363,7 @@ def stop_rules(criteria: StoppingCriteriaList, input_ids: Tensor) -> tuple[int, 
         length += 1
         return bool(others(ids[:, :length], None).all())  # scores are not kept
 
-    return max_new_tokens, stop_ids, stops_after
+    return stops_after
 
 
 @contextmanager

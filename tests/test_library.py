@@ -310,9 +310,50 @@ def test_a_cache_of_the_caller_is_refused(early, plain):
         plain(PROMPT, max_new_tokens=4, custom_generate=early.custom_generate, cache=DynamicCache())
 
 
+ROWS = torch.tensor([[*[END] * 4, *range(40, 49)], [*range(60, 73)], [*[END] * 11, 65, 66]])
+MASK = torch.tensor([[0] * 4 + [1] * 9, [1] * 13, [0] * 11 + [1] * 2])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral-window"])
+def test_rows_are_generated_together_as_each_is_alone(early_of, family):
+    early = early_of(family)
+    alone = [early.generate(row[mask.bool()][None], max_new_tokens=30) for row, mask in zip(ROWS, MASK, strict=True)]
+    news = [found[0, int(mask.sum()) :].tolist() for found, mask in zip(alone, MASK, strict=True)]
+    ends = [news[0][2], news[1][9]]  # rows that end early, and at different places
+    for settings in ({}, {"eos_token_id": ends}, {"eos_token_id": ends, "pad_token_id": 9}):
+        expected = early.model.generate(ROWS, attention_mask=MASK, max_new_tokens=30, **settings)
+        found = early.generate(ROWS, attention_mask=MASK, max_new_tokens=30, **settings)
+        assert torch.equal(found, expected)
+    assert len({len(answer.token_ids) for answer in early.answers}) > 1
+    assert sum(answer.stats.tokens_accepted for answer in early.answers) > 0
+    found = early.generate(ROWS, attention_mask=MASK, max_new_tokens=30)
+    assert [answer.token_ids for answer in early.answers] == news
+
+
+def test_criteria_and_processors_look_at_each_row(early, plain):
+    settings = dict(attention_mask=MASK, max_new_tokens=20, repetition_penalty=1.3, no_repeat_ngram_size=2)
+    expected = plain(ROWS, **settings, stopping_criteria=[StopAfter(ROWS.shape[1] + 11)])
+    assert torch.equal(early.generate(ROWS, **settings, stopping_criteria=[StopAfter(ROWS.shape[1] + 11)]), expected)
+    assert expected.shape[1] == ROWS.shape[1] + 11
+
+
+def test_rows_are_sampled_by_their_own_seeds(early):
+    def sampled(drafter):
+        torch.manual_seed(5)
+        early.drafter, before = drafter, early.drafter
+        try:
+            return early.generate(PROMPT.repeat(4, 1), max_new_tokens=12, do_sample=True)
+        finally:
+            early.drafter = before
+
+    found = sampled(early.drafter)
+    assert len({tuple(row) for row in found.tolist()}) == 4
+    assert torch.equal(found, sampled(NoDrafter()))
+
+
 def test_refuses_rows_masks_and_positions_that_it_cannot_decode(early):
-    with pytest.raises(ConfigError, match="2 rows"):
-        early.generate(PROMPT.repeat(2, 1), max_new_tokens=4)
+    with pytest.raises(ConfigError, match="a streamer shows one text"):
+        early.generate(PROMPT.repeat(2, 1), max_new_tokens=4, streamer=Recorder())
     holes = torch.ones_like(PROMPT)
     holes[0, 4] = 0
     with pytest.raises(ConfigError, match="hides tokens behind"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +104,10 @@ def check_combinations(resolved: Resolved) -> None:
         faults.append(f"--mode dynamic_early_exit drafts up to {DYNAMIC_LENGTH} tokens; leave --width out")
     if settings.prompts and settings.mode == "comprehensive":
         faults.append("--mode comprehensive takes one prompt; eexit bench compares methods on many")
+    if settings.batch > 1 and not settings.prompts:
+        faults.append("--batch takes many prompts; give them with --prompts")
+    if settings.batch > 1 and settings.mode == "compare":
+        faults.append("--mode compare times one answer at a time; leave --batch out")
     if settings.prompts and settings.html:
         faults.append("--html shows one answer; give one prompt")
     if settings.mode == "fixed_layerskip":
@@ -281,37 +287,15 @@ def write_page(job: Job, prompt: str, ids: list[int], shown: Generation, methods
 
 def answer_many(job: Job, prompts: list[dict[str, Any]], encoded: list[list[int]]) -> None:
     """A record per prompt."""
-    from early_exit_cli.decoding import generate
-    from early_exit_cli.evaluation import compare
-
     warm_up(job, encoded[0], job.drafter)
-    records: list[dict[str, Any]] = []
+    started = time.perf_counter()
     with console.progress("prompts", len(prompts)) as ticker:
-        for prompt, ids in zip(prompts, encoded, strict=True):
-            known: dict[str, Any] = {key: prompt[key] for key in ("question_id", "category") if key in prompt}
-            if job.settings.mode == "compare":
-                record = compare(
-                    job.model,
-                    ids,
-                    job.drafter,
-                    job.settings.max_tokens,
-                    width=job.width,
-                    repeats=job.settings.repeats,
-                    chooser=job.chooser,
-                ).record()
-            else:
-                run = generate(
-                    job.model,
-                    ids,
-                    job.drafter,
-                    job.settings.max_tokens,
-                    mode=job.drafter.name,
-                    width=job.width,
-                    chooser=job.chooser,
-                )
-                record = {job.drafter.name: run.record()}
-            records.append({**known, "prompt_tokens": len(ids), **record})
-            ticker.update(len(records))
+        found = (answer_together if job.settings.batch > 1 else answer_in_turn)(job, encoded, ticker.update)
+    seconds = time.perf_counter() - started
+    records: list[dict[str, Any]] = []
+    for prompt, ids, record in zip(prompts, encoded, found, strict=True):
+        known: dict[str, Any] = {key: prompt[key] for key in ("question_id", "category") if key in prompt}
+        records.append({**known, "prompt_tokens": len(ids), **record})
     if job.as_json:
         console.emit_json({"records": records})
         return
@@ -323,3 +307,57 @@ def answer_many(job: Job, prompts: list[dict[str, Any]], encoded: list[list[int]
         rows.append((number, str(record.get("category", "")), record["prompt_tokens"], *speeds, *extra))
     compared = ["speed-up", "identical", "bit-exact"] if job.settings.mode == "compare" else []
     console.table("tokens/s", ["prompt", "category", "tokens", *methods, *compared], rows, result=True)
+    if job.settings.batch > 1:
+        tokens = sum(record[methods[0]]["stats"]["total_tokens_generated"] for record in records)
+        console.note(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s together")
+
+
+def answer_in_turn(job: Job, encoded: list[list[int]], on_answer: Callable[[int], None]) -> list[dict[str, Any]]:
+    """One prompt after another."""
+    from early_exit_cli.decoding import generate
+    from early_exit_cli.evaluation import compare
+
+    settings, records = job.settings, []
+    for ids in encoded:
+        if settings.mode == "compare":
+            compared = compare(
+                job.model,
+                ids,
+                job.drafter,
+                settings.max_tokens,
+                width=job.width,
+                repeats=settings.repeats,
+                chooser=job.chooser,
+            )
+            records.append(compared.record())
+        else:
+            run = generate(
+                job.model,
+                ids,
+                job.drafter,
+                settings.max_tokens,
+                mode=job.drafter.name,
+                width=job.width,
+                chooser=job.chooser,
+            )
+            records.append({job.drafter.name: run.record()})
+        on_answer(len(records))
+    return records
+
+
+def answer_together(job: Job, encoded: list[list[int]], on_answer: Callable[[int], None]) -> list[dict[str, Any]]:
+    """`--batch` prompts at a time in the same passes."""
+    from early_exit_cli.together import Request, generate_together
+
+    requests = [Request(ids, job.chooser.another()) for ids in encoded]
+    runs = generate_together(
+        job.model,
+        requests,
+        job.drafter,
+        job.settings.max_tokens,
+        mode=job.drafter.name,
+        batch=job.settings.batch,
+        width=job.width,
+        on_end=on_answer,
+    )
+    return [{job.drafter.name: run.record()} for run in runs]
