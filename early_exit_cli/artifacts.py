@@ -66,6 +66,23 @@ def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
     write_text(path, text)
 
 
+def parse_json(text: str) -> Any:
+    """A JSON value that can be shown and written again.
+
+    Raises:
+        ValueError: not JSON, nested too deeply, or with half a surrogate pair, which is no text.
+    """
+    try:
+        value = json.loads(text)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except UnicodeEncodeError:
+        raise ValueError("half a surrogate pair in a string") from None
+    return value
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
@@ -73,10 +90,10 @@ def read_json(path: Path) -> dict[str, Any]:
         BundleError: missing, unreadable, or not an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BundleError(f"no file {path}") from None
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise BundleError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(value, dict):
         raise BundleError(f"{path} must hold a JSON object, not {type(value).__name__}")

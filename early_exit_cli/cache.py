@@ -25,18 +25,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from early_exit_cli.artifacts import file_sha256, read_json, sha256_of, user_cache_dir
+from early_exit_cli.artifacts import file_sha256, sha256_of, user_cache_dir
 from early_exit_cli.backbone import LastBlock
 from early_exit_cli.config import BackboneConfig, CacheConfig, DataConfig, HeadsConfig, TrainingConfig
-from early_exit_cli.errors import BundleError, CacheError
+from early_exit_cli.errors import BundleError, CacheError, shown
+from early_exit_cli.formats import ManifestForm, read_form
 
-FORMAT_VERSION = 1
 MANIFEST, READOUT, SHARDS = "manifest.json", "readout.safetensors", "shards"
 LAST_BLOCK = "last_block."
+STORED_DTYPES = (torch.bfloat16, torch.float32, torch.float8_e4m3fn)
 LARGEST_FP8 = 448.0
 """Largest finite value of e4m3."""
 
@@ -90,14 +90,13 @@ class Cache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            self.manifest = read_json(folder / MANIFEST)
-            self.layers = [int(layer) for layer in self.manifest["layers"]]
-            self.shards: list[dict[str, Any]] = list(self.manifest["shards"])
-            self.tokens = sum(int(shard["tokens"]) for shard in self.shards)
-            self.total_bytes = sum(int(shard["bytes"]) for shard in self.shards)
-        except (BundleError, KeyError, TypeError, ValueError) as error:
-            reason = error.message if isinstance(error, BundleError) else f"{MANIFEST} is not readable: {error!r}"
-            raise CacheError(f"no cache in {folder}: {reason}", hint="eexit cache extract") from error
+            self.manifest = read_form(folder / MANIFEST, ManifestForm)
+        except BundleError as error:
+            raise CacheError(f"no cache in {folder}: {error.message}", hint="eexit cache extract") from error
+        self.layers: list[int] = self.manifest["layers"]
+        self.shards: list[dict[str, Any]] = self.manifest["shards"]
+        self.tokens = sum(shard["tokens"] for shard in self.shards)
+        self.total_bytes = sum(shard["bytes"] for shard in self.shards)
 
     @property
     def data(self) -> DataConfig:
@@ -106,7 +105,7 @@ class Cache:
 
     @property
     def is_complete(self) -> bool:
-        return bool(self.manifest.get("complete"))
+        return bool(self.manifest["complete"])
 
     def require_complete(self) -> None:
         """Refuse a cache whose extraction was stopped."""
@@ -115,6 +114,15 @@ class Cache:
                 f"the cache in {self.folder} is not complete: its extraction was stopped",
                 hint="run eexit cache extract again with the same settings; it goes on where it was",
             )
+
+    def require_sizes(self) -> None:
+        """Refuse shards that are missing or of another size: what their records promise is then not there."""
+        for shard in self.shards:
+            what = _size_damage(self.path(shard), shard)
+            if what:
+                raise CacheError(
+                    f"{self.path(shard)} is damaged: {what}", hint=f"eexit cache repair --cache-dir {self.folder}"
+                )
 
     def path(self, shard: dict[str, Any]) -> Path:
         return self.folder / SHARDS / str(shard["file"])
@@ -133,18 +141,51 @@ class Cache:
         wanted = wanted_sequences(config, training, int(found["max_length"]), token_bytes, available, world)
         return wanted > self.sequences()
 
+    def _check_readout(self, tensors: dict[str, Tensor]) -> None:
+        """Refuse a readout that is not of the shapes that the manifest speaks of.
+
+        Raises:
+            CacheError
+        """
+        found, last = self.manifest, self.manifest["last_block"]
+        hidden, vocab = found["hidden_size"], found["fingerprint"]["vocab_size"]
+        queries, keys = (last[name] * last["head_dim"] for name in ("query_heads", "kv_heads"))
+        inner = last["inner"]
+        block = {
+            "input_layernorm": [hidden],
+            "post_attention_layernorm": [hidden],
+            "self_attn.q_proj": [queries, hidden],
+            "self_attn.k_proj": [keys, hidden],
+            "self_attn.v_proj": [keys, hidden],
+            "self_attn.o_proj": [hidden, queries],
+            "mlp.gate_proj": [inner, hidden],
+            "mlp.up_proj": [inner, hidden],
+            "mlp.down_proj": [hidden, inner],
+        }
+        shapes = {f"{LAST_BLOCK}{name}.weight": shape for name, shape in block.items()}
+        shapes |= {"lm_head": [vocab, hidden], "norm": [hidden], "token_counts": [vocab]}
+        for name, shape in shapes.items():
+            tensor = tensors.get(name)
+            if tensor is None or list(tensor.shape) != shape or tensor.is_floating_point() == (name == "token_counts"):
+                raise CacheError(f"{self.folder / READOUT}: {name} should be {shape}", hint="eexit cache verify")
+        embedding = tensors.get("embedding", tensors["lm_head"])
+        if embedding.ndim != 2 or embedding.shape[0] < vocab or embedding.shape[1] != hidden:
+            raise CacheError(f"{self.folder / READOUT}: the embedding does not fit", hint="eexit cache verify")
+
     @cached_property
     def readout_tensors(self) -> dict[str, Tensor]:
         return load_shard(self.folder / READOUT)
 
     def readout(self, device: torch.device) -> StoredReadout:
         """The backbone's readout, without the backbone."""
-        found, tensors = self.manifest, self.readout_tensors
+        found = self.manifest
         if "last_block" not in found:
             raise CacheError(
                 f"the cache in {self.folder} was begun by an older version and lacks the last block's weights",
                 hint="run eexit cache extract again with the same settings; it adds only these",
             )
+        tensors = self.readout_tensors
+        self._check_readout(tensors)
         lm_head = tensors["lm_head"].to(device)
         return StoredReadout(
             name=found["request"]["backbone.model_name"],
@@ -200,9 +241,9 @@ def check_request(cache: Cache, request: dict[str, Any]) -> None:
     Raises:
         CacheError: every field that differs, with both values.
     """
-    made = cache.manifest.get("request", {})
+    made = cache.manifest["request"]
     differing = [
-        f"{key}: {made.get(key)!r} there, {request.get(key)!r} asked for"
+        f"{shown(key)[1:-1]}: {shown(made.get(key))} there, {request.get(key)!r} asked for"
         for key in sorted({*made, *request})
         if made.get(key) != request.get(key)
     ]
@@ -275,11 +316,9 @@ def foreign_files(cache: Cache) -> list[str]:
 
 def _damage_of(cache: Cache, shard: dict[str, Any]) -> str | None:
     path = cache.path(shard)
-    if not path.is_file():
-        return "missing"
-    size = path.stat().st_size
-    if size != shard["bytes"]:
-        return f"{size} bytes, written were {shard['bytes']}"
+    what = _size_damage(path, shard)
+    if what:
+        return what
     if file_sha256(path) != shard["sha256"]:
         return "its content is not what was written"
     try:
@@ -292,6 +331,46 @@ def _damage_of(cache: Cache, shard: dict[str, Any]) -> str | None:
     return None
 
 
+def _size_damage(path: Path, shard: dict[str, Any]) -> str | None:
+    if not path.is_file():
+        return "missing"
+    size = path.stat().st_size
+    return None if size == shard["bytes"] else f"{size} bytes, written were {shard['bytes']}"
+
+
+def misfit(
+    tensors: dict[str, Tensor], shard: dict[str, Any], states: list[str], hidden_size: int, vocab_size: int
+) -> str | None:
+    """Why the tensors of a file are not those of `shard`, if they are not.
+
+    Args:
+        states: names of the states that are read, such as `block.7`.
+    """
+    tokens, rows = shard["tokens"], shard["last"] - shard["first"]
+    shapes = {"normalizer": [tokens], **{name: [tokens, hidden_size] for name in states}}
+    shapes |= {f"{name}.scale": [tokens] for name in states if f"{name}.scale" in tensors}
+    for name, shape in shapes.items():
+        tensor = tensors.get(name)
+        if tensor is None or list(tensor.shape) != shape or tensor.dtype not in STORED_DTYPES:
+            return f"{name} should be {shape} floats"
+    text = {name: tensors.get(name) for name in ("ids", "row_starts", "document_starts", "answer_starts")}
+    for name, tensor in text.items():
+        if tensor is None or tensor.dtype != torch.int32 or tensor.ndim != 1:
+            return f"{name} should be whole numbers"
+    ids, row_starts, document_starts, answer_starts = (text[name].long() for name in text)  # type: ignore[union-attr]
+    if ids.numel() != tokens or int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
+        return f"ids should be {tokens} tokens of the vocabulary"
+    for name, starts in (("row_starts", row_starts), ("document_starts", document_starts)):
+        if starts.numel() < 2 or starts[0] != 0 or starts[-1] != tokens or (starts.diff() <= 0).any():
+            return f"{name} should ascend from 0 to {tokens}"
+    if row_starts.numel() != rows + 1:
+        return f"it has {row_starts.numel() - 1} sequences, its record says {rows}"
+    fits = answer_starts.numel() == document_starts.numel() - 1
+    if not fits or ((answer_starts < document_starts[:-1]) | (answer_starts > document_starts[1:])).any():
+        return "an answer should start in each document"
+    return None
+
+
 def load_shard(path: Path) -> dict[str, Tensor]:
     """The tensors of a file of the cache, mapped into memory.
 
@@ -300,8 +379,9 @@ def load_shard(path: Path) -> dict[str, Tensor]:
     """
     try:
         return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CacheError(f"{path} is damaged: {error}", hint="eexit cache verify names all damage") from error
+    except Exception as error:  # besides its own, the reader raises what torch does with a strange dtype or shape
+        reason = " ".join(str(error).split())[:300]
+        raise CacheError(f"{path} is damaged: {reason}", hint="eexit cache verify names all damage") from error
 
 
 def info(cache: Cache) -> dict[str, Any]:

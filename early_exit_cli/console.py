@@ -92,19 +92,24 @@ def _paint(text: str, decider: str) -> str:
     return style.render(text, color_system=_colour_system()) if style else text
 
 
+def plain(text: str) -> str:
+    """Text without what would move a terminal's cursor or change its colours: messages quote files of any origin."""
+    return "".join(char if char.isprintable() or char in "\n " else repr(char)[1:-1] for char in text)
+
+
 def note(message: str) -> None:
     """One line to the person."""
-    stderr().print(message, style="dim", markup=False)
+    stderr().print(plain(message), style="dim", markup=False)
 
 
 def warn(message: str) -> None:
     """One line that deserves attention."""
-    stderr().print(f"warning: {message}", style="yellow", markup=False)
+    stderr().print(f"warning: {plain(message)}", style="yellow", markup=False)
 
 
 def error(message: str, hint: str | None) -> None:
     """What went wrong, and the next thing to try."""
-    lines = message.splitlines() or [""]
+    lines = plain(message).split("\n")
     if len(lines) == 1:
         stderr().print(f"error: {lines[0]}", style="red", markup=False)
     else:
@@ -112,7 +117,7 @@ def error(message: str, hint: str | None) -> None:
         for line in lines:
             stderr().print(f"  {line}", style="red", markup=False)
     if hint:
-        stderr().print(f"  try: {hint}", markup=False)
+        stderr().print(f"  try: {plain(hint)}", markup=False)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, result: bool = False) -> None:

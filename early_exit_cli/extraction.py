@@ -7,6 +7,7 @@ damaged shard is computed again by itself. Until all is done, finished shards ar
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import shutil
 import time
@@ -21,10 +22,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from early_exit_cli.artifacts import file_sha256, read_json, sha256_of, write_atomic, write_json
+from early_exit_cli.artifacts import file_sha256, sha256_of, write_atomic, write_json
 from early_exit_cli.backbone import Backbone
 from early_exit_cli.cache import (
-    FORMAT_VERSION,
     LARGEST_FP8,
     LAST_BLOCK,
     MANIFEST,
@@ -41,6 +41,7 @@ from early_exit_cli.cache import (
 from early_exit_cli.config import CacheConfig, DataConfig, TrainingConfig
 from early_exit_cli.data import Batch, Document, batches, pack, pad_token_id
 from early_exit_cli.errors import BundleError, CacheError, NumericsError
+from early_exit_cli.formats import FORMAT_VERSION, Shard, read_form
 from early_exit_cli.states import count_tokens, log_normalizer, run_states
 
 ROWS_PER_PASS = 4
@@ -381,11 +382,9 @@ def _recorded_shards(folder: Path) -> dict[str, dict[str, Any]]:
     if (folder / MANIFEST).exists():
         known = {str(shard["file"]): shard for shard in Cache(folder).shards}
     for path in sorted((folder / SHARDS).glob("*.json")):
-        try:
-            record = read_json(path)
-            known[str(record["file"])] = record
-        except (BundleError, KeyError):
-            continue
+        with contextlib.suppress(BundleError):  # torn: its shard is computed again
+            record = read_form(path, Shard)
+            known[record["file"]] = record
     return known
 
 
@@ -393,7 +392,7 @@ def _is_done(folder: Path, plan: dict[str, Any], record: dict[str, Any] | None) 
     path = folder / SHARDS / plan["file"]
     return (
         record is not None
-        and all(record.get(key) == plan[key] for key in ("first", "last", "text"))
+        and all(record.get(key) == plan[key] for key in ("first", "last", "tokens", "text"))
         and path.is_file()
         and path.stat().st_size == record.get("bytes")
     )
