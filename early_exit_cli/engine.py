@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from early_exit_cli.artifacts import fingerprint_differences, write_atomic, write_json
+from early_exit_cli.artifacts import atomic_files, fingerprint_differences, write_atomic, write_json
 from early_exit_cli.backbone import Backbone, Readout, load_backbone
 from early_exit_cli.blocks import LARGEST_WIDTH, PREFILL_WIDTH, Blocks, KVCache
 from early_exit_cli.bundle import (
@@ -275,34 +275,30 @@ def save_bundle(
     training_config: dict[str, Any],
     record: dict[str, Any],
 ) -> None:
-    """Write heads, config.json and eexit.json; a calibration of other heads is removed. eexit.json comes last.
+    """Write heads, config.json and eexit.json together; a calibration of other heads is removed.
 
-    A lookahead head of the same backbone that is there stays.
+    A lookahead head of the same backbone that is there stays. A failure leaves the bundle that was there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     before = read_bundle_record(folder) if (folder / RECORD_FILE).exists() else {}
     if "lookahead" in before and before.get("fingerprint") == readout.fingerprint:
         record = {**record, "lookahead": before["lookahead"]}
-    for stale in (CALIBRATION_FILE, DSSD_HEADS_FILE, RECORD_FILE):
-        (folder / stale).unlink(missing_ok=True)
-    heads.save(folder / HEADS_FILE, readout.dtype)
-    if heads.kind == "linear":
-        weights = heads.dssd_state_dict(readout.dtype)
-        write_atomic(folder / DSSD_HEADS_FILE, lambda temporary: torch.save(weights, temporary))
-    write_json(folder / CONFIG_FILE, bundle_config(readout, heads.layers, training_config))
-    write_json(
-        folder / RECORD_FILE,
-        {
-            "format_version": FORMAT_VERSION,
-            "fingerprint": readout.fingerprint,
-            "heads": {
-                "kind": heads.kind,
-                "rank": heads.rank,
-                "draft_vocab": 0 if heads.draft_vocab is None else int(heads.draft_vocab.numel()),
-            },
-            **record,
+    described = {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": readout.fingerprint,
+        "heads": {
+            "kind": heads.kind,
+            "rank": heads.rank,
+            "draft_vocab": 0 if heads.draft_vocab is None else int(heads.draft_vocab.numel()),
         },
-    )
+        **record,
+    }
+    with atomic_files(folder, (CALIBRATION_FILE, DSSD_HEADS_FILE, HEADS_FILE, CONFIG_FILE, RECORD_FILE)) as temporary:
+        heads.save(temporary / HEADS_FILE, readout.dtype)
+        if heads.kind == "linear":
+            weights = heads.dssd_state_dict(readout.dtype)
+            write_atomic(temporary / DSSD_HEADS_FILE, lambda path: torch.save(weights, path))
+        write_json(temporary / CONFIG_FILE, bundle_config(readout, heads.layers, training_config))
+        write_json(temporary / RECORD_FILE, described)
 
 
 def save_lookahead(
@@ -388,7 +384,7 @@ def read_batch(model: Engine, batch: Batch, metric: UncertaintyMetric = "entropy
         for head, hidden in enumerate(exits):
             logits = heads.logits(head, hidden)
             uncertainties.append(uncertainty(logits, metric))
-            best = heads.token_ids(logits.topk(5, -1).indices)
+            best = heads.token_ids(logits.topk(min(5, logits.shape[-1]), -1).indices)
             top5.append(best)
             tokens.append(best[:, 0])
         return Readings(

@@ -18,11 +18,16 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from early_exit_cli.artifacts import file_sha256, sha256_of, write_atomic, write_json
+from early_exit_cli.artifacts import (
+    file_sha256,
+    fingerprint_differences,
+    sha256_of,
+    write_atomic,
+    write_json,
+)
 from early_exit_cli.backbone import Backbone
 from early_exit_cli.cache import (
     LARGEST_FP8,
@@ -40,7 +45,7 @@ from early_exit_cli.cache import (
 )
 from early_exit_cli.config import CacheConfig, DataConfig, TrainingConfig
 from early_exit_cli.data import Batch, Document, batches, pack, pad_token_id
-from early_exit_cli.errors import BundleError, CacheError, NumericsError
+from early_exit_cli.errors import BundleError, CacheError, NumericsError, shown
 from early_exit_cli.formats import FORMAT_VERSION, Shard, read_form
 from early_exit_cli.states import count_tokens, log_normalizer, run_states
 
@@ -99,6 +104,7 @@ def extract(
     rows["train"] = rows["train"][:wanted]
     if (folder / MANIFEST).exists():
         check_request(Cache(folder), request)
+        check_backbone(Cache(folder), backbone)
     known = _recorded_shards(folder)
     plans = _plans(rows, config.shard_tokens // data.max_length)
     missing = [plan for plan in plans if not _is_done(folder, plan, known.get(plan["file"]))]
@@ -144,7 +150,7 @@ def extract(
         if processes.is_main_process:
             _finish(folder, header, plans, rows["train"], backbone)
         processes.wait_for_everyone()
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise _write_error(folder, error) from error
     return Cache(folder)
 
@@ -167,8 +173,7 @@ def repair(
     Raises:
         CacheError: the backbone or the text is not the one the cache was made from.
     """
-    if backbone.fingerprint != cache.manifest["fingerprint"]:
-        raise CacheError(f"the cache in {cache.folder} was made by another backbone than {backbone.name}")
+    check_backbone(cache, backbone)
     rows = _rows_of(train, held_out, backbone, data, config)
     rows["train"] = rows["train"][: cache.sequences()]
     plans = {plan["file"]: plan for plan in _plans(rows, config.shard_tokens // data.max_length)}
@@ -200,9 +205,24 @@ def repair(
         write_json(cache.folder / MANIFEST, {**cache.manifest, "shards": cache.shards})
         if READOUT in names:
             _finish(cache.folder, header, list(plans.values()), rows["train"], backbone)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise _write_error(cache.folder, error) from error
     return changed
+
+
+def check_backbone(cache: Cache, backbone: Backbone) -> None:
+    """Refuse a backbone that is not the one a cache was made by, its tokenizer included.
+
+    Raises:
+        CacheError: every field that differs, with both values.
+    """
+    differences = fingerprint_differences(cache.manifest["fingerprint"], backbone.fingerprint)
+    if differences:
+        named = "; ".join(f"{key}: {shown(theirs)} there, {ours!r} here" for key, theirs, ours in differences)
+        raise CacheError(
+            f"the cache in {cache.folder} was made by another backbone than {backbone.name} ({named})",
+            hint="use another --cache-dir",
+        )
 
 
 def _rows_of(
@@ -398,11 +418,10 @@ def _is_done(folder: Path, plan: dict[str, Any], record: dict[str, Any] | None) 
     )
 
 
-def _write_error(folder: Path, error: Exception) -> CacheError:
-    full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error) or "No space" in str(error)
-    if full:
+def _write_error(folder: Path, error: OSError) -> CacheError:
+    if error.errno == errno.ENOSPC:
         return CacheError(
             f"the disk of {folder} is full; finished shards are kept",
             hint="free some space and run the same command again, or shrink the cache with --cache-gb",
         )
-    return CacheError(f"cannot write the cache in {folder}: {error}")
+    return CacheError(f"cannot write the cache in {folder}: {error.strerror}")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import shutil
 import signal
 import threading
@@ -30,7 +31,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from early_exit_cli.artifacts import atomic_folder, write_json
+from early_exit_cli.artifacts import atomic_folder, write_errno, write_json
 from early_exit_cli.config import DataConfig, HeadsConfig, TrainingConfig
 from early_exit_cli.distillation import Teacher, distillation_loss, teach
 from early_exit_cli.engine import require_finite
@@ -83,6 +84,20 @@ def check_tracker(name: str) -> None:
         raise ConfigError(
             f"training.report_to = {name}: the package {package} is not installed", hint=f"pip install {package}"
         )
+
+
+def check_launcher() -> None:
+    """Refuse launchers that shard the model: 4-bit weights cannot be, and heads are small (bitsandbytes#1945).
+
+    Raises:
+        ConfigError
+    """
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true", "yes"):
+            raise ConfigError(
+                f"training runs under DDP only, and accelerate was told to use {name}",
+                hint="accelerate launch --config_file configs/ddp_config.yaml -m early_exit_cli train",
+            )
 
 
 @contextmanager
@@ -364,8 +379,13 @@ class Trainer:
                 self.accelerator.wait_for_everyone()
                 if self.accelerator.is_main_process:
                     write_json(target / MARKER, state)
-        except OSError as error:
-            raise CheckpointError(f"cannot write the checkpoint {target}: {error.strerror or error}") from error
+        except Exception as error:  # torch says in its own way that a file cannot be written
+            number = write_errno(error)
+            reason = " ".join(str(error).split())[:200] if number is None else os.strerror(number)
+            raise CheckpointError(
+                f"cannot write the checkpoint {target}: {reason}",
+                hint="earlier ones are kept: --resume goes on from there",
+            ) from error
         if self.accelerator.is_main_process:
             for old in complete_checkpoints(self.config.output_dir)[:-KEPT_CHECKPOINTS]:
                 shutil.rmtree(old, ignore_errors=True)

@@ -22,6 +22,7 @@ def command(variants: list[Resolved], as_json: bool) -> None:
     from early_exit_cli.training import (
         Lessons,
         Trainer,
+        check_launcher,
         check_tracker,
         half_written_checkpoints,
         result_record,
@@ -30,6 +31,7 @@ def command(variants: list[Resolved], as_json: bool) -> None:
 
     config = variants[0].config
     check_tracker(config.training.report_to)
+    check_launcher()
     source: StateSource
     data = config.data
     if config.training.mode == "online":
