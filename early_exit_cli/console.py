@@ -24,6 +24,7 @@ from early_exit_cli import palette
 
 PLAIN_LINE_SECONDS = 15.0
 PLAIN_WIDTH = 160
+MOST_LINES, LONGEST_LINE = 30, 1000
 
 
 def stdout() -> Console:
@@ -93,8 +94,13 @@ def _paint(text: str, decider: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Text without what would move a terminal's cursor or change its colours: messages quote files of any origin."""
-    return "".join(char if char.isprintable() or char in "\n " else repr(char)[1:-1] for char in text)
+    """Text without what would move a terminal's cursor or change its colours, and no longer than a person reads: messages
+    quote files of any origin."""
+    lines = text.split("\n")
+    if len(lines) > MOST_LINES:
+        lines = [*lines[:MOST_LINES], f"... and {len(lines) - MOST_LINES} more"]
+    cut = (line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]} ..." for line in lines)
+    return "\n".join("".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in cut)
 
 
 def note(message: str) -> None:

@@ -128,8 +128,6 @@ def unreadable(error: EexitError) -> str | None:
     """What is wrong with a message as a terminal gets it, if anything."""
     if not error.message.strip():
         return "an empty message"
-    if len(error.message) > 5000:
-        return f"a message of {len(error.message)} characters"
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
     with contextlib.redirect_stderr(terminal):
         try:
@@ -138,6 +136,8 @@ def unreadable(error: EexitError) -> str | None:
         except UnicodeEncodeError:
             return "a message that cannot be printed"
     printed = terminal.buffer.getvalue().decode()  # type: ignore[attr-defined]
+    if len(printed) > 32_000 or max(map(len, printed.splitlines())) > 1500:
+        return f"{len(printed)} characters are no message"
     return None if printed.replace("\n", "").isprintable() else "a control character in a message"
 
 
@@ -191,7 +191,9 @@ def altered(value: Any, dice: random.Random) -> Any:
     elif kind == 1 and isinstance(holder, dict):
         holder[dice.choice((key + "x", key.upper(), *TEXTS))] = holder.pop(key)
     elif kind == 2 and isinstance(old, (int, float)) and not isinstance(old, bool):
-        holder[key] = dice.choice((-old, old + 1, old * 10**9, float(old), str(old), [old], bool(old)))
+        holder[key] = dice.choice(
+            (-old, old + 1, old * 10**9, old / 2 if abs(old) < 1e300 else 0, str(old)[:99], [old])
+        )
     elif kind == 3 and isinstance(old, (list, dict)):
         holder[key] = _resized(old, dice)
     elif kind == 4:
