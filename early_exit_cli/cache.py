@@ -147,7 +147,11 @@ class Cache:
         Raises:
             CacheError
         """
+        from transformers.activations import ACT2FN
+
         found, last = self.manifest, self.manifest["last_block"]
+        if last["activation"] not in ACT2FN:
+            raise CacheError(f"{self.folder / MANIFEST}: the activation {shown(last['activation'])} is unknown here")
         hidden, vocab = found["hidden_size"], found["fingerprint"]["vocab_size"]
         queries, keys = (last[name] * last["head_dim"] for name in ("query_heads", "kv_heads"))
         inner = last["inner"]

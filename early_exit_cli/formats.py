@@ -360,7 +360,7 @@ class EvaluationForm(Form):
     num_samples: Count
     total_tokens: Count
     main_head: Score
-    auxiliary_heads: list[ScoredHead]
+    auxiliary_heads: list[ScoredHead] = Field(max_length=200)
     dataset: str = "unnamed text"
     bundle: Source = Source()
 
