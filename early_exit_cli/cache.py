@@ -36,6 +36,7 @@ from early_exit_cli.formats import ManifestForm, read_form
 
 MANIFEST, READOUT, SHARDS = "manifest.json", "readout.safetensors", "shards"
 LAST_BLOCK = "last_block."
+READOUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 STORED_DTYPES = (torch.bfloat16, torch.float32, torch.float8_e4m3fn)
 LARGEST_FP8 = 448.0
 """Largest finite value of e4m3."""
@@ -170,10 +171,12 @@ class Cache:
         shapes |= {"lm_head": [vocab, hidden], "norm": [hidden], "token_counts": [vocab]}
         for name, shape in shapes.items():
             tensor = tensors.get(name)
-            if tensor is None or list(tensor.shape) != shape or tensor.is_floating_point() == (name == "token_counts"):
+            dtypes = (torch.int64,) if name == "token_counts" else READOUT_DTYPES
+            if tensor is None or list(tensor.shape) != shape or tensor.dtype not in dtypes:
                 raise CacheError(f"{self.folder / READOUT}: {name} should be {shape}", hint="eexit cache verify")
         embedding = tensors.get("embedding", tensors["lm_head"])
-        if embedding.ndim != 2 or embedding.shape[0] < vocab or embedding.shape[1] != hidden:
+        fits = embedding.ndim == 2 and embedding.shape[0] >= vocab and embedding.shape[1] == hidden
+        if not fits or embedding.dtype not in READOUT_DTYPES:
             raise CacheError(f"{self.folder / READOUT}: the embedding does not fit", hint="eexit cache verify")
 
     @cached_property

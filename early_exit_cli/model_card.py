@@ -177,7 +177,7 @@ def contents(config: dict[str, Any], record: dict[str, Any], trained_on: str | N
     if training.get("tokens_seen"):
         source = "the backbone's own answers to " if training.get("data", {}).get("on_policy") else ""
         lines.append(
-            f"Trained for {training['step']:,} steps on {training['tokens_seen']:,} tokens of {source}`{trained_on}`."
+            f"Trained for {training.get('step', 0):,} steps on {training['tokens_seen']:,} tokens of {source}`{trained_on}`."
         )
     elif trained_on:
         lines.append(f"Trained on `{trained_on}`.")
