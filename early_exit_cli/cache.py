@@ -30,14 +30,12 @@ from torch import Tensor
 
 from early_exit_cli.artifacts import file_sha256, sha256_of, user_cache_dir
 from early_exit_cli.backbone import LastBlock
+from early_exit_cli.cache_shapes import LAST_BLOCK, readout_misfit
 from early_exit_cli.config import BackboneConfig, CacheConfig, DataConfig, HeadsConfig, TrainingConfig
 from early_exit_cli.errors import BundleError, CacheError, shown
 from early_exit_cli.formats import ManifestForm, read_form
 
 MANIFEST, READOUT, SHARDS = "manifest.json", "readout.safetensors", "shards"
-LAST_BLOCK = "last_block."
-READOUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-STORED_DTYPES = (torch.bfloat16, torch.float32, torch.float8_e4m3fn)
 LARGEST_FP8 = 448.0
 """Largest finite value of e4m3."""
 
@@ -142,43 +140,6 @@ class Cache:
         wanted = wanted_sequences(config, training, int(found["max_length"]), token_bytes, available, world)
         return wanted > self.sequences()
 
-    def _check_readout(self, tensors: dict[str, Tensor]) -> None:
-        """Refuse a readout that is not of the shapes that the manifest speaks of.
-
-        Raises:
-            CacheError
-        """
-        from transformers.activations import ACT2FN
-
-        found, last = self.manifest, self.manifest["last_block"]
-        if last["activation"] not in ACT2FN:
-            raise CacheError(f"{self.folder / MANIFEST}: the activation {shown(last['activation'])} is unknown here")
-        hidden, vocab = found["hidden_size"], found["fingerprint"]["vocab_size"]
-        queries, keys = (last[name] * last["head_dim"] for name in ("query_heads", "kv_heads"))
-        inner = last["inner"]
-        block = {
-            "input_layernorm": [hidden],
-            "post_attention_layernorm": [hidden],
-            "self_attn.q_proj": [queries, hidden],
-            "self_attn.k_proj": [keys, hidden],
-            "self_attn.v_proj": [keys, hidden],
-            "self_attn.o_proj": [hidden, queries],
-            "mlp.gate_proj": [inner, hidden],
-            "mlp.up_proj": [inner, hidden],
-            "mlp.down_proj": [hidden, inner],
-        }
-        shapes = {f"{LAST_BLOCK}{name}.weight": shape for name, shape in block.items()}
-        shapes |= {"lm_head": [vocab, hidden], "norm": [hidden], "token_counts": [vocab]}
-        for name, shape in shapes.items():
-            tensor = tensors.get(name)
-            dtypes = (torch.int64,) if name == "token_counts" else READOUT_DTYPES
-            if tensor is None or list(tensor.shape) != shape or tensor.dtype not in dtypes:
-                raise CacheError(f"{self.folder / READOUT}: {name} should be {shape}", hint="eexit cache verify")
-        embedding = tensors.get("embedding", tensors["lm_head"])
-        fits = embedding.ndim == 2 and embedding.shape[0] >= vocab and embedding.shape[1] == hidden
-        if not fits or embedding.dtype not in READOUT_DTYPES:
-            raise CacheError(f"{self.folder / READOUT}: the embedding does not fit", hint="eexit cache verify")
-
     @cached_property
     def readout_tensors(self) -> dict[str, Tensor]:
         return load_shard(self.folder / READOUT)
@@ -192,7 +153,9 @@ class Cache:
                 hint="run eexit cache extract again with the same settings; it adds only these",
             )
         tensors = self.readout_tensors
-        self._check_readout(tensors)
+        what = readout_misfit(tensors, found)
+        if what:
+            raise CacheError(f"{self.folder / READOUT} is not this cache's: {what}", hint="eexit cache verify")
         lm_head = tensors["lm_head"].to(device)
         return StoredReadout(
             name=found["request"]["backbone.model_name"],
@@ -343,39 +306,6 @@ def _size_damage(path: Path, shard: dict[str, Any]) -> str | None:
         return "missing"
     size = path.stat().st_size
     return None if size == shard["bytes"] else f"{size} bytes, written were {shard['bytes']}"
-
-
-def misfit(
-    tensors: dict[str, Tensor], shard: dict[str, Any], states: list[str], hidden_size: int, vocab_size: int
-) -> str | None:
-    """Why the tensors of a file are not those of `shard`, if they are not.
-
-    Args:
-        states: names of the states that are read, such as `block.7`.
-    """
-    tokens, rows = shard["tokens"], shard["last"] - shard["first"]
-    shapes = {"normalizer": [tokens], **{name: [tokens, hidden_size] for name in states}}
-    shapes |= {f"{name}.scale": [tokens] for name in states if f"{name}.scale" in tensors}
-    for name, shape in shapes.items():
-        tensor = tensors.get(name)
-        if tensor is None or list(tensor.shape) != shape or tensor.dtype not in STORED_DTYPES:
-            return f"{name} should be {shape} floats"
-    text = {name: tensors.get(name) for name in ("ids", "row_starts", "document_starts", "answer_starts")}
-    for name, tensor in text.items():
-        if tensor is None or tensor.dtype != torch.int32 or tensor.ndim != 1:
-            return f"{name} should be whole numbers"
-    ids, row_starts, document_starts, answer_starts = (text[name].long() for name in text)  # type: ignore[union-attr]
-    if ids.numel() != tokens or int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
-        return f"ids should be {tokens} tokens of the vocabulary"
-    for name, starts in (("row_starts", row_starts), ("document_starts", document_starts)):
-        if starts.numel() < 2 or starts[0] != 0 or starts[-1] != tokens or (starts.diff() <= 0).any():
-            return f"{name} should ascend from 0 to {tokens}"
-    if row_starts.numel() != rows + 1:
-        return f"it has {row_starts.numel() - 1} sequences, its record says {rows}"
-    fits = answer_starts.numel() == document_starts.numel() - 1
-    if not fits or ((answer_starts < document_starts[:-1]) | (answer_starts > document_starts[1:])).any():
-        return "an answer should start in each document"
-    return None
 
 
 def load_shard(path: Path) -> dict[str, Tensor]:

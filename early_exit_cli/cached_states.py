@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from early_exit_cli.artifacts import sha256_of
-from early_exit_cli.cache import Cache, StoredReadout, load_shard, measured_positions, misfit, owned_text, unpacked
+from early_exit_cli.cache import Cache, StoredReadout, load_shard, measured_positions, owned_text, unpacked
+from early_exit_cli.cache_shapes import shard_misfit
 from early_exit_cli.config import TrainingConfig
 from early_exit_cli.data import Batch, stacked
 from early_exit_cli.errors import CacheError
@@ -28,7 +29,7 @@ class _LoadedShard:
     ) -> None:
         tensors = load_shard(path)
         names = [*(f"block.{layer}" for layer in layers), "final"]
-        what = misfit(tensors, shard, names, readout.hidden_size, readout.vocab_size)
+        what = shard_misfit(tensors, shard, names, readout.hidden_size, readout.vocab_size)
         if what:
             raise CacheError(f"{path} is no shard of this cache: {what}", hint="eexit cache verify names all damage")
         # clone: the file is mapped into memory, and is read here rather than in the middle of a step

@@ -31,7 +31,6 @@ from early_exit_cli.artifacts import (
 from early_exit_cli.backbone import Backbone
 from early_exit_cli.cache import (
     LARGEST_FP8,
-    LAST_BLOCK,
     MANIFEST,
     READOUT,
     SHARDS,
@@ -43,6 +42,7 @@ from early_exit_cli.cache import (
     unpacked,
     wanted_sequences,
 )
+from early_exit_cli.cache_shapes import LAST_BLOCK
 from early_exit_cli.config import CacheConfig, DataConfig, TrainingConfig
 from early_exit_cli.data import Batch, Document, batches, pack, pad_token_id
 from early_exit_cli.errors import BundleError, CacheError, NumericsError, shown
