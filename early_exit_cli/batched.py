@@ -2,15 +2,23 @@
 
 Prompts of like length stand side by side, padded on the left, and advance a token at a time; rows that have ended are
 dropped. Here only the number of tokens per second counts: a token's bits may differ from those of decoding one text.
+Blocks of other shapes than Llama's are left to the library's own `generate`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from early_exit_cli.backbone import Backbone
 from early_exit_cli.fused_blocks import FusedBlocks
+
+Answer = Callable[[list[list[int]], int, float | None, torch.Generator], list[list[int]]]
+"""(prompts, most new tokens, temperature, its randomness) -> new tokens for each, as `answer_together`."""
 
 PREFILL_ROWS = 512
 KEPT_SHARE = 0.8
@@ -29,7 +37,7 @@ class _Rows:
         self.values = [
             torch.zeros(shape, dtype=backbone.dtype, device=backbone.device) for _ in range(blocks.num_blocks)
         ]
-        self.cos, self.sin = blocks.rotary_tables(capacity)
+        self.cos, self.sin = blocks.rotary_tables(capacity)[None]
 
     def keep(self, rows: Tensor) -> None:
         """Drop all but `rows`."""
@@ -81,6 +89,48 @@ class _Rows:
             seen &= key > row - window
         seen = (seen & (key >= self.starts[:, None, None])) | (key == row)
         return seen.repeat_interleave(self.blocks.query_heads // self.blocks.kv_heads, 1)[:, None]
+
+
+def answerer(backbone: Backbone) -> Answer:
+    """How many prompts are answered together by this backbone."""
+    if backbone.has_llama_shape:
+        return partial(answer_together, FusedBlocks(backbone))
+    return partial(answer_by_library, backbone)
+
+
+def answer_by_library(
+    backbone: Backbone,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    temperature: float | None,
+    generator: torch.Generator,
+) -> list[list[int]]:
+    """As `answer_together`."""
+    from transformers import GenerationConfig
+
+    ends = backbone.eos_token_ids
+    longest = max(map(len, prompts))
+    rows = [[min(ends, default=0)] * (longest - len(prompt)) + prompt for prompt in prompts]
+    seen = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature is not None,
+        temperature=temperature or 1.0,
+        top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=min(ends, default=0),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(generator.initial_seed())
+        found = backbone.model.generate(
+            torch.tensor(rows, device=backbone.device),
+            attention_mask=torch.tensor(seen, device=backbone.device),
+            generation_config=config,
+        )
+    answers = found[:, longest:].tolist()
+    return [answer[: next((i + 1 for i, t in enumerate(answer) if t in ends), None)] for answer in answers]
 
 
 def answer_together(

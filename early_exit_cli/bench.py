@@ -16,8 +16,8 @@ from dataclasses import asdict
 from typing import Any
 
 from early_exit_cli.artifacts import environment, write_lines
-from early_exit_cli.bench_methods import PEERS, Worker, check_methods
-from early_exit_cli.config import BackboneConfig, BenchConfig, BundleConfig
+from early_exit_cli.bench_methods import PEERS, Setup, Worker, check_methods
+from early_exit_cli.config import BenchConfig
 from early_exit_cli.decoding import accepted_length
 from early_exit_cli.errors import ConfigError, DataError
 from early_exit_cli.lookup import SuffixAutomaton
@@ -59,8 +59,7 @@ def select_prompts(rows: list[dict[str, Any]], config: BenchConfig) -> list[dict
 
 def run_bench(
     config: BenchConfig,
-    backbone: BackboneConfig,
-    bundle: BundleConfig,
+    setup: Setup,
     prompts: list[dict[str, Any]],
     encode: Callable[[str], list[int]],
     on_answer: Callable[[int, str], None] | None = None,
@@ -74,7 +73,7 @@ def run_bench(
     Raises:
         ConfigError: unknown methods, or the baseline missing among them.
     """
-    check_methods(config.methods)
+    check_methods(config.methods, setup.sampling)
     if BASELINE not in config.methods:
         raise ConfigError(f"methods must hold {BASELINE!r}, the baseline: {', '.join(config.methods)}")
     workers: dict[str, Worker] = {}
@@ -83,7 +82,7 @@ def run_bench(
     config.output_dir.mkdir(parents=True, exist_ok=True)
     try:
         for name in config.methods:  # one after another, so that loading does not disturb a warm-up
-            workers[name] = Worker(name, backbone, bundle, config.accuracy_level, config.read_heads)
+            workers[name] = Worker(name, setup)
             costs[name] = workers[name].ready()
         with open(config.output_dir / "records.jsonl", "w", encoding="utf-8") as file:
             for repeat in range(config.repeats):
@@ -142,7 +141,7 @@ def summarize(
     records: list[dict[str, Any]],
     start_up: dict[str, dict[str, float]],
     config: BenchConfig,
-    backbone: BackboneConfig,
+    setup: Setup,
 ) -> dict[str, Any]:
     """The report: methods, categories, environment."""
     categories = list(dict.fromkeys(record["category"] for record in records))
@@ -154,8 +153,9 @@ def summarize(
         "repeats": _repeats(records, config),
         "environment": {
             **environment(),
-            "model": backbone.model_name,
-            "quantization": backbone.quantization,
+            "model": setup.backbone.model_name,
+            "quantization": setup.backbone.quantization,
+            "sampling": setup.sampling.model_dump(),
             "max_tokens": config.max_tokens,
             "repeats": config.repeats,
             "start_up": start_up,

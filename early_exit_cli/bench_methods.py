@@ -1,6 +1,6 @@
 """The ways of decoding that `eexit bench` compares, each in a process of its own.
 
-A worker loads its model, warms up, then answers one prompt at a time, greedily, on request. While one works the others
+A worker loads its model, warms up, then answers one prompt at a time on request. While one works the others
 wait on their pipe, so nobody's threads disturb the measured one. Identity is reported as token ids; our own methods add a
 hash of the final states that decided their tokens, so that equal bits can be seen across processes.
 """
@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
-from early_exit_cli.config import EMBEDDED_MODEL, BackboneConfig, BundleConfig
+from early_exit_cli.config import EMBEDDED_MODEL, BackboneConfig, BundleConfig, SamplingConfig
 from early_exit_cli.errors import BackboneError, ConfigError, EexitError
 
 OURS = ("full", "adaptive", "lookahead", "lookup", "auto")
@@ -40,14 +40,25 @@ class Answer:
     states_hash: str | None = None
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What all methods of a run share."""
+
+    backbone: BackboneConfig
+    bundle: BundleConfig
+    sampling: SamplingConfig
+    level: float
+    read_heads: str
+
+
 class Method(Protocol):
     """A loaded way of decoding."""
 
     def answer(self, prompt_ids: list[int], max_tokens: int) -> Answer: ...
 
 
-def check_methods(names: list[str]) -> None:
-    """Refuse unknown method names and peers whose package is missing, before anything loads."""
+def check_methods(names: list[str], sampling: SamplingConfig) -> None:
+    """Refuse unknown method names and peers whose package is missing, or that cannot sample, before anything loads."""
     for name in names:
         kind, _, level = name.partition("@")
         if kind not in OURS + PEERS or (level and kind != "adaptive"):
@@ -55,44 +66,46 @@ def check_methods(names: list[str]) -> None:
         package = PACKAGES.get(kind)
         if package and importlib.util.find_spec(package) is None:
             raise ConfigError(f"method {kind} needs the package {package}", hint="pip install 'eexit[peers]'")
+        if kind == "economize" and not sampling.is_greedy:
+            raise ConfigError(f"method {kind} is greedy only", hint="leave it out, or the sampling settings")
 
 
-def load_method(name: str, backbone: BackboneConfig, bundle: BundleConfig, level: float, read_heads: str) -> Method:
+def load_method(name: str, setup: Setup) -> Method:
     """Build a method in this process."""
     kind, _, at = name.partition("@")
     if kind in OURS:
-        return _Ours(kind, backbone, bundle, float(at) if at else level, read_heads)
+        return _Ours(kind, setup, float(at) if at else setup.level)
     if kind == "llama.cpp":
-        return _LlamaCpp(backbone)
+        return _LlamaCpp(setup)
     if kind == "economize":
-        return _Economize(backbone)
-    return _Transformers(kind, backbone, bundle)
+        return _Economize(setup)
+    return _Transformers(kind, setup)
 
 
 class _Ours:
     """Plain or adaptive decoding of this program."""
 
-    def __init__(
-        self, kind: str, backbone: BackboneConfig, bundle: BundleConfig, level: float, read_heads: str
-    ) -> None:
+    def __init__(self, kind: str, setup: Setup, level: float) -> None:
         from early_exit_cli.blocks import LARGEST_WIDTH
         from early_exit_cli.costs import auto_drafter, exit_drafter, lookahead_drafter, lookup_drafter
         from early_exit_cli.decoding import default_width
         from early_exit_cli.drafters import Drafter, NoDrafter
         from early_exit_cli.engine import load_model
+        from early_exit_cli.sampling import make_chooser
 
-        self.model = load_model(backbone, bundle)
+        self.model = load_model(setup.backbone, setup.bundle)
         self.kind = kind
+        self.chooser = make_chooser(setup.sampling)
         self.width = default_width(self.model)
         self.drafter: Drafter = NoDrafter()
         if kind == "adaptive":
-            self.drafter = exit_drafter(self.model, level, self.width, read_heads)
+            self.drafter = exit_drafter(self.model, level, self.width, setup.read_heads)
         if kind == "lookup":
             self.width, self.drafter = LARGEST_WIDTH, lookup_drafter(self.model)
         elif kind == "lookahead":
             self.width, self.drafter = LARGEST_WIDTH, lookahead_drafter(self.model)
         if kind == "auto":
-            self.drafter = auto_drafter(self.model, level, self.width, read_heads)
+            self.drafter = auto_drafter(self.model, level, self.width, setup.read_heads)
             self.width = LARGEST_WIDTH
 
     def answer(self, prompt_ids: list[int], max_tokens: int) -> Answer:
@@ -101,7 +114,14 @@ class _Ours:
         from early_exit_cli.decoding import generate
 
         run = generate(
-            self.model, prompt_ids, self.drafter, max_tokens, mode=self.kind, width=self.width, keep_states=True
+            self.model,
+            prompt_ids,
+            self.drafter,
+            max_tokens,
+            mode=self.kind,
+            width=self.width,
+            chooser=self.chooser,
+            keep_states=True,
         )
         states = run.states.contiguous().view(torch.uint8).cpu().numpy().tobytes() if run.states is not None else b""
         return Answer(
@@ -130,30 +150,38 @@ class _Ours:
 class _Transformers:
     """The library's own `generate` on the same 4-bit weights: plain, prompt lookup, or early exit."""
 
-    def __init__(self, kind: str, backbone: BackboneConfig, bundle: BundleConfig) -> None:
+    def __init__(self, kind: str, setup: Setup) -> None:
         from early_exit_cli.backbone import load_backbone
         from early_exit_cli.engine import bundle_folder, read_bundle_config
 
-        self.backbone = load_backbone(backbone)
-        self.options: dict[str, Any] = {}
+        self.backbone = load_backbone(setup.backbone)
+        sampling = setup.sampling
+        self.seed = sampling.seed
+        self.options: dict[str, Any] = {
+            "do_sample": sampling.temperature > 0,
+            "repetition_penalty": sampling.repetition_penalty,
+        }
+        if sampling.temperature:
+            cuts = {"temperature", "top_k", "top_p", "min_p"}
+            self.options |= sampling.model_dump(include=cuts)
         if kind == "transformers-lookup":
-            self.options = {"prompt_lookup_num_tokens": LOOKUP_TOKENS}
+            self.options["prompt_lookup_num_tokens"] = LOOKUP_TOKENS
         if kind == "transformers-early-exit":
-            first = read_bundle_config(bundle_folder(bundle))["head_layer_indices"][0]
-            self.options = {"assistant_early_exit": first + 1}
+            first = read_bundle_config(bundle_folder(setup.bundle))["head_layer_indices"][0]
+            self.options["assistant_early_exit"] = first + 1
 
     def answer(self, prompt_ids: list[int], max_tokens: int) -> Answer:
         import torch
 
         clock = _FirstTokenClock()
         inputs = torch.tensor([prompt_ids], device=self.backbone.device)
+        torch.manual_seed(self.seed)
         started = time.perf_counter()
         with torch.inference_mode():
             output = self.backbone.model.generate(
                 input_ids=inputs,
                 attention_mask=torch.ones_like(inputs),
                 max_new_tokens=max_tokens,
-                do_sample=False,
                 stopping_criteria=[clock],
                 **self.options,
             )
@@ -165,13 +193,13 @@ class _Transformers:
 class _Economize:
     """The lookup drafter of the package economize, at its defaults, on the same 4-bit weights."""
 
-    def __init__(self, backbone: BackboneConfig) -> None:
+    def __init__(self, setup: Setup) -> None:
         import economize
         from economize.techniques.lookup import LookupConfig
 
         from early_exit_cli.backbone import load_backbone
 
-        self.backbone = load_backbone(backbone)
+        self.backbone = load_backbone(setup.backbone)
         self.model = economize.apply(
             self.backbone.model,
             LookupConfig(),
@@ -205,13 +233,15 @@ class _FirstTokenClock:
 class _LlamaCpp:
     """llama.cpp on the GGUF file of the same model, with as many threads as torch uses."""
 
-    def __init__(self, backbone: BackboneConfig) -> None:
+    def __init__(self, setup: Setup) -> None:
         import torch
         import xllamacpp
 
-        from early_exit_cli.backbone import embedded_gguf
+        from early_exit_cli.gguf import embedded_gguf
 
-        path = embedded_gguf() if backbone.model_name == EMBEDDED_MODEL else backbone.model_name
+        self.sampling = setup.sampling
+        name = setup.backbone.model_name
+        path = embedded_gguf() if name == EMBEDDED_MODEL else name
         if path is None or not str(path).endswith(".gguf"):
             raise BackboneError("llama.cpp needs the model's GGUF file", hint="--model-name FILE.gguf")
         params = xllamacpp.CommonParams()
@@ -228,8 +258,13 @@ class _LlamaCpp:
         request = {
             "prompt": prompt_ids,
             "n_predict": max_tokens,
-            "temperature": 0.0,
-            "top_k": 1,
+            "temperature": self.sampling.temperature,
+            "top_k": self.sampling.top_k if self.sampling.temperature else 1,
+            "top_p": self.sampling.top_p,
+            "min_p": self.sampling.min_p,
+            "repeat_penalty": self.sampling.repetition_penalty,
+            "repeat_last_n": -1,
+            "seed": self.sampling.seed,
             "cache_prompt": False,
             "return_tokens": True,
             "stream": False,
@@ -253,15 +288,11 @@ class _LlamaCpp:
 class Worker:
     """A method in a child process."""
 
-    def __init__(
-        self, name: str, backbone: BackboneConfig, bundle: BundleConfig, level: float, read_heads: str
-    ) -> None:
+    def __init__(self, name: str, setup: Setup) -> None:
         context = multiprocessing.get_context("spawn")
         self.name = name
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(
-            target=_serve, args=(theirs, name, backbone, bundle, level, read_heads), daemon=True
-        )
+        self.process = context.Process(target=_serve, args=(theirs, name, setup), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -296,14 +327,12 @@ class Worker:
             self.process.kill()
 
 
-def _serve(
-    pipe: Connection, name: str, backbone: BackboneConfig, bundle: BundleConfig, level: float, read_heads: str
-) -> None:
+def _serve(pipe: Connection, name: str, setup: Setup) -> None:
     """The child's life: load, warm up, answer until the pipe closes. Its stdout goes to stderr: stdout is the result."""
     os.dup2(2, 1)
     try:
         started = time.perf_counter()
-        method = load_method(name, backbone, bundle, level, read_heads)
+        method = load_method(name, setup)
         loaded = time.perf_counter()
         method.answer(list(range(10, 42)), WARM_UP_TOKENS)
         pipe.send(("ready", {"load_s": loaded - started, "warm_up_s": time.perf_counter() - loaded}))

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from early_exit_cli.backbone import Backbone
-from early_exit_cli.errors import UnsupportedBackboneError
+from early_exit_cli.experts import use_wide_experts
 from early_exit_cli.lm_head import ExactArgmax, full_argmax
 
 LARGEST_WIDTH = 16
@@ -35,21 +35,23 @@ PREFILL_WIDTH = 64
 KEY_STEP = 64
 GROWTH = 256
 
+Rotary = dict[str | None, tuple[Tensor, Tensor]]
+
 
 @dataclass(frozen=True)
 class Rows:
     """What a pass needs to know of its rows, made once and shared by all blocks.
 
     place: where they stand, a slice or, when only the device knows, [width] int64. keys: how many are read.
-    cos, sin: [width, 1, head_dim]; sin carries the sign of rotate_half.
+    rotary: cos and sin, [width, 1, rotary dimensions] each, by the kind of block (`Backbone.rotary_kind`).
     masks: window -> additive mask [1, 1, width, keys]. grouped: the same with each row repeated for the query heads
     of a key head, [1, 1, width * group, keys].
     """
 
     place: slice | Tensor
+    width: int
     keys: int
-    cos: Tensor
-    sin: Tensor
+    rotary: Rotary
     masks: dict[int | None, Tensor]
     grouped: dict[int | None, Tensor]
 
@@ -57,24 +59,21 @@ class Rows:
 class KVCache:
     """Keys and values of every block, [kv_heads, capacity, head_dim] each, and the number of committed tokens.
 
-    cos, sin: [limit, 1, head_dim]; limit is what the request may need, capacity what is allocated.
+    rotary: cos and sin as in `Rows`, [limit, 1, rotary dimensions] each. limit is what the request may need, capacity
+    what is allocated.
     """
 
-    def __init__(self, keys: list[Tensor], values: list[Tensor], cos: Tensor, sin: Tensor) -> None:
+    def __init__(self, keys: list[Tensor], values: list[Tensor], rotary: Rotary, limit: int) -> None:
         self.keys = keys
         self.values = values
-        self.cos = cos
-        self.sin = sin
+        self.rotary = rotary
+        self.limit = limit
         self.length = 0
         self.rows: Rows | None = None
 
     @property
     def capacity(self) -> int:
         return self.keys[0].shape[1]
-
-    @property
-    def limit(self) -> int:
-        return self.cos.shape[0]
 
     def grow(self, capacity: int) -> None:
         """Move to buffers of `capacity` tokens: contiguous ones, which products read several times faster."""
@@ -83,22 +82,27 @@ class KVCache:
                 buffers[block] = F.pad(old, (0, 0, 0, capacity - old.shape[1]))
 
 
+@dataclass(frozen=True)
+class Part:
+    """Rows of one text in a pass over several: `width` of them, at `position` of its KV cache."""
+
+    cache: KVCache
+    position: int
+    width: int
+
+
 class Blocks(ABC):
     """Interface of the runners."""
 
     def __init__(self, backbone: Backbone) -> None:
         config = backbone.config
-        rope = getattr(config, "rope_parameters", None) or {}
-        if rope.get("rope_type", "default") not in ("default", "linear", "llama3", "yarn"):
-            raise UnsupportedBackboneError(
-                f"{backbone.name}: rotary scaling {rope['rope_type']!r} depends on the length of the text"
-            )
         self.backbone = backbone
         self.num_blocks = backbone.num_blocks
         self.query_heads = int(config.num_attention_heads)
         self.kv_heads = int(getattr(config, "num_key_value_heads", None) or self.query_heads)
         self.head_dim = int(getattr(config, "head_dim", None) or backbone.hidden_size // self.query_heads)
         self.windows = [backbone.window_of(block) for block in range(self.num_blocks)]
+        self.rotary_kinds = [backbone.rotary_kind(block) for block in range(self.num_blocks)]
         self.widths: tuple[int, ...] = (LARGEST_WIDTH,)
         self.is_invariant = False
         self.argmax_widths: tuple[int, ...] = ()
@@ -115,7 +119,18 @@ class Blocks(ABC):
 
     @abstractmethod
     def run(self, hidden: Tensor, cache: KVCache, position: int, first: int, last: int) -> Tensor:
-        """Run blocks first .. last - 1 on the rows at `position`, [width, hidden] to [width, hidden]."""
+        """Run blocks first .. last - 1 on the rows at `position`, [width, hidden] to [width, hidden].
+
+        Block 0 takes what `embed` gives.
+        """
+
+    def run_together(self, hidden: Tensor, parts: list[Part], first: int, last: int) -> Tensor:
+        """`run` for the rows of several texts, one after another; rows behind the last part are padding."""
+        pieces = hidden[: sum(part.width for part in parts)].split([part.width for part in parts])
+        outputs = [
+            self.run(piece, part.cache, part.position, first, last) for piece, part in zip(pieces, parts, strict=True)
+        ]
+        return torch.cat(outputs)
 
     def keys_read(self, cache: KVCache, end: int, width: int) -> int:
         """How many keys a pass of `width` rows up to position `end` reads."""
@@ -131,26 +146,21 @@ class Blocks(ABC):
         limit = -(-limit // KEY_STEP) * KEY_STEP
         device, dtype = self.backbone.device, self.backbone.dtype
         shape = (self.kv_heads, 0 if self.grows(limit) else limit, self.head_dim)
-        cos, sin = self.rotary_tables(limit)
         return KVCache(
             keys=[torch.zeros(shape, dtype=dtype, device=device) for _ in range(self.num_blocks)],
             values=[torch.zeros(shape, dtype=dtype, device=device) for _ in range(self.num_blocks)],
-            cos=cos,
-            sin=sin,
+            rotary=self.rotary_tables(limit),
+            limit=limit,
         )
 
-    def rotary_tables(self, limit: int) -> tuple[Tensor, Tensor]:
-        """cos and sin of positions 0 .. limit - 1, [limit, 1, head_dim]; sin carries the sign of rotate_half."""
-        device, dtype = self.backbone.device, self.backbone.dtype
-        positions = torch.arange(limit, device=device)[None]
-        cos, sin = self.backbone.rotary(torch.empty(0, dtype=dtype, device=device), positions)  # [1, limit, head_dim]
-        half = self.head_dim // 2
-        signed = torch.cat((-sin[..., :half], sin[..., half:]), -1)
-        return cos[0, :, None], signed[0, :, None]
+    def rotary_tables(self, limit: int) -> Rotary:
+        """cos and sin of positions 0 .. limit - 1, [limit, 1, rotary dimensions] each, by the kind of block."""
+        tables = self.backbone.rotary_tables(torch.arange(limit, device=self.backbone.device))
+        return {kind: (cos[:, None], sin[:, None]) for kind, (cos, sin) in tables.items()}
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """[width] int64 -> [width, hidden]."""
-        return self.backbone.embedding(token_ids)
+        """[width] int64 -> [width, hidden]. Where positions are learned, block 0 adds them: it knows where it runs."""
+        return self.backbone.embed(token_ids)
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The norm in front of the LM head, [width, hidden] -> [width, hidden]."""
@@ -158,12 +168,13 @@ class Blocks(ABC):
 
     def logits(self, normed: Tensor) -> Tensor:
         """[width, hidden], final norm applied -> [width, vocab]."""
-        return self.backbone.lm_head(normed)
+        return self.backbone.logit_map(self.backbone.lm_head(normed))
 
     def choose(self, normed: Tensor) -> tuple[Tensor, Tensor]:
         """The backbone's choice after each row, [width, hidden] -> ([width] int64, [width] best logits or near them).
 
-        Always the argmax of `logits`; by `ExactArgmax` at the widths where that is faster on this device.
+        Always the argmax of `logits`, which is that of the LM head's product; by `ExactArgmax` at the widths where that is
+        faster on this device.
         """
         if self.exact_argmax is not None and normed.shape[0] in self.argmax_widths:
             return self.exact_argmax(normed)
@@ -188,7 +199,8 @@ class Blocks(ABC):
             cache.grow(min(-(-end // GROWTH) * GROWTH, cache.limit))
         keys = self.keys_read(cache, end, width)
         masks, grouped = self._masks(torch.arange(position, end, device=self.backbone.device), keys)
-        cache.rows = Rows(place, keys, cache.cos[place], cache.sin[place], masks, grouped)
+        rotary = {kind: (cos[place], sin[place]) for kind, (cos, sin) in cache.rotary.items()}
+        cache.rows = Rows(place, width, keys, rotary, masks, grouped)
         return cache.rows
 
     def rows_at(self, cache: KVCache, position: Tensor, width: int) -> Rows:
@@ -198,8 +210,10 @@ class Blocks(ABC):
         """
         place = position + torch.arange(width, device=position.device)
         masks, grouped = self._masks(place, cache.capacity)
-        cos, sin = cache.cos.index_select(0, place), cache.sin.index_select(0, place)
-        return Rows(place, cache.capacity, cos, sin, masks, grouped)
+        rotary = {
+            kind: (cos.index_select(0, place), sin.index_select(0, place)) for kind, (cos, sin) in cache.rotary.items()
+        }
+        return Rows(place, width, cache.capacity, rotary, masks, grouped)
 
     def _masks(self, place: Tensor, keys: int) -> tuple[dict[int | None, Tensor], dict[int | None, Tensor]]:
         """`Rows.masks` and `Rows.grouped` of the rows at `place` [width] over the first `keys` keys."""
@@ -227,21 +241,22 @@ class HFBlocks(Blocks):
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__(backbone)
+        use_wide_experts(backbone.model, LARGEST_WIDTH)
         forward = inspect.signature(type(backbone.blocks[0]).forward).parameters
-        self.cache_argument = "cache" if "cache" in forward else "past_key_values"
+        names = ("cache", "past_key_values", "layer_past")
+        self.cache_argument = next(name for name in names if name in forward)
 
     def run(self, hidden: Tensor, cache: KVCache, position: int, first: int, last: int) -> Tensor:
-        width = hidden.shape[0]
-        rows = self.rows(cache, position, width)
-        half = self.head_dim // 2
-        sin = torch.cat((-rows.sin[..., :half], rows.sin[..., half:]), -1)  # the library applies the sign itself
-        arguments: dict[str, Any] = {
-            "position_embeddings": (rows.cos[None, :, 0], sin[None, :, 0]),
-            "position_ids": torch.arange(position, position + width, device=hidden.device)[None],
-            self.cache_argument: _LibraryCache(cache, rows),
-        }
+        rows = self.rows(cache, position, hidden.shape[0])
+        positions = torch.arange(position, position + hidden.shape[0], device=hidden.device)
+        if first == 0:
+            hidden = self.backbone.add_positions(hidden, positions)
+        arguments: dict[str, Any] = {"position_ids": positions[None], self.cache_argument: _LibraryCache(cache, rows)}
+        tables = {kind: (cos[None, :, 0], sin[None, :, 0]) for kind, (cos, sin) in rows.rotary.items()}
         hidden = hidden[None]
         for block in range(first, last):
+            if tables:
+                arguments["position_embeddings"] = tables[self.rotary_kinds[block]]
             output = self.backbone.blocks[block](hidden, attention_mask=rows.masks[self.windows[block]], **arguments)
             hidden = output[0] if isinstance(output, tuple) else output
         return hidden[0]

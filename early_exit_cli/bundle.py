@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from early_exit_cli.artifacts import file_sha256
+from early_exit_cli.config import Quantization
 from early_exit_cli.errors import BundleError
 from early_exit_cli.formats import BundleForm, RecordForm, read_form
 
@@ -51,6 +52,11 @@ def read_bundle_config(folder: Path) -> dict[str, Any]:
         BundleError: a key missing, of another type, or heads out of range.
     """
     return read_form(folder / CONFIG_FILE, BundleForm)
+
+
+def applied_quantization(quantization: str) -> str:
+    """What config.json says of a backbone's: what loading applies, so nothing to a checkpoint quantized by another tool."""
+    return quantization if quantization in get_args(Quantization) else "none"
 
 
 def read_bundle_record(folder: Path) -> dict[str, Any]:

@@ -29,11 +29,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from early_exit_cli.artifacts import file_sha256, sha256_of, user_cache_dir
-from early_exit_cli.backbone import LastBlock
 from early_exit_cli.cache_shapes import LAST_BLOCK, readout_misfit
 from early_exit_cli.config import BackboneConfig, CacheConfig, DataConfig, HeadsConfig, TrainingConfig
 from early_exit_cli.errors import BundleError, CacheError, shown
 from early_exit_cli.formats import ManifestForm, read_form
+from early_exit_cli.readout import FinalNorm, LastBlock, LogitMap, no_last_block
 
 MANIFEST, READOUT, SHARDS = "manifest.json", "readout.safetensors", "shards"
 LARGEST_FP8 = 448.0
@@ -60,11 +60,17 @@ class StoredReadout:
     fingerprint: dict[str, Any]
     eos_token_ids: frozenset[int]
     num_blocks: int
-    norm_eps: float
-    norm_weight: Tensor
+    final_norm: FinalNorm
+    logit_map: LogitMap
     lm_head_weight: Tensor
     embedding_weight: Tensor
-    last_block: LastBlock
+    stored_block: LastBlock | None
+
+    @property
+    def last_block(self) -> LastBlock:
+        if self.stored_block is None:
+            raise no_last_block(self.name)
+        return self.stored_block
 
     @property
     def device(self) -> torch.device:
@@ -157,18 +163,23 @@ class Cache:
         if what:
             raise CacheError(f"{self.folder / READOUT} is not this cache's: {what}", hint="eexit cache verify")
         lm_head = tensors["lm_head"].to(device)
+        bias = tensors["norm_bias"].to(device) if "norm_bias" in tensors else None
+        shape = found["last_block"]
         return StoredReadout(
             name=found["request"]["backbone.model_name"],
-            quantization=found["request"]["backbone.quantization"],
+            quantization=found["fingerprint"]["quantization"],
             fingerprint=found["fingerprint"],
             eos_token_ids=frozenset(found["eos_token_ids"]),
             num_blocks=int(found["num_blocks"]),
-            norm_eps=float(found["norm_eps"]),
-            norm_weight=tensors["norm"].to(device),
+            final_norm=FinalNorm(
+                tensors["norm"].to(device), float(found["norm_eps"]), bool(found.get("norm_subtracts_mean")), bias
+            ),
+            logit_map=LogitMap(**found.get("logit_map", {})),
             lm_head_weight=lm_head,
             embedding_weight=tensors["embedding"].to(device) if "embedding" in tensors else lm_head,
-            last_block=LastBlock(
-                **found["last_block"],
+            stored_block=shape
+            and LastBlock(
+                **shape,
                 weights={
                     name.removeprefix(LAST_BLOCK): value.to(device)
                     for name, value in tensors.items()
@@ -331,7 +342,7 @@ def info(cache: Cache) -> dict[str, Any]:
         "folder": str(cache.folder),
         "complete": cache.is_complete,
         "model_name": found["request"]["backbone.model_name"],
-        "quantization": found["request"]["backbone.quantization"],
+        "quantization": found["fingerprint"]["quantization"],
         "layers": cache.layers,
         "store": found["store"],
         "sequences": cache.sequences(),

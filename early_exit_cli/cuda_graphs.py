@@ -110,7 +110,7 @@ class _Buffers:
         own = self.buffers
         for tensor in (*own.keys, *own.values):
             tensor.zero_()
-        cache = KVCache(list(own.keys), list(own.values), own.cos, own.sin)
+        cache = KVCache(list(own.keys), list(own.values), own.rotary, own.limit)
         self.holder = weakref.ref(cache)
         return cache
 

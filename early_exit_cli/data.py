@@ -21,11 +21,10 @@ from torch import Tensor
 
 from early_exit_cli.artifacts import parse_json, sha256_of, user_cache_dir
 from early_exit_cli.backbone import Backbone
-from early_exit_cli.batched import answer_together
+from early_exit_cli.batched import Answer, answerer
 from early_exit_cli.config import DataConfig
 from early_exit_cli.errors import BundleError, DataError
 from early_exit_cli.formats import AnswerForm, require_form
-from early_exit_cli.fused_blocks import FusedBlocks
 
 Split = Literal["train", "eval", "calibrate"]
 TEXT_COLUMNS = ("text", "prompt", "turns", "messages", "instruction", "question")
@@ -50,8 +49,8 @@ class Batch:
 
     input_ids: [batch, seq] int64. documents: [batch, seq] int64, the number of the document a token belongs to among
     those packed, IGNORED (-1) for padding. places: [batch, seq] int64, where in the document's answer the token stands:
-    0 is the first, a prompt's tokens have negative ones (plain text is all answer). Positions need no tensor: rotary
-    attention sees differences only.
+    0 is the first, a prompt's tokens have negative ones (plain text is all answer). Positions need no tensor: the mask
+    says where a document begins.
     """
 
     input_ids: Tensor
@@ -311,17 +310,16 @@ def answer_prompts(
     )
     path = user_cache_dir() / "answers" / f"{key[:24]}.jsonl"
     answers = _read_answers(path, len(prompts), backbone.vocab_size)
-    blocks = None
+    answer_chunk: Answer | None = None
     path.parent.mkdir(parents=True, exist_ok=True)
     made = 0
     with open(path, "a", encoding="utf-8") as file:
         for number, chunk in enumerate(_chunks_of_like_length(prompts, config.answer_batch)):
             if all(index in answers for index in chunk):
                 continue  # a batch is answered whole or again: sampling depends on all of it
-            blocks = blocks or FusedBlocks(backbone)
+            answer_chunk = answer_chunk or answerer(backbone)
             is_greedy = random.Random(f"{config.data_seed} {number}").random() >= config.sampled_share
-            found = answer_together(
-                blocks,
+            found = answer_chunk(
                 [prompts[index][1] for index in chunk],
                 config.answer_tokens,
                 None if is_greedy else config.temperature,

@@ -2,8 +2,8 @@
 
 State between rounds: the KV cache holds all committed tokens but the newest, which is `pending`. A round asks the
 drafter for tokens after `pending`, runs what is left of the blocks over pending and draft in one pass, and commits the
-longest prefix of the draft that equals the backbone's own choices, then the backbone's next choice (the bonus token).
-Rolling back is `cache.length`. Greedy, one text at a time.
+longest prefix of the draft that equals the backbone's own choices, greedy or sampled (`sampling.Chooser`), then its next
+choice (the bonus token). Rolling back is `cache.length`. One text at a time.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from early_exit_cli.drafters import Draft, Drafter, Exit, Reason, Row, catch_up,
 from early_exit_cli.engine import Engine
 from early_exit_cli.errors import ConfigError
 from early_exit_cli.gating import entropy
+from early_exit_cli.sampling import GREEDY, Chooser
 
 DEFAULT_WIDTH = 8
 REPLACEMENT = "\ufffd"
@@ -85,13 +86,15 @@ def decode(
     max_new_tokens: int,
     *,
     width: int = DEFAULT_WIDTH,
+    chooser: Chooser = GREEDY,
     stop_ids: Container[int] | None = None,
     keep_states: bool = False,
     trace: bool = False,
 ) -> Iterator[Round]:
-    """Decode greedily, a Round at a time.
+    """Decode, a Round at a time.
 
     Args:
+        chooser: how the backbone's choices follow from its logits.
         width: rows of a verifying pass, at most LARGEST_WIDTH; at most width - 1 tokens are drafted.
         stop_ids: tokens that end the text; the backbone's by default.
 
@@ -99,34 +102,82 @@ def decode(
         ConfigError: empty prompt, beyond the context, width out of range.
         NumericsError: the backbone's logits are not finite.
     """
+    width = checked_width(model, width)
+    text = Text(model, prompt_ids, drafter, chooser, max_new_tokens, stop_ids)
+    while not text.ended:
+        with torch.inference_mode():
+            draft = text.draft(width - 1)
+            rows, states, choices, readings = verify(model, text, draft, trace)
+        yield text.commit(draft, rows, states, choices, readings, keep_states)
+
+
+def checked_width(model: Engine, width: int) -> int:
+    """A width that was asked for, cut to what the device has.
+
+    Raises:
+        ConfigError: out of range.
+    """
     if not 1 <= width <= LARGEST_WIDTH:
         raise ConfigError(f"width {width} is out of range", hint=f"--width takes 2 to {LARGEST_WIDTH}")
-    width = min(width, model.blocks.widths[-1])
-    stops = model.backbone.eos_token_ids if stop_ids is None else stop_ids
-    with torch.inference_mode():
-        drafter.begin(prompt_ids)
-        see = drafter.see if drafter.exit_layers else None
-        cache = model.start(prompt_ids, max_new_tokens, drafter.exit_layers, see)
-    pending = prompt_ids[-1]
-    produced = 0
-    ended = False
-    while not ended:
-        remaining = max_new_tokens - produced
+    return min(width, model.blocks.widths[-1])
+
+
+class Text:
+    """One text being decoded: what is committed, and who drafts and chooses for it.
+
+    Raises:
+        ConfigError: empty prompt, or beyond the context.
+    """
+
+    def __init__(
+        self,
+        model: Engine,
+        prompt_ids: list[int],
+        drafter: Drafter,
+        chooser: Chooser,
+        max_new_tokens: int,
+        stop_ids: Container[int] | None,
+    ) -> None:
+        self.model, self.drafter, self.chooser = model, drafter, chooser
+        self.stops = model.backbone.eos_token_ids if stop_ids is None else stop_ids
+        self.remaining = max_new_tokens
+        self.ended = False
+        self.pending = prompt_ids[-1] if prompt_ids else 0
         with torch.inference_mode():
-            draft = drafter.propose(model, cache, pending, min(width, remaining) - 1, stops)
-            rows, states, choices, readings = verify(model, cache, pending, draft, drafter.exit_layers, trace)
+            chooser.begin(model, prompt_ids)
+            drafter.begin(prompt_ids, chooser)
+            see = drafter.see if drafter.exit_layers else None
+            self.cache = model.start(prompt_ids, max_new_tokens, drafter.exit_layers, see)
+
+    def draft(self, limit: int) -> Draft:
+        """Ask for at most `limit` tokens, and never for what the text has no room for."""
+        limit = min(limit, self.remaining - 1)
+        return self.drafter.propose(self.model, self.cache, self.pending, limit, self.stops)
+
+    def commit(
+        self,
+        draft: Draft,
+        rows: list[Row],
+        states: Tensor,
+        choices: list[int],
+        readings: list[list[HeadReading]],
+        keep_states: bool,
+    ) -> Round:
+        """Take over the drafted tokens that the backbone chose too, and its own next one; see `verify`."""
         matched = accepted_length(draft.tokens, choices)
-        tokens, ended = cut_at_stop(choices[: matched + 1], stops, remaining)
+        tokens, self.ended = cut_at_stop(choices[: matched + 1], self.stops, self.remaining)
         accepted = min(matched, len(tokens))
-        cache.length += len(tokens)
-        pending = tokens[-1]
-        produced += len(tokens)
-        drafter.observe(draft, tokens, accepted)
-        if see:
+        self.cache.length += len(tokens)
+        self.pending = tokens[-1]
+        self.remaining -= len(tokens)
+        self.chooser.commit(tokens)
+        self.drafter.observe(draft, tokens, accepted)
+        layers = self.drafter.exit_layers
+        if layers:
             seen = rows[: len(tokens)]
-            deep = [torch.cat([row[layer] for row in seen]) for layer in drafter.exit_layers]
-            see(tokens, [*deep, states[: len(tokens)]])
-        yield Round(
+            deep = [torch.cat([row[layer] for row in seen]) for layer in layers]
+            self.drafter.see(tokens, [*deep, states[: len(tokens)]])
+        return Round(
             tokens=tokens,
             accepted=accepted,
             drafted=len(draft.tokens),
@@ -138,24 +189,26 @@ def decode(
 
 
 def verify(
-    model: Engine, cache: KVCache, pending: int, draft: Draft, exit_layers: Sequence[int], trace: bool
+    model: Engine, text: Text, draft: Draft, trace: bool
 ) -> tuple[list[Row], Tensor, list[int], list[list[HeadReading]]]:
-    """Run what is left of the blocks over pending and draft, and keep the states after `exit_layers`.
+    """Run what is left of the blocks over the pending token and the draft, and keep the states that the drafter reads.
 
     Returns:
-        (states of each row by layer, final normed states [rows, hidden], the backbone's choice after each row, head
-        readings per row when traced).
+        (states of each row by layer, final normed states [rows, hidden], the backbone's choice after each row, up
+        to the first that the draft lacks at least, head readings per row when traced).
     """
+    cache, exit_layers = text.cache, text.drafter.exit_layers
     rows = draft.rows
     if trace or not rows:  # a trace needs every row at every exit layer, also where drafting did not stop
-        rows = [{0: hidden} for hidden in model.embed([pending, *draft.tokens]).split(1)]
+        rows = [{0: hidden} for hidden in model.embed([text.pending, *draft.tokens]).split(1)]
     readings = read_every_head(model, cache, rows, len(rows), exit_layers) if trace else []
     for layer in exit_layers:
         catch_up(model, cache, rows, layer)
     depth = model.blocks.num_blocks
     catch_up(model, cache, rows, depth)
-    states, choices = model.finish(torch.cat([row[depth] for row in rows]))
-    return rows, states, choices.tolist(), readings
+    hidden = torch.cat([row[depth] for row in rows])
+    states, said = model.read_out(hidden) if text.chooser.reads_logits else model.finish(hidden)
+    return rows, states, text.chooser.choose(said, draft.tokens), readings
 
 
 def read_every_head(
@@ -255,6 +308,7 @@ def generate(
     *,
     mode: str,
     width: int = DEFAULT_WIDTH,
+    chooser: Chooser = GREEDY,
     keep_states: bool = False,
     trace: bool = False,
     on_text: Callable[[str, str], None] | None = None,
@@ -270,7 +324,9 @@ def generate(
     first_token = 0.0
     synchronize(model)
     reason: Reason | None = None
-    steps = decode(model, prompt_ids, drafter, max_new_tokens, width=width, keep_states=keep_states, trace=trace)
+    steps = decode(
+        model, prompt_ids, drafter, max_new_tokens, width=width, chooser=chooser, keep_states=keep_states, trace=trace
+    )
     started = time.perf_counter()
     for step in steps:
         rounds.append(step)

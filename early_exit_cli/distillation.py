@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from early_exit_cli.backbone import Readout
 from early_exit_cli.engine import require_finite
+from early_exit_cli.readout import Readout, logits_of
 from early_exit_cli.states import States, log_normalizer
 
 
@@ -51,17 +50,16 @@ def teach(readout: Readout, states: States, draft_vocab: Tensor | None) -> Teach
     Raises:
         NumericsError: NaN or infinite logits.
     """
-    weight = readout.lm_head_weight
     if draft_vocab is None:
-        probabilities = torch.softmax(F.linear(states.final, weight), -1, dtype=torch.float32)
+        probabilities = torch.softmax(logits_of(readout, states.final), -1, dtype=torch.float32)
         require_finite(probabilities.amax(-1))
         mass = torch.ones(probabilities.shape[0], device=probabilities.device)
     else:
         normalizer = states.normalizer
         if normalizer is None:
-            normalizer = log_normalizer(F.linear(states.final, weight))
+            normalizer = log_normalizer(logits_of(readout, states.final))
         require_finite(normalizer)
-        kept = F.linear(states.final, weight[draft_vocab]).float()
+        kept = logits_of(readout, states.final, draft_vocab).float()
         mass = (kept.logsumexp(-1) - normalizer).exp().clamp(max=1.0)
         probabilities = torch.softmax(kept, -1)
     return Teacher(probabilities, mass, torch.xlogy(probabilities, probabilities).sum(-1))

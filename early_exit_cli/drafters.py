@@ -8,8 +8,9 @@ next head; when no head exits, drafting ends and the round is verified. `FixedDr
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -21,6 +22,7 @@ from early_exit_cli.config import UncertaintyMetric
 from early_exit_cli.engine import Engine
 from early_exit_cli.gating import may_exit, uncertainty
 from early_exit_cli.heads import ExitHeads
+from early_exit_cli.sampling import GREEDY, Chooser
 
 
 @dataclass(frozen=True)
@@ -111,9 +113,22 @@ class Drafter(ABC):
     """Of the method, in records."""
     exit_layers: Sequence[int] = ()
     """Layers after which it wants to see the states of verified tokens."""
+    chooser: Chooser = GREEDY
+    """How the text's tokens are chosen, and so the drafted ones."""
+    company: int = 0
+    """Other texts that have a row in the same passes."""
 
-    def begin(self, prompt_ids: list[int]) -> None:  # noqa: B027 (most drafters need not know)
+    def begin(self, prompt_ids: list[int], chooser: Chooser = GREEDY) -> None:
         """A new text starts with these tokens."""
+        self.chooser = chooser
+
+    def another(self) -> Drafter:
+        """A drafter like this one for another text at the same time; what is learned is shared, the text is not."""
+        return copy.copy(self)
+
+    def join(self, company: int) -> None:
+        """From now on so many other texts stand in the same passes."""
+        self.company = company
 
     def see(self, tokens: list[int], states: list[Tensor]) -> None:  # noqa: B027
         """States of verified positions, for a drafter with `exit_layers`; called for the prompt too.
@@ -135,6 +150,15 @@ class Drafter(ABC):
         """A round is over: `tokens` were committed, the first `accepted` of them from the draft."""
 
 
+def share_of_pass(pass_cost: Callable[[int], float], rows: int, company: int) -> float:
+    """Milliseconds of a pass that fall to one text with `rows` rows: an equal share of the pass in which every text has
+    one row, and all that its further rows cost."""
+    if not company:
+        return pass_cost(rows)
+    everyone = pass_cost(1 + company)
+    return everyone / (1 + company) + pass_cost(rows + company) - everyone
+
+
 class NoDrafter(Drafter):
     """Plain decoding: never proposes."""
 
@@ -149,13 +173,14 @@ class ExitDrafter(Drafter):
     """Early exit with the thresholds of one target accuracy.
 
     thresholds: in the units of metric, one per head in depth order. active: the heads that are read, ascending; all by
-    default.
+    default. temperature: of the heads' distributions, where tokens are sampled.
     """
 
     name: ClassVar[str] = "adaptive_early_exit"
     thresholds: list[float]
     active: list[int] | None = None
     metric: UncertaintyMetric = "entropy"
+    temperature: float = 1.0
 
     def propose(self, model: Engine, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]) -> Draft:
         heads = model.heads
@@ -170,7 +195,7 @@ class ExitDrafter(Drafter):
             draft.rows.append({first_layer: model.run(model.embed([token]), cache, position, 0, first_layer)})
             if len(draft.tokens) == limit:
                 return draft
-            found = self._read_heads(model, heads, active, cache, draft.rows)
+            found = self._read_heads(model, heads, active, cache, draft)
             if found is None:
                 return draft
             token, reason = found
@@ -180,7 +205,7 @@ class ExitDrafter(Drafter):
                 return draft
 
     def _read_heads(
-        self, model: Engine, heads: ExitHeads, active: list[int], cache: KVCache, rows: list[Row]
+        self, model: Engine, heads: ExitHeads, active: list[int], cache: KVCache, draft: Draft
     ) -> tuple[int, Exit] | None:
         """Go from head to head with the last row until one is sure; None when none is.
 
@@ -189,11 +214,12 @@ class ExitDrafter(Drafter):
         """
         for head in active:
             exit_layer, threshold = heads.exit_layers[head], self.thresholds[head]
-            catch_up(model, cache, rows, exit_layer)
-            logits = heads.logits(head, rows[-1][exit_layer])
+            catch_up(model, cache, draft.rows, exit_layer)
+            logits = heads.logits(head, draft.rows[-1][exit_layer])
             found = float(uncertainty(logits, self.metric))
             if may_exit(found, threshold):
-                return int(heads.token_ids(logits.argmax(-1))), Exit(head, exit_layer, found, threshold)
+                token = self.chooser.draft(logits, heads.draft_vocab, draft.tokens, self.temperature)
+                return token, Exit(head, exit_layer, found, threshold)
         return None
 
 
@@ -225,9 +251,16 @@ class AutoDrafter(Drafter):
         self.choices = choices
         self.exit_layers = sorted({layer for drafter, _ in choices for layer in drafter.exit_layers})
 
-    def begin(self, prompt_ids: list[int]) -> None:
+    def begin(self, prompt_ids: list[int], chooser: Chooser = GREEDY) -> None:
         for drafter, _ in self.choices:
-            drafter.begin(prompt_ids)
+            drafter.begin(prompt_ids, chooser)
+
+    def another(self) -> Drafter:
+        return AutoDrafter([(drafter.another(), longest) for drafter, longest in self.choices])
+
+    def join(self, company: int) -> None:
+        for drafter, _ in self.choices:
+            drafter.join(company)
 
     def see(self, tokens: list[int], states: list[Tensor]) -> None:
         for drafter, _ in self.choices:

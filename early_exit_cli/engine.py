@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from early_exit_cli.artifacts import atomic_files, fingerprint_differences, write_atomic, write_json
-from early_exit_cli.backbone import Backbone, Readout, load_backbone
-from early_exit_cli.blocks import LARGEST_WIDTH, PREFILL_WIDTH, Blocks, KVCache
+from early_exit_cli.backbone import Backbone, load_backbone
+from early_exit_cli.blocks import LARGEST_WIDTH, PREFILL_WIDTH, Blocks, KVCache, Part
 from early_exit_cli.bundle import (
     CALIBRATION_FILE,
     CONFIG_FILE,
@@ -23,6 +23,7 @@ from early_exit_cli.bundle import (
     LOOKAHEAD_FILE,
     RECORD_FILE,
     BundleSource,
+    applied_quantization,
     kind_of_heads,
     lookahead_layers,
     read_bundle_config,
@@ -35,6 +36,7 @@ from early_exit_cli.formats import FORMAT_VERSION, CalibrationBeside, Calibratio
 from early_exit_cli.gating import Thresholds, level_key, uncertainty
 from early_exit_cli.heads import ExitHeads, load_heads
 from early_exit_cli.lookahead import LookaheadHead, load_lookahead
+from early_exit_cli.readout import Readout
 from early_exit_cli.runners import make_blocks
 
 See = Callable[[list[int], list[Tensor]], None]
@@ -108,6 +110,28 @@ class Engine:
             return torch.cat([self.run(part, cache, place, first, last) for part, place in parts])
         return self.blocks.run(self._padded(hidden), cache, position, first, last)[:rows]
 
+    def run_together(
+        self, texts: list[Tensor], caches: list[KVCache], positions: list[int], first: int, last: int
+    ) -> list[Tensor]:
+        """`run` for several texts, [rows, hidden] each, in as few passes as their widths allow; the same bits."""
+        widths = [self.blocks.pass_width(hidden.shape[0]) for hidden in texts]
+        outputs: list[Tensor] = []
+        while len(outputs) < len(texts):
+            start = end = len(outputs)
+            while end < len(texts) and sum(widths[start : end + 1]) <= self.blocks.widths[-1]:
+                end += 1
+            if end <= start + 1:  # alone, or wider than any pass
+                end = start + 1
+                outputs.append(self.run(texts[start], caches[start], positions[start], first, last))
+                continue
+            parts = [Part(caches[text], positions[text], widths[text]) for text in range(start, end)]
+            together = self.blocks.run_together(
+                self._padded(torch.cat([self._padded(hidden) for hidden in texts[start:end]])), parts, first, last
+            )
+            split = together.split(widths[start:end])
+            outputs += [rows[: hidden.shape[0]] for rows, hidden in zip(split, texts[start:end], strict=True)]
+        return outputs
+
     def _padded(self, hidden: Tensor) -> Tensor:
         """[rows, hidden] with its last row repeated up to an invariant width."""
         rows = hidden.shape[0]
@@ -129,6 +153,21 @@ class Engine:
         if (choices < 0).any():
             raise _not_finite()
         return normed[:rows], choices
+
+    def read_out(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """States after the last block -> (normed states [rows, hidden], the backbone's logits [rows, vocab]).
+
+        Raises:
+            NumericsError: a NaN or infinite state.
+        """
+        rows, largest = hidden.shape[0], self.blocks.widths[-1]
+        if largest < rows <= LARGEST_WIDTH:
+            (head, first), (tail, others) = self.read_out(hidden[:largest]), self.read_out(hidden[largest:])
+            return torch.cat((head, tail)), torch.cat((first, others))
+        normed = self.blocks.final_norm(self._padded(hidden))
+        logits = self.blocks.logits(normed)[:rows]
+        require_finite(logits.amax(-1))
+        return normed[:rows], logits
 
 
 def require_finite(best_logits: Tensor) -> None:
@@ -259,7 +298,8 @@ def check_fingerprint(config: dict[str, Any], record: dict[str, Any], backbone: 
     """Refuse heads of another backbone, naming the field and both values."""
     found = backbone.fingerprint
     declared = {key: config[key] for key in ("hidden_size", "vocab_size", "num_hidden_layers", "quantization")}
-    differences = fingerprint_differences(declared, found) or fingerprint_differences(record["fingerprint"], found)
+    applied = {**found, "quantization": applied_quantization(backbone.quantization)}
+    differences = fingerprint_differences(declared, applied) or fingerprint_differences(record["fingerprint"], found)
     if differences:
         named = "; ".join(f"{key}: heads {shown(theirs)}, backbone {ours!r}" for key, theirs, ours in differences)
         raise BundleError(
@@ -337,7 +377,7 @@ def bundle_config(readout: Readout, layers: list[int], training_config: dict[str
         "model_name": readout.name,
         "num_heads": len(layers),
         "head_layer_indices": layers,
-        "quantization": readout.quantization,
+        "quantization": applied_quantization(readout.quantization),
         "hidden_size": readout.hidden_size,
         "vocab_size": readout.vocab_size,
         "num_hidden_layers": readout.num_blocks,

@@ -15,6 +15,7 @@ from early_exit_cli.data import Batch
 from early_exit_cli.decoding import Generation, accepted_length, default_width, generate
 from early_exit_cli.drafters import Drafter, NoDrafter
 from early_exit_cli.engine import Engine, Readings, read_batches, require_heads
+from early_exit_cli.sampling import GREEDY, Chooser
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,7 @@ def compare(
     *,
     width: int,
     repeats: int,
+    chooser: Chooser = GREEDY,
 ) -> Comparison:
     """Decode a prompt with and without drafts, in turns, `repeats` times each, with no warm-up of its own."""
     methods = (NoDrafter(), drafter)
@@ -198,7 +200,16 @@ def compare(
     for _ in range(repeats):
         for method in methods:
             runs[method.name].append(
-                generate(model, prompt_ids, method, max_new_tokens, mode=method.name, width=width, keep_states=True)
+                generate(
+                    model,
+                    prompt_ids,
+                    method,
+                    max_new_tokens,
+                    mode=method.name,
+                    width=width,
+                    chooser=chooser,
+                    keep_states=True,
+                )
             )
     full, drafted = (median_run(runs[method.name]) for method in methods)
     identical = all(run.token_ids == full.token_ids for run in runs[drafter.name])

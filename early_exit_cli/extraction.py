@@ -12,12 +12,11 @@ import errno
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -47,6 +46,7 @@ from early_exit_cli.config import CacheConfig, DataConfig, TrainingConfig
 from early_exit_cli.data import Batch, Document, batches, pack, pad_token_id
 from early_exit_cli.errors import BundleError, CacheError, NumericsError, shown
 from early_exit_cli.formats import FORMAT_VERSION, Shard, read_form
+from early_exit_cli.readout import logits_of
 from early_exit_cli.states import count_tokens, log_normalizer, run_states
 
 ROWS_PER_PASS = 4
@@ -125,7 +125,9 @@ def extract(
         "layers": layers,
         "hidden_size": backbone.hidden_size,
         "num_blocks": backbone.num_blocks,
-        "norm_eps": backbone.norm_eps,
+        "norm_eps": backbone.final_norm.eps,
+        "norm_subtracts_mean": backbone.final_norm.subtracts_mean,
+        "logit_map": asdict(backbone.logit_map),
         "eos_token_ids": sorted(backbone.eos_token_ids),
         "dtype": str(backbone.dtype).removeprefix("torch."),
         "store": config.store,
@@ -331,7 +333,7 @@ def _write_shard(
                     f"of the {plan['split']} text",
                     hint="check the model file and the text",
                 )
-        normalizers.append(log_normalizer(F.linear(states.final, backbone.lm_head_weight)).cpu())
+        normalizers.append(log_normalizer(logits_of(backbone, states.final)).cpu())
         parts.append([state.cpu() for state in (*states.exits, states.final)])
     tensors = {**_text(part), "normalizer": torch.cat(normalizers)}
     agreed = checked = 0
@@ -367,12 +369,14 @@ def _finish(
     folder: Path, header: dict[str, Any], plans: list[dict[str, Any]], train: list[Batch], backbone: Backbone
 ) -> None:
     """The readout, and the manifest that makes the cache complete."""
-    last = backbone.last_block
+    last = backbone.last_block if backbone.has_llama_shape else None
+    norm = backbone.final_norm
     tensors = {
         "lm_head": backbone.lm_head_weight,
-        "norm": backbone.norm_weight,
+        "norm": norm.weight,
+        **({} if norm.bias is None else {"norm_bias": norm.bias}),
         **({} if backbone.embedding.weight is backbone.lm_head.weight else {"embedding": backbone.embedding_weight}),
-        **{f"{LAST_BLOCK}{name}": weight for name, weight in last.weights.items()},
+        **({} if last is None else {f"{LAST_BLOCK}{name}": weight for name, weight in last.weights.items()}),
     }
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
     tensors["token_counts"] = count_tokens(train, backbone.vocab_size)
@@ -383,7 +387,8 @@ def _finish(
         {
             **header,
             "complete": True,
-            "last_block": {field.name: getattr(last, field.name) for field in fields(last) if field.name != "weights"},
+            "last_block": last
+            and {field.name: getattr(last, field.name) for field in fields(last) if field.name != "weights"},
             "readout": {"file": READOUT, "sha256": file_sha256(folder / READOUT)},
             "shards": [known[plan["file"]] for plan in plans],
         },

@@ -187,6 +187,8 @@ class DraftingForm(Form):
 
     lookup: list[Share]
     lookahead: list[Survival]
+    exit_temperature: float = Field(gt=0.0, default=1.0)
+    lookahead_temperature: float = Field(gt=0.0, default=1.0)
     checked: list[Annotated[tuple[Share, Share], Strict(False)]]  # JSON has lists only
 
 
@@ -221,6 +223,14 @@ class BlockShape(BaseModel):
     inner: Positive
     activation: str
     rope_theta: float = Field(gt=0.0)
+
+
+class LogitMapForm(BaseModel):
+    """`readout.LogitMap`; nothing else, since one is made of exactly these."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
+    divisor: float = Field(gt=0.0, default=1.0)
+    cap: float | None = Field(gt=0.0, default=None)
 
 
 class Readout(Form):
@@ -263,7 +273,9 @@ class ManifestForm(Form):
     available_sequences: Positive
     complete: bool
     shards: list[Shard]
-    last_block: BlockShape = Field(default=None)  # type: ignore[assignment]
+    last_block: BlockShape | None = None
+    norm_subtracts_mean: bool = False
+    logit_map: LogitMapForm = Field(default=None)  # type: ignore[assignment]
     readout: Readout = Field(default=None)  # type: ignore[assignment]
 
     @model_validator(mode="after")

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from early_exit_cli.backbone import Backbone
-from early_exit_cli.blocks import LARGEST_WIDTH, Blocks, KVCache, Rows
+from early_exit_cli.blocks import LARGEST_WIDTH, Blocks, KVCache, Part, Rotary, Rows
 from early_exit_cli.cuda_graphs import Graphs, kv_bucket
+from early_exit_cli.errors import UnsupportedBackboneError
 
 SHORT_BUFFER = 512
 """Up to so many keys the library's attention kernel is the faster one on a CPU (docs/experiments.md)."""
@@ -37,6 +38,12 @@ class FusedBlocks(Blocks):
     """
 
     def __init__(self, backbone: Backbone) -> None:
+        if not backbone.has_llama_shape:
+            raise UnsupportedBackboneError(
+                f"{backbone.name}: the fused runner is for blocks of the Llama shape, and {backbone.config.model_type} "
+                f"({backbone.quantization}) has others",
+                hint="--runner hf",
+            )
         super().__init__(backbone)
         from transformers.activations import ACT2FN
 
@@ -80,29 +87,54 @@ class FusedBlocks(Blocks):
         bucket = kv_bucket(limit)
         return self.graphs.lease(bucket, super().new_cache) or super().new_cache(bucket)
 
+    def rotary_tables(self, limit: int) -> Rotary:
+        """sin carries the sign of rotate_half."""
+        half = self.head_dim // 2
+        return {
+            kind: (cos, torch.cat((-sin[..., :half], sin[..., half:]), -1))
+            for kind, (cos, sin) in super().rotary_tables(limit).items()
+        }
+
     def run(self, hidden: Tensor, cache: KVCache, position: int, first: int, last: int) -> Tensor:
         if self.graphs is not None:
             replayed = self.graphs.run(self.run_at, hidden, cache, position, first, last)
             if replayed is not None:
                 return replayed
-        return self._through(hidden, cache, self.rows(cache, position, hidden.shape[0]), first, last)
+        rows = self.rows(cache, position, hidden.shape[0])
+        return self._through(hidden, rows.rotary[None], [(cache, rows)], first, last)
+
+    def run_together(self, hidden: Tensor, parts: list[Part], first: int, last: int) -> Tensor:
+        """Every product is over the rows of all texts; attention is each text's own."""
+        texts = [(part.cache, self.rows(part.cache, part.position, part.width)) for part in parts]
+        padding = hidden.shape[0] - sum(part.width for part in parts)
+        tables = zip(*(rows.rotary[None] for _, rows in texts), strict=True)
+        cos, sin = (F.pad(torch.cat(parts), (0, 0, 0, 0, 0, padding)) for parts in tables)
+        return self._through(hidden, (cos, sin), texts, first, last)[: hidden.shape[0] - padding]
 
     def run_at(self, hidden: Tensor, cache: KVCache, position: Tensor, first: int, last: int) -> Tensor:
         """`run` as a function of tensors only: `position` is [] int64 on the device, and the whole buffer is read."""
-        return self._through(hidden, cache, self.rows_at(cache, position, hidden.shape[0]), first, last)
+        rows = self.rows_at(cache, position, hidden.shape[0])
+        return self._through(hidden, rows.rotary[None], [(cache, rows)], first, last)
 
     def finish(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         replayed = None if self.graphs is None else self.graphs.finish(super().finish, hidden)
         return super().finish(hidden) if replayed is None else replayed
 
-    def _through(self, hidden: Tensor, cache: KVCache, rows: Rows, first: int, last: int) -> Tensor:
+    def _through(
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        texts: list[tuple[KVCache, Rows]],
+        first: int,
+        last: int,
+    ) -> Tensor:
         width = hidden.shape[0]
-        is_long = cache.limit > self.longest_short and width <= LARGEST_WIDTH
         heads = self.query_heads + self.kv_heads
-        group = self.query_heads // self.kv_heads
-        split = self.query_heads * self.head_dim
         half = self.head_dim // 2
+        sizes = [rows.width for _, rows in texts]
+        padding = width - sum(sizes)
         shape = (hidden.shape[1],)
+        cos, sin = rotary
         for block in range(first, last):
             layer = self.layers[block]
             normed = layer.input_norm * F.rms_norm(hidden, shape, None, self.eps)
@@ -110,29 +142,46 @@ class FusedBlocks(Blocks):
             qk = qkv[:, : heads * self.head_dim].view(width, heads, self.head_dim)
             if layer.qk_norm is not None:
                 qk = layer.qk_norm * F.rms_norm(qk, (self.head_dim,), None, self.eps)
-            qk = qk * rows.cos + qk.roll(half, -1) * rows.sin
-            stored_keys, stored_values = cache.keys[block], cache.values[block]
-            stored_keys[:, rows.place] = qk[:, self.query_heads :].transpose(0, 1)
-            stored_values[:, rows.place] = (
-                qkv[:, heads * self.head_dim :].view(width, self.kv_heads, self.head_dim).transpose(0, 1)
-            )
-            # Rows (token, query head) of one key head side by side: [kv_heads, width * group, head_dim]
-            query = (
-                qk[:, : self.query_heads]
-                .reshape(width, self.kv_heads, group, self.head_dim)
-                .transpose(0, 1)
-                .reshape(self.kv_heads, width * group, self.head_dim)
-            )
-            read = slice(0, rows.keys)
-            attended = self._attend(
-                query, stored_keys[:, read], stored_values[:, read], rows.grouped[self.windows[block]], is_long
-            )
-            attended = attended.view(self.kv_heads, width, group * self.head_dim).transpose(0, 1).reshape(width, split)
+            qk = qk * cos + qk.roll(half, -1) * sin
+            values = qkv[:, heads * self.head_dim :].view(width, self.kv_heads, self.head_dim)
+            if len(texts) == 1 and not padding:
+                attended = self._attention(block, qk, values, *texts[0])
+            else:
+                own = zip(qk.split([*sizes, padding]), values.split([*sizes, padding]), texts)  # noqa: B905 (padding)
+                parts = [self._attention(block, own_qk, own_values, *text) for own_qk, own_values, text in own]
+                attended = F.pad(torch.cat(parts), (0, 0, 0, padding))
             hidden = hidden + layer.output(attended)
             normed = layer.mlp_norm * F.rms_norm(hidden, shape, None, self.eps)
             gate_up = layer.gate_up(normed)  # [width, 2 * inner]
             hidden = hidden + layer.down(self.activation(gate_up[:, : layer.inner]) * gate_up[:, layer.inner :])
         return hidden
+
+    def _attention(self, block: int, qk: Tensor, values: Tensor, cache: KVCache, rows: Rows) -> Tensor:
+        """One text's attention in a block, with its new keys and values written first.
+
+        Args:
+            qk: [width, query_heads + kv_heads, head_dim]. values: [width, kv_heads, head_dim].
+
+        Returns:
+            [width, query_heads * head_dim].
+        """
+        width, group = qk.shape[0], self.query_heads // self.kv_heads
+        stored_keys, stored_values = cache.keys[block], cache.values[block]
+        stored_keys[:, rows.place] = qk[:, self.query_heads :].transpose(0, 1)
+        stored_values[:, rows.place] = values.transpose(0, 1)
+        # Rows (token, query head) of one key head side by side: [kv_heads, width * group, head_dim]
+        query = (
+            qk[:, : self.query_heads]
+            .reshape(width, self.kv_heads, group, self.head_dim)
+            .transpose(0, 1)
+            .reshape(self.kv_heads, width * group, self.head_dim)
+        )
+        read = slice(0, rows.keys)
+        is_long = cache.limit > self.longest_short and width <= LARGEST_WIDTH
+        attended = self._attend(
+            query, stored_keys[:, read], stored_values[:, read], rows.grouped[self.windows[block]], is_long
+        )
+        return attended.view(self.kv_heads, width, group * self.head_dim).transpose(0, 1).reshape(width, -1)
 
     def grows(self, limit: int) -> bool:
         return self.graphs is None and self.any_length and limit > self.longest_short

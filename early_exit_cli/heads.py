@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from early_exit_cli.artifacts import write_atomic
-from early_exit_cli.backbone import Readout
 from early_exit_cli.config import HeadsConfig
 from early_exit_cli.errors import BundleError, ConfigError
+from early_exit_cli.readout import Readout, rms_norm
 
 DRAFT_VOCAB = "draft_vocab"
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -53,13 +53,8 @@ def head_layers(config: HeadsConfig, num_blocks: int) -> list[int]:
     return layers
 
 
-def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root mean square normalisation (Zhang & Sennrich 2019) over the last dimension, as the backbone rounds it."""
-    return weight * F.rms_norm(hidden, (hidden.shape[-1],), None, eps)
-
-
 class LinearHead(nn.Module):
-    """The backbone's final norm, then a map of its own, [*, hidden] -> [*, vocab]."""
+    """An RMSNorm that starts as the backbone's, then a map of its own, [*, hidden] -> [*, vocab]: DSSD's shape."""
 
     def __init__(self, hidden_size: int, vocab_size: int, eps: float) -> None:
         super().__init__()
@@ -96,13 +91,12 @@ class DraftLMHead:
 
     def __init__(self, readout: Readout, draft_vocab: Tensor | None) -> None:
         weight = readout.lm_head_weight
-        self.norm_weight = readout.norm_weight
-        self.eps = readout.norm_eps
+        self.norm, self.logit_map = readout.final_norm, readout.logit_map
         self.weight = weight if draft_vocab is None else weight[draft_vocab.to(weight.device)]
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        normed = rms_norm(hidden, self.norm_weight.to(hidden.dtype), self.eps)
-        return F.linear(normed, self.weight.to(normed.dtype))
+        normed = self.norm(hidden)
+        return self.logit_map(F.linear(normed, self.weight.to(normed.dtype)))
 
 
 class ExitHeads(nn.Module):
@@ -118,7 +112,7 @@ class ExitHeads(nn.Module):
         self, readout: Readout, kind: str, layers: Sequence[int], rank: int, draft_vocab: Tensor | None
     ) -> None:
         super().__init__()
-        eps = readout.norm_eps
+        eps = readout.final_norm.eps
         self.kind = kind
         self.rank = rank
         self.layers = list(layers)
@@ -146,11 +140,11 @@ class ExitHeads(nn.Module):
         return columns if self.draft_vocab is None else self.draft_vocab[columns]
 
     def start_from(self, readout: Readout) -> None:
-        """Linear heads start as the backbone's own norm and LM head."""
+        """Linear heads start as the backbone's own norm and LM head; nearly so where that norm is no RMSNorm."""
         for head in self.heads:
             if isinstance(head, LinearHead):
-                head.norm["weight"].data.copy_(readout.norm_weight.float())
-                head.linear.weight.data.copy_(readout.lm_head_weight.float())
+                head.norm["weight"].data.copy_(readout.final_norm.weight.float())
+                head.linear.weight.data.copy_(readout.lm_head_weight.float() / readout.logit_map.divisor)
 
     def save(self, path: Path, dtype: torch.dtype) -> None:
         """Write heads.safetensors: `{i}.norm.weight` and so on in `dtype`, and `draft_vocab` where there is one."""

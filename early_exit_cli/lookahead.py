@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from early_exit_cli.artifacts import write_atomic
-from early_exit_cli.backbone import LastBlock, Readout
 from early_exit_cli.heads import DRAFT_VOCAB, read_tensors, require_tensors
+from early_exit_cli.readout import LastBlock, Readout
 from early_exit_cli.states import Prediction, States
 
 
@@ -77,7 +77,7 @@ class LookaheadHead(nn.Module):
 
     def __init__(self, readout: Readout, layers: Sequence[int], draft_vocab: Tensor | None) -> None:
         super().__init__()
-        hidden, eps, shape = readout.hidden_size, readout.norm_eps, readout.last_block
+        hidden, eps, shape = readout.hidden_size, readout.final_norm.eps, readout.last_block
         self.exit_layers = [layer + 1 for layer in layers]
         self.rope_theta = shape.rope_theta
         self.fc_norm = nn.ModuleList(nn.RMSNorm(hidden, eps) for _ in layers)
@@ -100,7 +100,7 @@ class LookaheadHead(nn.Module):
         with torch.no_grad():
             self.fc.weight.zero_()
             self.fc.weight[:, -hidden:] = torch.eye(hidden)
-            self.norm.weight.copy_(readout.norm_weight)
+            self.norm.weight.copy_(readout.final_norm.weight)
             self.block.hidden_norm.weight.copy_(weights["input_layernorm.weight"])
             for name, parameter in self.block.named_parameters():
                 if name in ("input_layernorm.weight", "hidden_norm.weight"):

@@ -8,8 +8,9 @@ measured; the draft of the highest expected tokens per millisecond is proposed, 
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from early_exit_cli.blocks import LARGEST_WIDTH, KVCache
-from early_exit_cli.drafters import Draft, Drafter, Step
+from early_exit_cli.drafters import Draft, Drafter, Step, share_of_pass
 from early_exit_cli.engine import Engine
 from early_exit_cli.gating import entropy
 from early_exit_cli.lm_head import int8_rows
 from early_exit_cli.lookahead import LookaheadHead, rotary
+from early_exit_cli.sampling import GREEDY, Chooser
 
 LinearMap = Callable[[Tensor], Tensor]
 
@@ -86,6 +88,13 @@ class LookaheadRunner:
         """Begin another text."""
         self.length = 0
 
+    def another(self) -> LookaheadRunner:
+        """The same weights over another text."""
+        other = copy.copy(self)
+        other.keys = other.values = torch.empty(0)
+        other.reset()
+        return other
+
     def _reserve(self, length: int) -> None:
         if self.keys.numel() and length <= self.keys.shape[1]:
             return
@@ -149,11 +158,13 @@ class LookaheadRunner:
         hidden = hidden + self.down(block.mlp.activation(gate_up[:, : self.inner]) * gate_up[:, self.inner :])
         return head.norm(hidden)
 
-    def choose(self, hidden: Tensor) -> tuple[int, float]:
-        """[1, hidden] -> its token, and its entropy (nats)."""
+    def choose(
+        self, hidden: Tensor, chooser: Chooser = GREEDY, drafted: Sequence[int] = (), temperature: float = 1.0
+    ) -> tuple[int, float]:
+        """[1, hidden] -> its token (`Chooser.draft`), and its entropy (nats)."""
         logits = self.lm_head(hidden)
-        token = self.head.token_ids(logits.max(-1).indices)
-        return int(token), float(entropy(logits))
+        token = chooser.draft(logits, self.head.draft_vocab, list(drafted), temperature)
+        return token, float(entropy(logits))
 
 
 class LookaheadDrafter(Drafter):
@@ -163,6 +174,7 @@ class LookaheadDrafter(Drafter):
         survival: by draft position; the last one stands for all later ones.
         pass_cost: rows -> milliseconds of a pass of the backbone over so many rows.
         read_cost: milliseconds until the first token is known. step_cost: of each further one.
+        temperature: of the head's distribution, where tokens are sampled.
     """
 
     name = "lookahead"
@@ -174,18 +186,26 @@ class LookaheadDrafter(Drafter):
         pass_cost: Callable[[int], float],
         read_cost: float,
         step_cost: float,
+        temperature: float = 1.0,
     ) -> None:
         self.runner = LookaheadRunner(head)
         self.exit_layers = head.exit_layers
         self.survival, self.pass_cost = survival, pass_cost
         self.read_cost, self.step_cost = read_cost, step_cost
+        self.temperature = temperature
         self.waiting: list[tuple[list[int], list[Tensor]]] = []
         self.hits = self.expected = 0.0
 
-    def begin(self, prompt_ids: list[int]) -> None:
+    def begin(self, prompt_ids: list[int], chooser: Chooser = GREEDY) -> None:
+        self.chooser = chooser
         self.runner.reset()
         self.waiting = []
         self.hits = self.expected = 0.0
+
+    def another(self) -> Drafter:
+        other = copy.copy(self)
+        other.runner = self.runner.another()
+        return other
 
     def see(self, tokens: list[int], states: list[Tensor]) -> None:
         self.waiting.append((tokens, states))
@@ -209,7 +229,7 @@ class LookaheadDrafter(Drafter):
         tokens: list[int] = []
         reasons: list[Step] = []
         while True:
-            token, uncertainty = self.runner.choose(hidden)
+            token, uncertainty = self.runner.choose(hidden, self.chooser, tokens, self.temperature)
             tokens.append(token)
             reasons.append(Step(len(tokens), uncertainty, self._chance(len(tokens) - 1, uncertainty)))
             best, _ = self._best_stop([reason.chance for reason in reasons], len(tokens), limit)
@@ -245,12 +265,14 @@ class LookaheadDrafter(Drafter):
             chances: of the tokens drafted already; later ones count with their position's mean.
             made: draft steps that are spent already.
         """
-        best, best_rate = 0, NEED / (self.pass_cost(1) + self._draft_cost(made))
+        plain = share_of_pass(self.pass_cost, 1, self.company)
+        best, best_rate = 0, NEED / (plain + self._draft_cost(made))
         expected = survives = 1.0
         for count in range(1, limit + 1):
             survives *= chances[count - 1] if count <= len(chances) else self._chance(count - 1)
             expected += survives
-            rate = expected / (self.pass_cost(count + 1) + self._draft_cost(max(made, count)))
+            verifying = share_of_pass(self.pass_cost, count + 1, self.company)
+            rate = expected / (verifying + self._draft_cost(max(made, count)))
             if rate > best_rate:
                 best, best_rate = count, rate
         return best, best_rate

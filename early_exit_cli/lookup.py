@@ -10,8 +10,9 @@ import bisect
 from collections.abc import Callable, Container, Sequence
 
 from early_exit_cli.blocks import KVCache
-from early_exit_cli.drafters import Draft, Drafter, Match
+from early_exit_cli.drafters import Draft, Drafter, Match, share_of_pass
 from early_exit_cli.engine import Engine
+from early_exit_cli.sampling import GREEDY, Chooser
 
 SHORTEST = (1, 2, 3, 5, 8, 16)
 """Matches are told apart by the largest of these lengths that they reach."""
@@ -126,7 +127,7 @@ class LookupDrafter(Drafter):
         self.right: list[float] = []
         self.seen: list[float] = []
 
-    def begin(self, prompt_ids: list[int]) -> None:
+    def begin(self, prompt_ids: list[int], chooser: Chooser = GREEDY) -> None:
         self.automaton = SuffixAutomaton()
         self.automaton.extend(prompt_ids)
         self.right = [PRIOR_STRENGTH * chance for chance in self.prior]
@@ -158,12 +159,12 @@ class LookupDrafter(Drafter):
         """The draft length of the highest expected tokens per millisecond, 0 where plain decoding has it; and the rate."""
         kind = kind_of_match(match)
         chance = self.right[kind] / self.seen[kind]
-        best, best_rate = 0, 1 / self.pass_cost(1)
+        best, best_rate = 0, 1 / share_of_pass(self.pass_cost, 1, self.company)
         expected = survives = 1.0
         for count in range(1, limit + 1):
             survives *= chance
             expected += survives
-            rate = expected / self.pass_cost(count + 1)
+            rate = expected / share_of_pass(self.pass_cost, count + 1, self.company)
             if rate > best_rate:
                 best, best_rate = count, rate
         return best, best_rate

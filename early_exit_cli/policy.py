@@ -1,11 +1,13 @@
 """What calibration learns for drafting: how likely drafts survive, by drafter, on held-out text.
 
 Lookup: how often the next token of a match of some length is the text's. Lookahead: P(agree | entropy) per draft
-position, by a logistic fit, over roll-outs from every answer position. Kept in `eexit.json` under `drafting`.
+position, by a logistic fit, over roll-outs from every answer position. Both kinds of head: the temperature at which a
+sampled draft survives most often. Kept in `eexit.json` under `drafting`.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -23,11 +25,16 @@ from early_exit_cli.formats import DraftingForm, require_form
 from early_exit_cli.gating import entropy
 from early_exit_cli.lookahead_drafter import Survival
 from early_exit_cli.lookup import PRIOR, PRIOR_STRENGTH, SHORTEST, SuffixAutomaton, kind_of_match
+from early_exit_cli.readout import logits_of
 from early_exit_cli.states import run_states
 from early_exit_cli.thresholds import fit_logistic
 
 STEPS = 7
 """Draft positions that are told apart."""
+TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
+TEMPERATURE_BATCHES = 16
+TEMPERATURE_STRIDE = 4
+"""One position in so many is looked at for the temperature: each needs the backbone's whole distribution."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +43,14 @@ class Policy:
 
     lookup: P(next token right) by kind of match (`lookup.SHORTEST`). lookahead: by draft position, empty without such a
     head. checked: for each of these, on a second text: the share that agreed, and the share that was expected to.
+    exit_temperature, lookahead_temperature: of sampled drafts, times the text's own.
     """
 
     lookup: list[float]
     lookahead: list[Survival]
     checked: list[tuple[float, float]]
+    exit_temperature: float = 1.0
+    lookahead_temperature: float = 1.0
 
     def record(self) -> dict[str, Any]:
         """As JSON."""
@@ -66,6 +76,7 @@ def policy_of(record: dict[str, Any]) -> Policy:
         found["lookup"],
         [Survival(*(entry[field.name] for field in fields(Survival))) for entry in found["lookahead"]],
         [(agreed, expected) for agreed, expected in found["checked"]],
+        *(found.get(f"{kind}_temperature", 1.0) for kind in ("exit", "lookahead")),
     )
 
 
@@ -97,13 +108,13 @@ def roll_out(
     if head is None:
         return []
     found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(STEPS)]
-    sequences, dtype = 0, model.backbone.dtype
+    sequences = 0
     with torch.inference_mode():
         for batch in batches:
             states = run_states(model.backbone, batch, head.exit_layers)
             best, choices = model.backbone.lm_head(states.final).max(-1)
             require_finite(best)
-            with torch.autocast(states.final.device.type, dtype, enabled=dtype == torch.bfloat16):
+            with autocast(model):
                 predictions = head(states, STEPS, only_measured=True)
             for step, said in enumerate(predictions):
                 agreed = head.token_ids(said.logits.argmax(-1)) == choices[said.positions]
@@ -125,6 +136,49 @@ def fit_lookahead(
         for survival, (entropies, agreed) in zip(fitted, second)  # noqa: B905 (a short text has no late positions)
     ]
     return fitted[: len(checked)], checked
+
+
+def fit_temperatures(model: Engine, batches: Iterable[Batch]) -> tuple[float, float]:
+    """For exit heads and for the lookahead head: the temperature of its distribution q at which a draft from it survives
+    most often, where the text is sampled at temperature 1. By the overlap of both, sum of min(p, q) over the tokens
+    (Leviathan et al. 2023, section 3.2); 1 without such a head.
+    """
+    overlaps: dict[str, list[Tensor]] = {"exit": [], "lookahead": []}
+    heads, lookahead = model.heads, model.lookahead
+    with torch.inference_mode():
+        for batch in itertools.islice(batches, TEMPERATURE_BATCHES):
+            if heads is not None:
+                states = run_states(model.backbone, batch, heads.exit_layers)
+                places = states.measured.nonzero()[::TEMPERATURE_STRIDE, 0]
+                said = [heads.logits(head, hidden[places]) for head, hidden in enumerate(states.exits)]
+                expected = logits_of(model.backbone, states.final[places])
+                overlaps["exit"] += [overlap(expected, logits, heads.draft_vocab) for logits in said]
+            if lookahead is not None:
+                states = run_states(model.backbone, batch, lookahead.exit_layers)
+                with autocast(model):
+                    first = lookahead(states, 1, only_measured=True)[0]
+                expected = logits_of(model.backbone, states.final[first.positions[::TEMPERATURE_STRIDE]])
+                logits = first.logits[::TEMPERATURE_STRIDE]
+                overlaps["lookahead"].append(overlap(expected, logits, lookahead.draft_vocab))
+    best = {
+        kind: TEMPERATURES[int(torch.cat(found).mean(0).argmax())] if found else 1.0 for kind, found in overlaps.items()
+    }
+    return best["exit"], best["lookahead"]
+
+
+def overlap(backbone: Tensor, head: Tensor, draft_vocab: Tensor | None) -> Tensor:
+    """Logits [positions, vocab] and [positions, draft vocab] -> sum of min(p, q), [positions, TEMPERATURES]."""
+    log_p = backbone.float().log_softmax(-1)
+    p = (log_p if draft_vocab is None else log_p[:, draft_vocab]).exp()
+    return torch.stack(
+        [torch.minimum(p, (head.float() / temperature).softmax(-1)).sum(-1) for temperature in TEMPERATURES], -1
+    )
+
+
+def autocast(model: Engine) -> torch.autocast:
+    """Products in bfloat16, as in training, where the backbone computes in it."""
+    dtype = model.backbone.dtype
+    return torch.autocast(model.backbone.device.type, dtype, enabled=dtype == torch.bfloat16)
 
 
 def save_policy(policy: Policy, folder: Path) -> None:

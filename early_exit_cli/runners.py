@@ -26,9 +26,13 @@ def make_blocks(backbone: Backbone, runner: str = "auto", cuda_graphs: str = "au
     """The runner asked for, with what was measured of it on this device.
 
     Raises:
+        UnsupportedBackboneError: the fused runner asked for, but the blocks have not the Llama shape.
         BackboneError: `cuda_graphs` is "on" and they cannot be used.
     """
-    blocks: Blocks = HFBlocks(backbone) if runner == "hf" else FusedBlocks(backbone)
+    is_fused = runner == "fused" or (runner == "auto" and backbone.has_llama_shape)
+    blocks: Blocks = FusedBlocks(backbone) if is_fused else HFBlocks(backbone)
+    if cuda_graphs == "on" and not is_fused:
+        raise BackboneError("no CUDA graphs here: they record the fused runner's passes", hint="--cuda-graphs auto")
     identity = device_identity(blocks)
     path = measurement_path("widths", identity)
     try:

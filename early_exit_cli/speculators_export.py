@@ -42,7 +42,7 @@ def checkpoint_tensors(head: LookaheadHead, backbone: Backbone) -> dict[str, Ten
     has_column[chosen] = True
     tensors = {name: value for name, value in head.state_dict().items() if name != DRAFT_VOCAB}
     tensors |= {
-        f"fc_norm.{len(head.exit_layers)}.weight": backbone.norm_weight,
+        f"fc_norm.{len(head.exit_layers)}.weight": backbone.final_norm.weight,
         "lm_head.weight": head.lm_head_weight,
         "embed_tokens.weight": head.embedding_weight,
     }
@@ -73,7 +73,7 @@ def checkpoint_config(head: LookaheadHead, backbone: Backbone, draft_tokens: int
             "num_key_value_heads": attention.kv_heads,
             "head_dim": attention.head_dim,
             "hidden_act": backbone.config.hidden_act,
-            "rms_norm_eps": backbone.norm_eps,
+            "rms_norm_eps": backbone.final_norm.eps,
             "rope_parameters": {"rope_type": "default", "rope_theta": head.rope_theta},
             "max_position_embeddings": backbone.context_length,
             "vocab_size": backbone.vocab_size,

@@ -9,9 +9,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from early_exit_cli.backbone import Backbone, Readout
+from early_exit_cli.backbone import Backbone
 from early_exit_cli.config import DataConfig, TrainingConfig
 from early_exit_cli.data import Batch, Document, batches, pack, pad_token_id
+from early_exit_cli.readout import Readout
 
 
 @dataclass(frozen=True)

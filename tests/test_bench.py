@@ -4,9 +4,11 @@ import pytest
 
 from early_exit_cli import plots
 from early_exit_cli.bench import category_of, compare_with_baseline, select_prompts, summarize
-from early_exit_cli.bench_methods import check_methods
-from early_exit_cli.config import BackboneConfig, BenchConfig
+from early_exit_cli.bench_methods import Setup, check_methods
+from early_exit_cli.config import BackboneConfig, BenchConfig, BundleConfig, SamplingConfig
 from early_exit_cli.errors import ConfigError, DataError
+
+SETUP = Setup(BackboneConfig(), BundleConfig(), SamplingConfig(), 0.9, "auto")
 
 
 def record(method, prompt, repeat, tokens, seconds, category="qa", states="a", **more):
@@ -24,7 +26,7 @@ def test_figures_are_ratios_of_medians():
         *(record("adaptive", 0, r, [1] * 10, s, accept_length=2.0) for r, s in enumerate([1.0, 1.0, 4.0])),
         *(record("adaptive", 1, r, [2] * 10, s, "math", accept_length=1.0) for r, s in enumerate([1.0, 1.0, 1.0])),
     ]
-    report = summarize(records, {}, BenchConfig(repeats=3), BackboneConfig())
+    report = summarize(records, {}, BenchConfig(repeats=3), SETUP)
     full, adaptive = report["methods"]["full"], report["methods"]["adaptive"]
     assert full["tokens_per_second"] == pytest.approx(20 / 4.0)
     assert adaptive["tokens_per_second"] == pytest.approx(20 / 2.0)
@@ -39,7 +41,7 @@ def test_one_differing_repeat_costs_a_prompt_its_identity():
         record("adaptive", 0, 0, [1, 2], 1.0),
         record("adaptive", 0, 1, [1, 3], 1.0),
     ]
-    figure = summarize(records, {}, BenchConfig(repeats=2), BackboneConfig())["methods"]["adaptive"]
+    figure = summarize(records, {}, BenchConfig(repeats=2), SETUP)["methods"]["adaptive"]
     assert figure["identical_prompts"] == 0
     assert figure["bit_exact_prompts"] == 1
 
@@ -50,7 +52,7 @@ def test_peers_are_also_held_against_their_own_plain_decoding():
         record("transformers", 0, 0, [1, 9], 1.0, states=None),
         record("transformers-lookup", 0, 0, [1, 9], 1.0, states=None),
     ]
-    figures = summarize(records, {}, BenchConfig(repeats=1), BackboneConfig())["methods"]
+    figures = summarize(records, {}, BenchConfig(repeats=1), SETUP)["methods"]
     assert figures["transformers-lookup"]["identical_prompts"] == 0
     assert figures["transformers-lookup"]["identical_to_own_plain"] == 1
     assert figures["transformers-lookup"]["bit_exact_prompts"] is None
@@ -84,7 +86,7 @@ def test_the_picture_is_drawn(tmp_path):
         for repeat in range(2)
         for method, accept in (("full", 1.0), ("adaptive", 1.5), ("transformers", None))
     ]
-    report = summarize(records, {}, BenchConfig(repeats=2), BackboneConfig())
+    report = summarize(records, {}, BenchConfig(repeats=2), SETUP)
     plots.draw_bench(report, records, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
     plots.draw_bench(report, [r for r in records if r["method"] != "adaptive"], tmp_path / "again.png")
@@ -106,7 +108,7 @@ def test_prompts_are_spread_over_a_category():
 @pytest.mark.parametrize("name", ["fast", "full@0.5", "transformers@0.9"])
 def test_unknown_methods_are_refused(name):
     with pytest.raises(ConfigError, match="unknown method"):
-        check_methods(["full", name])
+        check_methods(["full", name], SamplingConfig())
 
 
 def test_repeats_count_each_token_once():

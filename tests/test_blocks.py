@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import FAMILIES, OTHER_FAMILIES
 
 from early_exit_cli.backbone import load_backbone
 from early_exit_cli.blocks import LARGEST_WIDTH, HFBlocks
@@ -27,8 +27,10 @@ def run_in_passes(blocks, ids, widths, capacity=256, cuts=()):
     return torch.cat(rows)
 
 
-@pytest.mark.parametrize("runner", RUNNERS)
-@pytest.mark.parametrize("family", FAMILIES)
+EVERY_FAMILY = [*((family, runner) for family in FAMILIES for runner in RUNNERS), *((f, "hf") for f in OTHER_FAMILIES)]
+
+
+@pytest.mark.parametrize(("family", "runner"), EVERY_FAMILY)
 def test_blocks_composed_equal_the_librarys_forward(tiny_backbone, family, runner):
     backbone = tiny_backbone(family)
     ids = torch.randint(320, (96,), generator=torch.Generator().manual_seed(3))

@@ -122,7 +122,7 @@ def same(first, second):
 
 
 def addresses(cache):
-    return [tensor.data_ptr() for tensor in (*cache.keys, *cache.values, cache.cos, cache.sin)]
+    return [tensor.data_ptr() for tensor in (*cache.keys, *cache.values, *cache.rotary[None])]
 
 
 @pytest.mark.parametrize("longest_short", [512, 100], ids=["short", "long"])
@@ -377,7 +377,8 @@ class ReadsThePosition(FusedBlocks):
     """Recorded, such a pass would stay at the position it was recorded at."""
 
     def run_at(self, hidden, cache, position, first, last):
-        return self._through(hidden, cache, self.rows(cache, int(position), hidden.shape[0]), first, last)
+        rows = self.rows(cache, int(position), hidden.shape[0])
+        return self._through(hidden, rows.rotary[None], [(cache, rows)], first, last)
 
 
 class SlightlyOff(FusedBlocks):

@@ -138,7 +138,7 @@ def test_on_policy_text_is_the_backbones_own_answer_and_is_made_once(tmp_path, t
     def forbidden(*_):
         raise AssertionError("answered again")
 
-    monkeypatch.setattr(data, "answer_together", forbidden)
+    monkeypatch.setattr(data, "answerer", forbidden)
     again = [d for split in ("train", "eval", "calibrate") for d in load_documents(config, backbone, split)]
     assert again == documents
 
@@ -148,7 +148,7 @@ def test_an_interrupted_answering_goes_on_where_it_was(tmp_path, tiny_backbone, 
     backbone = tiny_backbone("llama")
     path = write_lines(tmp_path / "p.jsonl", [{"prompt": f"question {i}"} for i in range(12)])
     config = DataConfig(dataset_name=str(path), on_policy=True, answer_tokens=5, sampled_share=0.5, answer_batch=4)
-    real, calls = data.answer_together, []
+    real, calls = data.answerer(backbone), []
 
     def dies_at_the_third(*arguments):
         calls.append(1)
@@ -156,7 +156,7 @@ def test_an_interrupted_answering_goes_on_where_it_was(tmp_path, tiny_backbone, 
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(data, "answer_together", dies_at_the_third)
+    monkeypatch.setattr(data, "answerer", lambda _: dies_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         load_documents(config, backbone, "train")
     answers = next((tmp_path / "home" / "answers").iterdir())

@@ -14,11 +14,11 @@ PROMPT = [72, 101, 108, 108, 111, 32, 119, 111, 114, 108, 100]
 class ScriptedDrafter(Drafter):
     """Proposes the known continuation, with tokens made wrong where `wrong(index)` says so."""
 
-    def __init__(self, continuation, wrong=lambda index: False):
-        self.continuation, self.wrong = continuation, wrong
+    def __init__(self, continuation, wrong=lambda index: False, prompt=PROMPT):
+        self.continuation, self.wrong, self.prompt = continuation, wrong, prompt
 
     def propose(self, model, cache, pending, limit, stop_ids):
-        done = cache.length + 1 - len(PROMPT)
+        done = cache.length + 1 - len(self.prompt)
         tokens = [
             (token + 1) % 256 if self.wrong(done + index) else token
             for index, token in enumerate(self.continuation[done : done + limit])

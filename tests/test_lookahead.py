@@ -14,6 +14,7 @@ from early_exit_cli.errors import BundleError
 from early_exit_cli.lookahead import LookaheadHead
 from early_exit_cli.lookahead_drafter import LookaheadDrafter, LookaheadRunner, Survival, draft_linear
 from early_exit_cli.policy import fit_lookahead, fit_lookup, fit_survival, policy_of, roll_out
+from early_exit_cli.sampling import GREEDY
 from early_exit_cli.states import BackboneStates, run_states
 from early_exit_cli.training import Lessons, Trainer
 
@@ -95,7 +96,7 @@ def test_its_drafts_never_change_a_token_or_a_bit(tiny_model, family, runner):
 class Oracle(LookaheadDrafter):
     """Says the truth but for every fifth position, whatever the head says; reads and rolls like any other."""
 
-    def begin(self, prompt_ids):
+    def begin(self, prompt_ids, chooser=GREEDY):
         super().begin(prompt_ids)
         self.runner.choose = self.say
 
@@ -103,7 +104,7 @@ class Oracle(LookaheadDrafter):
         self.place = cache.length + 1
         return super().propose(model, cache, pending, limit, stop_ids)
 
-    def say(self, hidden):
+    def say(self, hidden, *_):
         self.place += 1
         right = self.truth[self.place - 1]
         return (right + 1 if self.place % 5 == 0 else right), 0.1
@@ -276,7 +277,7 @@ def test_an_exported_checkpoint_holds_the_head_and_what_it_borrows(tmp_path, tin
     assert (tensors["d2t"] + torch.arange(4)).tolist() == vocab.tolist()
     assert tensors["t2d"].nonzero()[:, 0].tolist() == vocab.tolist()
     assert torch.equal(tensors["lm_head.weight"], backbone.lm_head_weight[vocab])
-    assert torch.equal(tensors["fc_norm.2.weight"], backbone.norm_weight)
+    assert torch.equal(tensors["fc_norm.2.weight"], backbone.final_norm.weight)
     for name, value in head.state_dict().items():
         assert name == "draft_vocab" or torch.equal(tensors[name], value), name
     config = read_json(tmp_path / "out" / "config.json")

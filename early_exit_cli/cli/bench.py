@@ -11,12 +11,12 @@ from early_exit_cli.cli.options import configured
 from early_exit_cli.resolve import Resolved
 
 
-@configured("bench", "bundle", "backbone")
+@configured("bench", "bundle", "backbone", "sampling")
 def command(resolved: Resolved, as_json: bool) -> None:
     """Compare methods side by side on a set of prompts."""
     from early_exit_cli.backbone import load_tokenizer
     from early_exit_cli.bench import run_bench, select_prompts, summarize
-    from early_exit_cli.bench_methods import check_methods
+    from early_exit_cli.bench_methods import Setup, check_methods
     from early_exit_cli.cli.shared import backbone_of_bundle
     from early_exit_cli.data import read_prompts
     from early_exit_cli.engine import bundle_source
@@ -28,16 +28,18 @@ def command(resolved: Resolved, as_json: bool) -> None:
         return
     if config.prompts is None:
         raise ConfigError("no prompts to measure on", hint="--prompts FILE.jsonl")
-    check_methods(config.methods)
+    sampling = resolved.config.sampling
+    check_methods(config.methods, sampling)
     prompts = select_prompts(read_prompts(config.prompts), config)
     backbone = backbone_of_bundle(resolved)
     source = bundle_source(resolved.config.bundle)
     bundle = resolved.config.bundle.model_copy(update={"bundle": str(source.folder)})  # one commit for all workers
+    setup = Setup(backbone, bundle, sampling, config.accuracy_level, config.read_heads)
     encode = load_tokenizer(backbone)
     total = len(prompts) * len(config.methods) * config.repeats
     with console.progress("measuring", total) as ticker:
-        records, start_up = run_bench(config, backbone, bundle, prompts, encode, ticker.update)
-    report = summarize(records, start_up, config, backbone)
+        records, start_up = run_bench(config, setup, prompts, encode, ticker.update)
+    report = summarize(records, start_up, config, setup)
     report["environment"]["bundle"] = source.record()
     write_json(config.output_dir / "report.json", report)
     write_json(config.output_dir / "run.json", run_record(resolved.rows(), bundle=report["environment"]["bundle"]))
@@ -96,6 +98,8 @@ def show_costs(resolved: Resolved, as_json: bool) -> None:
 def print_report(report: dict[str, Any]) -> None:
     """The two tables: methods, then speed-ups per category."""
     where = report["environment"]
+    temperature = where["sampling"]["temperature"]
+    sampled = f", sampled at temperature {temperature:g}" if temperature else ""
     rows = []
     for name, figure in report["methods"].items():
         accept, first = figure["accept_length"], figure["ttft_s"]
@@ -112,7 +116,7 @@ def print_report(report: dict[str, Any]) -> None:
             )
         )
     console.table(
-        f"{where['processor']}; at most {where['max_tokens']} new tokens, {where['repeats']} repeats",
+        f"{where['processor']}; at most {where['max_tokens']} new tokens, {where['repeats']} repeats{sampled}",
         ["method", "tokens/s", "over full", "accept length", "same tokens", "same bits", "first token", "load"],
         rows,
         result=True,

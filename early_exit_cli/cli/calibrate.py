@@ -63,16 +63,18 @@ def command(resolved: Resolved, as_json: bool) -> None:
 
 
 def fit_policy(model: Engine, fit: HeldOut, check: HeldOut) -> Policy:
-    """How likely drafts of lookup and of the lookahead head survive, with the latter looked at on the second text too."""
-    from early_exit_cli.policy import Policy, fit_lookahead, fit_lookup, roll_out
+    """How likely drafts of lookup and of the lookahead head survive, with the latter looked at on the second text too, and
+    at which temperature sampled drafts do best."""
+    from early_exit_cli.policy import Policy, fit_lookahead, fit_lookup, fit_temperatures, roll_out
 
     lookup = fit_lookup(fit.documents)
+    temperatures = fit_temperatures(model, fit.batches)
     if model.lookahead is None:
-        return Policy(lookup, [], [])
+        return Policy(lookup, [], [], *temperatures)
     with console.progress("rolling out", fit.sequences + check.sequences) as ticker:
         first = roll_out(model, fit.batches, ticker.update)
         second = roll_out(model, check.batches, lambda done: ticker.update(fit.sequences + done))
-    return Policy(lookup, *fit_lookahead(first, second))
+    return Policy(lookup, *fit_lookahead(first, second), *temperatures)
 
 
 def print_policy(policy: Policy, as_json: bool) -> None:
@@ -81,6 +83,11 @@ def print_policy(policy: Policy, as_json: bool) -> None:
 
     if as_json:
         return
+    if policy.exit_temperature != 1 or policy.lookahead_temperature != 1:
+        console.note(
+            f"sampled drafts survive most often at {policy.exit_temperature:g} (exit heads) and "
+            f"{policy.lookahead_temperature:g} (lookahead head) times the text's temperature"
+        )
     rows = [(length, f"{chance:.1%}") for length, chance in zip(SHORTEST, policy.lookup, strict=True)]
     console.table("lookup", ["match of at least", "next token right"], rows, result=True)
     if policy.lookahead:

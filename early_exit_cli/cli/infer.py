@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from early_exit_cli.decoding import Generation
     from early_exit_cli.drafters import Drafter
     from early_exit_cli.engine import Engine
+    from early_exit_cli.sampling import Chooser
 
 MODE_KINDS = {"fixed_layerskip": "fixed", "dynamic_early_exit": "dynamic", "comprehensive": "all"}
 """Modes that say themselves how tokens are proposed, and the kind of drafter each means."""
@@ -25,7 +26,7 @@ DYNAMIC_LENGTH = 10
 """Tokens of a draft of dynamic_early_exit, at most, as in the seed."""
 
 
-@configured("bundle", "backbone", "inference")
+@configured("bundle", "backbone", "inference", "sampling")
 def command(resolved: Resolved, as_json: bool) -> None:
     """Answer prompts."""
     settings = resolved.config.inference
@@ -50,6 +51,7 @@ class Job:
     model: Engine
     settings: InferenceConfig
     drafter: Drafter
+    chooser: Chooser
     width: int
     as_json: bool
     coloured: bool
@@ -70,6 +72,7 @@ def prepare(resolved: Resolved, as_json: bool) -> Job:
     """Load the model and make the drafter of the mode."""
     from early_exit_cli.blocks import LARGEST_WIDTH
     from early_exit_cli.decoding import default_width
+    from early_exit_cli.sampling import make_chooser
 
     settings = resolved.config.inference
     kind = drafter_kind(resolved)
@@ -83,7 +86,8 @@ def prepare(resolved: Resolved, as_json: bool) -> Job:
     drafter = make_drafter(model, settings, kind, width)
     if settings.width is None and kind in ("lookup", "lookahead", "auto"):  # these weigh draft lengths at every width
         width = LARGEST_WIDTH
-    return Job(model, settings, drafter, width, as_json, console.wants_colour(settings.color) and not as_json)
+    coloured = console.wants_colour(settings.color) and not as_json
+    return Job(model, settings, drafter, make_chooser(resolved.config.sampling), width, as_json, coloured)
 
 
 def check_combinations(resolved: Resolved) -> None:
@@ -186,7 +190,7 @@ def make_drafter(model: Engine, settings: InferenceConfig, kind: str, width: int
         return FixedDrafter(settings.fixed_head)
     if kind == "dynamic":
         exits = exit_drafter(model, settings.accuracy_level, width, "all")
-        return DynamicDrafter(exits.thresholds, metric=exits.metric)
+        return DynamicDrafter(exits.thresholds, None, exits.metric, exits.temperature)
     if kind == "lookup":
         return lookup_drafter(model)
     if kind == "lookahead":
@@ -223,6 +227,7 @@ def answer_one(job: Job, prompt: str, ids: list[int]) -> None:
         settings.max_tokens,
         mode=job.drafter.name,
         width=job.width,
+        chooser=job.chooser,
         trace=settings.trace is not None,
         on_text=None if job.as_json else show.writer(job.coloured),
     )
@@ -239,16 +244,31 @@ def answer_one(job: Job, prompt: str, ids: list[int]) -> None:
     write_page(job, prompt, ids, result, {job.drafter.name: result.record()})
 
 
+def warm_up(job: Job, ids: list[int], drafter: Drafter) -> None:
+    """A few tokens that nobody sees, so that a timed run does not pay for what is made once."""
+    from early_exit_cli.decoding import generate
+
+    tokens = min(8, job.settings.max_tokens)
+    generate(job.model, ids, drafter, tokens, mode="warm-up", width=job.width, chooser=job.chooser)
+
+
 def answer_compare(job: Job, prompt: str, ids: list[int]) -> None:
     """Both methods on one prompt, after a warm-up that is not counted."""
-    from early_exit_cli.decoding import generate
     from early_exit_cli.drafters import NoDrafter
     from early_exit_cli.evaluation import compare
 
     settings = job.settings
     for warm in (job.drafter, NoDrafter()):
-        generate(job.model, ids, warm, min(8, settings.max_tokens), mode="warm-up", width=job.width)
-    result = compare(job.model, ids, job.drafter, settings.max_tokens, width=job.width, repeats=settings.repeats)
+        warm_up(job, ids, warm)
+    result = compare(
+        job.model,
+        ids,
+        job.drafter,
+        settings.max_tokens,
+        width=job.width,
+        repeats=settings.repeats,
+        chooser=job.chooser,
+    )
     if job.as_json:
         console.emit_json(result.record())
     else:
@@ -268,7 +288,7 @@ def answer_comprehensive(job: Job, prompt: str, ids: list[int]) -> None:
     settings = job.settings
     methods = all_methods(job.model, job.width, settings.read_heads)
     with console.progress("runs", len(methods) * settings.repeats) as ticker:
-        results = run_all(job.model, ids, methods, settings.max_tokens, settings.repeats, ticker.update)
+        results = run_all(job.model, ids, methods, settings.max_tokens, settings.repeats, ticker.update, job.chooser)
     records = {name: result.record() for name, result in results.items()}
     best = max(
         (result.run for name, result in results.items() if name != "full"), key=lambda r: r.stats.tokens_per_second
@@ -294,18 +314,30 @@ def answer_many(job: Job, prompts: list[dict[str, Any]], encoded: list[list[int]
     from early_exit_cli.decoding import generate
     from early_exit_cli.evaluation import compare
 
-    generate(job.model, encoded[0], job.drafter, 8, mode="warm-up", width=job.width)
+    warm_up(job, encoded[0], job.drafter)
     records: list[dict[str, Any]] = []
     with console.progress("prompts", len(prompts)) as ticker:
         for prompt, ids in zip(prompts, encoded, strict=True):
             known: dict[str, Any] = {key: prompt[key] for key in ("question_id", "category") if key in prompt}
             if job.settings.mode == "compare":
                 record = compare(
-                    job.model, ids, job.drafter, job.settings.max_tokens, width=job.width, repeats=job.settings.repeats
+                    job.model,
+                    ids,
+                    job.drafter,
+                    job.settings.max_tokens,
+                    width=job.width,
+                    repeats=job.settings.repeats,
+                    chooser=job.chooser,
                 ).record()
             else:
                 run = generate(
-                    job.model, ids, job.drafter, job.settings.max_tokens, mode=job.drafter.name, width=job.width
+                    job.model,
+                    ids,
+                    job.drafter,
+                    job.settings.max_tokens,
+                    mode=job.drafter.name,
+                    width=job.width,
+                    chooser=job.chooser,
                 )
                 record = {job.drafter.name: run.record()}
             records.append({**known, "prompt_tokens": len(ids), **record})

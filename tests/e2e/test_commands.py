@@ -310,10 +310,10 @@ def test_faults_without_a_bundle(prompts, arguments, code, words):
 
 
 def test_an_unknown_family_is_refused_by_name_before_weights_load(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bloom", "architectures": ["BloomForCausalLM"]}))
     code, _, err = eexit("infer", "--mode", "full", "--model-name", tmp_path, "--prompt", "a")
     assert code == 2
-    assert "family 'gpt2'" in err
+    assert "family 'bloom'" in err
 
 
 def test_a_model_with_nan_weights_is_refused(tmp_path, tiny_folder):

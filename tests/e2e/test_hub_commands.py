@@ -137,7 +137,7 @@ def test_push_and_pull_as_a_person_types_them(hub, repo, linear_bundle, tmp_path
     for name, data in pushed.items():
         (tmp_path / name).write_bytes(data)
     backbone = tiny_backbone("llama")
-    config, calibration, heads = dssd_loader.load(tmp_path, backbone.norm_eps)
+    config, calibration, heads = dssd_loader.load(tmp_path, backbone.final_norm.eps)
     assert set(calibration.at(0.3)) == set(range(config.num_heads))
     ours = load_heads(tmp_path / "copy" / "heads.safetensors", backbone, "linear", config.head_layer_indices, 0)
     hidden = torch.randn(5, config.hidden_size)

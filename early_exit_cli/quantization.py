@@ -1,0 +1,62 @@
+"""In what precision a backbone's weights are: what we ask bitsandbytes for, or what a checkpoint was saved in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from early_exit_cli.config import Quantization
+from early_exit_cli.errors import BackboneError
+
+
+def settings_for(quantization: Quantization, dtype: torch.dtype, plain: tuple[str, ...] = ()) -> Any:
+    """transformers' settings to quantize plain weights while they load; none where they stay as they are.
+
+    Args:
+        plain: modules that stay unquantized, besides the LM head.
+    """
+    from transformers import BitsAndBytesConfig
+
+    skipped = ["lm_head", *plain] if plain else None
+    if quantization == "4bit":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=skipped,
+        )
+    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped) if quantization == "8bit" else None
+
+
+def saved_in(name: str, config: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What the weights of a checkpoint are quantized with already: 4bit or 8bit (bitsandbytes), gptq, awq, ...
+
+    The compute dtype of bitsandbytes is set to ours in `config` (transformers' own): saved ones are often float32.
+
+    Returns:
+        None for a plain checkpoint.
+
+    Raises:
+        BackboneError: what reads such weights is not installed, or does not run on this device.
+    """
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    from transformers.quantizers import AutoHfQuantizer
+
+    settings: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
+    method = settings.get("quant_method", "bitsandbytes")
+    try:
+        AutoHfQuantizer.from_config(dict(settings), pre_quantized=True).validate_environment(device_map={"": device})
+    except (ImportError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise BackboneError(
+            f"{name} is quantized with {method}, which does not run here: {reason}",
+            hint="install what it names, or take the model's plain weights: they load in 4 bit",
+        ) from error
+    if method != "bitsandbytes":
+        return str(method)
+    config.quantization_config = settings | {"bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
+    return "4bit" if settings.get("load_in_4bit") else "8bit"

@@ -1,0 +1,195 @@
+"""How the next token follows from the backbone's logits: the best one, or one sampled with noise that belongs to its place.
+
+Sampling is the Gumbel-max trick (Gumbel 1954; Maddison et al. 2014): the argmax of log p + G, with independent standard
+Gumbel noise G for every token of the vocabulary, is distributed as p. The noise is drawn from the seed, a row for each new
+token in order, so what a place draws does not depend on who drafted what. A drafter chooses by the same noise, from its own
+distribution q: it proposes what the backbone would draw if q were p. Verification then stays what it is in greedy decoding,
+comparing with the backbone's own choice, and with one seed every drafter gives the very tokens of plain sampling.
+
+A drafted token survives with a probability of at least (1 - TV) / (1 + TV), TV the total variation between p and q (Daliri
+et al. 2024); accepting with min(1, p/q) and sampling the rest anew (Leviathan et al. 2023) reaches 1 - TV, the best there
+is, but changes the text with the drafter. docs/decisions/0013 has the measured difference. For a draft that is certain of
+itself, as lookup's are, both accept with p.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from early_exit_cli.config import SamplingConfig
+from early_exit_cli.engine import Engine
+
+Processors = Callable[[Tensor, Tensor], Tensor]
+"""(token ids so far [1, length], scores [1, vocab] float32) -> scores [1, vocab]: transformers' LogitsProcessor."""
+
+LIKELY = 1024
+"""Tokens among which a nucleus is looked for before the whole vocabulary is sorted."""
+
+
+class Chooser(ABC):
+    """Turns what the backbone, or a head, says into tokens."""
+
+    reads_logits: ClassVar[bool] = True
+    """Whether it needs the backbone's logits, or its best token alone, which is had faster."""
+
+    def begin(self, model: Engine, prompt_ids: list[int]) -> None:  # noqa: B027 (a greedy choice needs nothing else)
+        """A new text starts with these tokens."""
+
+    def commit(self, tokens: list[int]) -> None:  # noqa: B027
+        """These tokens were appended to the text."""
+
+    @abstractmethod
+    def choose(self, said: Tensor, drafted: list[int]) -> list[int]:
+        """The text's next token after the pending one and after each of the drafted ones, from what the backbone says.
+
+        Args:
+            said: of the pending token and the drafted ones, a row each: the best token [rows] int64, or, if
+                `reads_logits`, logits [rows, vocab].
+
+        Returns:
+            A choice for each row, at least up to the first that is not the drafted one.
+        """
+
+    @abstractmethod
+    def draft(self, logits: Tensor, token_ids: Tensor | None, drafted: list[int], temperature: float = 1.0) -> int:
+        """What a head with these logits proposes.
+
+        Args:
+            logits: [1, draft vocab].
+            token_ids: [draft vocab] int64, the token of each; None when they are the vocabulary's.
+            drafted: tokens drafted already, after the committed ones.
+            temperature: of the head's distribution, times the text's.
+        """
+
+
+class Greedy(Chooser):
+    """The best token."""
+
+    reads_logits = False
+
+    def choose(self, said: Tensor, drafted: list[int]) -> list[int]:
+        return said.tolist()
+
+    def draft(self, logits: Tensor, token_ids: Tensor | None, drafted: list[int], temperature: float = 1.0) -> int:
+        return _token(int(logits.argmax(-1)), token_ids)
+
+
+class Sampler(Chooser):
+    """Tokens sampled from the processed distribution; greedy at temperature 0.
+
+    Args:
+        processors: applied to the backbone's scores instead of the settings' own; drafts keep to the settings.
+    """
+
+    def __init__(self, settings: SamplingConfig, processors: Processors | None = None) -> None:
+        self.settings = settings
+        self.processors = processors
+        self.generator = torch.Generator()
+        self.text: list[int] = []
+        self.noise: list[Tensor] = []
+        """Gumbel noise [vocab] of the places after the committed text that were looked at."""
+        self.vocab_size = 0
+
+    def begin(self, model: Engine, prompt_ids: list[int]) -> None:
+        self.vocab_size = model.backbone.lm_head.weight.shape[0]
+        self.generator.manual_seed(self.settings.seed)
+        self.text = list(prompt_ids)
+        self.noise = []
+
+    def commit(self, tokens: list[int]) -> None:
+        self.text += tokens
+        self.noise = self.noise[len(tokens) :]
+
+    def choose(self, said: Tensor, drafted: list[int]) -> list[int]:
+        choices: list[int] = []
+        for row, logits in enumerate(said.float()):
+            before = drafted[:row]
+            if self.processors is None:
+                choices.append(self._pick(logits, None, before, self.settings.temperature))
+            else:
+                scores = self.processors(torch.tensor([self.text + before], device=said.device), logits[None])[0]
+                choices.append(self._draw(scores, torch.arange(scores.numel(), device=scores.device), row))
+            if choices[-1:] != drafted[row : row + 1]:
+                break
+        return choices
+
+    def draft(self, logits: Tensor, token_ids: Tensor | None, drafted: list[int], temperature: float = 1.0) -> int:
+        return self._pick(logits[0].float(), token_ids, drafted, self.settings.temperature * temperature)
+
+    def _pick(self, scores: Tensor, token_ids: Tensor | None, before: list[int], temperature: float) -> int:
+        """The choice from scores [n] of `token_ids`, after `before`, itself after the committed text."""
+        settings = self.settings
+        if token_ids is None:
+            token_ids = torch.arange(scores.numel(), device=scores.device)
+        if settings.repetition_penalty != 1.0:
+            scores = penalized(scores, token_ids, self.text + before, settings.repetition_penalty)
+        if temperature:
+            scores, kept = truncated(scores / temperature, settings)
+            token_ids = token_ids if kept is None else token_ids[kept]
+        return self._draw(scores, token_ids, len(before))
+
+    def _draw(self, scores: Tensor, token_ids: Tensor, ahead: int) -> int:
+        """argmax of scores [n] and the noise of a place, `ahead` tokens after the committed text."""
+        if self.settings.temperature:
+            scores = scores + self._noise(ahead).to(scores.device)[token_ids]
+        return int(token_ids[scores.argmax()])
+
+    def _noise(self, ahead: int) -> Tensor:
+        while len(self.noise) <= ahead:
+            self.noise.append(-torch.empty(self.vocab_size).exponential_(generator=self.generator).log_())
+        return self.noise[ahead]
+
+
+def penalized(scores: Tensor, token_ids: Tensor, text: list[int], penalty: float) -> Tensor:
+    """Scores [n] of tokens that the text holds divided by the penalty, multiplied where negative (Keskar et al. 2019)."""
+    repeated = torch.isin(token_ids, torch.tensor(text, device=token_ids.device))
+    return torch.where(repeated, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+
+
+def truncated(scores: Tensor, settings: SamplingConfig) -> tuple[Tensor, Tensor | None]:
+    """What top-k, then the nucleus of top-p, then min-p leave of scores [n]: (scores [kept], their places; None for all).
+
+    The same tokens as transformers' warpers keep, in that order; where scores tie at an edge, top-k keeps all of them.
+    """
+    kept: Tensor | None = None
+
+    def keep(places: Tensor) -> None:
+        nonlocal scores, kept
+        scores, kept = scores[places], places if kept is None else kept[places]
+
+    if 0 < settings.top_k < scores.numel():
+        keep((scores >= scores.topk(settings.top_k).values[-1]).nonzero()[:, 0])
+    if settings.top_p < 1:
+        keep(nucleus(scores, settings.top_p))
+    if settings.min_p:
+        keep((scores >= scores.max() + torch.tensor(settings.min_p).log()).nonzero()[:, 0])
+    return scores, kept
+
+
+def nucleus(scores: Tensor, top_p: float) -> Tensor:
+    """Places of the fewest best of scores [n] that hold a probability of top_p together (Holtzman et al. 2020)."""
+    total = scores.logsumexp(0)
+    for count in (min(LIKELY, scores.numel()), scores.numel()):
+        best = scores.topk(count)
+        before = (best.values - total).exp().cumsum(0).roll(1)
+        before[0] = 0.0
+        if before[-1] >= top_p or count == scores.numel():
+            break
+    return best.indices[before < top_p]
+
+
+def _token(place: int, token_ids: Tensor | None) -> int:
+    return place if token_ids is None else int(token_ids[place])
+
+
+GREEDY = Greedy()
+
+
+def make_chooser(settings: SamplingConfig) -> Chooser:
+    """Greedy decoding keeps its fast argmax."""
+    return GREEDY if settings.is_greedy else Sampler(settings)

@@ -1,0 +1,122 @@
+"""Several texts in one pass of the backbone, each with its own drafter, accept length and end.
+
+A pass reads the weights once for all its rows, and the rows of a pass do not see each other's bits (`blocks.py`), so
+every text is what it would be alone, token for token and bit for bit. A text that ends makes room for the next one.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from early_exit_cli.blocks import LARGEST_WIDTH
+from early_exit_cli.decoding import Round, Text
+from early_exit_cli.drafters import Draft, Drafter, Row, catch_up
+from early_exit_cli.engine import Engine
+from early_exit_cli.sampling import GREEDY, Chooser
+
+
+@dataclass(frozen=True)
+class _Verified:
+    """What `decoding.verify` says of one text."""
+
+    rows: list[Row]
+    states: Tensor
+    choices: list[int]
+
+
+def decode_together(
+    model: Engine,
+    prompts: Sequence[list[int]],
+    drafter: Drafter,
+    max_new_tokens: int,
+    *,
+    batch: int,
+    width: int,
+    make_chooser: Callable[[int], Chooser] = lambda _: GREEDY,
+    stop_ids: Container[int] | None = None,
+    keep_states: bool = False,
+) -> Iterator[tuple[int, Round]]:
+    """Decode all prompts, at most `batch` at a time.
+
+    Args:
+        drafter: every text gets `another` one of it.
+        width: rows of one text in a pass, at most; fewer where the texts would not all fit into one pass.
+        make_chooser: number of the prompt -> how its tokens are chosen.
+        stop_ids: tokens that end a text; the backbone's by default.
+
+    Returns:
+        (number of the prompt, one Round of it), as they come.
+
+    Raises:
+        ConfigError: an empty prompt, or one beyond the context.
+        NumericsError: the backbone's logits are not finite.
+    """
+    waiting = deque(enumerate(prompts))
+    live: list[tuple[int, Text]] = []
+    room = model.blocks.widths[-1]
+    while waiting or live:
+        while waiting and len(live) < batch:
+            number, ids = waiting.popleft()
+            text = Text(model, ids, drafter.another(), make_chooser(number), max_new_tokens, stop_ids)
+            live.append((number, text))
+        limit = min(width, max(1, room // len(live))) - 1
+        with torch.inference_mode():
+            drafts = []
+            for _, text in live:
+                text.drafter.join(len(live) - 1)
+                drafts.append(text.draft(limit))
+            found = _verify(model, [text for _, text in live], drafts)
+        for (number, text), draft, said in zip(live, drafts, found, strict=True):
+            yield number, text.commit(draft, said.rows, said.states, said.choices, [], keep_states)
+        live = [(number, text) for number, text in live if not text.ended]
+
+
+def _verify(model: Engine, texts: list[Text], drafts: list[Draft]) -> list[_Verified]:
+    """`decoding.verify` for all texts; drafts whose rows have run already are finished each by itself."""
+    depth = model.blocks.num_blocks
+    every: list[list[Row]] = []
+    for text, draft in zip(texts, drafts, strict=True):
+        if draft.rows:
+            for layer in (*text.drafter.exit_layers, depth):
+                catch_up(model, text.cache, draft.rows, layer)
+            every.append(draft.rows)
+        else:
+            every.append([{0: hidden} for hidden in model.embed([text.pending, *draft.tokens]).split(1)])
+    fresh = [place for place, draft in enumerate(drafts) if not draft.rows]
+    stops = sorted({depth, *(layer for place in fresh for layer in texts[place].drafter.exit_layers)})
+    start = 0
+    for stop in stops:
+        states = model.run_together(
+            [torch.cat([row[start] for row in every[place]]) for place in fresh],
+            [texts[place].cache for place in fresh],
+            [texts[place].cache.length for place in fresh],
+            start,
+            stop,
+        )
+        for place, after in zip(fresh, states, strict=True):
+            for row, state in zip(every[place], after.split(1), strict=True):
+                row[stop] = state
+        start = stop
+    return _decide(model, texts, drafts, every, depth)
+
+
+def _decide(
+    model: Engine, texts: list[Text], drafts: list[Draft], every: list[list[Row]], depth: int
+) -> list[_Verified]:
+    """Final norm and LM head over the rows of all texts, then each text's own choices."""
+    hidden = torch.cat([row[depth] for rows in every for row in rows])
+    reads_logits = any(text.chooser.reads_logits for text in texts)
+    read = model.read_out if reads_logits else model.finish
+    parts = [read(part) for part in hidden.split(LARGEST_WIDTH)]
+    sizes = [len(rows) for rows in every]
+    states, said = (torch.cat(found).split(sizes) for found in zip(*parts, strict=True))
+    verified = []
+    for text, draft, rows, normed, own in zip(texts, drafts, every, states, said, strict=True):
+        best = own.argmax(-1) if reads_logits and not text.chooser.reads_logits else own
+        verified.append(_Verified(rows, normed, text.chooser.choose(best, draft.tokens)))
+    return verified

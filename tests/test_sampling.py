@@ -1,0 +1,270 @@
+"""Sampling: the library's distribution, exactly, and with one seed the same words and bits whoever drafts."""
+
+import itertools
+import math
+from collections import Counter
+
+import pytest
+import torch
+from conftest import byte_tokenizer
+from pydantic import ValidationError
+from test_lookahead import some_head
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from early_exit_cli.backbone import load_backbone
+from early_exit_cli.config import BackboneConfig, SamplingConfig
+from early_exit_cli.data import Document, pack
+from early_exit_cli.decoding import decode, generate
+from early_exit_cli.drafters import AutoDrafter, ExitDrafter, FixedDrafter, NoDrafter
+from early_exit_cli.engine import Engine
+from early_exit_cli.fused_blocks import FusedBlocks
+from early_exit_cli.heads import ExitHeads
+from early_exit_cli.lookahead import LookaheadHead
+from early_exit_cli.lookahead_drafter import LookaheadDrafter, Survival
+from early_exit_cli.lookup import LookupDrafter
+from early_exit_cli.policy import TEMPERATURES, fit_temperatures, overlap
+from early_exit_cli.runners import measure_widths
+from early_exit_cli.sampling import GREEDY, Sampler, make_chooser, nucleus, penalized, truncated
+
+PROMPT = [72, 101, 108, 108, 111, 32, 72, 101, 108, 108, 111, 32]
+SETTINGS = {
+    "pure": dict(temperature=1.0),
+    "cool": dict(temperature=0.7),
+    "processed": dict(temperature=0.9, top_k=40, top_p=0.9, min_p=0.02, repetition_penalty=1.2),
+    "penalty alone": dict(repetition_penalty=1.3),
+}
+DRAFTERS = ("exit", "fixed", "lookup", "lookahead", "auto")
+
+
+def always(limit=4):
+    return [Survival(30.0, 0.0, 1.0)] * limit
+
+
+def make_drafter(name, model):
+    lookahead = LookaheadDrafter(some_head(model.backbone), always(), lambda rows: 10.0, 0.1, 0.1, 0.8)
+    lookup = LookupDrafter(lambda rows: 10.0 + 0.1 * rows)
+    return {
+        "exit": lambda: ExitDrafter([3.0, 3.4, 3.6], temperature=0.8),
+        "fixed": lambda: FixedDrafter(len(model.heads) - 1),
+        "lookup": lambda: lookup,
+        "lookahead": lambda: lookahead,
+        "auto": lambda: AutoDrafter([(lookup, 15), (lookahead, 15)]),
+    }[name]()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("who", DRAFTERS)
+@pytest.mark.parametrize("family", ["llama", "mistral-window"])
+def test_a_seed_gives_the_same_words_and_bits_with_every_drafter(tiny_model, family, who, name):
+    model = tiny_model(family)
+    accepted = rejected = 0
+    for seed in range(2):
+        settings = SamplingConfig(**SETTINGS[name], seed=seed)
+        plain, drafted = (
+            generate(model, PROMPT, drafter, 24, mode="x", width=6, chooser=make_chooser(settings), keep_states=True)
+            for drafter in (NoDrafter(), make_drafter(who, model))
+        )
+        assert drafted.token_ids == plain.token_ids
+        assert torch.equal(drafted.states, plain.states)
+        accepted += drafted.stats.tokens_accepted
+        rejected += drafted.stats.tokens_drafted - drafted.stats.tokens_accepted
+    assert accepted or who not in ("exit", "fixed")  # the others guess at a random model
+    assert rejected
+
+
+def test_a_seed_is_reproducible_and_another_one_says_something_else(tiny_model):
+    model = tiny_model("llama")
+
+    def text(seed):
+        chooser = make_chooser(SamplingConfig(temperature=1.0, seed=seed))
+        return [t for step in decode(model, PROMPT, NoDrafter(), 20, chooser=chooser, stop_ids=()) for t in step.tokens]
+
+    assert text(0) == text(0)
+    assert len({tuple(text(seed)) for seed in range(5)}) == 5
+
+
+def test_without_settings_decoding_is_greedy():
+    assert make_chooser(SamplingConfig()) is GREEDY
+    assert make_chooser(SamplingConfig(seed=7)) is GREEDY
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
+@pytest.mark.parametrize("top_k", [0, 1, 7, 5000])
+@pytest.mark.parametrize("top_p", [1.0, 0.95, 0.5, 0.01])
+@pytest.mark.parametrize("min_p", [0.0, 0.05, 1.0])
+def test_the_same_tokens_survive_as_in_the_library(temperature, top_k, top_p, min_p):
+    generator = torch.Generator().manual_seed(0)
+    settings = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+    if min_p:
+        warpers.append(MinPLogitsWarper(min_p))
+    for scale in (0.5, 3.0):
+        scores = torch.randn(3000, generator=generator) * scale
+        kept_scores, kept = truncated(scores / temperature, settings)
+        expected = warpers(torch.zeros(1, 1, dtype=torch.int64), scores[None])[0]
+        ours = torch.full_like(scores, -math.inf)
+        ours[torch.arange(scores.numel()) if kept is None else kept] = kept_scores
+        assert torch.equal(ours, expected)
+
+
+def test_a_nucleus_wider_than_the_first_guess_is_found_in_the_whole_vocabulary():
+    scores = torch.randn(20_000, generator=torch.Generator().manual_seed(0)) * 0.1
+    assert len(nucleus(scores, 0.9)) > 10_000
+
+
+def test_the_repetition_penalty_is_the_librarys():
+    scores = torch.randn(300, generator=torch.Generator().manual_seed(0))
+    text = [5, 7, 7, 299]
+    expected = RepetitionPenaltyLogitsProcessor(1.4)(torch.tensor([text]), scores[None].clone())[0]
+    ours = penalized(scores, torch.arange(300), text, 1.4)
+    assert torch.equal(ours, expected)
+    vocab = torch.tensor([299, 3, 5])  # a draft vocabulary: the same tokens, elsewhere
+    assert torch.equal(penalized(scores[vocab], vocab, text, 1.4), expected[vocab])
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Eight tokens, two blocks, two heads: every text of three tokens has a probability that can be worked out."""
+    folder = tmp_path_factory.mktemp("eight")
+    torch.manual_seed(4)
+    config = LlamaConfig(
+        vocab_size=8,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.5,
+        eos_token_id=7,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    backbone = load_backbone(BackboneConfig(model_name=str(folder), quantization="none"))
+    blocks = FusedBlocks(backbone)
+    with torch.inference_mode():
+        measure_widths(blocks)
+    heads = ExitHeads(backbone, "adapter", [0], 4, None).requires_grad_(False)
+    return Engine(backbone, blocks, heads)
+
+
+def exact_distribution(model, prompt, settings, length):
+    """Probability of each text, from the library's own forward and processors."""
+    warpers = LogitsProcessorList()
+    if settings.repetition_penalty != 1:
+        warpers.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+    warpers.append(TemperatureLogitsWarper(settings.temperature))
+    if settings.top_k:
+        warpers.append(TopKLogitsWarper(settings.top_k))
+    if settings.top_p < 1:
+        warpers.append(TopPLogitsWarper(settings.top_p))
+    found = {(): 1.0}
+    for _ in range(length):
+        longer = {}
+        for text, chance in found.items():
+            ids = torch.tensor([[*prompt, *text]])
+            with torch.inference_mode():
+                scores = model.backbone.model(input_ids=ids).logits[:, -1].float()
+            for token, share in enumerate(warpers(ids, scores)[0].softmax(-1).tolist()):
+                if share:
+                    longer[(*text, token)] = chance * share
+        found = longer
+    return found
+
+
+def small_drafter(name, model):
+    torch.manual_seed(5)
+    head = LookaheadHead(model.backbone, [0], None)
+    head.start_from(model.backbone)
+    lookahead = LookaheadDrafter(head.requires_grad_(False), always(), lambda rows: 10.0, 0.1, 0.1, 0.7)
+    lookup = LookupDrafter(lambda rows: 10.0 + 0.1 * rows)
+    return {
+        "none": NoDrafter,
+        "exit": lambda: ExitDrafter([1.9], temperature=0.7),
+        "lookup": lambda: lookup,
+        "lookahead": lambda: lookahead,
+        "auto": lambda: AutoDrafter([(lookup, 15), (lookahead, 15)]),
+    }[name]()
+
+
+@pytest.mark.parametrize("name", ["none", "exit", "lookup", "lookahead", "auto"])
+@pytest.mark.parametrize(
+    "settings",
+    [dict(temperature=1.0), dict(temperature=0.8, top_k=5, top_p=0.9, repetition_penalty=1.3)],
+    ids=["pure", "processed"],
+)
+def test_three_tokens_together_have_the_exact_distribution(small, name, settings):
+    """Pearson's chi-square over texts of three tokens; rare ones are taken together (five expected at least)."""
+    prompt, samples, length = [1, 2, 1, 3, 1, 2], 600, 3
+    expected = exact_distribution(small, prompt, SamplingConfig(**settings), length)
+    drafter = small_drafter(name, small)
+    counts, accepted, rejected = Counter(), 0, 0
+    for seed in range(samples):
+        chooser = Sampler(SamplingConfig(**settings, seed=seed))
+        rounds = list(decode(small, prompt, drafter, length, width=4, chooser=chooser, stop_ids=()))
+        counts[tuple(itertools.chain.from_iterable(step.tokens for step in rounds))] += 1
+        accepted += sum(step.accepted for step in rounds)
+        rejected += sum(step.drafted - step.accepted for step in rounds)
+    assert set(counts) <= set(expected)
+    if name != "none":
+        assert accepted > 20
+        assert rejected > 20
+    common = {text: chance for text, chance in expected.items() if samples * chance >= 5}
+    cells = [(counts[text], samples * chance) for text, chance in common.items()]
+    seen_rare = samples - sum(count for count, _ in cells)
+    cells.append((seen_rare, samples * (1 - sum(common.values()))))
+    cells = [(seen, mean) for seen, mean in cells if mean > 1e-6]
+    statistic = sum((seen - mean) ** 2 / mean for seen, mean in cells)
+    freedom = len(cells) - 1
+    assert freedom > 15
+    # Wilson and Hilferty 1931: the cube root of chi-square / freedom is nearly normal; 4 deviations
+    bound = freedom * (1 - 2 / (9 * freedom) + 4 * math.sqrt(2 / (9 * freedom))) ** 3
+    assert statistic < bound
+
+
+def test_the_overlap_is_one_where_both_say_the_same():
+    logits = torch.randn(5, 50, generator=torch.Generator().manual_seed(0))
+    shares = overlap(logits, logits, None)
+    assert torch.allclose(shares[:, TEMPERATURES.index(1.0)], torch.ones(5))
+    vocab = torch.arange(10)
+    reduced = overlap(logits, logits[:, :10], vocab)
+    best = logits.softmax(-1)[:, :10].sum(-1)
+    assert (reduced <= best[:, None] + 1e-6).all()
+
+
+@pytest.mark.parametrize("sharpness", [1 / 0.6, 1 / 0.8, 1 / 1.2])
+def test_the_fitted_temperature_undoes_what_a_head_is_too_sure_of(sharpness):
+    logits = 3 * torch.randn(40, 50, generator=torch.Generator().manual_seed(0))
+    best = TEMPERATURES[int(overlap(logits, logits / sharpness, None).mean(0).argmax())]
+    assert best == pytest.approx(1 / sharpness)
+
+
+def test_temperatures_are_fitted_for_the_heads_that_are_there(tiny_model):
+    model = tiny_model("llama")
+    generator = torch.Generator().manual_seed(0)
+    documents = [Document(torch.randint(256, (60,), generator=generator).tolist(), "s", 5) for _ in range(4)]
+    batches = pack(documents, 64, 0)
+    exits, lookahead = fit_temperatures(model, batches)
+    assert exits in TEMPERATURES
+    assert lookahead == 1.0  # there is no such head
+    with_both = Engine(model.backbone, model.blocks, model.heads, lookahead=some_head(model.backbone))
+    assert fit_temperatures(with_both, batches)[0] == exits
+    assert fit_temperatures(with_both, batches)[1] in TEMPERATURES
+
+
+@pytest.mark.parametrize("cut", [dict(top_k=5), dict(top_p=0.5), dict(min_p=0.1)])
+def test_a_cut_without_a_temperature_is_refused(cut):
+    with pytest.raises(ValidationError, match="temperature"):
+        SamplingConfig(**cut)

@@ -1,0 +1,162 @@
+"""Several texts in one pass: each is what it would be alone, token for token and bit for bit."""
+
+import pytest
+import torch
+from test_decoding import tokens_of
+from test_sampling import make_drafter
+
+from early_exit_cli.blocks import Part
+from early_exit_cli.config import SamplingConfig
+from early_exit_cli.decoding import decode
+from early_exit_cli.drafters import NoDrafter, share_of_pass
+from early_exit_cli.errors import ConfigError
+from early_exit_cli.sampling import make_chooser
+from early_exit_cli.together import decode_together
+
+PROMPTS = [
+    list(b"Hello Hello "),
+    list(b"A"),
+    list(b"one two one two one "),
+    list(b"xyz xyz"),
+    list(b"The end of it all."),
+]
+TOKENS = 20
+
+
+def choosers(temperature):
+    return lambda number: make_chooser(SamplingConfig(temperature=temperature, seed=number))
+
+
+def alone(model, drafter, width, make_chooser, stops):
+    """Tokens and states of each prompt by itself."""
+    found = []
+    for number, prompt in enumerate(PROMPTS):
+        options = dict(width=width, chooser=make_chooser(number), stop_ids=stops, keep_states=True)
+        rounds = list(decode(model, prompt, drafter, TOKENS, **options))
+        found.append((tokens_of(rounds), torch.cat([step.states for step in rounds])))
+    return found
+
+
+def together(model, drafter, width, make_chooser, stops, batch):
+    rounds = [[] for _ in PROMPTS]
+    options = dict(batch=batch, width=width, make_chooser=make_chooser, stop_ids=stops, keep_states=True)
+    for number, step in decode_together(model, PROMPTS, drafter, TOKENS, **options):
+        rounds[number].append(step)
+    return [(tokens_of(own), torch.cat([step.states for step in own])) for own in rounds], rounds
+
+
+def assert_equal(ours, theirs):
+    for (tokens, states), (expected, expected_states) in zip(ours, theirs, strict=True):
+        assert tokens == expected
+        assert torch.equal(states, expected_states)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("batch", [2, 5, 20])
+@pytest.mark.parametrize("who", ["none", "exit", "lookup", "lookahead", "auto"])
+def test_every_text_is_what_it_is_alone(tiny_model, who, batch, temperature):
+    model = tiny_model("llama")
+    drafter = NoDrafter() if who == "none" else make_drafter(who, model)
+    make = choosers(temperature)
+    expected = alone(model, NoDrafter(), 8, make, ())
+    found, rounds = together(model, drafter, 4, make, (), batch)
+    assert_equal(found, expected)
+    if who in ("exit", "lookahead"):
+        steps = [step for own in rounds for step in own]
+        assert any(step.accepted for step in steps) or who == "lookahead"
+        assert any(step.drafted > step.accepted for step in steps)
+
+
+@pytest.mark.parametrize("family", ["mistral-window", "qwen2", "qwen3", "smollm"])
+@pytest.mark.parametrize("runner", ["fused", "hf"])
+def test_every_family_and_runner_keeps_texts_apart(tiny_model, family, runner):
+    model = tiny_model(family, runner)
+    make = choosers(0.0)
+    expected = alone(model, NoDrafter(), 8, make, ())
+    assert_equal(together(model, make_drafter("exit", model), 3, make, (), 3)[0], expected)
+    assert_equal(together(model, NoDrafter(), 3, make, (), 5)[0], expected)
+
+
+def test_texts_that_end_make_room_and_change_nothing_for_the_others(tiny_model):
+    model = tiny_model("llama")
+    make = choosers(0.0)
+    free = alone(model, NoDrafter(), 8, make, ())
+    stops = {free[0][0][3], free[2][0][7]}  # inside the first and the third answer
+    expected = alone(model, NoDrafter(), 8, make, stops)
+    assert len({len(tokens) for tokens, _ in expected}) > 1
+    found, _ = together(model, make_drafter("exit", model), 6, make, stops, 2)
+    assert_equal(found, expected)
+
+
+def test_one_pass_holds_the_rows_of_all_texts(tiny_model, monkeypatch):
+    model = tiny_model("llama")
+    seen = []
+    original = model.blocks.run_together
+
+    def spy(hidden, parts, first, last):
+        seen.append((hidden.shape[0], [part.width for part in parts]))
+        return original(hidden, parts, first, last)
+
+    monkeypatch.setattr(model.blocks, "run_together", spy)
+    together(model, NoDrafter(), 8, choosers(0.0), (), 5)
+    assert len(seen) == TOKENS  # a pass for each new token of all five texts
+    most = model.blocks.widths[-1] // model.blocks.pass_width(1)  # what rows have to be padded to takes room too
+    assert {len(widths) for _, widths in seen} == {min(5, most)}
+    assert all(width in model.blocks.widths for width, _ in seen)
+
+
+def test_padding_rows_of_a_pass_are_nobodys(tiny_model):
+    """Behind the texts' rows stand some that belong to none: the bits of each alone, and nothing written for them."""
+    model = tiny_model("llama")
+    width, prompts = model.blocks.pass_width(1), PROMPTS[:2]
+    caches, others = ([model.start(prompt, 8) for prompt in prompts] for _ in range(2))
+    rows = [model.embed(prompt[-1:]).expand(width, -1) for prompt in prompts]
+    padding = 9 * rows[0][:1].expand(model.blocks.widths[-1] - 2 * width, -1)
+    parts = [Part(cache, cache.length, width) for cache in caches]
+    with torch.inference_mode():
+        joined = model.blocks.run_together(torch.cat((*rows, padding)), parts, 0, 6)
+        alone = [model.run(own, cache, cache.length, 0, 6) for own, cache in zip(rows, others, strict=True)]
+    assert len(padding)
+    assert torch.equal(joined, torch.cat(alone))
+    for cache in caches:
+        assert cache.keys[0][:, cache.length : cache.length + width].any()
+        assert not cache.keys[0][:, cache.length + width :].any()
+
+
+def test_a_bad_prompt_is_refused(tiny_model):
+    model = tiny_model("llama")
+    with pytest.raises(ConfigError, match="empty"):
+        list(decode_together(model, [[65], []], NoDrafter(), 4, batch=2, width=4))
+
+
+def test_the_share_of_a_pass_adds_up():
+    """With one row each, the shares are the pass; a further row costs what it adds."""
+
+    def cost(rows):
+        return 10 + rows**1.5
+
+    assert share_of_pass(cost, 3, 0) == cost(3)
+    assert 4 * share_of_pass(cost, 1, 3) == pytest.approx(cost(4))
+    assert share_of_pass(cost, 3, 3) - share_of_pass(cost, 1, 3) == pytest.approx(cost(6) - cost(4))
+
+
+def test_the_shipped_model_answers_together_as_alone(smollm2):
+    """NF4 in bfloat16, with its heads: bits do not depend on who else is in the pass."""
+    from early_exit_cli.config import BackboneConfig, BundleConfig
+    from early_exit_cli.costs import auto_drafter
+    from early_exit_cli.engine import load_model
+
+    model = load_model(BackboneConfig(), BundleConfig())
+    prompts = [
+        smollm2.encode_prompt(text)
+        for text in ("Name three colours.", "What is 12 times 12?", "Repeat: one two three one two three one two")
+    ]
+    expected = [list(decode(model, ids, NoDrafter(), 24, keep_states=True)) for ids in prompts]
+    rounds = [[] for _ in prompts]
+    for number, step in decode_together(
+        model, prompts, auto_drafter(model, 0.9, 8, "auto"), 24, batch=3, width=8, keep_states=True
+    ):
+        rounds[number].append(step)
+    for own, plain in zip(rounds, expected, strict=True):
+        assert tokens_of(own) == tokens_of(plain)
+        assert torch.equal(torch.cat([s.states for s in own]), torch.cat([s.states for s in plain]))
