@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,8 +44,23 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
+    except Exception as error:
+        number = write_errno(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_errno(error: Exception) -> int | None:
+    """Why the system refused a write, as Python, safetensors or torch (which does not know why) say it."""
+    if isinstance(error, OSError):
+        return error.errno
+    said = re.search(r"os error (\d+)", str(error))
+    if said:
+        return int(said[1])
+    return errno.ENOSPC if re.search("file write failed|unexpected pos", str(error)) else None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -66,6 +83,23 @@ def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
     write_text(path, text)
 
 
+def parse_json(text: str) -> Any:
+    """A JSON value that can be shown and written again.
+
+    Raises:
+        ValueError: not JSON, nested too deeply, or with half a surrogate pair, which is no text.
+    """
+    try:
+        value = json.loads(text)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except UnicodeEncodeError:
+        raise ValueError("half a surrogate pair in a string") from None
+    return value
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
@@ -73,10 +107,10 @@ def read_json(path: Path) -> dict[str, Any]:
         BundleError: missing, unreadable, or not an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BundleError(f"no file {path}") from None
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise BundleError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(value, dict):
         raise BundleError(f"{path} must hold a JSON object, not {type(value).__name__}")
@@ -94,6 +128,27 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         if path.exists():
             shutil.rmtree(path)
         os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def atomic_files(folder: Path, names: Sequence[str]) -> Iterator[Path]:
+    """A temporary folder whose files take the places of `names` in `folder` when the block ends well, the last one last.
+
+    Of `names`, those that were not written go. A failure leaves everything as it was.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".", suffix=".tmp"))
+    try:
+        yield temporary
+        for name in (names[-1], *(name for name in names if not (temporary / name).exists())):
+            (folder / name).unlink(missing_ok=True)
+        for name in names:
+            if (temporary / name).exists():
+                os.replace(temporary / name, folder / name)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

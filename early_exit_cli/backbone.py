@@ -9,6 +9,7 @@ import ctypes
 import json
 import logging
 import os
+import pickle
 import sys
 import warnings
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from early_exit_cli.artifacts import sha256_of
 from early_exit_cli.config import EMBEDDED_MODEL, BackboneConfig, Quantization
-from early_exit_cli.errors import BackboneError, ConfigError, NumericsError, UnsupportedBackboneError
+from early_exit_cli.errors import BackboneError, ConfigError, EexitError, NumericsError, UnsupportedBackboneError
 from early_exit_cli.families import FAMILIES, Family, refusal
 from early_exit_cli.gguf import converted_gguf, embedded_gguf
 from early_exit_cli.quantization import quantization_of, saved_in, settings_for
@@ -300,8 +301,8 @@ def load_tokenizer(config: BackboneConfig) -> Callable[[str], list[int]]:
     _quiet_libraries()
     source, revision = _locate(config)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except Exception as error:  # the library raises whatever a damaged file provokes
         raise _load_error(config.model_name, error) from error
     return partial(encode_prompt, tokenizer)
 
@@ -329,16 +330,17 @@ def load_backbone(config: BackboneConfig) -> Backbone:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
             source,
             config=settings,
             revision=revision,
+            trust_remote_code=False,
             dtype=dtype,
             device_map={"": device},
             quantization_config=settings_for(config.quantization, dtype, plain) if saved is None else None,
         )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except Exception as error:  # the library raises whatever a damaged file provokes
         raise _load_error(config.model_name, error) from error
     model.eval().requires_grad_(False)
     backbone = Backbone(
@@ -465,7 +467,7 @@ def _supported_config(name: str, source: str, revision: str | None) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(source, revision=revision)
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except Exception as error:  # the library raises whatever a damaged config.json provokes
         raise _load_error(name, error) from error
     refused = refusal(config)
@@ -474,11 +476,15 @@ def _supported_config(name: str, source: str, revision: str | None) -> Any:
     return config
 
 
-def _load_error(name: str, error: Exception) -> BackboneError:
+def _load_error(name: str, error: Exception) -> EexitError:
     from huggingface_hub import constants
 
     reason = " ".join(str(error).split())
-    if "gated" in reason or "401" in reason or "403" in reason:
+    if "custom code" in reason:
+        return UnsupportedBackboneError(f"{name} brings code of its own, which is never run here")
+    if isinstance(error, pickle.UnpicklingError):
+        return BackboneError(f"{name} is a pickle that holds more than tensors; it is not loaded, as it could run code")
+    if isinstance(error, OSError) and any(word in reason for word in ("gated", "401", "403")):
         return BackboneError(f"{name} is gated or private at {constants.ENDPOINT}", hint="hf auth login")
     if isinstance(error, OSError):
         hint = f"check the name; looked for a folder, then at {constants.ENDPOINT}"

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from early_exit_cli.artifacts import file_sha256, read_json
+from early_exit_cli.artifacts import file_sha256
 from early_exit_cli.config import Quantization
 from early_exit_cli.errors import BundleError
+from early_exit_cli.formats import BundleForm, RecordForm, read_form
 
-FORMAT_VERSION = 1
 CONFIG_FILE, CALIBRATION_FILE, HEADS_FILE, DSSD_HEADS_FILE, LOOKAHEAD_FILE, RECORD_FILE = (
     "config.json",
     "calibration.json",
@@ -26,15 +26,6 @@ CONFIG_FILE, CALIBRATION_FILE, HEADS_FILE, DSSD_HEADS_FILE, LOOKAHEAD_FILE, RECO
 )
 BUNDLE_FILES = (CONFIG_FILE, CALIBRATION_FILE, HEADS_FILE, DSSD_HEADS_FILE, LOOKAHEAD_FILE, RECORD_FILE)
 CARD_FILE = "README.md"
-CONFIG_KEYS = {
-    "model_name": str,
-    "num_heads": int,
-    "head_layer_indices": list,
-    "quantization": str,
-    "hidden_size": int,
-    "vocab_size": int,
-    "num_hidden_layers": int,
-}
 
 
 @dataclass(frozen=True)
@@ -60,28 +51,7 @@ def read_bundle_config(folder: Path) -> dict[str, Any]:
     Raises:
         BundleError: a key missing, of another type, or heads out of range.
     """
-    path = folder / CONFIG_FILE
-    config = read_json(path)
-    for key, kind in CONFIG_KEYS.items():
-        if key not in config:
-            raise BundleError(f"{path} has no {key!r}")
-        if not isinstance(config[key], kind) or isinstance(config[key], bool):
-            raise BundleError(f"{path}: {key} must be {kind.__name__}, found {config[key]!r}")
-    if config["quantization"] not in get_args(Quantization):
-        raise BundleError(
-            f"{path}: quantization is {config['quantization']!r}; known: {', '.join(get_args(Quantization))}"
-        )
-    layers = config["head_layer_indices"]
-    depth = config["num_hidden_layers"]
-    if (
-        len(layers) != config["num_heads"]
-        or any(not isinstance(layer, int) or not 0 <= layer < depth for layer in layers)
-        or sorted(set(layers)) != layers
-    ):
-        raise BundleError(
-            f"{path}: head_layer_indices {layers} must be {config['num_heads']} ascending blocks between 0 and {depth - 1}"
-        )
-    return config
+    return read_form(folder / CONFIG_FILE, BundleForm)
 
 
 def applied_quantization(quantization: str) -> str:
@@ -89,27 +59,36 @@ def applied_quantization(quantization: str) -> str:
     return quantization if quantization in get_args(Quantization) else "none"
 
 
-def kind_of_heads(record: dict[str, Any], path: Path) -> tuple[str, int]:
-    """(kind, rank) of the heads as eexit.json, read from `path`, has them.
+def read_bundle_record(folder: Path) -> dict[str, Any]:
+    """eexit.json of a bundle.
 
     Raises:
-        BundleError: not there, or of another type.
+        BundleError: missing, damaged, or written by a newer version.
+    """
+    return read_form(folder / RECORD_FILE, RecordForm)
+
+
+def kind_of_heads(record: dict[str, Any], folder: Path) -> tuple[str, int]:
+    """(kind, rank) of the heads, as the record of the bundle in `folder` has them.
+
+    Raises:
+        BundleError: not there.
     """
     heads = record.get("heads")
-    kind = heads.get("kind") if isinstance(heads, dict) else None
-    rank = heads.get("rank", 0) if isinstance(heads, dict) else None
-    if not isinstance(kind, str) or not isinstance(rank, int):
-        raise BundleError(f"{path}: heads must have a kind and a rank, found {heads!r}")
-    return kind, rank
+    if heads is None:
+        raise BundleError(f"{folder / RECORD_FILE} does not say of what kind the heads are")
+    return heads["kind"], heads.get("rank", 0)
 
 
-def lookahead_layers(record: dict[str, Any], path: Path) -> list[int]:
-    """0-based blocks whose output the lookahead head reads, as eexit.json, read from `path`, has them.
+def lookahead_layers(record: dict[str, Any], folder: Path, num_blocks: int) -> list[int]:
+    """0-based blocks whose output the lookahead head reads, as the record of the bundle in `folder` has them.
 
     Raises:
-        BundleError: not a list of numbers.
+        BundleError: not ascending, or beyond the backbone.
     """
-    found = record["lookahead"].get("exit_layers") if isinstance(record["lookahead"], dict) else None
-    if not isinstance(found, list) or not all(isinstance(layer, int) and layer > 0 for layer in found):
-        raise BundleError(f"{path}: lookahead must name its exit_layers, found {found!r}")
-    return [layer - 1 for layer in found]
+    layers = [layer - 1 for layer in record["lookahead"]["exit_layers"]]
+    if sorted(set(layers)) != layers or layers[-1] >= num_blocks:
+        raise BundleError(
+            f"{folder / RECORD_FILE}: the lookahead head's exit_layers must be ascending, at most {num_blocks}"
+        )
+    return layers

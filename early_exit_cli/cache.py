@@ -25,18 +25,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from early_exit_cli.artifacts import file_sha256, read_json, sha256_of, user_cache_dir
+from early_exit_cli.artifacts import file_sha256, sha256_of, user_cache_dir
+from early_exit_cli.cache_shapes import LAST_BLOCK, readout_misfit
 from early_exit_cli.config import BackboneConfig, CacheConfig, DataConfig, HeadsConfig, TrainingConfig
-from early_exit_cli.errors import BundleError, CacheError
+from early_exit_cli.errors import BundleError, CacheError, shown
+from early_exit_cli.formats import ManifestForm, read_form
 from early_exit_cli.readout import FinalNorm, LastBlock, LogitMap, no_last_block
 
-FORMAT_VERSION = 1
 MANIFEST, READOUT, SHARDS = "manifest.json", "readout.safetensors", "shards"
-LAST_BLOCK = "last_block."
 LARGEST_FP8 = 448.0
 """Largest finite value of e4m3."""
 
@@ -96,14 +95,13 @@ class Cache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            self.manifest = read_json(folder / MANIFEST)
-            self.layers = [int(layer) for layer in self.manifest["layers"]]
-            self.shards: list[dict[str, Any]] = list(self.manifest["shards"])
-            self.tokens = sum(int(shard["tokens"]) for shard in self.shards)
-            self.total_bytes = sum(int(shard["bytes"]) for shard in self.shards)
-        except (BundleError, KeyError, TypeError, ValueError) as error:
-            reason = error.message if isinstance(error, BundleError) else f"{MANIFEST} is not readable: {error!r}"
-            raise CacheError(f"no cache in {folder}: {reason}", hint="eexit cache extract") from error
+            self.manifest = read_form(folder / MANIFEST, ManifestForm)
+        except BundleError as error:
+            raise CacheError(f"no cache in {folder}: {error.message}", hint="eexit cache extract") from error
+        self.layers: list[int] = self.manifest["layers"]
+        self.shards: list[dict[str, Any]] = self.manifest["shards"]
+        self.tokens = sum(shard["tokens"] for shard in self.shards)
+        self.total_bytes = sum(shard["bytes"] for shard in self.shards)
 
     @property
     def data(self) -> DataConfig:
@@ -112,7 +110,7 @@ class Cache:
 
     @property
     def is_complete(self) -> bool:
-        return bool(self.manifest.get("complete"))
+        return bool(self.manifest["complete"])
 
     def require_complete(self) -> None:
         """Refuse a cache whose extraction was stopped."""
@@ -121,6 +119,15 @@ class Cache:
                 f"the cache in {self.folder} is not complete: its extraction was stopped",
                 hint="run eexit cache extract again with the same settings; it goes on where it was",
             )
+
+    def require_sizes(self) -> None:
+        """Refuse shards that are missing or of another size: what their records promise is then not there."""
+        for shard in self.shards:
+            what = _size_damage(self.path(shard), shard)
+            if what:
+                raise CacheError(
+                    f"{self.path(shard)} is damaged: {what}", hint=f"eexit cache repair --cache-dir {self.folder}"
+                )
 
     def path(self, shard: dict[str, Any]) -> Path:
         return self.folder / SHARDS / str(shard["file"])
@@ -145,12 +152,16 @@ class Cache:
 
     def readout(self, device: torch.device) -> StoredReadout:
         """The backbone's readout, without the backbone."""
-        found, tensors = self.manifest, self.readout_tensors
+        found = self.manifest
         if "last_block" not in found:
             raise CacheError(
                 f"the cache in {self.folder} was begun by an older version and lacks the last block's weights",
                 hint="run eexit cache extract again with the same settings; it adds only these",
             )
+        tensors = self.readout_tensors
+        what = readout_misfit(tensors, found)
+        if what:
+            raise CacheError(f"{self.folder / READOUT} is not this cache's: {what}", hint="eexit cache verify")
         lm_head = tensors["lm_head"].to(device)
         bias = tensors["norm_bias"].to(device) if "norm_bias" in tensors else None
         shape = found["last_block"]
@@ -211,9 +222,9 @@ def check_request(cache: Cache, request: dict[str, Any]) -> None:
     Raises:
         CacheError: every field that differs, with both values.
     """
-    made = cache.manifest.get("request", {})
+    made = cache.manifest["request"]
     differing = [
-        f"{key}: {made.get(key)!r} there, {request.get(key)!r} asked for"
+        f"{shown(key)[1:-1]}: {shown(made.get(key))} there, {request.get(key)!r} asked for"
         for key in sorted({*made, *request})
         if made.get(key) != request.get(key)
     ]
@@ -286,11 +297,9 @@ def foreign_files(cache: Cache) -> list[str]:
 
 def _damage_of(cache: Cache, shard: dict[str, Any]) -> str | None:
     path = cache.path(shard)
-    if not path.is_file():
-        return "missing"
-    size = path.stat().st_size
-    if size != shard["bytes"]:
-        return f"{size} bytes, written were {shard['bytes']}"
+    what = _size_damage(path, shard)
+    if what:
+        return what
     if file_sha256(path) != shard["sha256"]:
         return "its content is not what was written"
     try:
@@ -303,6 +312,13 @@ def _damage_of(cache: Cache, shard: dict[str, Any]) -> str | None:
     return None
 
 
+def _size_damage(path: Path, shard: dict[str, Any]) -> str | None:
+    if not path.is_file():
+        return "missing"
+    size = path.stat().st_size
+    return None if size == shard["bytes"] else f"{size} bytes, written were {shard['bytes']}"
+
+
 def load_shard(path: Path) -> dict[str, Tensor]:
     """The tensors of a file of the cache, mapped into memory.
 
@@ -311,8 +327,9 @@ def load_shard(path: Path) -> dict[str, Tensor]:
     """
     try:
         return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CacheError(f"{path} is damaged: {error}", hint="eexit cache verify names all damage") from error
+    except Exception as error:  # besides its own, the reader raises what torch does with a strange dtype or shape
+        reason = " ".join(str(error).split())[:300]
+        raise CacheError(f"{path} is damaged: {reason}", hint="eexit cache verify names all damage") from error
 
 
 def info(cache: Cache) -> dict[str, Any]:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from early_exit_cli.artifacts import sha256_of
-from early_exit_cli.cache import Cache, load_shard, measured_positions, owned_text, unpacked
+from early_exit_cli.cache import Cache, StoredReadout, load_shard, measured_positions, owned_text, unpacked
+from early_exit_cli.cache_shapes import shard_misfit
 from early_exit_cli.config import TrainingConfig
 from early_exit_cli.data import Batch, stacked
 from early_exit_cli.errors import CacheError
@@ -23,18 +24,20 @@ from early_exit_cli.states import States
 class _LoadedShard:
     """One shard in memory; rows are cut from it."""
 
-    def __init__(self, path: Path, layers: list[int], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, path: Path, shard: dict[str, Any], layers: list[int], readout: StoredReadout, device: torch.device
+    ) -> None:
         tensors = load_shard(path)
         names = [*(f"block.{layer}" for layer in layers), "final"]
-        try:
-            # clone: the file is mapped into memory, and is read here rather than in the middle of a step
-            self.states = [unpacked(name, tensors, dtype).clone().to(device) for name in names]
-            self.normalizer = tensors["normalizer"].clone().to(device)
-            self.measured = measured_positions(tensors).to(device)
-            self.row_starts = tensors["row_starts"].tolist()
-            self.ids, self.owners, self.places = owned_text(tensors)
-        except (KeyError, IndexError, RuntimeError) as error:
-            raise CacheError(f"{path} is no shard of this cache: {error}") from error
+        what = shard_misfit(tensors, shard, names, readout.hidden_size, readout.vocab_size)
+        if what:
+            raise CacheError(f"{path} is no shard of this cache: {what}", hint="eexit cache verify names all damage")
+        # clone: the file is mapped into memory, and is read here rather than in the middle of a step
+        self.states = [unpacked(name, tensors, readout.dtype).clone().to(device) for name in names]
+        self.normalizer = tensors["normalizer"].clone().to(device)
+        self.measured = measured_positions(tensors).to(device)
+        self.row_starts = tensors["row_starts"].tolist()
+        self.ids, self.owners, self.places = owned_text(tensors)
         for name, state in zip(names, self.states, strict=True):
             if not torch.isfinite(state).all():
                 raise CacheError(f"{path}: NaN or infinite values in {name}", hint="eexit cache repair")
@@ -55,6 +58,7 @@ class CachedStates:
 
     def __init__(self, cache: Cache, layers: list[int] | None, training: TrainingConfig, device: torch.device) -> None:
         cache.require_complete()
+        cache.require_sizes()
         self.cache = cache
         self.layers = layers or cache.layers
         missing = [layer for layer in self.layers if layer not in cache.layers]
@@ -139,7 +143,7 @@ class CachedStates:
         return self.loaded[name]
 
     def _read(self, shard: dict[str, Any]) -> _LoadedShard:
-        return _LoadedShard(self.cache.path(shard), self.layers, self.readout.dtype, self.device)
+        return _LoadedShard(self.cache.path(shard), shard, self.layers, self.readout, self.device)
 
     def _prefetch(self, shard: dict[str, Any]) -> None:
         name = str(shard["file"])

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 EMBEDDED_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SHIPPED_BUNDLE = "smollm2-135m"
@@ -23,6 +23,15 @@ DEFAULT_ACCURACY_LEVELS = [0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.99]
 Quantization = Literal["4bit", "8bit", "none"]
 UncertaintyMetric = Literal["entropy", "confidence"]
 ThresholdRule = Literal["conditional", "independent"]
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written: bytes of a terminal that are no UTF-8 come as halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def setting(default: Any, help: str, *, aliases: tuple[str, ...] = (), **bounds: Any) -> Any:
@@ -43,9 +52,18 @@ IntList = Annotated[list[int], BeforeValidator(split_numbers)]
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys are refused, defaults are validated too."""
+    """Base of all sections: unknown keys are refused, defaults are validated too, numbers are finite, and no text holds
+    what no file name and no terminal takes."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain_text(cls, value: Any) -> Any:
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and ("\0" in text or not is_unicode(text)):
+                raise ValueError("a null byte, or bytes that are no text")
+        return value
 
 
 class BackboneConfig(Section):

@@ -24,6 +24,7 @@ from early_exit_cli import palette
 
 PLAIN_LINE_SECONDS = 15.0
 PLAIN_WIDTH = 160
+MOST_LINES, LONGEST_LINE = 30, 1000
 
 
 def stdout() -> Console:
@@ -92,19 +93,29 @@ def _paint(text: str, decider: str) -> str:
     return style.render(text, color_system=_colour_system()) if style else text
 
 
+def plain(text: str) -> str:
+    """Text without what would move a terminal's cursor or change its colours, and no longer than a person reads: messages
+    quote files of any origin."""
+    lines = text.split("\n")
+    if len(lines) > MOST_LINES:
+        lines = [*lines[:MOST_LINES], f"... and {len(lines) - MOST_LINES} more"]
+    cut = (line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]} ..." for line in lines)
+    return "\n".join("".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in cut)
+
+
 def note(message: str) -> None:
     """One line to the person."""
-    stderr().print(message, style="dim", markup=False)
+    stderr().print(plain(message), style="dim", markup=False)
 
 
 def warn(message: str) -> None:
     """One line that deserves attention."""
-    stderr().print(f"warning: {message}", style="yellow", markup=False)
+    stderr().print(f"warning: {plain(message)}", style="yellow", markup=False)
 
 
 def error(message: str, hint: str | None) -> None:
     """What went wrong, and the next thing to try."""
-    lines = message.splitlines() or [""]
+    lines = plain(message).split("\n")
     if len(lines) == 1:
         stderr().print(f"error: {lines[0]}", style="red", markup=False)
     else:
@@ -112,7 +123,7 @@ def error(message: str, hint: str | None) -> None:
         for line in lines:
             stderr().print(f"  {line}", style="red", markup=False)
     if hint:
-        stderr().print(f"  try: {hint}", markup=False)
+        stderr().print(f"  try: {plain(hint)}", markup=False)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, result: bool = False) -> None:

@@ -8,6 +8,7 @@ decoding, nothing is drafted.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from early_exit_cli.artifacts import read_json, write_json
+from early_exit_cli.artifacts import write_json
 from early_exit_cli.blocks import LARGEST_WIDTH, Blocks, KVCache
 from early_exit_cli.drafters import AutoDrafter, Drafter, ExitDrafter
 from early_exit_cli.engine import Engine
 from early_exit_cli.errors import BundleError, ConfigError
+from early_exit_cli.formats import CostsForm, read_form
 from early_exit_cli.gating import entropy, level_key
 from early_exit_cli.lookahead import LookaheadHead
 from early_exit_cli.lookahead_drafter import LookaheadDrafter, LookaheadRunner
@@ -57,6 +59,10 @@ class Costs:
         return self.per_block[width] * num_blocks + self.finish[width]
 
 
+BY_WIDTH = ("per_block", "per_block_far", "finish")
+"""The fields of `Costs` that are tables."""
+
+
 @dataclass(frozen=True)
 class HeadSet:
     """A set of heads at one level: for each, the share of tokens that exit there (after those before it in the set
@@ -82,19 +88,13 @@ def cost_table(model: Engine, *, refresh: bool = False) -> Costs:
         "lookahead": model.lookahead and list(model.lookahead.lm_head_weight.shape),
     }
     path = measurement_path("costs", identity)
+    widths = sorted({1, *model.blocks.widths})
     if not refresh:
-        try:
-            found = read_json(path)["costs"]
-            near, far, finish = (
-                {int(width): float(ms) for width, ms in found[name].items()}
-                for name in ("per_block", "per_block_far", "finish")
-            )
-            return Costs(
-                near, far, finish, *(float(found[name]) for name in ("head", "lookahead_read", "lookahead_step"))
-            )
-        except (BundleError, KeyError, TypeError, ValueError, AttributeError):
-            pass
-    costs = measure_costs(model, sorted({1, *model.blocks.widths}))
+        with contextlib.suppress(BundleError, KeyError):  # nothing there, or damaged: measured again
+            found = read_form(path, CostsForm)["costs"]
+            by_width = {name: {width: found[name][str(width)] for width in widths} for name in BY_WIDTH}
+            return Costs(**{**found, **by_width})
+    costs = measure_costs(model, widths)
     write_json(path, {"costs": asdict(costs), **identity})
     return costs
 

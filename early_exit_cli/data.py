@@ -7,6 +7,7 @@ after another in rows of `max_length`, and attention never crosses from one to t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -18,11 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from early_exit_cli.artifacts import sha256_of, user_cache_dir
+from early_exit_cli.artifacts import parse_json, sha256_of, user_cache_dir
 from early_exit_cli.backbone import Backbone
 from early_exit_cli.batched import Answer, answerer
 from early_exit_cli.config import DataConfig
-from early_exit_cli.errors import DataError
+from early_exit_cli.errors import BundleError, DataError
+from early_exit_cli.formats import AnswerForm, require_form
 
 Split = Literal["train", "eval", "calibrate"]
 TEXT_COLUMNS = ("text", "prompt", "turns", "messages", "instruction", "question")
@@ -98,9 +100,10 @@ def read_records(config: DataConfig) -> list[dict[str, Any]]:
         raise DataError("no text to work on", hint="name it with --dataset-name: a Hub id or a local file")
     rows = _load_rows(config, name)
     column = config.text_column or next((key for key in TEXT_COLUMNS if rows and key in rows[0]), "text")
-    if rows and column not in rows[0]:
+    missing = next((number for number, row in enumerate(rows, start=1) if column not in row), None)
+    if missing is not None:
         raise DataError(
-            f"{name} has no column {column!r}; its columns: {', '.join(map(str, rows[0]))}",
+            f"{name}: row {missing} has no column {column!r}; its columns: {', '.join(rows[missing - 1]) or 'none'}",
             hint="--text-column NAME",
         )
     records = [
@@ -142,31 +145,41 @@ def _load_rows(config: DataConfig, name: str) -> list[dict[str, Any]]:
 
 
 def _read_json_lines(path: Path) -> list[dict[str, Any]]:
-    text = path.read_text(encoding="utf-8")
+    """Rows of a .jsonl file; or of a .json file that holds a list, or a list under `data`."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from error
+    places = [(str(path), text)]
+    if path.suffix != ".json":
+        places = [(f"{path}:{number}", line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    values: Any = []
+    for place, document in places:
+        try:
+            values.append(parse_json(document))
+        except ValueError as error:
+            raise DataError(f"{place} is not JSON: {error}") from error
     if path.suffix == ".json":
-        value = json.loads(text)
-        return value if isinstance(value, list) else value["data"]
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path}:{number} is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{path}:{number} must hold a JSON object")
-            rows.append(row)
-    return rows
+        (whole,) = values
+        values = whole.get("data") if isinstance(whole, dict) else whole
+        if not isinstance(values, list):
+            raise DataError(f"{path} must hold a list, or a list under 'data'")
+        places = [(f"{path}, row {number}", "") for number in range(1, len(values) + 1)]
+    for (place, _), value in zip(places, values, strict=True):
+        if not isinstance(value, dict):
+            raise DataError(f"{place} must hold a JSON object")
+    return values
 
 
 def _as_text(value: Any) -> str:
     """A text column's value: a string, the first of Spec-Bench's turns, or the first user message."""
-    if isinstance(value, str):
-        return value
     if isinstance(value, list) and value:
-        first = value[0]
-        return first if isinstance(first, str) else str(first.get("content", ""))
-    return ""
+        value = value[0]
+        if isinstance(value, dict):
+            value = value.get("content")
+    return value if isinstance(value, str) else ""
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
@@ -175,10 +188,7 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: unreadable, or a row without a prompt.
     """
-    try:
-        rows = _read_json_lines(path)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    rows = _read_json_lines(path)
     for number, row in enumerate(rows, start=1):
         row["prompt"] = _as_text(row.get("prompt") or row.get("turns"))
         if not row["prompt"].strip():
@@ -299,7 +309,7 @@ def answer_prompts(
         f"{config.answer_tokens} {config.sampled_share} {config.temperature} {config.answer_batch} {config.data_seed}",
     )
     path = user_cache_dir() / "answers" / f"{key[:24]}.jsonl"
-    answers = _read_answers(path)
+    answers = _read_answers(path, len(prompts), backbone.vocab_size)
     answer_chunk: Answer | None = None
     path.parent.mkdir(parents=True, exist_ok=True)
     made = 0
@@ -325,8 +335,8 @@ def answer_prompts(
     return [Document(ids + answers[index], source, len(ids)) for index, (source, ids) in enumerate(prompts)]
 
 
-def _read_answers(path: Path) -> dict[int, list[int]]:
-    """Answers of earlier runs; a line torn by a kill is cut off the file."""
+def _read_answers(path: Path, prompts: int, vocab_size: int) -> dict[int, list[int]]:
+    """Answers of earlier runs. A line torn by a kill is cut off the file; one that is damaged is made again."""
     answers: dict[int, list[int]] = {}
     if not path.exists():
         return answers
@@ -335,12 +345,12 @@ def _read_answers(path: Path) -> dict[int, list[int]]:
         for line in file:
             if not line.endswith(b"\n"):
                 break
-            try:
-                record = json.loads(line)
-                answers[int(record["index"])] = [int(token) for token in record["answer"]]
-            except (ValueError, KeyError, TypeError):
-                break
             whole += len(line)
+            with contextlib.suppress(ValueError, BundleError):
+                record = parse_json(line.decode("utf-8"))
+                require_form(record, AnswerForm, str(path))
+                if record["index"] < prompts and all(token < vocab_size for token in record["answer"]):
+                    answers[record["index"]] = record["answer"]
         file.truncate(whole)
     return answers
 

@@ -21,12 +21,12 @@ from early_exit_cli.bundle import (
     CALIBRATION_FILE,
     CONFIG_FILE,
     DSSD_HEADS_FILE,
-    FORMAT_VERSION,
     HEADS_FILE,
     RECORD_FILE,
     read_bundle_config,
 )
 from early_exit_cli.errors import BundleError
+from early_exit_cli.formats import FORMAT_VERSION
 from early_exit_cli.heads import head_shapes, require_tensors
 
 DECLARED = ("hidden_size", "vocab_size", "num_hidden_layers", "quantization")

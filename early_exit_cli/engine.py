@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from early_exit_cli.artifacts import fingerprint_differences, read_json, write_atomic, write_json
+from early_exit_cli.artifacts import atomic_files, fingerprint_differences, write_atomic, write_json
 from early_exit_cli.backbone import Backbone, load_backbone
 from early_exit_cli.blocks import LARGEST_WIDTH, PREFILL_WIDTH, Blocks, KVCache, Part
 from early_exit_cli.bundle import (
     CALIBRATION_FILE,
     CONFIG_FILE,
     DSSD_HEADS_FILE,
-    FORMAT_VERSION,
     HEADS_FILE,
     LOOKAHEAD_FILE,
     RECORD_FILE,
@@ -29,10 +27,12 @@ from early_exit_cli.bundle import (
     kind_of_heads,
     lookahead_layers,
     read_bundle_config,
+    read_bundle_record,
 )
 from early_exit_cli.config import HUB_ID, SHIPPED_BUNDLE, BackboneConfig, BundleConfig, HubConfig, UncertaintyMetric
 from early_exit_cli.data import Batch
-from early_exit_cli.errors import BundleError, ConfigError, DataError, HubError, NumericsError
+from early_exit_cli.errors import BundleError, ConfigError, DataError, HubError, NumericsError, shown
+from early_exit_cli.formats import FORMAT_VERSION, CalibrationBeside, CalibrationForm, read_form
 from early_exit_cli.gating import Thresholds, level_key, uncertainty
 from early_exit_cli.heads import ExitHeads, load_heads
 from early_exit_cli.lookahead import LookaheadHead, load_lookahead
@@ -231,27 +231,17 @@ def read_thresholds(path: Path, num_heads: int) -> Thresholds:
     Raises:
         BundleError: an unknown metric, a level without its block, a head without its number.
     """
-    record = read_json(path)
-    levels = record.get("accuracy_levels")
-    blocks = record.get("thresholds")
-    if not isinstance(levels, list) or not isinstance(blocks, dict):
-        raise BundleError(f"{path} must hold accuracy_levels and thresholds")
-    metric = record.get("uncertainty_metric", "entropy")
-    if metric not in get_args(UncertaintyMetric):
-        raise BundleError(
-            f"{path}: uncertainty_metric {metric!r} is unknown; known: {', '.join(get_args(UncertaintyMetric))}"
-        )
+    record = read_form(path, CalibrationForm)
     found: dict[str, list[float]] = {}
-    for level in levels:
-        block = blocks.get(level_key(level)) if isinstance(level, (int, float)) else None
-        if not isinstance(block, dict):
+    for level in record["accuracy_levels"]:
+        block = record["thresholds"].get(level_key(level))
+        if block is None:
             raise BundleError(f"{path}: level {level!r} has no thresholds")
-        row = [block.get(str(head)) for head in range(num_heads)]
-        for head, value in enumerate(row):
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-                raise BundleError(f"{path}: level {level_key(level)}, head {head}: no threshold, found {value!r}")
-        found[level_key(level)] = [float(value) for value in row if value is not None]
-    return Thresholds(found, metric)
+        missing = [head for head in range(num_heads) if str(head) not in block]
+        if missing:
+            raise BundleError(f"{path}: level {level_key(level)}, head {missing[0]}: no threshold")
+        found[level_key(level)] = [float(block[str(head)]) for head in range(num_heads)]
+    return Thresholds(found, record.get("uncertainty_metric", "entropy"))
 
 
 def calibration_record_path(folder: Path, calibration: Path) -> Path:
@@ -288,20 +278,36 @@ def load_model(
     model = Engine(backbone, make_blocks(backbone, backbone_config.runner, backbone_config.cuda_graphs))
     if folder is None or config is None or bundle is None:
         return model
-    model.record = read_json(folder / RECORD_FILE)
+    model.record = read_bundle_record(folder)
     check_fingerprint(config, model.record, backbone, folder)
     if config["num_heads"]:
-        kind, rank = kind_of_heads(model.record, folder / RECORD_FILE)
+        kind, rank = kind_of_heads(model.record, folder)
         model.heads = load_heads(folder / HEADS_FILE, backbone, kind, config["head_layer_indices"], rank)
     if "lookahead" in model.record:
-        layers = lookahead_layers(model.record, folder / RECORD_FILE)
+        layers = lookahead_layers(model.record, folder, backbone.num_blocks)
         model.lookahead = load_lookahead(folder / LOOKAHEAD_FILE, backbone, layers)
     calibration = bundle.calibration_path or folder / CALIBRATION_FILE
     if with_thresholds and (bundle.calibration_path or calibration.exists()):
         model.thresholds = read_thresholds(calibration, config["num_heads"])
-        record = calibration_record_path(folder, calibration)
-        model.record["calibration"] = read_json(record).get("calibration", {}) if record.exists() else {}
+        beside = calibration_record_path(folder, calibration)
+        record = read_form(beside, CalibrationBeside) if beside.exists() else {}
+        model.record["calibration"] = calibration_of(record, config["num_heads"], beside)
     return model
+
+
+def calibration_of(record: dict[str, Any], num_heads: int, path: Path) -> dict[str, Any]:
+    """The calibration in a record read from `path`; empty where there is none.
+
+    Raises:
+        BundleError: of another number of heads.
+    """
+    calibration = record.get("calibration", {})
+    if calibration.get("heads") and len(calibration["heads"]) != num_heads:
+        raise BundleError(
+            f"{path}: the calibration is of {len(calibration['heads'])} heads, the bundle has {num_heads}",
+            hint="eexit calibrate",
+        )
+    return calibration
 
 
 def check_fingerprint(config: dict[str, Any], record: dict[str, Any], backbone: Backbone, folder: Path) -> None:
@@ -309,11 +315,9 @@ def check_fingerprint(config: dict[str, Any], record: dict[str, Any], backbone: 
     found = backbone.fingerprint
     declared = {key: config[key] for key in ("hidden_size", "vocab_size", "num_hidden_layers", "quantization")}
     applied = {**found, "quantization": applied_quantization(backbone.quantization)}
-    differences = fingerprint_differences(declared, applied) or fingerprint_differences(
-        record.get("fingerprint", {}), found
-    )
+    differences = fingerprint_differences(declared, applied) or fingerprint_differences(record["fingerprint"], found)
     if differences:
-        named = "; ".join(f"{key}: heads {theirs!r}, backbone {ours!r}" for key, theirs, ours in differences)
+        named = "; ".join(f"{key}: heads {shown(theirs)}, backbone {ours!r}" for key, theirs, ours in differences)
         raise BundleError(
             f"the heads in {folder} were made for another backbone than {backbone.name} ({named})",
             hint=f"their backbone is {config['model_name']} in {config['quantization']}",
@@ -327,34 +331,30 @@ def save_bundle(
     training_config: dict[str, Any],
     record: dict[str, Any],
 ) -> None:
-    """Write heads, config.json and eexit.json; a calibration of other heads is removed. eexit.json comes last.
+    """Write heads, config.json and eexit.json together; a calibration of other heads is removed.
 
-    A lookahead head of the same backbone that is there stays.
+    A lookahead head of the same backbone that is there stays. A failure leaves the bundle that was there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    before = read_json(folder / RECORD_FILE) if (folder / RECORD_FILE).exists() else {}
+    before = read_bundle_record(folder) if (folder / RECORD_FILE).exists() else {}
     if "lookahead" in before and before.get("fingerprint") == readout.fingerprint:
         record = {**record, "lookahead": before["lookahead"]}
-    for stale in (CALIBRATION_FILE, DSSD_HEADS_FILE, RECORD_FILE):
-        (folder / stale).unlink(missing_ok=True)
-    heads.save(folder / HEADS_FILE, readout.dtype)
-    if heads.kind == "linear":
-        weights = heads.dssd_state_dict(readout.dtype)
-        write_atomic(folder / DSSD_HEADS_FILE, lambda temporary: torch.save(weights, temporary))
-    write_json(folder / CONFIG_FILE, bundle_config(readout, heads.layers, training_config))
-    write_json(
-        folder / RECORD_FILE,
-        {
-            "format_version": FORMAT_VERSION,
-            "fingerprint": readout.fingerprint,
-            "heads": {
-                "kind": heads.kind,
-                "rank": heads.rank,
-                "draft_vocab": 0 if heads.draft_vocab is None else int(heads.draft_vocab.numel()),
-            },
-            **record,
+    described = {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": readout.fingerprint,
+        "heads": {
+            "kind": heads.kind,
+            "rank": heads.rank,
+            "draft_vocab": 0 if heads.draft_vocab is None else int(heads.draft_vocab.numel()),
         },
-    )
+        **record,
+    }
+    with atomic_files(folder, (CALIBRATION_FILE, DSSD_HEADS_FILE, HEADS_FILE, CONFIG_FILE, RECORD_FILE)) as temporary:
+        heads.save(temporary / HEADS_FILE, readout.dtype)
+        if heads.kind == "linear":
+            weights = heads.dssd_state_dict(readout.dtype)
+            write_atomic(temporary / DSSD_HEADS_FILE, lambda path: torch.save(weights, path))
+        write_json(temporary / CONFIG_FILE, bundle_config(readout, heads.layers, training_config))
+        write_json(temporary / RECORD_FILE, described)
 
 
 def save_lookahead(
@@ -366,7 +366,7 @@ def save_lookahead(
         BundleError: the bundle there was made for another backbone.
     """
     if (folder / RECORD_FILE).exists():
-        bundle = read_json(folder / RECORD_FILE)
+        bundle = read_bundle_record(folder)
         differences = fingerprint_differences(bundle.get("fingerprint", {}), readout.fingerprint)
         if differences:
             key, theirs, ours = differences[0]
@@ -440,7 +440,7 @@ def read_batch(model: Engine, batch: Batch, metric: UncertaintyMetric = "entropy
         for head, hidden in enumerate(exits):
             logits = heads.logits(head, hidden)
             uncertainties.append(uncertainty(logits, metric))
-            best = heads.token_ids(logits.topk(5, -1).indices)
+            best = heads.token_ids(logits.topk(min(5, logits.shape[-1]), -1).indices)
             top5.append(best)
             tokens.append(best[:, 0])
         return Readings(

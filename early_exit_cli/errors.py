@@ -6,6 +6,9 @@ They are raised anywhere and caught in one place, `cli.app.main`.
 
 from __future__ import annotations
 
+import reprlib
+from typing import Any
+
 
 class EexitError(Exception):
     """Base of all errors that are shown as one line. `hint` is the next command or flag to try."""
@@ -60,3 +63,19 @@ class TargetMissedError(EexitError):
     """A demanded quality was not reached (`--strict`)."""
 
     exit_code = 3
+
+
+class _Short(reprlib.Repr):
+    """`repr` of bounded length and depth, also of numbers of so many digits that Python refuses to write them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 2, 80, 80
+
+    def repr_int(self, x: int, level: int) -> str:
+        return super().repr_int(x, level) if x.bit_length() < 10_000 else f"a number of {x.bit_length()} bits"
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: `repr`, cut where it is long or deep. A file may hold anything."""
+    return _Short().repr(value)

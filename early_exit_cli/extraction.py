@@ -7,6 +7,7 @@ damaged shard is computed again by itself. Until all is done, finished shards ar
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import shutil
 import time
@@ -16,16 +17,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from early_exit_cli.artifacts import file_sha256, read_json, sha256_of, write_atomic, write_json
+from early_exit_cli.artifacts import (
+    file_sha256,
+    fingerprint_differences,
+    sha256_of,
+    write_atomic,
+    write_json,
+)
 from early_exit_cli.backbone import Backbone
 from early_exit_cli.cache import (
-    FORMAT_VERSION,
     LARGEST_FP8,
-    LAST_BLOCK,
     MANIFEST,
     READOUT,
     SHARDS,
@@ -37,9 +41,11 @@ from early_exit_cli.cache import (
     unpacked,
     wanted_sequences,
 )
+from early_exit_cli.cache_shapes import LAST_BLOCK
 from early_exit_cli.config import CacheConfig, DataConfig, TrainingConfig
 from early_exit_cli.data import Batch, Document, batches, pack, pad_token_id
-from early_exit_cli.errors import BundleError, CacheError, NumericsError
+from early_exit_cli.errors import BundleError, CacheError, NumericsError, shown
+from early_exit_cli.formats import FORMAT_VERSION, Shard, read_form
 from early_exit_cli.readout import logits_of
 from early_exit_cli.states import count_tokens, log_normalizer, run_states
 
@@ -98,6 +104,7 @@ def extract(
     rows["train"] = rows["train"][:wanted]
     if (folder / MANIFEST).exists():
         check_request(Cache(folder), request)
+        check_backbone(Cache(folder), backbone)
     known = _recorded_shards(folder)
     plans = _plans(rows, config.shard_tokens // data.max_length)
     missing = [plan for plan in plans if not _is_done(folder, plan, known.get(plan["file"]))]
@@ -145,7 +152,7 @@ def extract(
         if processes.is_main_process:
             _finish(folder, header, plans, rows["train"], backbone)
         processes.wait_for_everyone()
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise _write_error(folder, error) from error
     return Cache(folder)
 
@@ -168,8 +175,7 @@ def repair(
     Raises:
         CacheError: the backbone or the text is not the one the cache was made from.
     """
-    if backbone.fingerprint != cache.manifest["fingerprint"]:
-        raise CacheError(f"the cache in {cache.folder} was made by another backbone than {backbone.name}")
+    check_backbone(cache, backbone)
     rows = _rows_of(train, held_out, backbone, data, config)
     rows["train"] = rows["train"][: cache.sequences()]
     plans = {plan["file"]: plan for plan in _plans(rows, config.shard_tokens // data.max_length)}
@@ -201,9 +207,24 @@ def repair(
         write_json(cache.folder / MANIFEST, {**cache.manifest, "shards": cache.shards})
         if READOUT in names:
             _finish(cache.folder, header, list(plans.values()), rows["train"], backbone)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise _write_error(cache.folder, error) from error
     return changed
+
+
+def check_backbone(cache: Cache, backbone: Backbone) -> None:
+    """Refuse a backbone that is not the one a cache was made by, its tokenizer included.
+
+    Raises:
+        CacheError: every field that differs, with both values.
+    """
+    differences = fingerprint_differences(cache.manifest["fingerprint"], backbone.fingerprint)
+    if differences:
+        named = "; ".join(f"{key}: {shown(theirs)} there, {ours!r} here" for key, theirs, ours in differences)
+        raise CacheError(
+            f"the cache in {cache.folder} was made by another backbone than {backbone.name} ({named})",
+            hint="use another --cache-dir",
+        )
 
 
 def _rows_of(
@@ -386,11 +407,9 @@ def _recorded_shards(folder: Path) -> dict[str, dict[str, Any]]:
     if (folder / MANIFEST).exists():
         known = {str(shard["file"]): shard for shard in Cache(folder).shards}
     for path in sorted((folder / SHARDS).glob("*.json")):
-        try:
-            record = read_json(path)
-            known[str(record["file"])] = record
-        except (BundleError, KeyError):
-            continue
+        with contextlib.suppress(BundleError):  # torn: its shard is computed again
+            record = read_form(path, Shard)
+            known[record["file"]] = record
     return known
 
 
@@ -398,17 +417,16 @@ def _is_done(folder: Path, plan: dict[str, Any], record: dict[str, Any] | None) 
     path = folder / SHARDS / plan["file"]
     return (
         record is not None
-        and all(record.get(key) == plan[key] for key in ("first", "last", "text"))
+        and all(record.get(key) == plan[key] for key in ("first", "last", "tokens", "text"))
         and path.is_file()
         and path.stat().st_size == record.get("bytes")
     )
 
 
-def _write_error(folder: Path, error: Exception) -> CacheError:
-    full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error) or "No space" in str(error)
-    if full:
+def _write_error(folder: Path, error: OSError) -> CacheError:
+    if error.errno == errno.ENOSPC:
         return CacheError(
             f"the disk of {folder} is full; finished shards are kept",
             hint="free some space and run the same command again, or shrink the cache with --cache-gb",
         )
-    return CacheError(f"cannot write the cache in {folder}: {error}")
+    return CacheError(f"cannot write the cache in {folder}: {error.strerror}")

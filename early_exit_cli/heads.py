@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -23,6 +23,7 @@ from early_exit_cli.errors import BundleError, ConfigError
 from early_exit_cli.readout import Readout, rms_norm
 
 DRAFT_VOCAB = "draft_vocab"
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def default_placement(num_heads: int, num_blocks: int) -> list[int]:
@@ -192,7 +193,7 @@ def require_tensors(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[s
         found = tensors.get(name)
         if found is None or list(found.shape) != shape:
             raise BundleError(f"{path}: {name} should be {shape}, found {None if found is None else list(found.shape)}")
-        if not found.is_floating_point() or not torch.isfinite(found).all():
+        if found.dtype not in WEIGHT_DTYPES or not torch.isfinite(found).all():
             raise BundleError(f"{path}: {name} holds NaN or infinity, or no floats")
     unknown = sorted(set(tensors) - set(shapes))
     if unknown:
@@ -213,12 +214,14 @@ def read_tensors(path: Path, vocab_size: int) -> tuple[dict[str, Tensor], Tensor
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
-    except (SafetensorError, OSError) as error:
-        raise BundleError(f"{path} is damaged: {error}") from error
+    except Exception as error:  # besides its own, the reader raises what torch does with a strange dtype or shape
+        raise BundleError(f"{path} is damaged: {' '.join(str(error).split())[:300]}") from error
     draft_vocab = tensors.pop(DRAFT_VOCAB, None)
     if draft_vocab is not None:
+        if draft_vocab.dtype not in (torch.int32, torch.int64) or draft_vocab.ndim != 1 or not draft_vocab.numel():
+            raise BundleError(f"{path}: draft_vocab is no list of tokens")
         draft_vocab = draft_vocab.to(torch.int64)
-        if draft_vocab.ndim != 1 or not draft_vocab.numel() or draft_vocab.min() < 0 or draft_vocab.max() >= vocab_size:
+        if draft_vocab.min() < 0 or draft_vocab.max() >= vocab_size:
             raise BundleError(f"{path}: draft_vocab holds tokens outside the backbone's {vocab_size}")
     return tensors, draft_vocab
 

@@ -17,7 +17,6 @@ from early_exit_cli.artifacts import (
     atomic_folder,
     file_sha256,
     fingerprint_differences,
-    read_json,
     require_new_folder,
 )
 from early_exit_cli.bundle import (
@@ -32,10 +31,12 @@ from early_exit_cli.bundle import (
     kind_of_heads,
     lookahead_layers,
     read_bundle_config,
+    read_bundle_record,
 )
 from early_exit_cli.config import HubConfig, PushConfig
 from early_exit_cli.engine import read_thresholds
-from early_exit_cli.errors import BundleError, ConfigError
+from early_exit_cli.errors import BundleError, ConfigError, shown
+from early_exit_cli.formats import CalibrationForm, read_form
 from early_exit_cli.heads import read_heads, read_tensors
 from early_exit_cli.hub_client import Commit, Repository
 from early_exit_cli.model_card import model_card, read_bench, read_evaluation
@@ -78,16 +79,14 @@ def check_bundle(folder: Path) -> Bundle:
     missing = [name for name in (CONFIG_FILE, HEADS_FILE, RECORD_FILE) if not (folder / name).is_file()]
     if missing:
         raise BundleError(f"{folder} is no bundle: no {', no '.join(missing)}", hint="eexit train makes one")
-    config, record = read_bundle_config(folder), read_json(folder / RECORD_FILE)
-    kind, rank = kind_of_heads(record, folder / RECORD_FILE)
-    fingerprint = record.get("fingerprint")
-    if not isinstance(fingerprint, dict):
-        raise BundleError(f"{folder / RECORD_FILE} has no fingerprint of the backbone")
-    for key, theirs, ours in fingerprint_differences({key: config[key] for key in dssd.DECLARED}, fingerprint):
-        raise BundleError(f"{folder}: {key} is {theirs!r} in {CONFIG_FILE}, {ours!r} in the fingerprint")
+    config, record = read_bundle_config(folder), read_bundle_record(folder)
+    kind, rank = kind_of_heads(record, folder)
+    declared = {key: config[key] for key in dssd.DECLARED}
+    for key, theirs, ours in fingerprint_differences(declared, record["fingerprint"]):
+        raise BundleError(f"{folder}: {key} is {theirs!r} in {CONFIG_FILE}, {shown(ours)} in the fingerprint")
     read_heads(folder / HEADS_FILE, kind, config["num_heads"], config["hidden_size"], config["vocab_size"], rank)
     if "lookahead" in record:
-        lookahead_layers(record, folder / RECORD_FILE)
+        lookahead_layers(record, folder, config["num_hidden_layers"])
         read_tensors(folder / LOOKAHEAD_FILE, config["vocab_size"])
     calibration = None
     if (folder / CALIBRATION_FILE).is_file():
@@ -104,34 +103,22 @@ def check_calibration(folder: Path, num_heads: int, record: dict[str, Any]) -> d
     """
     path = folder / CALIBRATION_FILE
     read_thresholds(path, num_heads)
-    calibration = read_json(path)
+    calibration = read_form(path, CalibrationForm)
     wrong = sorted(CALIBRATION_KEYS ^ set(calibration))
     if wrong:
         raise BundleError(f"{path}: {', '.join(wrong)} missing or unknown; DSSD's loader takes neither")
     heads = {str(head) for head in range(num_heads)}
-    others = [level for level, block in calibration["thresholds"].items() if not has_keys(block, heads)]
+    others = [level for level, block in calibration["thresholds"].items() if set(block) != heads]
     if others:
-        raise BundleError(f"{path}: level {others[0]} has other heads than {', '.join(sorted(heads))}")
+        raise BundleError(f"{path}: level {shown(others[0])[1:-1]} has other heads than {', '.join(sorted(heads))}")
     statistics = calibration["statistics"]
-    if not has_keys(statistics, heads) or not all(isinstance(found, dict) for found in statistics.values()):
+    if set(statistics) != heads:
         raise BundleError(f"{path}: statistics must be of heads {', '.join(sorted(heads))}")
-    recorded = record.get("calibration")
-    if recorded is not None:
-        ours = [head.get("agreement") for head in recorded["heads"]] if is_calibration_record(recorded) else None
+    if "calibration" in record:
+        ours = [head.get("agreement") for head in record["calibration"].get("heads", [])]
         if ours != [statistics[str(head)].get("overall_accuracy") for head in range(num_heads)]:
             raise BundleError(f"{path} and {RECORD_FILE} are of different calibrations", hint="eexit calibrate")
     return calibration
-
-
-def has_keys(value: Any, keys: set[str]) -> bool:
-    """Whether this is a JSON object with exactly these keys."""
-    return isinstance(value, dict) and set(value) == keys
-
-
-def is_calibration_record(value: Any) -> bool:
-    """Whether this has the shape of what `eexit calibrate` puts into eexit.json."""
-    heads = value.get("heads") if isinstance(value, dict) else None
-    return isinstance(heads, list) and all(isinstance(head, dict) for head in heads)
 
 
 def absolute_paths(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

@@ -9,7 +9,6 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from early_exit_cli.artifacts import read_json
 from early_exit_cli.bundle import (
     CALIBRATION_FILE,
     CONFIG_FILE,
@@ -20,6 +19,7 @@ from early_exit_cli.bundle import (
 )
 from early_exit_cli.config import HUB_ID
 from early_exit_cli.errors import ConfigError
+from early_exit_cli.formats import BenchForm, EvaluationForm, read_form
 
 TAGS = ["speculative-decoding", "self-speculative-decoding", "early-exit", "dynamic-inference", "lossless"]
 DATA_SET = re.compile(r"[\w-]+(/[\w.-]+)?", re.ASCII)
@@ -39,15 +39,15 @@ def read_evaluation(path: Path, heads: str) -> dict[str, Any]:
     Raises:
         ConfigError: of other heads.
     """
-    record = read_json(path)
+    record = read_form(path, EvaluationForm)
     require_heads(path, record, heads)
     return record
 
 
 def read_bench(path: Path, heads: str) -> dict[str, Any]:
     """The report of `eexit bench`, as `read_evaluation`."""
-    report = read_json(path)
-    require_heads(path, report.get("environment", {}), heads)
+    report = read_form(path, BenchForm)
+    require_heads(path, report["environment"], heads)
     return report
 
 
@@ -177,7 +177,7 @@ def contents(config: dict[str, Any], record: dict[str, Any], trained_on: str | N
     if training.get("tokens_seen"):
         source = "the backbone's own answers to " if training.get("data", {}).get("on_policy") else ""
         lines.append(
-            f"Trained for {training['step']:,} steps on {training['tokens_seen']:,} tokens of {source}`{trained_on}`."
+            f"Trained for {training.get('step', 0):,} steps on {training['tokens_seen']:,} tokens of {source}`{trained_on}`."
         )
     elif trained_on:
         lines.append(f"Trained on `{trained_on}`.")

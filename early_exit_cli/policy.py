@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from early_exit_cli.artifacts import read_json, write_json
-from early_exit_cli.bundle import RECORD_FILE
+from early_exit_cli.artifacts import write_json
+from early_exit_cli.bundle import RECORD_FILE, read_bundle_record
 from early_exit_cli.data import Batch, Document
 from early_exit_cli.engine import Engine, require_finite
 from early_exit_cli.errors import BundleError
+from early_exit_cli.formats import DraftingForm, require_form
 from early_exit_cli.gating import entropy
 from early_exit_cli.lookahead_drafter import Survival
 from early_exit_cli.lookup import PRIOR, PRIOR_STRENGTH, SHORTEST, SuffixAutomaton, kind_of_match
@@ -65,20 +66,18 @@ def policy_of(record: dict[str, Any]) -> Policy:
     found = record.get("drafting")
     if found is None:
         return Policy(list(PRIOR), [], [])
-    try:
-        policy = Policy(
-            [float(chance) for chance in found["lookup"]],
-            [Survival(**entry) for entry in found["lookahead"]],
-            [(float(agreed), float(expected)) for agreed, expected in found["checked"]],
-            *(float(found.get(f"{kind}_temperature", 1.0)) for kind in ("exit", "lookahead")),
-        )
-        if len(policy.lookup) != len(SHORTEST):
-            raise ValueError(f"{len(policy.lookup)} probabilities for {len(SHORTEST)} kinds of match")
-    except (KeyError, TypeError, ValueError) as error:
+    require_form(found, DraftingForm, "the bundle's drafting record is damaged")
+    if len(found["lookup"]) != len(SHORTEST):
         raise BundleError(
-            f"the bundle's drafting record is damaged: {error!r}", hint="make it again with eexit calibrate"
-        ) from error
-    return policy
+            f"the bundle's drafting record is damaged: {len(found['lookup'])} chances for {len(SHORTEST)} kinds of match",
+            hint="make it again with eexit calibrate",
+        )
+    return Policy(
+        found["lookup"],
+        [Survival(*(entry[field.name] for field in fields(Survival))) for entry in found["lookahead"]],
+        [(agreed, expected) for agreed, expected in found["checked"]],
+        *(found.get(f"{kind}_temperature", 1.0) for kind in ("exit", "lookahead")),
+    )
 
 
 def fit_lookup(documents: Iterable[Document]) -> list[float]:
@@ -184,7 +183,7 @@ def autocast(model: Engine) -> torch.autocast:
 
 def save_policy(policy: Policy, folder: Path) -> None:
     """Into the bundle's eexit.json."""
-    record = read_json(folder / RECORD_FILE)
+    record = read_bundle_record(folder)
     record["drafting"] = policy.record()
     write_json(folder / RECORD_FILE, record)
 

@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from early_exit_cli.config import Config
-from early_exit_cli.errors import ConfigError
+from early_exit_cli.errors import ConfigError, shown
 
 DEFAULT = "default"
 
@@ -69,12 +69,12 @@ def resolve(flags: Mapping[str, tuple[Any, str]], yaml_path: Path | None = None)
     if yaml_path is not None:
         for section, fields in _read_yaml(yaml_path, faults).items():
             for name, value in fields.items():
-                key = f"{section}.{name}"
+                key = f"{section}.{name if isinstance(name, str) else shown(name)}"
                 if key in origins:
                     values.setdefault(section, {})[name] = value
                     origins[key] = str(yaml_path)
                 else:
-                    faults.append(f"{yaml_path}: unknown key {key!r}{nearest(key, origins)}")
+                    faults.append(f"{yaml_path}: unknown key {shown(key)}{nearest(key, origins)}")
     for key, (value, flag) in flags.items():
         if key not in origins:
             faults.append(f"{flag}: unknown key {key!r}{nearest(key, origins)}")
@@ -97,18 +97,34 @@ def nearest(word: str, known: Mapping[str, Any] | list[str]) -> str:
     return f", did you mean {close[0]!r}?" if close else ""
 
 
+def parse_yaml(text: str) -> Any:
+    """A YAML value, of plain types only.
+
+    Raises:
+        ValueError: whatever is wrong with it: a damaged scalar fails in any way its constructor likes.
+    """
+    try:
+        return yaml.safe_load(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except Exception as error:
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
 def _read_yaml(path: Path, faults: list[str]) -> dict[str, dict[str, Any]]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
+        tree = {} if tree is None else tree
     except FileNotFoundError:
         raise ConfigError(f"no configuration file at {path}", hint="configs/ holds examples") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())[:300]}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold sections ({', '.join(sections())}), not {type(tree).__name__}")
     for section, fields in tree.items():
         if section not in sections():
-            faults.append(f"{path}: unknown section {section!r}{nearest(str(section), list(sections()))}")
+            name = section if isinstance(section, str) else shown(section)
+            faults.append(f"{path}: unknown section {shown(section)}{nearest(name, list(sections()))}")
         elif not isinstance(fields, dict):
             faults.append(f"{path}: section {section!r} must hold settings, not {type(fields).__name__}")
     return {name: fields for name, fields in tree.items() if name in sections() and isinstance(fields, dict)}
@@ -119,4 +135,4 @@ def _describe(item: Any, origins: Mapping[str, str]) -> str:
     origin = origins.get(key, DEFAULT)
     if len(item["loc"]) < 2:  # a cross-field check speaks for its section
         return f"{key}: {item['msg'].removeprefix('Value error, ')}"
-    return f"{origin}: {key} = {item['input']!r}: {item['msg'].removeprefix('Value error, ')}"
+    return f"{origin}: {key} = {shown(item['input'])}: {item['msg'].removeprefix('Value error, ')}"

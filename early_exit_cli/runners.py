@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from early_exit_cli.artifacts import processor_name, read_json, sha256_of, user_cache_dir, versions, write_json
+from early_exit_cli.artifacts import processor_name, sha256_of, user_cache_dir, versions, write_json
 from early_exit_cli.backbone import Backbone
 from early_exit_cli.blocks import KEY_STEP, LARGEST_WIDTH, Blocks, HFBlocks, KVCache
 from early_exit_cli.cuda_graphs import CudaRecorder, Graphs, Recorder
 from early_exit_cli.errors import BackboneError, BundleError
+from early_exit_cli.formats import WidthsForm, read_form
 from early_exit_cli.fused_blocks import FusedBlocks
 from early_exit_cli.fused_kernels import fused_widths
 from early_exit_cli.lm_head import ExactArgmax, faster_widths, usable
@@ -35,11 +36,12 @@ def make_blocks(backbone: Backbone, runner: str = "auto", cuda_graphs: str = "au
     identity = device_identity(blocks)
     path = measurement_path("widths", identity)
     try:
-        found = read_json(path)
-        blocks.widths = tuple(map(int, found["widths"]))
-        blocks.is_invariant, blocks.any_length = bool(found["is_invariant"]), bool(found["any_length"])
-        blocks.argmax_widths = tuple(map(int, found["argmax_widths"]))
-    except (BundleError, KeyError, TypeError, ValueError):
+        found = read_form(path, WidthsForm)
+        if not {*found["widths"], *found["argmax_widths"]} <= {*CANDIDATE_WIDTHS}:
+            raise BundleError(f"{path} holds widths that nobody measures")
+        blocks.widths, blocks.argmax_widths = tuple(found["widths"]), tuple(found["argmax_widths"])
+        blocks.is_invariant, blocks.any_length = found["is_invariant"], found["any_length"]
+    except BundleError:
         with torch.inference_mode():
             measure_widths(blocks)
         measured = {

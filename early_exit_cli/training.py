@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import shutil
 import signal
 import threading
@@ -30,11 +31,12 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from early_exit_cli.artifacts import atomic_folder, read_json, write_json
+from early_exit_cli.artifacts import atomic_folder, write_errno, write_json
 from early_exit_cli.config import DataConfig, HeadsConfig, TrainingConfig
 from early_exit_cli.distillation import Teacher, distillation_loss, teach
 from early_exit_cli.engine import require_finite
-from early_exit_cli.errors import CheckpointError, ConfigError, DataError, NumericsError
+from early_exit_cli.errors import CheckpointError, ConfigError, DataError, NumericsError, shown
+from early_exit_cli.formats import MarkerForm, read_form
 from early_exit_cli.pupils import make_pupil
 from early_exit_cli.states import States, StateSource
 
@@ -82,6 +84,20 @@ def check_tracker(name: str) -> None:
         raise ConfigError(
             f"training.report_to = {name}: the package {package} is not installed", hint=f"pip install {package}"
         )
+
+
+def check_launcher() -> None:
+    """Refuse launchers that shard the model: 4-bit weights cannot be, and heads are small (bitsandbytes#1945).
+
+    Raises:
+        ConfigError
+    """
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true", "yes"):
+            raise ConfigError(
+                f"training runs under DDP only, and accelerate was told to use {name}",
+                hint="accelerate launch --config_file configs/ddp_config.yaml -m early_exit_cli train",
+            )
 
 
 @contextmanager
@@ -363,30 +379,31 @@ class Trainer:
                 self.accelerator.wait_for_everyone()
                 if self.accelerator.is_main_process:
                     write_json(target / MARKER, state)
-        except OSError as error:
-            raise CheckpointError(f"cannot write the checkpoint {target}: {error.strerror or error}") from error
+        except Exception as error:  # torch says in its own way that a file cannot be written
+            number = write_errno(error)
+            reason = " ".join(str(error).split())[:200] if number is None else os.strerror(number)
+            raise CheckpointError(
+                f"cannot write the checkpoint {target}: {reason}",
+                hint="earlier ones are kept: --resume goes on from there",
+            ) from error
         if self.accelerator.is_main_process:
             for old in complete_checkpoints(self.config.output_dir)[:-KEPT_CHECKPOINTS]:
                 shutil.rmtree(old, ignore_errors=True)
 
     def _resume(self) -> None:
-        found = complete_checkpoints(self.config.output_dir)
-        if not found:
+        found = resumable(self.config.output_dir, self._identity())
+        if found is None:
             return
-        state = read_json(found[-1] / MARKER)
-        ours = self._identity()
-        changed = [
-            f"{key}: {state['identity'].get(key)!r} then, {value!r} now"
-            for key, value in ours.items()
-            if state["identity"].get(key) != value
-        ]
-        if changed:
+        folder, state = found
+        try:
+            self.accelerator.load_state(str(folder))
+        except Exception as error:  # a damaged file fails in any way it likes
             raise CheckpointError(
-                f"{found[-1]} belongs to another run ({'; '.join(changed)})", hint="use another --output-dir"
-            )
-        self.accelerator.load_state(str(found[-1]))
-        self.step, self.tokens_seen = int(state["step"]), int(state["tokens_seen"])
-        self.best_step, self.best_agreement = int(state["best_step"]), list(state["best_agreement"])
+                f"the checkpoint {folder} is damaged: {' '.join(str(error).split())[:200]}",
+                hint=f"remove it to go on from the one before: rm -r {folder}",
+            ) from error
+        self.step, self.tokens_seen = state["step"], state["tokens_seen"]
+        self.best_step, self.best_agreement = state["best_step"], state["best_agreement"]
 
     def _track(self, report: StepReport) -> None:
         values: dict[str, Any] = {
@@ -433,8 +450,37 @@ def train_together(
 
 def complete_checkpoints(output_dir: Path) -> list[Path]:
     """Checkpoint folders that carry their marker, oldest first; half-written ones are passed over."""
-    folder = output_dir / "checkpoints"
-    return sorted(path for path in folder.glob("step-*") if (path / MARKER).is_file()) if folder.is_dir() else []
+    return sorted(path for path in (output_dir / "checkpoints").glob("step-*") if (path / MARKER).is_file())
+
+
+def half_written_checkpoints(output_dir: Path) -> list[Path]:
+    """What a run that was killed left of checkpoints it was writing."""
+    folders = (output_dir / "checkpoints").glob("*step-*")
+    return sorted(path for path in folders if not (path / MARKER).is_file() or path.suffix == ".tmp")
+
+
+def resumable(output_dir: Path, identity: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest complete checkpoint and what its marker says; None where there is none.
+
+    Raises:
+        BundleError: a damaged marker.
+        CheckpointError: of another run than `identity`, with every difference.
+    """
+    found = complete_checkpoints(output_dir)
+    if not found:
+        return None
+    state = read_form(found[-1] / MARKER, MarkerForm, CheckpointError)
+    before = state["identity"]
+    changed = [
+        f"{key}: {shown(before.get(key))} then, {value!r} now"
+        for key, value in identity.items()
+        if before.get(key) != value
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{found[-1]} belongs to another run ({'; '.join(changed)})", hint="use another --output-dir"
+        )
+    return found[-1], state
 
 
 def result_record(result: TrainingResult) -> dict[str, Any]:

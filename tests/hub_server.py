@@ -3,7 +3,7 @@
 It keeps what a git server would: every commit has a parent and a tree; an LFS object must have arrived, and hash to its
 name, before a commit may refer to it. A fault is handed to one request that fits it, once for each of its `times`:
 a status code is answered instead, `reset` closes the connection before anything is done, `lost` does the work and closes
-the connection instead of answering, `overtaken` lets somebody else commit first.
+the connection instead of answering, `overtaken` lets somebody else commit first, `gated` asks for an account with access.
 """
 
 from __future__ import annotations
@@ -118,6 +118,8 @@ class Handler(BaseHTTPRequestHandler):
             repo.add_commit("main", {"theirs.txt": b"first"}, "somebody else's")
         if fault == "reset":
             self.drop()
+        elif fault == "gated":
+            self.refuse(403, "Access to it is restricted.", "GatedRepo")
         elif isinstance(fault, int):
             self.refuse(fault, f"injected, for {self.headers.get('Authorization', 'nobody')}")
         else:

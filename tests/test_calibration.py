@@ -207,11 +207,14 @@ def test_calibration_json_loads_in_dssd_by_keyword(calibrated, tmp_path):
     [
         (lambda r: r["thresholds"].pop("0.30"), "level 0.3 has no thresholds"),
         (lambda r: r["thresholds"]["0.30"].pop("1"), "head 1: no threshold"),
-        (lambda r: r["thresholds"]["0.30"].update({"1": None}), "head 1: no threshold"),
-        (lambda r: r["thresholds"]["0.30"].update({"1": float("nan")}), "head 1: no threshold"),
-        (lambda r: r.pop("accuracy_levels"), "must hold accuracy_levels"),
-        (lambda r: r["accuracy_levels"].append("x"), "level 'x' has no thresholds"),
-        (lambda r: r.update(uncertainty_metric="margin"), "'margin' is unknown; known: entropy, confidence"),
+        (
+            lambda r: r["thresholds"]["0.30"].update({"1": None}),
+            r"thresholds\.0\.30\.1: it must be a number, found None",
+        ),
+        (lambda r: r["thresholds"]["0.30"].update({"1": float("nan")}), "it should be a finite number, found nan"),
+        (lambda r: r.pop("accuracy_levels"), "no 'accuracy_levels'"),
+        (lambda r: r["accuracy_levels"].append("x"), "it must be a number, found 'x'"),
+        (lambda r: r.update(uncertainty_metric="margin"), "it should be 'entropy' or 'confidence', found 'margin'"),
     ],
 )
 def test_broken_calibrations_are_named(calibrated, tmp_path, change, words):

@@ -67,3 +67,12 @@ def test_colours_can_be_read_on_white_and_on_black(colour):
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     assert 1.05 / (luminance + 0.05) >= 3
     assert (luminance + 0.05) / 0.05 >= 3
+
+
+def test_a_message_cannot_draw_on_the_terminal_or_fill_it(capsys):
+    console.error("a\x1b[31m\u202eb\r\n" + "x" * 9000 + "\n" + "line\n" * 3000, "try \x07this")
+    err = capsys.readouterr().err
+    assert "a\\x1b[31m\\u202eb\\r" in err
+    assert "try \\x07this" in err
+    assert len(err.splitlines()) < 40
+    assert len(err) < 3000

@@ -115,7 +115,7 @@ def with_calibration(change):
         (lambda f: (f / "config.json").unlink(), "no file .*config.json"),
         (with_config(vocab_size=321), r"0.linear.weight should be \[321, 64\]"),
         (with_config(num_heads=3), "head_layer_indices"),
-        (with_config(quantization="2bit"), "quantization is '2bit'"),
+        (with_config(quantization="2bit"), "found '2bit'"),
         (with_calibration(lambda r: r["thresholds"]["0.30"].pop("1")), "head 1: no threshold"),
         (with_calibration(lambda r: r.update(extra=1)), "extra missing or unknown"),
     ],

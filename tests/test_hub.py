@@ -75,9 +75,9 @@ def remove(*names):
             "quantization is '4bit' in config.json, 'none' in the fingerprint",
         ),
         (change("config.json", vocab_size=8), "vocab_size is 8 in config.json, 320 in the fingerprint"),
-        (change("eexit.json", fingerprint=None), "no fingerprint"),
+        (change("eexit.json", fingerprint=None), "fingerprint: it must hold a JSON object, found None"),
         (change("eexit.json", heads={"kind": "lookbehind", "rank": 3}), "'lookbehind' are unknown"),
-        (change("eexit.json", heads=[]), "must have a kind"),
+        (change("eexit.json", heads=[]), r"heads: it must hold a JSON object, found \[\]"),
         (change("eexit.json", heads={"kind": "adapter", "rank": 8}), "0.down.weight should be"),
         (change_heads(lambda t: t.pop("0.norm.weight")), r"0.norm.weight should be \[64\]"),
         (change_heads(lambda t: t["1.linear.weight"].fill_(torch.inf)), "1.linear.weight holds NaN"),
@@ -91,9 +91,10 @@ def remove(*names):
             change_thresholds(lambda r: r["statistics"]["0"].update(overall_accuracy=0.999)),
             "of different calibrations",
         ),
-        (change("eexit.json", calibration=[]), "of different calibrations"),
-        (change_thresholds(lambda r: r.update(statistics=[])), "statistics must be of heads 0, 1"),
-        (change_thresholds(lambda r: r["thresholds"].update({"0.50": 3})), "level 0.50 has other heads"),
+        (change("eexit.json", calibration={}), "of different calibrations"),
+        (change("eexit.json", format_version=2), "format_version: 2 is of a newer eexit"),
+        (change_thresholds(lambda r: r.update(statistics={})), "statistics must be of heads 0, 1"),
+        (change_thresholds(lambda r: r["thresholds"].update({"0.50": {}})), "level 0.50 has other heads"),
     ],
 )
 def test_an_incomplete_bundle_is_refused_before_anything_is_sent(bundle, damage, words):
@@ -168,7 +169,7 @@ def test_measured_numbers_come_from_the_commands_records(bundle, tmp_path):
     for settings in ({"evaluation": evaluation}, {"bench": bench / "report.json"}):
         with pytest.raises(ConfigError, match="was measured on heads with SHA-256"):
             card_of(bundle, **settings)
-    evaluation.write_text("{}")
+    evaluation.write_text(json.dumps(json.loads(evaluation.read_text()) | {"bundle": {}}))
     with pytest.raises(ConfigError, match="heads it does not name"):
         card_of(bundle, evaluation=evaluation)
 

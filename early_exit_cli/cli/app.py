@@ -68,3 +68,8 @@ def main() -> None:
             raise
         console.error(error.message, error.hint)
         sys.exit(error.exit_code)
+    except OSError as error:  # a full disk, a folder that may not be written, a name that is too long
+        if os.environ.get("EEXIT_DEBUG"):
+            raise
+        console.error(f"{error.filename}: {error.strerror}" if error.filename else str(error), None)
+        sys.exit(1)

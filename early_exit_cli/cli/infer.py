@@ -12,7 +12,7 @@ from early_exit_cli import console
 from early_exit_cli.artifacts import write_json
 from early_exit_cli.cli import show
 from early_exit_cli.cli.options import configured
-from early_exit_cli.config import DYNAMIC_LENGTH, InferenceConfig
+from early_exit_cli.config import DYNAMIC_LENGTH, InferenceConfig, is_unicode
 from early_exit_cli.errors import ConfigError, DataError
 from early_exit_cli.resolve import Resolved
 
@@ -153,7 +153,12 @@ def gather_prompts(settings: InferenceConfig) -> list[dict[str, Any]]:
     else:
         if sys.stdin.isatty():
             console.note("type the prompt, then Ctrl-D:")
-        prompt = sys.stdin.read()
+        try:
+            prompt = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise DataError(f"standard input is not UTF-8: {error.reason} at byte {error.start}") from error
+    if not is_unicode(prompt):
+        raise DataError("the prompt is not UTF-8")
     if not prompt.strip():
         raise ConfigError("the prompt is empty", hint='eexit infer --prompt "..."')
     return [{"prompt": prompt}]

@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 
 from early_exit_cli import console
 from early_exit_cli.errors import ConfigError
-from early_exit_cli.resolve import Resolved, resolve, sections
+from early_exit_cli.resolve import Resolved, parse_yaml, resolve, sections
 
 Command = Callable[..., None]
 
@@ -197,16 +197,14 @@ def sweep(flags: dict[str, tuple[Any, str]], path: Path | None) -> list[Resolved
 
 def parse_assignments(assignments: list[str]) -> dict[str, tuple[Any, str]]:
     """`a.b=value` pairs; the value is read as YAML."""
-    import yaml
-
     found = {}
     for assignment in assignments:
         key, separator, text = assignment.partition("=")
         if not separator:
             raise ConfigError(f"--set {assignment}: write it as section.name=value")
         try:
-            found[key.strip()] = (yaml.safe_load(text), f"--set {key.strip()}")
-        except yaml.YAMLError:
+            found[key.strip()] = (parse_yaml(text), f"--set {key.strip()}")
+        except ValueError:
             raise ConfigError(f"--set {assignment}: the value is not readable") from None
     return found
 

@@ -19,10 +19,19 @@ if TYPE_CHECKING:
 @configured("backbone", "heads", "data", "cache", "training", sweeps=True)
 def command(variants: list[Resolved], as_json: bool) -> None:
     """Train exit heads on hidden states, of the running backbone or from a cache."""
-    from early_exit_cli.training import Lessons, Trainer, check_tracker, result_record, train_together
+    from early_exit_cli.training import (
+        Lessons,
+        Trainer,
+        check_launcher,
+        check_tracker,
+        half_written_checkpoints,
+        result_record,
+        train_together,
+    )
 
     config = variants[0].config
     check_tracker(config.training.report_to)
+    check_launcher()
     source: StateSource
     data = config.data
     if config.training.mode == "online":
@@ -38,6 +47,8 @@ def command(variants: list[Resolved], as_json: bool) -> None:
         training = variant.config.training
         if len(variants) > 1:
             training = training.model_copy(update={"output_dir": training.output_dir / f"variant-{number}"})
+        for left in half_written_checkpoints(training.output_dir) if training.resume else []:
+            console.warn(f"{left} was never finished; it is passed over")
         trainers.append(Trainer(lessons, variant.config.heads, training, data, {}))
     first = trainers[0]
     for trainer, variant in zip(trainers, variants, strict=True):

@@ -238,7 +238,7 @@ def nan_heads(folder):
         (lambda f: (f / "config.json").write_text("{"), "not readable JSON"),
         (lambda f: (f / "config.json").unlink(), "no file"),
         (lambda f: (f / "eexit.json").unlink(), "no file"),
-        (lambda f: (f / "calibration.json").write_text("{}"), "must hold accuracy_levels"),
+        (lambda f: (f / "calibration.json").write_text("{}"), "no 'accuracy_levels'"),
         (lambda f: (f / "calibration.json").unlink(), "not calibrated"),
     ],
 )
