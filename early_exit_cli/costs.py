@@ -150,8 +150,7 @@ def measure_costs(model: Engine, widths: list[int]) -> Costs:
                 read()
 
             reads, steps = fastest(read, a_pass), fastest(step, a_read)
-    tables = (never_falling(table) for table in (per_block, per_block_far, finish))
-    return Costs(*tables, head, reads, steps)
+    return Costs(never_falling(per_block), never_falling(per_block_far), never_falling(finish), head, reads, steps)
 
 
 def never_falling(table: dict[int, float]) -> dict[int, float]:
