@@ -24,6 +24,7 @@ PEERS = ("transformers", "transformers-lookup", "transformers-early-exit", "llam
 PACKAGES = {"llama.cpp": "xllamacpp", "economize": "economize"}
 LOOKUP_TOKENS = 10
 WARM_UP_TOKENS = 8
+LLAMA_CONTEXT = 4096
 
 
 @dataclass(frozen=True)
@@ -235,7 +236,7 @@ class _LlamaCpp:
             raise BackboneError("llama.cpp needs the model's GGUF file", hint="--model-name FILE.gguf")
         params = xllamacpp.CommonParams()
         params.model.path = str(path)
-        params.n_ctx = 4096
+        params.n_ctx = LLAMA_CONTEXT
         params.n_parallel = 1
         params.warmup = True
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
@@ -252,7 +253,7 @@ class _LlamaCpp:
             "top_p": self.sampling.top_p,
             "min_p": self.sampling.min_p,
             "repeat_penalty": self.sampling.repetition_penalty,
-            "repeat_last_n": -1,
+            "repeat_last_n": LLAMA_CONTEXT,
             "seed": self.sampling.seed,
             "cache_prompt": False,
             "return_tokens": True,
