@@ -27,7 +27,7 @@ from early_exit_cli.config import EMBEDDED_MODEL, BackboneConfig, Quantization
 from early_exit_cli.errors import BackboneError, ConfigError, EexitError, NumericsError, UnsupportedBackboneError
 from early_exit_cli.families import FAMILIES, Family, refusal
 from early_exit_cli.gguf import converted_gguf, embedded_gguf
-from early_exit_cli.quantization import saved_in, settings_for
+from early_exit_cli.quantization import quantization_of, saved_in, settings_for
 from early_exit_cli.readout import FinalNorm, LastBlock, LogitMap, no_last_block
 
 
@@ -352,6 +352,53 @@ def load_backbone(config: BackboneConfig) -> Backbone:
     )
     _preflight(backbone)
     _return_freed_memory()
+    return backbone
+
+
+def adopt_backbone(model: Any, tokenizer: Any = None) -> Backbone:
+    """A backbone that was loaded with `transformers` before: the same weights, frozen and in evaluation mode from now on.
+
+    Args:
+        tokenizer: by default the one that lies where the model was loaded from.
+
+    Raises:
+        UnsupportedBackboneError: nothing here runs such a model.
+        BackboneError: not a causal language model of `transformers` on one device, or no tokenizer.
+        NumericsError: it does not compute finite numbers.
+    """
+    from transformers import AutoTokenizer, PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
+        raise BackboneError(
+            f"{type(model).__name__} is not a causal language model of transformers",
+            hint="AutoModelForCausalLM loads one; merge_and_unload() makes one of a peft model",
+        )
+    name = model.name_or_path or model.config.model_type
+    refused = refusal(model.config)
+    if refused is not None:
+        raise UnsupportedBackboneError(f"{name} {refused}")
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    if len(devices) > 1 or "meta" in devices:
+        raise BackboneError(f"{name} lies on {', '.join(sorted(devices))}; it must lie on one device")
+    if tokenizer is None:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise BackboneError(f"no tokenizer at {name!r}", hint="give it: tokenizer=...") from error
+    model.eval().requires_grad_(False)
+    backbone = Backbone(
+        model=model,
+        tokenizer=tokenizer,
+        name=name,
+        quantization=quantization_of(model.config) or "none",
+        revision=getattr(model.config, "_commit_hash", None),
+    )
+    if backbone.quantization == "4bit" and backbone.device.type == "cpu" and backbone.dtype != torch.bfloat16:
+        raise UnsupportedBackboneError(
+            f"{name} is in 4bit with states in {backbone.dtype}; on a CPU they are in torch.bfloat16",
+            hint="load it with dtype=torch.bfloat16",
+        )
+    _preflight(backbone)
     return backbone
 
 

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
-from early_exit_cli.config import EMBEDDED_MODEL, BackboneConfig, BundleConfig, SamplingConfig
+from early_exit_cli.config import EMBEDDED_MODEL, BackboneConfig, BundleConfig, InferenceConfig, SamplingConfig
 from early_exit_cli.errors import BackboneError, ConfigError, EexitError
 
 OURS = ("full", "adaptive", "lookahead", "lookup", "auto")
@@ -86,27 +86,16 @@ class _Ours:
     """Plain or adaptive decoding of this program."""
 
     def __init__(self, kind: str, setup: Setup, level: float) -> None:
-        from early_exit_cli.blocks import LARGEST_WIDTH
-        from early_exit_cli.costs import auto_drafter, exit_drafter, lookahead_drafter, lookup_drafter
-        from early_exit_cli.decoding import default_width
-        from early_exit_cli.drafters import Drafter, NoDrafter
         from early_exit_cli.engine import load_model
+        from early_exit_cli.methods import make_drafter
         from early_exit_cli.sampling import make_chooser
 
         self.model = load_model(setup.backbone, setup.bundle)
         self.kind = kind
         self.chooser = make_chooser(setup.sampling)
-        self.width = default_width(self.model)
-        self.drafter: Drafter = NoDrafter()
-        if kind == "adaptive":
-            self.drafter = exit_drafter(self.model, level, self.width, setup.read_heads)
-        if kind == "lookup":
-            self.width, self.drafter = LARGEST_WIDTH, lookup_drafter(self.model)
-        elif kind == "lookahead":
-            self.width, self.drafter = LARGEST_WIDTH, lookahead_drafter(self.model)
-        if kind == "auto":
-            self.drafter = auto_drafter(self.model, level, self.width, setup.read_heads)
-            self.width = LARGEST_WIDTH
+        settings = InferenceConfig.model_validate({"accuracy_level": level, "read_heads": setup.read_heads})
+        drafter_kind = {"full": "none", "adaptive": "exit"}.get(kind, kind)
+        self.drafter, self.width = make_drafter(self.model, settings, drafter_kind)
 
     def answer(self, prompt_ids: list[int], max_tokens: int) -> Answer:
         import torch

@@ -15,6 +15,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 EMBEDDED_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SHIPPED_BUNDLE = "smollm2-135m"
+DYNAMIC_LENGTH = 10
+"""Tokens of a draft of dynamic_early_exit, at most, as in the seed."""
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 DEFAULT_ACCURACY_LEVELS = [0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.99]
 
@@ -298,7 +300,7 @@ class InferenceConfig(Section):
         "adaptive_early_exit",
         "full: plain decoding. adaptive_early_exit (or adaptive): entropy-gated exits, verified. fixed_layerskip: one head "
         "drafts a fixed number of tokens, verified. dynamic_early_exit: adaptive with every head read and drafts "
-        "of up to 10 tokens, verified. compare: full and one other, in turns. comprehensive: full, every head at draft lengths 5, 10 and 15, "
+        f"of up to {DYNAMIC_LENGTH} tokens, verified. compare: full and one other, in turns. comprehensive: full, every head at draft lengths 5, 10 and 15, "
         "and every calibrated level, in turns.",
     )
     drafter: Literal["exit", "lookahead", "lookup", "auto", "none"] | None = setting(
@@ -311,6 +313,12 @@ class InferenceConfig(Section):
     prompt_file: Path | None = setting(None, "Read the prompt from this file.")
     prompts: Path | None = setting(None, "A .jsonl file with `prompt`, or Spec-Bench's `turns`, a line; a record each.")
     limit: int | None = setting(None, "With --prompts: answer only the first so many.", ge=1)
+    batch: int = setting(
+        1,
+        "With --prompts: so many answers share the backbone's passes, each the same as alone.",
+        ge=1,
+        aliases=("--batch-size",),
+    )
     max_tokens: int = setting(128, "New tokens, at most.", ge=1, aliases=("--max-new-tokens",))
     accuracy_level: float = setting(
         0.9, "Target accuracy of exited tokens; must be a calibrated level.", gt=0.0, lt=1.0

@@ -27,6 +27,8 @@ from early_exit_cli.sampling import GREEDY, Chooser
 
 DEFAULT_WIDTH = 8
 REPLACEMENT = "\ufffd"
+StopsAfter = Callable[[int], bool]
+"""Asked once for every committed token, in order: does the text end with it?"""
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,15 @@ def accepted_length(draft: list[int], choices: list[int]) -> int:
     return length
 
 
-def cut_at_stop(tokens: list[int], stop_ids: Container[int], remaining: int) -> tuple[list[int], bool]:
-    """The stop rule: up to and with the first stop token, at most `remaining`; and whether the text ends here."""
+def cut_at_stop(
+    tokens: list[int], stop_ids: Container[int], remaining: int, stops_after: StopsAfter | None = None
+) -> tuple[list[int], bool]:
+    """The stop rule: up to and with the first stop token or the first one that `stops_after` ends the text after, at
+    most `remaining`; and whether the text ends here."""
     tokens = tokens[:remaining]
     for place, token in enumerate(tokens):
-        if token in stop_ids:
+        asked = stops_after is not None and stops_after(token)
+        if asked or token in stop_ids:
             return tokens[: place + 1], True
     return tokens, len(tokens) == remaining
 
@@ -88,6 +94,7 @@ def decode(
     width: int = DEFAULT_WIDTH,
     chooser: Chooser = GREEDY,
     stop_ids: Container[int] | None = None,
+    stops_after: StopsAfter | None = None,
     keep_states: bool = False,
     trace: bool = False,
 ) -> Iterator[Round]:
@@ -97,13 +104,14 @@ def decode(
         chooser: how the backbone's choices follow from its logits.
         width: rows of a verifying pass, at most LARGEST_WIDTH; at most width - 1 tokens are drafted.
         stop_ids: tokens that end the text; the backbone's by default.
+        stops_after: a further rule that ends it.
 
     Raises:
         ConfigError: empty prompt, beyond the context, width out of range.
         NumericsError: the backbone's logits are not finite.
     """
     width = checked_width(model, width)
-    text = Text(model, prompt_ids, drafter, chooser, max_new_tokens, stop_ids)
+    text = Text(model, prompt_ids, drafter, chooser, max_new_tokens, stop_ids, stops_after)
     while not text.ended:
         with torch.inference_mode():
             draft = text.draft(width - 1)
@@ -136,10 +144,12 @@ class Text:
         drafter: Drafter,
         chooser: Chooser,
         max_new_tokens: int,
-        stop_ids: Container[int] | None,
+        stop_ids: Container[int] | None = None,
+        stops_after: StopsAfter | None = None,
     ) -> None:
         self.model, self.drafter, self.chooser = model, drafter, chooser
         self.stops = model.backbone.eos_token_ids if stop_ids is None else stop_ids
+        self.stops_after = stops_after
         self.remaining = max_new_tokens
         self.ended = False
         self.pending = prompt_ids[-1] if prompt_ids else 0
@@ -165,7 +175,7 @@ class Text:
     ) -> Round:
         """Take over the drafted tokens that the backbone chose too, and its own next one; see `verify`."""
         matched = accepted_length(draft.tokens, choices)
-        tokens, self.ended = cut_at_stop(choices[: matched + 1], self.stops, self.remaining)
+        tokens, self.ended = cut_at_stop(choices[: matched + 1], self.stops, self.remaining, self.stops_after)
         accepted = min(matched, len(tokens))
         self.cache.length += len(tokens)
         self.pending = tokens[-1]
@@ -309,15 +319,20 @@ def generate(
     mode: str,
     width: int = DEFAULT_WIDTH,
     chooser: Chooser = GREEDY,
+    stop_ids: Container[int] | None = None,
+    stops_after: StopsAfter | None = None,
     keep_states: bool = False,
     trace: bool = False,
     on_text: Callable[[str, str], None] | None = None,
+    on_token: Callable[[int], None] | None = None,
 ) -> Generation:
     """Decode to the end, timed from before the prompt is run to after the last token.
 
     Args:
+        stop_ids, stops_after: as for `decode`.
         on_text: called with each piece of text as its token is committed, and with who decided that token (a character
             of several tokens belongs to the last one).
+        on_token: called with each committed token.
     """
     stream = TextStream(model)
     rounds: list[Round] = []
@@ -325,7 +340,16 @@ def generate(
     synchronize(model)
     reason: Reason | None = None
     steps = decode(
-        model, prompt_ids, drafter, max_new_tokens, width=width, chooser=chooser, keep_states=keep_states, trace=trace
+        model,
+        prompt_ids,
+        drafter,
+        max_new_tokens,
+        width=width,
+        chooser=chooser,
+        stop_ids=stop_ids,
+        stops_after=stops_after,
+        keep_states=keep_states,
+        trace=trace,
     )
     started = time.perf_counter()
     for step in steps:
@@ -333,6 +357,8 @@ def generate(
         first_token = first_token or time.perf_counter() - started
         for token, reason in zip(step.tokens, step.decided_by, strict=True):
             piece = stream.push([token])
+            if on_token:
+                on_token(token)
             if on_text and piece:
                 on_text(piece, decider(reason))
     synchronize(model)

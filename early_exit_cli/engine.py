@@ -250,15 +250,31 @@ def calibration_record_path(folder: Path, calibration: Path) -> Path:
     return folder / RECORD_FILE if own else calibration.with_suffix(f".{RECORD_FILE}")
 
 
-def load_model(backbone_config: BackboneConfig, bundle: BundleConfig | None, *, with_thresholds: bool = True) -> Engine:
+def with_names_of_bundle(config: BackboneConfig, folder: Path) -> BackboneConfig:
+    """The backbone section, with name and quantization taken from the bundle unless somebody set them."""
+    known = read_bundle_config(folder)
+    changes = {name: known[name] for name in ("model_name", "quantization") if name not in config.model_fields_set}
+    return BackboneConfig.model_validate(config.model_dump() | changes)
+
+
+def load_model(
+    backbone_config: BackboneConfig,
+    bundle: BundleConfig | None,
+    *,
+    with_thresholds: bool = True,
+    backbone: Backbone | None = None,
+) -> Engine:
     """Load a backbone and, with `bundle`, its heads and thresholds.
+
+    Args:
+        backbone: one that is loaded already, to take instead.
 
     Raises:
         BundleError: damaged bundle, or heads that were made for another backbone (both values are named).
     """
     folder = bundle_folder(bundle) if bundle else None
     config = read_bundle_config(folder) if folder else None
-    backbone = load_backbone(backbone_config)
+    backbone = backbone or load_backbone(backbone_config)
     model = Engine(backbone, make_blocks(backbone, backbone_config.runner, backbone_config.cuda_graphs))
     if folder is None or config is None or bundle is None:
         return model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -41,22 +41,36 @@ def saved_in(name: str, config: Any, device: torch.device, dtype: torch.dtype) -
     Raises:
         BackboneError: what reads such weights is not installed, or does not run on this device.
     """
-    found = getattr(config, "quantization_config", None)
-    if found is None:
+    method = quantization_of(config)
+    if method is None:
         return None
     from transformers.quantizers import AutoHfQuantizer
 
-    settings: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
-    method = settings.get("quant_method", "bitsandbytes")
+    settings = _settings_in(config)
     try:
         AutoHfQuantizer.from_config(dict(settings), pre_quantized=True).validate_environment(device_map={"": device})
     except (ImportError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise BackboneError(
-            f"{name} is quantized with {method}, which does not run here: {reason}",
+            f"{name} is quantized with {settings.get('quant_method', method)}, which does not run here: {reason}",
             hint="install what it names, or take the model's plain weights: they load in 4 bit",
         ) from error
+    if method in get_args(Quantization):
+        config.quantization_config = settings | {"bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
+    return method
+
+
+def quantization_of(config: Any) -> str | None:
+    """What the weights of a configuration (transformers' own) are quantized with: 4bit or 8bit (bitsandbytes), gptq, ..."""
+    settings = _settings_in(config)
+    if not settings:
+        return None
+    method = str(getattr(found := settings.get("quant_method", "bitsandbytes"), "value", found))
     if method != "bitsandbytes":
-        return str(method)
-    config.quantization_config = settings | {"bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
-    return "4bit" if settings.get("load_in_4bit") else "8bit"
+        return method
+    return "4bit" if settings.get("load_in_4bit", settings.get("_load_in_4bit")) else "8bit"
+
+
+def _settings_in(config: Any) -> dict[str, Any]:
+    found = getattr(config, "quantization_config", None) or {}
+    return found if isinstance(found, dict) else found.to_dict()

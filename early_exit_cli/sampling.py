@@ -43,6 +43,10 @@ class Chooser(ABC):
     def commit(self, tokens: list[int]) -> None:  # noqa: B027
         """These tokens were appended to the text."""
 
+    def another(self) -> Chooser:
+        """The same choice for another text at the same time."""
+        return self
+
     @abstractmethod
     def choose(self, said: Tensor, drafted: list[int]) -> list[int]:
         """The text's next token after the pending one and after each of the drafted ones, from what the backbone says.
@@ -94,6 +98,9 @@ class Sampler(Chooser):
         self.noise: list[Tensor] = []
         """Gumbel noise [vocab] of the places after the committed text that were looked at."""
         self.vocab_size = 0
+
+    def another(self) -> Chooser:
+        return Sampler(self.settings, self.processors)
 
     def begin(self, model: Engine, prompt_ids: list[int]) -> None:
         self.vocab_size = model.backbone.lm_head.weight.shape[0]

@@ -6,6 +6,7 @@ every text is what it would be alone, token for token and bit for bit. A text th
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,10 +15,19 @@ import torch
 from torch import Tensor
 
 from early_exit_cli.blocks import LARGEST_WIDTH
-from early_exit_cli.decoding import Round, Text
+from early_exit_cli.decoding import Generation, Round, StopsAfter, Text, TextStream, collect_stats, synchronize
 from early_exit_cli.drafters import Draft, Drafter, Row, catch_up
 from early_exit_cli.engine import Engine
 from early_exit_cli.sampling import GREEDY, Chooser
+
+
+@dataclass(frozen=True)
+class Request:
+    """One text to be: its prompt, how its tokens are chosen, and a further rule that ends it."""
+
+    prompt_ids: list[int]
+    chooser: Chooser = GREEDY
+    stops_after: StopsAfter | None = None
 
 
 @dataclass(frozen=True)
@@ -29,41 +39,80 @@ class _Verified:
     choices: list[int]
 
 
+def generate_together(
+    model: Engine,
+    requests: Sequence[Request],
+    drafter: Drafter,
+    max_new_tokens: int,
+    *,
+    mode: str,
+    batch: int,
+    width: int,
+    stop_ids: Container[int] | None = None,
+    on_end: Callable[[int], None] | None = None,
+) -> list[Generation]:
+    """`decode_together` to the end. A text's seconds count from the start of all, so they hold its wait.
+
+    Args:
+        on_end: called with the number of texts that have ended.
+    """
+    streams = [TextStream(model) for _ in requests]
+    rounds: list[list[Round]] = [[] for _ in requests]
+    first: list[float] = [0.0] * len(requests)
+    last: list[float] = [0.0] * len(requests)
+    synchronize(model)
+    started = time.perf_counter()
+    ended = 0
+    for number, step, is_last in decode_together(
+        model, requests, drafter, max_new_tokens, batch=batch, width=width, stop_ids=stop_ids
+    ):
+        last[number] = time.perf_counter() - started
+        first[number] = first[number] or last[number]
+        rounds[number].append(step)
+        streams[number].push(step.tokens)
+        ended += is_last
+        if is_last and on_end:
+            on_end(ended)
+    results = []
+    for stream, own, seconds, first_token in zip(streams, rounds, last, first, strict=True):
+        stream.finish()
+        results.append(Generation(stream.text, stream.ids, collect_stats(model, mode, own, seconds, first_token), own))
+    return results
+
+
 def decode_together(
     model: Engine,
-    prompts: Sequence[list[int]],
+    requests: Sequence[Request],
     drafter: Drafter,
     max_new_tokens: int,
     *,
     batch: int,
     width: int,
-    make_chooser: Callable[[int], Chooser] = lambda _: GREEDY,
     stop_ids: Container[int] | None = None,
     keep_states: bool = False,
-) -> Iterator[tuple[int, Round]]:
-    """Decode all prompts, at most `batch` at a time.
+) -> Iterator[tuple[int, Round, bool]]:
+    """Decode all texts, at most `batch` at a time.
 
     Args:
         drafter: every text gets `another` one of it.
         width: rows of one text in a pass, at most; fewer where the texts would not all fit into one pass.
-        make_chooser: number of the prompt -> how its tokens are chosen.
         stop_ids: tokens that end a text; the backbone's by default.
 
     Returns:
-        (number of the prompt, one Round of it), as they come.
+        (number of the request, one Round of it, whether it was the last), as they come.
 
     Raises:
         ConfigError: an empty prompt, or one beyond the context.
         NumericsError: the backbone's logits are not finite.
     """
-    waiting = deque(enumerate(prompts))
+    waiting = deque(enumerate(requests))
     live: list[tuple[int, Text]] = []
     room = model.blocks.widths[-1]
     while waiting or live:
         while waiting and len(live) < batch:
-            number, ids = waiting.popleft()
-            text = Text(model, ids, drafter.another(), make_chooser(number), max_new_tokens, stop_ids)
-            live.append((number, text))
+            number, asked = waiting.popleft()
+            own = (drafter.another(), asked.chooser, max_new_tokens, stop_ids, asked.stops_after)
+            live.append((number, Text(model, asked.prompt_ids, *own)))
         limit = min(width, max(1, room // len(live))) - 1
         with torch.inference_mode():
             drafts = []
@@ -72,7 +121,8 @@ def decode_together(
                 drafts.append(text.draft(limit))
             found = _verify(model, [text for _, text in live], drafts)
         for (number, text), draft, said in zip(live, drafts, found, strict=True):
-            yield number, text.commit(draft, said.rows, said.states, said.choices, [], keep_states)
+            step = text.commit(draft, said.rows, said.states, said.choices, [], keep_states)
+            yield number, step, text.ended
         live = [(number, text) for number, text in live if not text.ended]
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from early_exit_cli.costs import Costs, HeadSet, choose_heads, cost_table, expected_rate, measure_costs
+from early_exit_cli.costs import Costs, HeadSet, choose_heads, cost_table, expected_rate, measure_costs, never_falling
 from early_exit_cli.thresholds import count_head_sets
 
 WIDTHS = [2, 4, 8]
@@ -115,6 +115,11 @@ def test_measured_costs_are_times_of_this_device(tiny_model):
     costs = measure_costs(tiny_model("llama"), [8, 16])
     assert set(costs.per_block) == set(costs.finish) == {8, 16}
     assert all(value > 0 for value in [*costs.per_block.values(), *costs.finish.values(), costs.head])
+
+
+def test_a_spoilt_moment_spoils_one_entry_at_most():
+    assert never_falling({1: 90.0, 2: 11.0, 4: 12.0, 8: 20.0}) == {1: 11.0, 2: 11.0, 4: 12.0, 8: 20.0}
+    assert never_falling({1: 10.0, 2: 11.0, 4: 99.0, 8: 20.0}) == {1: 10.0, 2: 11.0, 4: 20.0, 8: 20.0}
 
 
 def test_costs_are_measured_once_and_again_when_asked(tiny_model, monkeypatch, tmp_path):

@@ -11,7 +11,7 @@ from early_exit_cli.decoding import decode
 from early_exit_cli.drafters import NoDrafter, share_of_pass
 from early_exit_cli.errors import ConfigError
 from early_exit_cli.sampling import make_chooser
-from early_exit_cli.together import decode_together
+from early_exit_cli.together import Request, decode_together, generate_together
 
 PROMPTS = [
     list(b"Hello Hello "),
@@ -39,9 +39,13 @@ def alone(model, drafter, width, make_chooser, stops):
 
 def together(model, drafter, width, make_chooser, stops, batch):
     rounds = [[] for _ in PROMPTS]
-    options = dict(batch=batch, width=width, make_chooser=make_chooser, stop_ids=stops, keep_states=True)
-    for number, step in decode_together(model, PROMPTS, drafter, TOKENS, **options):
+    requests = [Request(prompt, make_chooser(number)) for number, prompt in enumerate(PROMPTS)]
+    options = dict(batch=batch, width=width, stop_ids=stops, keep_states=True)
+    ended = []
+    for number, step, is_last in decode_together(model, requests, drafter, TOKENS, **options):
         rounds[number].append(step)
+        ended += [number] * is_last
+    assert sorted(ended) == list(range(len(PROMPTS)))
     return [(tokens_of(own), torch.cat([step.states for step in own])) for own in rounds], rounds
 
 
@@ -126,7 +130,7 @@ def test_padding_rows_of_a_pass_are_nobodys(tiny_model):
 def test_a_bad_prompt_is_refused(tiny_model):
     model = tiny_model("llama")
     with pytest.raises(ConfigError, match="empty"):
-        list(decode_together(model, [[65], []], NoDrafter(), 4, batch=2, width=4))
+        list(decode_together(model, [Request([65]), Request([])], NoDrafter(), 4, batch=2, width=4))
 
 
 def test_the_share_of_a_pass_adds_up():
@@ -153,10 +157,16 @@ def test_the_shipped_model_answers_together_as_alone(smollm2):
     ]
     expected = [list(decode(model, ids, NoDrafter(), 24, keep_states=True)) for ids in prompts]
     rounds = [[] for _ in prompts]
-    for number, step in decode_together(
-        model, prompts, auto_drafter(model, 0.9, 8, "auto"), 24, batch=3, width=8, keep_states=True
-    ):
+    drafter = auto_drafter(model, 0.9, 8, "auto")
+    requests = [Request(ids) for ids in prompts]
+    for number, step, _ in decode_together(model, requests, drafter, 24, batch=3, width=8, keep_states=True):
         rounds[number].append(step)
+    texts = generate_together(model, requests, drafter, 24, mode="auto", batch=2, width=8)
+    assert [text.token_ids for text in texts] == [tokens_of(plain) for plain in expected]
+    assert [text.text for text in texts] == [
+        smollm2.tokenizer.decode(t.token_ids, skip_special_tokens=True) for t in texts
+    ]
+    assert all(0 < text.stats.time_to_first_token_seconds < text.stats.total_time_seconds for text in texts)
     for own, plain in zip(rounds, expected, strict=True):
         assert tokens_of(own) == tokens_of(plain)
         assert torch.equal(torch.cat([s.states for s in own]), torch.cat([s.states for s in plain]))

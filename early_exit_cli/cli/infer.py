@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +12,7 @@ from early_exit_cli import console
 from early_exit_cli.artifacts import write_json
 from early_exit_cli.cli import show
 from early_exit_cli.cli.options import configured
-from early_exit_cli.config import InferenceConfig, is_unicode
+from early_exit_cli.config import DYNAMIC_LENGTH, InferenceConfig, is_unicode
 from early_exit_cli.errors import ConfigError, DataError
 from early_exit_cli.resolve import Resolved
 
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
 
 MODE_KINDS = {"fixed_layerskip": "fixed", "dynamic_early_exit": "dynamic", "comprehensive": "all"}
 """Modes that say themselves how tokens are proposed, and the kind of drafter each means."""
-DYNAMIC_LENGTH = 10
-"""Tokens of a draft of dynamic_early_exit, at most, as in the seed."""
 
 
 @configured("bundle", "backbone", "inference", "sampling")
@@ -70,8 +70,7 @@ class Job:
 
 def prepare(resolved: Resolved, as_json: bool) -> Job:
     """Load the model and make the drafter of the mode."""
-    from early_exit_cli.blocks import LARGEST_WIDTH
-    from early_exit_cli.decoding import default_width
+    from early_exit_cli.methods import make_drafter
     from early_exit_cli.sampling import make_chooser
 
     settings = resolved.config.inference
@@ -81,11 +80,8 @@ def prepare(resolved: Resolved, as_json: bool) -> Job:
     model = load(resolved, kind)
     if model.blocks.without_graphs:
         console.note(f"CUDA graphs off: {model.blocks.without_graphs}")
-    lengths = {"fixed": settings.draft_length, "dynamic": DYNAMIC_LENGTH}
-    width = lengths[kind] + 1 if kind in lengths else settings.width or default_width(model)
-    drafter = make_drafter(model, settings, kind, width)
-    if settings.width is None and kind in ("lookup", "lookahead", "auto"):  # these weigh draft lengths at every width
-        width = LARGEST_WIDTH
+    drafter, width = make_drafter(model, settings, kind)
+    say_what_is_not_read(model, drafter)
     coloured = console.wants_colour(settings.color) and not as_json
     return Job(model, settings, drafter, make_chooser(resolved.config.sampling), width, as_json, coloured)
 
@@ -108,6 +104,10 @@ def check_combinations(resolved: Resolved) -> None:
         faults.append(f"--mode dynamic_early_exit drafts up to {DYNAMIC_LENGTH} tokens; leave --width out")
     if settings.prompts and settings.mode == "comprehensive":
         faults.append("--mode comprehensive takes one prompt; eexit bench compares methods on many")
+    if settings.batch > 1 and not settings.prompts:
+        faults.append("--batch takes many prompts; give them with --prompts")
+    if settings.batch > 1 and settings.mode == "compare":
+        faults.append("--mode compare times one answer at a time; leave --batch out")
     if settings.prompts and settings.html:
         faults.append("--html shows one answer; give one prompt")
     if settings.mode == "fixed_layerskip":
@@ -168,44 +168,25 @@ def load(resolved: Resolved, kind: str) -> Engine:
     """The model; a backbone that was named without a bundle is loaded alone where no head must be read."""
     from early_exit_cli.cli.shared import backbone_of_bundle
     from early_exit_cli.engine import load_model
+    from early_exit_cli.methods import HEADLESS
 
     config = resolved.config
-    if (
-        kind in ("none", "lookup", "auto")
-        and resolved.is_default("bundle.bundle")
-        and not resolved.is_default("backbone.model_name")
-    ):
+    if kind in HEADLESS and resolved.is_default("bundle.bundle") and not resolved.is_default("backbone.model_name"):
         return load_model(config.backbone, None)
     return load_model(backbone_of_bundle(resolved), config.bundle, with_thresholds=kind not in ("none", "lookup"))
 
 
-def make_drafter(model: Engine, settings: InferenceConfig, kind: str, width: int) -> Drafter:
-    """The drafter of that kind; says on stderr which heads early exit leaves unread."""
-    from early_exit_cli.costs import auto_drafter, exit_drafter, lookahead_drafter, lookup_drafter
-    from early_exit_cli.drafters import DynamicDrafter, FixedDrafter, NoDrafter
+def say_what_is_not_read(model: Engine, drafter: Drafter) -> None:
+    """On stderr: which of the bundle's heads are left unread, and why."""
+    from early_exit_cli.drafters import AutoDrafter, ExitDrafter
 
-    if kind in ("none", "all"):
-        return NoDrafter()
-    if kind == "fixed":
-        return FixedDrafter(settings.fixed_head)
-    if kind == "dynamic":
-        exits = exit_drafter(model, settings.accuracy_level, width, "all")
-        return DynamicDrafter(exits.thresholds, None, exits.metric, exits.temperature)
-    if kind == "lookup":
-        return lookup_drafter(model)
-    if kind == "lookahead":
-        return lookahead_drafter(model)
-    if kind == "auto":
-        if model.heads is not None and model.thresholds is None:
-            console.note("the bundle is not calibrated: its heads are not read (eexit calibrate)")
-        return auto_drafter(model, settings.accuracy_level, width, settings.read_heads)
-    drafter = exit_drafter(model, settings.accuracy_level, width, settings.read_heads)
-    if drafter.active is not None and len(drafter.active) < len(drafter.thresholds):
+    if isinstance(drafter, AutoDrafter) and model.heads is not None and model.thresholds is None:
+        console.note("the bundle is not calibrated: its heads are not read (eexit calibrate)")
+    if type(drafter) is ExitDrafter and drafter.active is not None and len(drafter.active) < len(drafter.thresholds):
         unread = [str(head) for head in range(len(drafter.thresholds)) if head not in drafter.active]
         console.note(
             f"head {', '.join(unread)} not read: by the costs measured here it would not pay (--read-heads all)"
         )
-    return drafter
 
 
 def encode(model: Engine, settings: InferenceConfig, prompt: str) -> list[int]:
@@ -311,37 +292,15 @@ def write_page(job: Job, prompt: str, ids: list[int], shown: Generation, methods
 
 def answer_many(job: Job, prompts: list[dict[str, Any]], encoded: list[list[int]]) -> None:
     """A record per prompt."""
-    from early_exit_cli.decoding import generate
-    from early_exit_cli.evaluation import compare
-
     warm_up(job, encoded[0], job.drafter)
-    records: list[dict[str, Any]] = []
+    started = time.perf_counter()
     with console.progress("prompts", len(prompts)) as ticker:
-        for prompt, ids in zip(prompts, encoded, strict=True):
-            known: dict[str, Any] = {key: prompt[key] for key in ("question_id", "category") if key in prompt}
-            if job.settings.mode == "compare":
-                record = compare(
-                    job.model,
-                    ids,
-                    job.drafter,
-                    job.settings.max_tokens,
-                    width=job.width,
-                    repeats=job.settings.repeats,
-                    chooser=job.chooser,
-                ).record()
-            else:
-                run = generate(
-                    job.model,
-                    ids,
-                    job.drafter,
-                    job.settings.max_tokens,
-                    mode=job.drafter.name,
-                    width=job.width,
-                    chooser=job.chooser,
-                )
-                record = {job.drafter.name: run.record()}
-            records.append({**known, "prompt_tokens": len(ids), **record})
-            ticker.update(len(records))
+        found = (answer_together if job.settings.batch > 1 else answer_in_turn)(job, encoded, ticker.update)
+    seconds = time.perf_counter() - started
+    records: list[dict[str, Any]] = []
+    for prompt, ids, record in zip(prompts, encoded, found, strict=True):
+        known: dict[str, Any] = {key: prompt[key] for key in ("question_id", "category") if key in prompt}
+        records.append({**known, "prompt_tokens": len(ids), **record})
     if job.as_json:
         console.emit_json({"records": records})
         return
@@ -353,3 +312,57 @@ def answer_many(job: Job, prompts: list[dict[str, Any]], encoded: list[list[int]
         rows.append((number, str(record.get("category", "")), record["prompt_tokens"], *speeds, *extra))
     compared = ["speed-up", "identical", "bit-exact"] if job.settings.mode == "compare" else []
     console.table("tokens/s", ["prompt", "category", "tokens", *methods, *compared], rows, result=True)
+    if job.settings.batch > 1:
+        tokens = sum(record[methods[0]]["stats"]["total_tokens_generated"] for record in records)
+        console.note(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s together")
+
+
+def answer_in_turn(job: Job, encoded: list[list[int]], on_answer: Callable[[int], None]) -> list[dict[str, Any]]:
+    """One prompt after another."""
+    from early_exit_cli.decoding import generate
+    from early_exit_cli.evaluation import compare
+
+    settings, records = job.settings, []
+    for ids in encoded:
+        if settings.mode == "compare":
+            compared = compare(
+                job.model,
+                ids,
+                job.drafter,
+                settings.max_tokens,
+                width=job.width,
+                repeats=settings.repeats,
+                chooser=job.chooser,
+            )
+            records.append(compared.record())
+        else:
+            run = generate(
+                job.model,
+                ids,
+                job.drafter,
+                settings.max_tokens,
+                mode=job.drafter.name,
+                width=job.width,
+                chooser=job.chooser,
+            )
+            records.append({job.drafter.name: run.record()})
+        on_answer(len(records))
+    return records
+
+
+def answer_together(job: Job, encoded: list[list[int]], on_answer: Callable[[int], None]) -> list[dict[str, Any]]:
+    """`--batch` prompts at a time in the same passes."""
+    from early_exit_cli.together import Request, generate_together
+
+    requests = [Request(ids, job.chooser.another()) for ids in encoded]
+    runs = generate_together(
+        job.model,
+        requests,
+        job.drafter,
+        job.settings.max_tokens,
+        mode=job.drafter.name,
+        batch=job.settings.batch,
+        width=job.width,
+        on_end=on_answer,
+    )
+    return [{job.drafter.name: run.record()} for run in runs]

@@ -19,17 +19,12 @@ if TYPE_CHECKING:
 
 def backbone_of_bundle(resolved: Resolved) -> BackboneConfig:
     """The backbone section, with name and quantization taken from the bundle unless somebody set them."""
-    from early_exit_cli.bundle import read_bundle_config
-    from early_exit_cli.engine import bundle_source
+    from early_exit_cli.engine import bundle_source, with_names_of_bundle
 
     source = bundle_source(resolved.config.bundle)
     if source.commit:
         console.note(f"{source.repo_id} at {source.commit}")
-    known = read_bundle_config(source.folder)
-    changes = {
-        field: known[field] for field in ("model_name", "quantization") if resolved.is_default(f"backbone.{field}")
-    }
-    return BackboneConfig.model_validate(resolved.config.backbone.model_dump() | changes)
+    return with_names_of_bundle(resolved.config.backbone, source.folder)
 
 
 def data_of_bundle(resolved: Resolved, record: dict[str, Any]) -> DataConfig:
