@@ -382,7 +382,7 @@ def adopt_backbone(model: Any, tokenizer: Any = None) -> Backbone:
         raise BackboneError(f"{name} lies on {', '.join(sorted(devices))}; it must lie on one device")
     if tokenizer is None:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise BackboneError(f"no tokenizer at {name!r}", hint="give it: tokenizer=...") from error
     model.eval().requires_grad_(False)
