@@ -19,11 +19,14 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
     EosTokenCriteria,
     GenerateDecoderOnlyOutput,
     LogitsProcessorList,
     MaxLengthCriteria,
     StopStringCriteria,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 from transformers.generation.streamers import BaseStreamer
 
@@ -52,6 +55,12 @@ HARMLESS: dict[str, Any] = {
     **dict.fromkeys(("cache", "past_key_values", "inputs", "inputs_embeds", "custom_generate", "trust_remote_code")),
 }
 """What `generate` of transformers takes and drafting cannot honour, with the value that asks for nothing (as None does)."""
+WHOLE_BATCH = (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
+"""Processors that hold something of every row, in shapes of their own."""
 PREPARED = {"attention_mask", "position_ids", "cache", "logits_to_keep", "use_cache"}
 """What transformers prepares for a forward pass of its own."""
 
@@ -214,8 +223,10 @@ class EarlyExitModel:
             raise ConfigError(f"a streamer shows one text, and {len(input_ids)} rows were given")
         max_new_tokens, stop_ids = length_and_stops(stopping_criteria, input_ids)
         requests = []
-        for row, prompt in zip(input_ids.split(1), prompts_of(input_ids, model_kwargs), strict=True):
-            chooser = chooser_of(generation_config, logits_processor, row[:, : row.shape[1] - len(prompt)])
+        for number, prompt in enumerate(prompts_of(input_ids, model_kwargs)):
+            row = input_ids[number : number + 1]
+            own = processors_of(logits_processor, number, len(input_ids))
+            chooser = chooser_of(generation_config, own, row[:, : row.shape[1] - len(prompt)])
             requests.append(Request(prompt, chooser, other_stops(stopping_criteria, row, max_new_tokens)))
         if len(requests) == 1:
             (request,) = requests
@@ -316,6 +327,23 @@ def prompts_of(input_ids: Tensor, prepared: Mapping[str, Any]) -> list[list[int]
     return prompts
 
 
+def processors_of(processors: LogitsProcessorList, row: int, rows: int) -> LogitsProcessorList:
+    """The processors of one row: copies, since some remember their text, without what they know of other rows.
+
+    Raises:
+        ConfigError: several rows, and a processor that cannot be taken apart.
+    """
+    whole = [type(each).__name__ for each in processors if isinstance(each, WHOLE_BATCH)]
+    if rows > 1 and whole:
+        raise ConfigError(f"{', '.join(whole)} takes one row at a time, and {rows} were given")
+    own = LogitsProcessorList(copy.copy(each) for each in processors)
+    for each in own:
+        ignored = getattr(each, "prompt_ignore_length", None)
+        if isinstance(ignored, Tensor):
+            each.prompt_ignore_length = ignored[row : row + 1]
+    return own
+
+
 def chooser_of(config: GenerationConfig, processors: LogitsProcessorList, padding: Tensor) -> Chooser:
     """How the tokens follow from the logits, as transformers has prepared it.
 
@@ -332,7 +360,7 @@ def chooser_of(config: GenerationConfig, processors: LogitsProcessorList, paddin
         settings |= {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "min_p")}
         settings |= {"top_p": max(settings["top_p"], 1e-9), "seed": int(torch.randint(2**63 - 1, ()))}
     known = SamplingConfig.model_validate({name: value for name, value in settings.items() if value is not None})
-    apply: Any = LogitsProcessorList(copy.copy(processor) for processor in processors)  # some remember their text
+    apply: Any = processors
     return Sampler(known, lambda ids, scores: apply(torch.cat([padding.to(ids.device), ids], -1), scores))
 
 

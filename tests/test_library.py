@@ -337,6 +337,11 @@ def test_criteria_and_processors_look_at_each_row(early, plain):
     assert expected.shape[1] == ROWS.shape[1] + 11
 
 
+def test_a_processor_of_the_whole_batch_takes_one_row(early):
+    with pytest.raises(ConfigError, match=r"Guidance.* takes one row at a time, and 3 were given"):
+        early.generate(ROWS, attention_mask=MASK, max_new_tokens=4, guidance_scale=1.5)
+
+
 def test_rows_are_sampled_by_their_own_seeds(early):
     def sampled(drafter):
         torch.manual_seed(5)

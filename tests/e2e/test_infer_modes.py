@@ -44,6 +44,38 @@ def test_dynamic_early_exit_drafts_by_gates_and_says_what_full_says(base, full, 
     assert [token["token_id"] for token in json.loads((tmp_path / "trace.json").read_text())] == answer["token_ids"]
 
 
+@pytest.mark.parametrize("drafter", ["exit", "lookup"])
+def test_sampled_words_are_those_of_the_seed_whoever_drafts(base, full, drafter):
+    sampled = ["--temperature", 0.9, "--top-p", 0.95, "--seed", 5, "--json"]
+    drafting = ["--drafter", drafter, "--accuracy-level", 0.6, "--read-heads", "all", "--mode", "compare"]
+    code, out, err = eexit(*base, *sampled, *drafting, "--repeats", 1)
+    assert code == 0, err
+    record = json.loads(out)
+    assert record["identical"]
+    assert record["bit_exact"]
+    assert record["full"]["token_ids"] != full["token_ids"]
+    code, out, _ = eexit(*base, *sampled, "--mode", "full")
+    assert json.loads(out)["full"]["token_ids"] == record["full"]["token_ids"]
+    code, out, _ = eexit(*base, *sampled, "--mode", "full", "--seed", 6)
+    assert json.loads(out)["full"]["token_ids"] != record["full"]["token_ids"]
+
+
+@pytest.mark.parametrize("extra", [[], ["--temperature", 0.8]], ids=["greedy", "sampled"])
+def test_a_batch_answers_each_prompt_as_alone(tiny_bundle, tmp_path, extra):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"number {i} " * (i + 1)}) + "\n" for i in range(5)))
+    many = ["infer", "--bundle", tiny_bundle, "--prompts", prompts, "--max-tokens", 16, "--json", *extra]
+    answers = []
+    for batch in (1, 3):
+        code, out, err = eexit(*many, "--batch", batch)
+        assert code == 0, err
+        answers.append([next(v for v in row.values() if isinstance(v, dict)) for row in json.loads(out)["records"]])
+    assert [one["token_ids"] for one in answers[0]] == [one["token_ids"] for one in answers[1]]
+    assert [one["text"] for one in answers[0]] == [one["text"] for one in answers[1]]
+    code, out, err = eexit(*(word for word in many if word != "--json"), "--batch", 3)
+    assert "tokens/s together" in err
+
+
 def test_a_page_that_cannot_be_written_is_one_line(base, tmp_path):
     code, out, err = eexit(*base, "--mode", "full", "--html", tmp_path)
     assert code == 1
@@ -74,6 +106,9 @@ def test_comprehensive_has_every_method_and_one_text(base, full):
             ["leave --drafter out", "takes --draft-length", "the bundle has heads 0 to 2"],
         ),
         (["--mode", "comprehensive", "--trace", "trace.json"], ["--trace runs every head"]),
+        (["--batch", 4], ["--batch takes many prompts"]),
+        (["--top-k", 5, "--min-p", 0.1], ["top_k, min_p without a temperature"]),
+        (["--temperature", -1, "--top-p", 0, "--seed", -3], ["--temperature", "--top-p", "--seed"]),
         (["--mode", "dynamic_early_exit", "--width", 4], ["drafts up to 10 tokens"]),
         (["--draft-length", 16, "--color", "sometimes"], ["--draft-length", "inference.color = 'sometimes'"]),
         (

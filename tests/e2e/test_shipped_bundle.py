@@ -32,6 +32,18 @@ def test_adaptive_answers_are_the_plain_ones_bit_for_bit(level):
     assert len(record["full"]["token_ids"]) > 20
 
 
+def test_sampled_answers_are_the_plain_ones_bit_for_bit():
+    code, out, err = eexit(
+        "infer", "--mode", "compare", "--drafter", "auto", "--repeats", "1", "--max-tokens", "48", "--json",
+        "--temperature", "0.7", "--seed", "3", "--prompt", "Name five animals that live in the sea, then name them again.",
+    )  # fmt: skip
+    assert code == 0, err
+    record = json.loads(out)
+    assert record["identical"] is True
+    assert record["bit_exact"] is True
+    assert record["auto"]["stats"]["tokens_accepted"] > 0
+
+
 def test_the_records_of_the_bundle_belong_together():
     """Deeper heads agree more; calibration.json and eexit.json are of the same calibration; no path of a machine."""
     record = json.loads((BUNDLE / "eexit.json").read_text())
