@@ -81,14 +81,18 @@ def disk(tmp_path):
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def started(*arguments, **options) -> subprocess.Popen:
+def hear_ctrl_c() -> None:
+    """In a process of its own: what a shell started in the background ignores Ctrl-C, and so do its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def started(*arguments, before=hear_ctrl_c) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "early_exit_cli", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job would ignore it
-        **options,
+        preexec_fn=before,
     )
 
 
@@ -282,7 +286,7 @@ def test_a_full_disk_stops_training_and_leaves_the_bundle_that_was_there(here, t
 def test_a_file_that_may_not_grow_is_one_line(tiny_folder, text, tmp_path):
     process = started(
         *training(tiny_folder("llama"), text, tmp_path / "run", "--head", "linear", "--max-steps", 2),
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)),
+        before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)),
     )
     out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (1, "")

@@ -41,15 +41,18 @@ POOL = (
     ("qwen2-window", 4, 32, "fused", "adapter", 16),
     ("qwen3", 3, 32, "fused", "linear", None),
     ("smollm", 4, 32, "fused", "adapter", 1),
+    ("gemma2", 4, 32, "hf", "adapter", None),
+    ("gpt_neox", 3, 32, "hf", "linear", None),
+    ("mixtral", 2, 16, "hf", "adapter", 16),
 )
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A small model with random exit heads, and a random lookahead head."""
+    """A small model with random exit heads, and a random lookahead head where its blocks have the Llama shape."""
 
     model: Engine
-    lookahead: LookaheadHead
+    lookahead: LookaheadHead | None
 
 
 def subject(number: int) -> Subject:
@@ -72,8 +75,10 @@ def subject(number: int) -> Subject:
     heads.start_from(backbone)
     for parameter in heads.parameters():
         parameter.data.add_(0.3 * torch.randn_like(parameter))
-    lookahead = LookaheadHead(backbone, [0], vocab).requires_grad_(False)
-    lookahead.start_from(backbone)
+    lookahead = None
+    if backbone.has_llama_shape:
+        lookahead = LookaheadHead(backbone, [0], vocab).requires_grad_(False)
+        lookahead.start_from(backbone)
     return Subject(Engine(backbone, runner_of_blocks, heads), lookahead)
 
 
@@ -116,7 +121,9 @@ def drafters(subject: Subject, prompt: list[int], truth: list[int]) -> st.Search
         st.sampled_from(["entropy", "confidence"]),
     )
     lookup = st.builds(LookupDrafter, costs, chances)
-    lookahead = st.builds(LookaheadDrafter, st.just(subject.lookahead), survivals, costs, free, free)
+    lookahead = st.nothing()
+    if subject.lookahead is not None:
+        lookahead = st.builds(LookaheadDrafter, st.just(subject.lookahead), survivals, costs, free, free)
     lengths = st.integers(0, 15)
     auto = st.tuples(lookup, exits | lookahead, lengths, lengths).map(
         lambda drawn: AutoDrafter([(drawn[0], drawn[2]), (drawn[1], drawn[3])])
