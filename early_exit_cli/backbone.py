@@ -30,6 +30,8 @@ from early_exit_cli.gguf import converted_gguf, embedded_gguf
 from early_exit_cli.quantization import quantization_of, saved_in, settings_for
 from early_exit_cli.readout import FinalNorm, LastBlock, LogitMap, no_last_block
 
+COMPILED_PRODUCTS = "16"
+
 
 @dataclass
 class Backbone:
@@ -317,6 +319,7 @@ def load_backbone(config: BackboneConfig) -> Backbone:
         NumericsError: the loaded model does not compute finite numbers.
     """
     _quiet_libraries()
+    _limit_compiled_products()
     device = pick_device(config.device)
     if config.cuda_graphs == "on" and device.type != "cuda":
         raise ConfigError(f"cuda_graphs is on, but the device is {device}", hint="--cuda-graphs auto")
@@ -407,6 +410,15 @@ def _return_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
+
+
+def _limit_compiled_products() -> None:
+    """oneDNN, and what torch puts around it, each keep the last 1,024 products that they compiled for a shape: 300 MB in a
+    process that answers long, since every length of a text is another shape. A few hold all that one text needs again and
+    again. Read when the first is compiled (docs/experiments.md).
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, COMPILED_PRODUCTS)
 
 
 def _quiet_libraries() -> None:
