@@ -1,8 +1,9 @@
 """Answering many prompts together, for training data.
 
-Prompts of like length stand side by side, padded on the left, and advance a token at a time; rows that have ended are
-dropped. Here only the number of tokens per second counts: a token's bits may differ from those of decoding one text.
-Blocks of other shapes than Llama's are left to the library's own `generate`.
+Texts advance together, a token at a time; those that have ended are dropped. Compiled passes take each with a KV cache of
+its own. Elsewhere prompts of like length stand side by side, padded on the left: there only the number of tokens per second
+counts, a token's bits may differ from those of decoding one text. Blocks of other shapes than Llama's are left to the
+library's own `generate`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from early_exit_cli.backbone import Backbone
+from early_exit_cli.blocks import PREFILL_WIDTH, Part
 from early_exit_cli.fused_blocks import FusedBlocks
+from early_exit_cli.native_blocks import NativeBlocks, why_not_native
 
 Answer = Callable[[list[list[int]], int, float | None, torch.Generator], list[list[int]]]
 """(prompts, most new tokens, temperature, its randomness) -> new tokens for each, as `answer_together`."""
@@ -93,9 +96,11 @@ class _Rows:
 
 def answerer(backbone: Backbone) -> Answer:
     """How many prompts are answered together by this backbone."""
-    if backbone.has_llama_shape:
-        return partial(answer_together, FusedBlocks(backbone))
-    return partial(answer_by_library, backbone)
+    if not backbone.has_llama_shape:
+        return partial(answer_by_library, backbone)
+    if why_not_native(backbone) is None:
+        return partial(answer_side_by_side, NativeBlocks(backbone))
+    return partial(answer_together, FusedBlocks(backbone))
 
 
 def answer_by_library(
@@ -131,6 +136,50 @@ def answer_by_library(
         )
     answers = found[:, longest:].tolist()
     return [answer[: next((i + 1 for i, t in enumerate(answer) if t in ends), None)] for answer in answers]
+
+
+def answer_side_by_side(
+    blocks: NativeBlocks,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    temperature: float | None = None,
+    generator: torch.Generator | None = None,
+) -> list[list[int]]:
+    """As `answer_together`; each answer has the bits of its own decoding."""
+    depth, ends = blocks.num_blocks, blocks.backbone.eos_token_ids
+    answers: list[list[int]] = [[] for _ in prompts]
+    with torch.inference_mode():
+        caches = [blocks.new_cache(len(prompt) + max_new_tokens) for prompt in prompts]
+        last = []
+        for prompt, cache in zip(prompts, caches, strict=True):
+            for piece in torch.tensor(prompt).split(PREFILL_WIDTH):
+                hidden = blocks.run(blocks.embed(piece), cache, cache.length, 0, depth)
+                cache.length += len(piece)
+            last.append(hidden[-1:])
+        states, going = torch.cat(last), list(range(len(prompts)))
+        while True:
+            chosen = _chosen(blocks, states, temperature, generator)
+            for text, token in zip(going, chosen.tolist(), strict=True):
+                answers[text].append(token)
+            rows = [row for row, text in enumerate(going) if answers[text][-1] not in ends]
+            rows = [row for row in rows if len(answers[going[row]]) < max_new_tokens]
+            if not rows:
+                return answers
+            going = [going[row] for row in rows]
+            parts = [Part(caches[text], caches[text].length, 1) for text in going]
+            states = blocks.run_together(blocks.embed(chosen[rows]), parts, 0, depth)
+            for text in going:
+                caches[text].length += 1
+
+
+def _chosen(
+    blocks: NativeBlocks, states: Tensor, temperature: float | None, generator: torch.Generator | None
+) -> Tensor:
+    """The next token after each of the last block's states [rows, hidden]: the best one, or one sampled."""
+    if temperature is None:
+        return blocks.finish(states)[1]
+    logits = blocks.logits(blocks.final_norm(states)).float()
+    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
 
 
 def answer_together(

@@ -70,6 +70,8 @@ class KVCache:
         self.limit = limit
         self.length = 0
         self.rows: Rows | None = None
+        self.addresses: Any = None
+        """Where the buffers are, for compiled code (`native_blocks.addresses_of`)."""
 
     @property
     def capacity(self) -> int:

@@ -78,8 +78,10 @@ class BackboneConfig(Section):
         "4bit", "4bit is NF4 with double quantization and bf16 compute. What is quantized already stays so."
     )
     device: str = setting("auto", "auto takes a GPU where there is one; otherwise cpu, cuda, cuda:1 ...")
-    runner: Literal["auto", "fused", "hf"] = setting(
-        "auto", "Block runner: fused is our lean path for the Llama shape, hf runs the library's own modules."
+    runner: Literal["auto", "native", "fused", "hf"] = setting(
+        "auto",
+        "Block runner: native is compiled code for CPUs with AVX512-BF16 and a C compiler, fused our lean path for the "
+        "Llama shape, hf the library's own modules; auto takes the first that fits.",
     )
     cuda_graphs: Literal["auto", "on", "off"] = setting(
         "auto",

@@ -231,7 +231,7 @@ def merged_linear(modules: list[Any]) -> LinearMap:
     if all(type(module) is nn.Linear for module in modules):
         weight = _joined(modules)
         return lambda x: F.linear(x, weight, bias)
-    if all(_is_packed_nf4(module) for module in modules):
+    if all(is_packed_nf4(module) for module in modules):
         return PackedNF4(modules, bias)
     if len(modules) == 1:
         return modules[0]
@@ -284,7 +284,8 @@ def _merged_nf4(modules: list[Any], bias: Tensor | None) -> LinearMap:
     return lambda x: bitsandbytes.matmul_4bit(x, weight.t(), quant_state=merged, bias=bias)
 
 
-def _is_packed_nf4(module: Any) -> bool:
+def is_packed_nf4(module: Any) -> bool:
+    """Whether this linear map's weight is NF4 in bitsandbytes' packing for CPUs with AVX512-BF16."""
     state = getattr(getattr(module, "weight", None), "quant_state", None)
     return (
         state is not None

@@ -18,6 +18,7 @@ from early_exit_cli.formats import WidthsForm, read_form
 from early_exit_cli.fused_blocks import FusedBlocks
 from early_exit_cli.fused_kernels import fused_widths
 from early_exit_cli.lm_head import ExactArgmax, faster_widths, usable
+from early_exit_cli.native_blocks import NativeBlocks, why_not_native
 
 CANDIDATE_WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 
@@ -26,12 +27,11 @@ def make_blocks(backbone: Backbone, runner: str = "auto", cuda_graphs: str = "au
     """The runner asked for, with what was measured of it on this device.
 
     Raises:
-        UnsupportedBackboneError: the fused runner asked for, but the blocks have not the Llama shape.
+        UnsupportedBackboneError: the native or fused runner asked for, and it cannot run these blocks here.
         BackboneError: `cuda_graphs` is "on" and they cannot be used.
     """
-    is_fused = runner == "fused" or (runner == "auto" and backbone.has_llama_shape)
-    blocks: Blocks = FusedBlocks(backbone) if is_fused else HFBlocks(backbone)
-    if cuda_graphs == "on" and not is_fused:
+    blocks = _pick(backbone, runner)
+    if cuda_graphs == "on" and not isinstance(blocks, FusedBlocks):
         raise BackboneError("no CUDA graphs here: they record the fused runner's passes", hint="--cuda-graphs auto")
     identity = device_identity(blocks)
     path = measurement_path("widths", identity)
@@ -59,6 +59,13 @@ def make_blocks(backbone: Backbone, runner: str = "auto", cuda_graphs: str = "au
         if cuda_graphs == "on" and blocks.without_graphs is not None:
             raise BackboneError(f"no CUDA graphs here: {blocks.without_graphs}", hint="--cuda-graphs auto")
     return blocks
+
+
+def _pick(backbone: Backbone, runner: str) -> Blocks:
+    if runner == "native" or (runner == "auto" and why_not_native(backbone) is None):
+        return NativeBlocks(backbone)
+    is_fused = runner == "fused" or (runner == "auto" and backbone.has_llama_shape)
+    return FusedBlocks(backbone) if is_fused else HFBlocks(backbone)
 
 
 def use_graphs(blocks: FusedBlocks, record: Recorder) -> None:
@@ -125,7 +132,7 @@ def measure_widths(blocks: Blocks) -> None:
     blocks.widths = (*found, largest)
     blocks.any_length = blocks.is_invariant and probe.same_at_every_length(blocks.widths)
     head = blocks.backbone.lm_head
-    if head.bias is None and usable(head.weight):
+    if not isinstance(blocks, NativeBlocks) and head.bias is None and usable(head.weight):
         blocks.argmax_widths = faster_widths(ExactArgmax(head.weight), probe.reference[0], blocks.widths)
 
 

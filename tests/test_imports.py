@@ -22,15 +22,18 @@ MAY_IMPORT = {
     "readout": set(),
     "backbone": {"artifacts", "families", "gguf", "quantization", "readout"},
     "data": {"backbone", "batched", "artifacts", "formats"},
-    "batched": {"backbone", "fused_blocks"},
+    "batched": {"backbone", "blocks", "fused_blocks", "native_blocks"},
     "lm_head": set(),
     "experts": set(),
     "blocks": {"backbone", "experts", "lm_head"},
     "cuda_graphs": {"blocks"},
     "fused_blocks": {"backbone", "blocks", "cuda_graphs"},
     "fused_kernels": {"blocks"},
+    "native_code": {"artifacts"},
+    "native_blocks": {"backbone", "blocks", "fused_blocks", "lm_head", "native_code"},
     "runners": {
-        *("backbone", "blocks", "cuda_graphs", "fused_blocks", "fused_kernels", "lm_head", "artifacts", "formats")
+        *("backbone", "blocks", "cuda_graphs", "fused_blocks", "fused_kernels", "native_blocks", "lm_head"),
+        *("artifacts", "formats"),
     },
     "heads": {"artifacts", "readout"},
     "gating": set(),
@@ -100,7 +103,18 @@ MAY_IMPORT = {
     "hub": {"artifacts", "bundle", "dssd", "formats", "engine", "heads", "hub_client", "model_card"},
 }
 NEVER_TORCH = (
-    *("errors", "config", "resolve", "artifacts", "palette", "console", "html_page", "plots", "families"),
+    *(
+        "errors",
+        "config",
+        "resolve",
+        "artifacts",
+        "palette",
+        "console",
+        "html_page",
+        "plots",
+        "families",
+        "native_code",
+    ),
     *("bundle", "formats", "hub_client", "model_card"),
 )
 

@@ -1,0 +1,192 @@
+"""The block runner for CPUs with AVX512-BF16: a whole pass over NF4 weights in one call of compiled code.
+
+Eager PyTorch spends more on calling its kernels than these spend on a small pass. `native/pass.c` does the pass of blocks
+in one parallel region, and the LM head's argmax in another; here are the addresses it needs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from early_exit_cli.backbone import Backbone
+from early_exit_cli.blocks import Blocks, KVCache, Part, Rotary
+from early_exit_cli.errors import UnsupportedBackboneError
+from early_exit_cli.fused_blocks import FusedBlocks, is_packed_nf4
+from early_exit_cli.lm_head import int8_rows
+from early_exit_cli.native_code import Block, LMHead, Model, NoNativeCode, Product, code_key, native_code
+from early_exit_cli.native_code import Part as NativePart
+
+TILE = 32
+VOCAB_TILE = 16
+
+
+class NativeBlocks(FusedBlocks):
+    """`FusedBlocks` whose passes, final norm, logits and choices are compiled code's, with bits of its own.
+
+    Raises:
+        UnsupportedBackboneError: not this backbone, or not on this machine; the message says why.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        reason = why_not_native(backbone)
+        if reason is not None:
+            raise UnsupportedBackboneError(f"{backbone.name}: no compiled passes here: {reason}", hint="--runner auto")
+        super().__init__(backbone)
+        self.code = native_code()
+        self.kept: list[Any] = []
+        """What the addresses below point to."""
+        self.model = self._model()
+        self.head = self._head()
+
+    @property
+    def name(self) -> str:
+        return f"{super().name} {code_key()[:8]}"
+
+    def _address(self, tensor: Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        tensor = tensor.contiguous()
+        self.kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _product(self, product: Any) -> Product:
+        addresses = (self._address(part) for part in (product.weight, product.scales, product.bias))
+        return Product(*addresses, product.in_features, product.out_features)
+
+    def _model(self) -> Model:
+        blocks = (Block * self.num_blocks)(
+            *(
+                Block(
+                    self._address(layer.input_norm),
+                    self._address(layer.mlp_norm),
+                    self._address(layer.qk_norm),
+                    *(self._product(product) for product in (layer.qkv, layer.output, layer.gate_up, layer.down)),
+                    self.windows[index] or 0,
+                )
+                for index, layer in enumerate(self.layers)
+            )
+        )
+        sizes = (self.backbone.hidden_size, self.layers[0].inner, self.query_heads, self.kv_heads, self.head_dim)
+        return Model(blocks, *sizes, self.eps, self.scale)
+
+    def _head(self) -> LMHead:
+        """The LM head with its int8 form, as `lm_head.ExactArgmax` has it, but for the states, which are int8 too."""
+        weight = self.backbone.lm_head.weight.detach()
+        vocab, hidden = weight.shape
+        quantized = torch.empty(vocab // VOCAB_TILE, hidden // 4, VOCAB_TILE, 4, dtype=torch.uint8)
+        scale, error, norm = (torch.empty(vocab) for _ in range(3))
+        accumulation = 2 * hidden * 2.0**-24
+        for start in range(0, vocab, 4096):  # in parts: float32 copies of the whole would double the memory
+            part = slice(start, min(start + 4096, vocab))
+            rows = weight[part].float()
+            whole, scales = int8_rows(rows)
+            found = whole.float() * scales.float()[:, None]
+            tiles = (whole.to(torch.int16) + 128).to(torch.uint8).view(-1, VOCAB_TILE, hidden // 4, 4)
+            quantized[start // VOCAB_TILE : part.stop // VOCAB_TILE] = tiles.transpose(1, 2)
+            scale[part] = scales.float()
+            norm[part] = found.norm(dim=1)
+            error[part] = (rows - found).norm(dim=1) + accumulation * rows.norm(dim=1)
+        addresses = [self._address(tensor) for tensor in (quantized, scale, error, norm, weight)]
+        return LMHead(*addresses, self._address(self.backbone.final_norm.weight), vocab, hidden, self.eps)
+
+    def new_cache(self, limit: int) -> KVCache:
+        return Blocks.new_cache(self, limit)
+
+    def grows(self, limit: int) -> bool:
+        """Never: only the keys that a row needs are read, however large the buffer is."""
+        return False
+
+    def rotary_tables(self, limit: int) -> Rotary:
+        """Contiguous: rows are read by address."""
+        tables = super().rotary_tables(limit)
+        return {kind: (cos.contiguous(), sin.contiguous()) for kind, (cos, sin) in tables.items()}
+
+    def run(self, hidden: Tensor, cache: KVCache, position: int, first: int, last: int) -> Tensor:
+        return self.run_together(hidden, [Part(cache, position, hidden.shape[0])], first, last)
+
+    def run_together(self, hidden: Tensor, parts: list[Part], first: int, last: int) -> Tensor:
+        hidden = hidden.clone(memory_format=torch.contiguous_format)
+        native = (NativePart * len(parts))(*map(_native_part, parts))
+        failed = self.code.eexit_run(
+            self.model, hidden.data_ptr(), native, len(parts), first, last, torch.get_num_threads()
+        )
+        if failed:
+            raise MemoryError
+        return hidden
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        hidden = hidden.contiguous()
+        normed = torch.empty_like(hidden)
+        self.code.eexit_final_norm(self.head, hidden.data_ptr(), normed.data_ptr(), hidden.shape[0])
+        return normed
+
+    def logits(self, normed: Tensor) -> Tensor:
+        normed = normed.contiguous()
+        found = torch.empty(normed.shape[0], self.head.vocab, dtype=torch.bfloat16)
+        self.code.eexit_logits(self.head, normed.data_ptr(), found.data_ptr(), normed.shape[0], torch.get_num_threads())
+        return self.backbone.logit_map(found)
+
+    def choose(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        normed = normed.contiguous()
+        width = normed.shape[0]
+        choices, best = torch.empty(width, dtype=torch.int64), torch.empty(width)
+        failed = self.code.eexit_choose(
+            self.head, normed.data_ptr(), choices.data_ptr(), best.data_ptr(), width, torch.get_num_threads()
+        )
+        if failed:
+            raise MemoryError
+        return choices, best
+
+
+def why_not_native(backbone: Backbone) -> str | None:
+    """Why this backbone's passes cannot be compiled code's on this machine; None where they can."""
+    if not backbone.has_llama_shape:
+        return f"they are for blocks of the Llama shape, and {backbone.config.model_type} has others"
+    products = [module for module in backbone.blocks.modules() if isinstance(module, nn.Linear)]
+    if not all(map(is_packed_nf4, products)):
+        return "they are for weights in 4 bit on a CPU with AVX512-BF16"
+    if backbone.config.hidden_act != "silu":
+        return f"they know the activation silu, not {backbone.config.hidden_act}"
+    head, block = backbone.lm_head, cast(Any, backbone.blocks[0])
+    head_dim, inner = int(block.self_attn.head_dim), int(block.mlp.down_proj.in_features)
+    if head_dim % 64 or inner % TILE or block.self_attn.o_proj.in_features % TILE:
+        return f"their tiles do not fit head_dim {head_dim} and intermediate_size {inner}"
+    if head.bias is not None or head.weight.dtype != torch.bfloat16 or head.weight.shape[0] % VOCAB_TILE:
+        return "its LM head has another form"
+    try:
+        native_code()
+    except NoNativeCode as error:
+        return str(error)
+    return None
+
+
+def _native_part(part: Part) -> NativePart:
+    cache, position = part.cache, part.position
+    if position + part.width > cache.capacity:
+        raise IndexError(f"rows up to {position + part.width} in a KV cache of {cache.capacity}")
+    keys, values = addresses_of(cache)
+    (cos, sin), *_ = cache.rotary.values()
+    row = position * cos.stride(0) * cos.element_size()
+    return NativePart(
+        ctypes.addressof(keys),
+        ctypes.addressof(values),
+        cos.data_ptr() + row,
+        sin.data_ptr() + row,
+        cache.capacity,
+        position,
+        part.width,
+    )
+
+
+def addresses_of(cache: KVCache) -> tuple[Any, Any]:
+    """Where the buffers of every block are, kept with the cache until these change."""
+    if cache.addresses is None or cache.addresses[0] is not cache.keys[0]:
+        found = [
+            (ctypes.c_void_p * len(buffers))(*(b.data_ptr() for b in buffers)) for buffers in (cache.keys, cache.values)
+        ]
+        cache.addresses = (cache.keys[0], *found)
+    return cache.addresses[1:]

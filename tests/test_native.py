@@ -1,0 +1,254 @@
+"""Compiled passes: near the exact arithmetic, the same bits however a text is cut, and a way back where none can be had."""
+
+import copy
+
+import pytest
+import torch
+from conftest import byte_tokenizer, family_config
+from test_blocks import run_in_passes
+from transformers import AutoModelForCausalLM
+
+from early_exit_cli import native_code as native_module
+from early_exit_cli.backbone import load_backbone
+from early_exit_cli.batched import answer_side_by_side
+from early_exit_cli.blocks import Part
+from early_exit_cli.config import BackboneConfig
+from early_exit_cli.decoding import generate
+from early_exit_cli.drafters import NoDrafter
+from early_exit_cli.engine import Engine
+from early_exit_cli.errors import UnsupportedBackboneError
+from early_exit_cli.fused_blocks import FusedBlocks
+from early_exit_cli.native_blocks import NativeBlocks, why_not_native
+from early_exit_cli.native_code import NoNativeCode, native_code
+from early_exit_cli.runners import make_blocks
+
+SHAPES = ("llama", "llama3-rope", "mistral-window", "qwen2", "qwen2-window", "qwen3")
+
+
+@pytest.fixture(scope="module")
+def blocks(smollm2):
+    reason = why_not_native(smollm2)
+    if reason is not None:
+        pytest.skip(reason)
+    return NativeBlocks(smollm2)
+
+
+@pytest.fixture(scope="module")
+def small_backbone(tmp_path_factory, blocks):
+    """family -> a random model in NF4, of sizes that the tiles fit."""
+    made = {}
+
+    def load(family):
+        if family not in made:
+            folder = tmp_path_factory.mktemp(family)
+            config = family_config(family)
+            config.hidden_size, config.intermediate_size, config.head_dim = 128, 192, 64
+            torch.manual_seed(1)
+            model = AutoModelForCausalLM.from_config(config).eval()
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias"):
+                    torch.nn.init.normal_(parameter, std=0.3)
+                elif "q_norm" in name or "k_norm" in name:
+                    parameter.data.add_(torch.randn_like(parameter), alpha=0.3)
+            model.save_pretrained(folder)
+            byte_tokenizer().save_pretrained(folder)
+            made[family] = load_backbone(BackboneConfig(model_name=str(folder)))
+        return made[family]
+
+    return load
+
+
+def real_ids(backbone, length):
+    ids = backbone.encode_prompt("Write a short story about a lighthouse keeper, a storm and 3 ships. " * 40)
+    return torch.tensor(ids[:length])
+
+
+@pytest.mark.parametrize("family", SHAPES)
+def test_every_shape_computes_what_the_fused_runner_does(small_backbone, family):
+    """Norms of queries and keys, biases, scaled rotary embeddings, windows that the text outgrows."""
+    backbone = small_backbone(family)
+    ids = torch.randint(256, (96,), generator=torch.Generator().manual_seed(3))
+    native, fused = NativeBlocks(backbone), FusedBlocks(backbone)
+    with torch.inference_mode():
+        states = fused.embed(ids)
+        for block in range(backbone.num_blocks):
+            ours, theirs = (
+                kind.run(states, kind.new_cache(128), 0, block, block + 1) - states for kind in (native, fused)
+            )
+            assert (ours - theirs).float().norm() < 0.01 * theirs.float().norm()  # sums in another order
+            states = states + theirs
+
+
+@pytest.mark.parametrize("family", SHAPES)
+def test_bits_do_not_depend_on_the_pass(small_backbone, family):
+    blocks = NativeBlocks(small_backbone(family))
+    ids = torch.randint(256, (128,), generator=torch.Generator().manual_seed(4))
+    with torch.inference_mode():
+        reference = run_in_passes(blocks, ids, [128])
+        for widths, capacity, cuts in (
+            ([1] * 128, 128, ()),
+            ([2, 3, 5, 7, 11, 13, 17, 19, 23, 28], 192, (2,)),
+            ([16] * 8, 1024, (1, 4)),
+            ([64, 9, 8, 47], 256, (5,)),
+        ):
+            assert torch.equal(run_in_passes(blocks, ids, widths, capacity, cuts), reference), widths
+
+
+def test_bits_do_not_depend_on_the_number_of_threads(blocks, smollm2):
+    ids, before = real_ids(smollm2, 70), torch.get_num_threads()
+    found = []
+    with torch.inference_mode():
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            states = run_in_passes(blocks, ids, [64, 6])
+            found.append(
+                (states, blocks.final_norm(states), blocks.logits(blocks.final_norm(states)), blocks.finish(states)[1])
+            )
+    torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(map(torch.equal, other, found[0]))
+
+
+def test_passes_are_as_near_the_exact_arithmetic_as_the_librarys(blocks, smollm2):
+    """The same NF4 weights in float32 are the yardstick: the compiled passes may not be further from it."""
+    config = copy.deepcopy(smollm2.config)
+    del config.quantization_config
+    exact = AutoModelForCausalLM.from_config(config).float().eval()
+    modules = dict(smollm2.model.named_modules())
+    exact.load_state_dict({name: plain_weight(modules[name.removesuffix(".weight")]) for name in exact.state_dict()})
+    ids = real_ids(smollm2, 120)
+    with torch.inference_mode():
+        wanted = exact(ids[None]).logits[0].log_softmax(-1)
+
+        def divergence(logits):
+            return float((wanted.exp() * (wanted - logits.float().log_softmax(-1))).sum(-1).mean())
+
+        ours = divergence(blocks.logits(blocks.final_norm(run_in_passes(blocks, ids, [120]))))
+        theirs = divergence(smollm2.model(ids[None]).logits[0])
+    assert 0 < ours < 1.1 * theirs
+
+
+def plain_weight(module):
+    """[out, in] float32: a packed NF4 weight unpacked, code by code; others as they are."""
+    state = getattr(module.weight, "quant_state", None)
+    if state is None:
+        return module.weight.float()
+    rows, inner = state.shape
+    packed = module.weight.data.view(torch.uint8).reshape(rows // 32, inner // 2, 32)
+    codes = torch.stack((packed & 15, packed >> 4), 2).reshape(rows // 32, inner // 2, 32, 2)
+    values = state.code.to(torch.bfloat16).float()[codes.long()].permute(0, 2, 1, 3).reshape(rows, inner)
+    return values * state.absmax.float().T.repeat_interleave(64, 1)
+
+
+def test_the_choice_is_the_first_of_the_best_logits(blocks, smollm2):
+    ids = real_ids(smollm2, 640)
+    ties = 0
+    with torch.inference_mode():
+        normed = blocks.final_norm(run_in_passes(blocks, ids, [64] * 10, capacity=640))
+        for width in (1, 3, 8, 16, 40):
+            for rows in normed.split(width):
+                logits = blocks.logits(rows)
+                best = logits.max(-1).values
+                choices, values = blocks.choose(rows)
+                assert torch.equal(choices, (logits == best[:, None]).int().argmax(-1))
+                assert torch.equal(values, best.float())
+                ties += int(((logits == best[:, None]).sum(-1) > 1).sum())
+    assert ties > 0
+
+
+def test_the_choice_holds_on_states_where_nothing_stands_out(blocks, smollm2):
+    """Random and constant states leave many candidates; equal rows of the LM head none that wins alone."""
+    generator = torch.Generator().manual_seed(5)
+    states = torch.randn(24, smollm2.hidden_size, generator=generator)
+    states[16:20] = 1e-3
+    states[20:] *= torch.tensor([1e-30, 1e4, 0.0, 1e-6])[:, None]
+    normed = states.to(torch.bfloat16)
+    logits = blocks.logits(normed)
+    assert torch.equal(blocks.choose(normed)[0], (logits == logits.max(-1, keepdim=True).values).int().argmax(-1))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_state_that_is_not_finite_has_no_choice(blocks, smollm2, value):
+    states = torch.ones(3, smollm2.hidden_size, dtype=torch.bfloat16)
+    states[1, 5] = value
+    choices = blocks.finish(states)[1]
+    assert choices[1] == -1
+    assert (choices[[0, 2]] >= 0).all()
+
+
+def test_texts_together_have_the_bits_of_each_alone(blocks, smollm2):
+    ids = real_ids(smollm2, 200)
+    texts = [ids[:50], ids[20:150], ids[90:103]]
+    with torch.inference_mode():
+        alone, caches = [], []
+        for text in texts:
+            cache = blocks.new_cache(256)
+            blocks.run(blocks.embed(text[:-4]), cache, 0, 0, blocks.num_blocks)
+            caches.append(cache)
+        for text, cache, width in zip(texts, caches, (1, 4, 3), strict=True):
+            start = len(text) - 4
+            alone.append(blocks.run(blocks.embed(text[start : start + width]), cache, start, 0, blocks.num_blocks))
+        parts = [Part(cache, len(text) - 4, width) for text, cache, width in zip(texts, caches, (1, 4, 3), strict=True)]
+        rows = torch.cat([text[len(text) - 4 :][:width] for text, width in zip(texts, (1, 4, 3), strict=True)])
+        together = blocks.run_together(blocks.embed(rows), parts, 0, blocks.num_blocks)
+    assert torch.equal(together, torch.cat(alone))
+
+
+def test_answers_side_by_side_are_those_of_decoding(blocks, smollm2):
+    prompts = [smollm2.encode_prompt(text) for text in ("Hi!", "Name three rivers.", "What is 7 times 8? Explain.")]
+    model = Engine(smollm2, blocks)
+    answers = answer_side_by_side(blocks, prompts, 24)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer == generate(model, prompt, NoDrafter(), 24, mode="full").token_ids
+
+
+def test_rows_beyond_the_kv_cache_are_refused(blocks):
+    cache = blocks.new_cache(64)
+    with pytest.raises(IndexError, match="rows up to 66"):
+        blocks.run(blocks.embed(torch.tensor([1, 2, 3])), cache, 63, 0, 1)
+
+
+@pytest.fixture
+def without_code(monkeypatch, tmp_path):
+    """As if nothing had been compiled on this machine yet."""
+    monkeypatch.setenv("EEXIT_HOME", str(tmp_path))
+    native_code.cache_clear()
+    yield tmp_path
+    native_code.cache_clear()
+
+
+def test_without_a_compiler_the_fused_runner_runs(without_code, monkeypatch, small_backbone):
+    backbone = small_backbone("llama")
+    monkeypatch.setattr(native_module, "find_compiler", lambda: None)
+    assert type(make_blocks(backbone)) is FusedBlocks
+    with pytest.raises(UnsupportedBackboneError, match="no C compiler was found") as caught:
+        make_blocks(backbone, "native")
+    assert caught.value.hint == "--runner auto"
+
+
+def test_a_compiler_that_fails_is_named(without_code, monkeypatch, small_backbone):
+    monkeypatch.setenv("CC", "false")
+    assert "false could not compile it: exit code 1" in why_not_native(small_backbone("llama"))
+    assert type(make_blocks(small_backbone("llama"))) is FusedBlocks
+    assert not list((without_code / "native").iterdir())
+
+
+def test_damaged_code_is_compiled_again(without_code):
+    path = without_code / "native" / f"pass-{native_module.code_key()}.so"
+    path.parent.mkdir()
+    path.write_bytes(b"not a library")
+    with pytest.raises(NoNativeCode, match="cannot be loaded"):
+        native_code()
+    native_code.cache_clear()
+    native_code()
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt2"])
+def test_other_shapes_say_why(tiny_backbone, family):
+    assert f"and {family} has others" in why_not_native(tiny_backbone(family))
+
+
+def test_other_precisions_say_why(tiny_backbone):
+    assert "weights in 4 bit" in why_not_native(tiny_backbone("llama"))
+    with pytest.raises(UnsupportedBackboneError, match="no compiled passes here"):
+        make_blocks(tiny_backbone("llama"), "native")
