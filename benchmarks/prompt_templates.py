@@ -47,6 +47,14 @@ ASK_TERM = [
     'what is meant by "{x}" here?', 'what does the passage say with the word "{x}"?', "what role does {x} play in the text?",
     'in what context does the word "{x}" appear?', 'which sentence mentions "{x}", and what does it say?',
 ]  # fmt: skip
+ASK_STATEMENT = [
+    "{v} {s} {r}?",
+    "why {v} {s} {r}?",
+    "what {v} {s}?",
+    "how {v} {s} {r}?",
+    "is it true that {s} {v} {r}?",
+    "when {v} {s} {r}?",
+]
 PASSAGE_STYLES = [
     "{text}",
     "{text}",
@@ -158,7 +166,7 @@ FACTS = [
     (BOOKS, ["who wrote {x}", "when was {x} first published", "what is the main theme of {x}", "who is the narrator of {x}", "where does {x} take place",
              "who is the main character of {x}", "how many chapters are in {x}", "what happens at the end of {x}"]),
     (PEOPLE, ["when was {x} born", "where was {x} born", "what is {x} famous for", "how did {x} die", "where is {x} buried", "who was {x} married to",
-              "how old was {x} when he or she died", "where did {x} grow up"]),
+              "at what age did {x} die", "where did {x} grow up"]),
     (INVENTIONS, ["who invented the {x}", "when was the {x} invented", "how does the {x} work", "what was used before the {x}", "where was the first {x} made"]),
     (EVENTS, ["when did {x} take place", "who was involved in {x}", "what caused {x}", "where did {x} happen", "how did {x} end", "why was {x} important"]),
     (SPORTS, ["how many players are on a team in {x}", "who invented {x}", "how long does a match last in {x}", "what are the basic rules of {x}",
@@ -349,8 +357,32 @@ def extraction(rng: random.Random) -> str:
     return rng.choice(frames)
 
 
+def code_reading(rng: random.Random) -> str:
+    """A few lines of code and a question about them."""
+    n, m, item = rng.randint(3, 12), rng.randint(2, 9), rng.choice(words_of(ITEMS))
+    names = rng.sample(words_of(PEOPLE_SHORT), 3)
+    snippets = [
+        f"total = 0\nfor i in range({n}):\n    if i % {m} == 0:\n        total += i\nprint(total)",
+        f"{item} = {names}\nfor index, name in enumerate({item}):\n    print(index + {n}, name)",
+        f"def area(width, height={m}):\n    return width * height\n\nprint(area({n}))",
+        f"numbers = [x * x for x in range({n}) if x > {m}]\nprint(sum(numbers))",
+        f"{item} = {{'{names[0]}': {n}, '{names[1]}': {m}}}\nprint(max({item}, key={item}.get))",
+        f"def count(n):\n    if n == 0:\n        return {m}\n    return count(n - 1) + {n}\n\nprint(count({m}))",
+        f"i = {n * m}\nwhile i > {m}:\n    i = i // 2\nprint(i)",
+        f"let {item} = [{n}, {m}, {n + m}];\nconsole.log({item}.map(x => x * {m}).filter(x => x > {n}));",
+        f"class Box:\n    def __init__(self, {item}):\n        self.{item} = {item}\n\nprint(Box({n}).{item} + {m})",
+        f"SELECT name, count(*) FROM {item} WHERE price > {n * m} GROUP BY name ORDER BY name;",
+        f"def mean(values):\n    return sum(values) / len(values)\n\nprint(mean([{n}, {m}, {n + m}]))",
+    ]
+    frames = [
+        "What does this code print?", "Explain this code line by line.", "Can you find a problem in this code?", "Rewrite this code so that it is easier to read.",
+        "Add comments to this code.", "Write a test for this code.", "Turn this into a function with a good name.", "Translate this code into JavaScript or Python.",
+    ]  # fmt: skip
+    return f"{rng.choice(frames)}\n\n```\n{rng.choice(snippets)}\n```"
+
+
 def chat(rng: random.Random) -> list[str]:
-    """A share of every kind: writing, everyday, roleplay, science, humanities, coding, reasoning, extraction."""
+    """A share of every kind: writing, everyday, roleplay, science, humanities, coding, reasoning, reading code, extraction."""
     limits = {"concepts": 200}
     prompts: list[str] = []
     for kind, (subjects, frames) in CHAT.items():
@@ -362,6 +394,7 @@ def chat(rng: random.Random) -> list[str]:
         ]
         prompts += rng.sample(every, min(len(every), limits.get(kind, 800)))
     prompts += sorted({reasoning(rng) for _ in range(1000)})[:800]
+    prompts += [code_reading(rng) for _ in range(350)]
     prompts += [extraction(rng) for _ in range(800)]
     return prompts
 

@@ -3,7 +3,13 @@
 Sentences and passages come from folders of installed documentation and gettext catalogues (`--texts`), the rest from the
 templates in `prompt_templates.py`. The same seed and folders give the same file; any prefix of it is a fair mix.
 
-    python benchmarks/wide_prompts.py --output wide.jsonl --texts /usr/share --without spec_bench.jsonl
+    python benchmarks/wide_prompts.py --output wide.jsonl --texts texts /usr/share --without spec_bench.jsonl
+
+Any installed documentation will do. The widest mix came from a folder `texts` of unpacked Debian 12 packages (`apt-get download`,
+`dpkg-deb -x`): manpages-{de,fr,es,it}, debian-reference-*, debian-faq-*, developers-reference-de, debian-edu-doc-{de,fr,en},
+debian-history, aptitude-doc-*, gnome-user-docs, anarchism, fortunes-{de,es,it}, dict-{foldoc,jargon,devil}, r-cran-janeaustenr;
+catalogues of wesnoth, freeciv, widelands, freedroidrpg, kstars, lordsawar; and of the wheel gensim, whose test data hold news
+and encyclopaedia articles.
 """
 
 import argparse
@@ -16,6 +22,7 @@ import json
 import os
 import random
 import re
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,13 +34,26 @@ SHARES = {"translation": 25, "summary": 20, "retrieval": 15, "facts": 15, "chat"
 LANGUAGES = {"de": "German", "fr": "French", "es": "Spanish", "it": "Italian", "pt": "Portuguese", "nl": "Dutch"}
 LANGUAGE_SHARES = {"de": 60, "fr": 12, "es": 9, "it": 7, "pt": 3, "nl": 2, "en": 7}  # en: English to German
 MAX_WORDS, MAX_CHARACTERS = 240, 1400  # about 330 tokens
+FAMILIES = {  # how many passages of such a family come for each one of a manual; the first match counts
+    r"\.cor$|enwiki": 200,
+    r"\.rdb$|games$|stellarium": 60,
+    r"fortunes|foldoc|jargon|devil": 30,
+    r"history|help/C": 15,
+    r"anarchism": 6,
+}
 RUN = 8  # words in a row that no prompt may share with `--without`
-PROSE = re.compile(r"\.(html|txt|txt\.gz|[1-8]\.gz|cor|dict\.dz|xml\.bz2|page|bz2)$|/fortunes/(?!.*\.(dat|u8)$)")
+STATEMENT = re.compile(
+    r"([A-Z][a-z]+ (?:[A-Za-z][a-z]* ){0,3}?)(is|was|are|were|can|will|must|should) ([^,;:.]{12,80})[,.;:]"
+)
+PRONOUNS = set(
+    re.findall(r"\w+", "It This There He She They These Those That We You What Who As If When While In On At For But")
+)
+PROSE = re.compile(
+    r"\.(html|txt|txt\.gz|[1-8]\.gz|cor|dict\.dz|xml\.bz2|page|bz2|rdb|utf8)$|/fortunes/(?!.*\.(dat|u8)$)"
+)
 SKIPPED = re.compile(r"copyright|/gcloud|/fortunes/.*off|/[Cc]hangelog|/NEWS")
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"”»“]?\s+(?=[A-ZÄÖÜÀÉÈÊ„“\"«¿¡])")
-COMMON = re.compile(
-    r"\b(the|of|and|to|a|in|is|was|that|for|it|as|on|with|by|at|from|this|be|are|or|an|which|his|not)\b"
-)
+COMMON = re.compile(r"\b(the|of|and|to|that|for|it|as|on|with|by|from|this|be|are|or|which|his|not|you|your)\b")
 ODD = re.compile(r"[%{}<>\\|=_$@#~^*•→\[\]]|--|://|/\w+/|\(\)|\.\.\.|\bNOTE\b|\w\.\w\w|[A-Z]{7,}|\d{6,}|[а-яぁ-龥]")
 
 
@@ -52,12 +72,19 @@ def natural(text: str, fewest: int, most: int) -> bool:
         return False
     if not re.match(r"[\"“„«¿¡(]?[A-ZÄÖÜÀÉÈÊÍÓÚ]", text) or not re.search(r"[.!?][\"”“»)]?$", text):
         return False
-    return sum(c.isalpha() or c in " ,.'" for c in text) >= 0.95 * len(text)
+    return sum(c.isalpha() or c in " ,.'" for c in text) >= 0.93 * len(text)
+
+
+def running(paragraph: str) -> str:
+    """The paragraph's natural sentences where they are most of it, else nothing."""
+    sentences = SENTENCE_END.split(without_markup(paragraph))
+    good = [sentence for sentence in sentences if natural(sentence, 4, 80)]
+    return " ".join(good) if len(good) >= 0.7 * len(sentences) else ""
 
 
 def english(text: str) -> bool:
     """Whether enough of the words are the commonest English ones."""
-    return len(COMMON.findall(text.lower())) >= 0.2 * len(text.split())
+    return len(COMMON.findall(text.lower())) >= 0.15 * len(text.split())
 
 
 def squeeze(text: str) -> str:
@@ -93,6 +120,21 @@ def read_text(path: Path) -> str:
         return str(file.read(8_000_000))
 
 
+def r_strings(path: Path) -> str:
+    """The strings of an R package's data, one a line: zlib blocks of records made of a type, a length, the bytes."""
+    data, lines = path.read_bytes(), []
+    while len(data) > 4:
+        block = zlib.decompressobj()
+        text = block.decompress(data[4:])  # after the length of the unpacked block
+        data, at = block.unused_data, 0
+        while (at := text.find(b"\x00\x04\x00\x09", at)) >= 0:
+            length = int.from_bytes(text[at + 4 : at + 8], "big", signed=True)
+            at += 8
+            lines.append(text[at : at + max(length, 0)].decode("utf-8", "replace"))
+            at += max(length, 0)
+    return "\n".join(lines)
+
+
 def wiki_articles(text: str) -> Iterator[tuple[str, list[str]]]:
     """Titles and paragraphs of a MediaWiki export."""
     for title, body in re.findall(r"<title>([^<]+)</title>.*?<text[^>]*>(.*?)</text>", text, re.S):
@@ -117,7 +159,8 @@ def man_paragraphs(text: str) -> list[str]:
 
 def documents(path: Path) -> Iterator[tuple[str, list[str]]]:
     """Titles and paragraphs of the documents in one file."""
-    text, name = read_text(path), path.name
+    name = path.name
+    text = r_strings(path) if name.endswith(".rdb") else read_text(path)
     if name.endswith(".xml.bz2") or name.startswith("enwiki"):
         yield from wiki_articles(text)
     elif name.endswith(".cor"):  # one article a line
@@ -133,7 +176,7 @@ def documents(path: Path) -> Iterator[tuple[str, list[str]]]:
             yield "", [re.split(r"\n\s*--", cookie)[0]]
     elif re.search(r"\.[1-8]\.gz$", name):
         yield name.split(".")[0], man_paragraphs(text)
-    elif name.endswith((".html", ".page", ".xml")):
+    elif name.endswith((".html", ".page", ".utf8")):
         found = re.search(r"<title[^>]*>(.*?)</title>", text, re.S)
         body = re.sub(r"<(pre|script|style|table|code)\b.*?</\1>", "CODE_HERE", text, flags=re.S)
         yield without_markup(found[1]) if found else "", re.findall(r"<p\b[^>]*>(.*?)</p>", body, re.S)
@@ -148,10 +191,9 @@ def prose(folders: list[Path]) -> Iterator[tuple[str, str, str, list[str]]]:
             if path.is_symlink() or not path.is_file():
                 continue
             language, inner = language_of(path.relative_to(folder)), path.relative_to(folder).parts[:-1]
-            family = path.name if path.name.endswith((".dz", ".cor", ".bz2")) else "/".join(inner)
+            family = path.name if path.name.endswith((".dz", ".cor", ".bz2", ".rdb")) else "/".join(inner)
             for title, paragraphs in documents(path):
-                clean = [without_markup(paragraph) for paragraph in paragraphs]
-                yield language, family, title, [paragraph for paragraph in clean if natural(paragraph, 4, 400)]
+                yield language, family, title, [text for text in map(running, paragraphs) if text]
 
 
 def passages_of(family: str, title: str, paragraphs: list[str], rng: random.Random) -> Iterator[Passage]:
@@ -179,11 +221,8 @@ def turns(passages: list[Passage], rng: random.Random) -> list[Passage]:
         rng.shuffle(members)
     order = []
     for name, members in families.items():
-        prose_like = bool(re.search(r"\.cor$|enwiki|fortunes|devil|jargon|foldoc|anarchism|bible|history", name))
-        step = (
-            0.02 if prose_like else 1.0
-        )  # fifty passages of literature, news and encyclopaedias to one of a manual page
-        order += [((i + rng.random()) * step, name, passage) for i, passage in enumerate(members)]
+        weight = next((weight for pattern, weight in FAMILIES.items() if re.search(pattern, name)), 1)
+        order += [((i + rng.random()) / weight, name, passage) for i, passage in enumerate(members)]
     return [passage for _, _, passage in sorted(order, key=lambda item: item[:2])]
 
 
@@ -218,12 +257,12 @@ def translations(
     pools: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for kind, language, sentence, original in catalogue_sentences(catalogues):
         for code, text in ((language, sentence), ("en" if language == "de" else "", original)):
-            if code and natural(text, 6, 60):
+            if code and natural(text, 6, 60) and english(text) == (code == "en"):
                 pools[code][kind].append(text)
     for language, paragraphs in foreign.items():
         for family, paragraph in paragraphs:
             kind = next((k for k in ("fortunes", "man/") if k in family), "manuals")
-            pools[language][kind] += [s for s in SENTENCE_END.split(paragraph) if natural(s, 6, 60)]
+            pools[language][kind] += [s for s in SENTENCE_END.split(paragraph) if natural(s, 6, 60) and not english(s)]
     result = []
     for code, share in LANGUAGE_SHARES.items():
         columns = [sorted(set(pool)) for pool in pools[code].values()]
@@ -244,12 +283,19 @@ def summaries(passages: Iterator[Passage], count: int, rng: random.Random) -> li
 
 def question_about(passage: Passage, rng: random.Random) -> str:
     """A question about the passage's title, or about a name, a year or a long word in it."""
-    names = re.findall(r"(?<=[a-z,] )[A-Z][a-z]{2,}(?: (?:of |the )?[A-Z][a-z]+){0,2}", passage.text)
+    names = re.findall(
+        r"(?<=[a-z,] )[A-Z][a-z]{2,}(?: (?:of |the )?[A-Z][a-z]+){0,2}(?! ?[A-Za-z]*[A-Z])", passage.text
+    )
     years = re.findall(r"\b1[0-9]\d\d\b|\b20[0-2]\d\b", passage.text)
-    choices = [(templates.ASK_TERM, word) for word in re.findall(r"\b[a-z]{8,13}\b", passage.text)[:40:8]]
+    choices = [(templates.ASK_TERM, word) for word in re.findall(r"\b[a-z]{8,13}\b", passage.text)[:30:15]]
     choices += [(templates.ASK_NAME, name) for name in names[:6]] + [(templates.ASK_YEAR, year) for year in years[:2]]
     if passage.title and len(passage.title) < 40:
         choices += [(templates.ASK_TITLE, passage.title)] * 4
+    for sentence in SENTENCE_END.split(passage.text):
+        found = STATEMENT.match(sentence)
+        if found and found[1].split()[0] not in PRONOUNS:
+            subject = re.sub(r"^(The|An?|All|Most|Some|Many) ", lambda m: m[0].lower(), found[1].strip())
+            choices += [([f.format(s=subject, v=found[2], r=found[3]) for f in templates.ASK_STATEMENT], "")] * 4
     questions, subject = rng.choice(choices or [(templates.ASK_TERM, "text")])
     question = rng.choice(questions).format(x=subject)
     return question.lower() if rng.random() < 0.3 else question[0].upper() + question[1:]
@@ -269,10 +315,9 @@ def retrieval(passages: Iterator[Passage], count: int, rng: random.Random) -> li
             words += len(other.text.split())
         question = question_about(rng.choice(chosen), rng)
         rng.shuffle(chosen)
-        style = rng.choice(templates.PASSAGE_STYLES)
-        text = "\n\n".join(
-            style.format(i=i + 1, title=p.title or "Untitled", text=p.text) for i, p in enumerate(chosen)
-        )
+        titled = all(p.title for p in chosen)
+        style = rng.choice([style for style in templates.PASSAGE_STYLES if titled or "{title}" not in style])
+        text = "\n\n".join(style.format(i=i + 1, title=p.title, text=p.text) for i, p in enumerate(chosen))
         result.append(rng.choice(templates.RETRIEVE).format(passages=text, question=question))
         if len(result) == count:
             break
@@ -339,6 +384,9 @@ def main() -> None:
             passages.update((p.text, p) for p in passages_of(family, title, paragraphs, rng))
         elif language in LANGUAGES:
             foreign[language] += [(family, paragraph) for paragraph in paragraphs]
+    for kind, _, _, original in catalogue_sentences(options.texts):
+        if kind == "games" and natural(original, 35, 200) and english(original):
+            passages[original] = Passage("games", "", original)
     stream = turns(list(passages.values()), rng)
     print(f"prose: {len(stream)} English passages, foreign paragraphs: { {k: len(v) for k, v in foreign.items()} }")
     made = {
