@@ -13,7 +13,7 @@ import pickle
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, get_args
@@ -45,6 +45,8 @@ class Backbone:
     name: str
     quantization: str
     revision: str | None = None
+    compiled: Any = field(default=None, repr=False, compare=False)
+    """Kept for `native_blocks.compiled_blocks`."""
 
     @property
     def config(self) -> Any:

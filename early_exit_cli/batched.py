@@ -18,7 +18,7 @@ from torch import Tensor
 from early_exit_cli.backbone import Backbone
 from early_exit_cli.blocks import PREFILL_WIDTH, Part
 from early_exit_cli.fused_blocks import FusedBlocks
-from early_exit_cli.native_blocks import NativeBlocks, why_not_native
+from early_exit_cli.native_blocks import NativeBlocks, compiled_blocks
 
 Answer = Callable[[list[list[int]], int, float | None, torch.Generator], list[list[int]]]
 """(prompts, most new tokens, temperature, its randomness) -> new tokens for each, as `answer_together`."""
@@ -98,8 +98,9 @@ def answerer(backbone: Backbone) -> Answer:
     """How many prompts are answered together by this backbone."""
     if not backbone.has_llama_shape:
         return partial(answer_by_library, backbone)
-    if why_not_native(backbone) is None:
-        return partial(answer_side_by_side, NativeBlocks(backbone))
+    compiled = compiled_blocks(backbone)
+    if compiled is not None:
+        return partial(answer_side_by_side, compiled)
     return partial(answer_together, FusedBlocks(backbone))
 
 

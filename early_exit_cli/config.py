@@ -117,6 +117,11 @@ class HeadsConfig(Section):
         ge=0,
     )
 
+    start_from: Path | None = setting(
+        None,
+        "Go on from the heads of this bundle, of the same kind and after the same blocks, instead of from the backbone's "
+        "own norm, LM head or last block. The draft vocabulary is made anew.",
+    )
     roll_out: int = setting(3, "Lookahead: steps that training rolls forward from each position.", ge=1, le=15)
     variation: float = setting(
         0.7, "Lookahead: share of total variation in the loss; the rest is KL divergence.", ge=0.0, le=1.0

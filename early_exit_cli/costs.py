@@ -25,13 +25,14 @@ from early_exit_cli.errors import BundleError, ConfigError
 from early_exit_cli.formats import CostsForm, read_form
 from early_exit_cli.gating import entropy, level_key
 from early_exit_cli.lookahead import LookaheadHead
-from early_exit_cli.lookahead_drafter import LookaheadDrafter, LookaheadRunner
+from early_exit_cli.lookahead_drafter import LookaheadDrafter
 from early_exit_cli.lookup import LookupDrafter
+from early_exit_cli.native_lookahead import lookahead_runner
 from early_exit_cli.policy import policy_of
 from early_exit_cli.runners import device_identity, measurement_path
 
 REPEATS = 7
-PROTOCOL = 2
+PROTOCOL = 3
 """Of the measurement: costs that were measured in another way are not taken."""
 CONTEXT, FAR_CONTEXT = 256, 1024
 SAMPLE_TEXT = "The history of the lighthouse is the history of trade by sea, and of those who waited for it. "
@@ -44,8 +45,8 @@ independent, and ties should fall to the simpler side."""
 class Costs:
     """Milliseconds on this device, by width: one block over CONTEXT keys and over FAR_CONTEXT, final norm and LM head;
     for reading one head of one row; and of the lookahead head, for reading what a pass verified and for a step of its own,
-    each with its choice. What drafts is timed when it runs: reading right after a pass, with cold caches, a step after
-    reading, which has brought the head's weights into them."""
+    each with its choice. All is timed where it runs: the finish after the blocks, whose weights have driven the LM head's out
+    of the caches, reading right after a pass, a step after reading, which has brought the head's weights into them."""
 
     per_block: dict[int, float]
     per_block_far: dict[int, float]
@@ -132,7 +133,10 @@ def measure_costs(model: Engine, widths: list[int]) -> Costs:
             final = run(hidden, near)
             per_block[width] = fastest(lambda h=hidden: run(h, near)) / depth  # type: ignore[misc]
             per_block_far[width] = fastest(lambda h=hidden: run(h, far)) / depth  # type: ignore[misc]
-            finish[width] = fastest(lambda h=final: model.blocks.finish(h))  # type: ignore[misc]
+            finish[width] = fastest(
+                lambda h=final: model.blocks.finish(h),  # type: ignore[misc]
+                lambda h=hidden: run(h, near),  # type: ignore[misc]
+            )
 
         def a_pass() -> None:
             model.blocks.finish(run(model.blocks.embed(ids[place : place + min(widths)]), near))
@@ -165,7 +169,7 @@ def never_falling(table: dict[int, float]) -> dict[int, float]:
 
 def _lookahead_calls(head: LookaheadHead, length: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """Reading two verified positions after `length` others, and a step of its own; each with its choice."""
-    runner = LookaheadRunner(head)
+    runner = lookahead_runner(head)
     weight = head.fc.weight
     tokens = torch.zeros(length, dtype=torch.int64, device=weight.device)
     states = [weight.new_zeros(length, weight.shape[0]) for _ in range(len(head.exit_layers) + 1)]

@@ -29,40 +29,55 @@ def draft_vocabulary(counts: Tensor, size: int, always: Iterable[int]) -> Tensor
 
 @dataclass(frozen=True)
 class Teacher:
-    """What the backbone says of every position.
+    """What the backbone says of the positions that are learned.
 
-    probabilities: [positions, draft vocab] float32, renormalised to the draft vocabulary. mass: [positions] float32, the
-    probability it gives to that vocabulary. negative_entropy: [positions] float32, of `probabilities`, in nats.
+    probabilities: [learned, draft vocab] float32, renormalised to the draft vocabulary. mass: [learned] float32, the
+    probability it gives to that vocabulary. negative_entropy: [learned] float32, of `probabilities`, in nats. places:
+    [positions] int64, the row of each position of the text, -1 where it is not learned.
     """
 
     probabilities: Tensor
     mass: Tensor
     negative_entropy: Tensor
+    places: Tensor
 
     def at(self, positions: Tensor) -> Teacher:
-        """Of some of the positions."""
-        return Teacher(self.probabilities[positions], self.mass[positions], self.negative_entropy[positions])
+        """Of some of the positions that are learned, which stand in a row then."""
+        rows = self.places[positions]
+        return Teacher(
+            self.probabilities[rows],
+            self.mass[rows],
+            self.negative_entropy[rows],
+            torch.arange(len(rows), device=rows.device),
+        )
 
 
-def teach(readout: Readout, states: States, draft_vocab: Tensor | None) -> Teacher:
+def teach(readout: Readout, states: States, draft_vocab: Tensor | None, only_measured: bool = False) -> Teacher:
     """The teacher's view; only the rows of the draft vocabulary are multiplied where the normalizer is known.
+
+    Args:
+        only_measured: of the positions that a text's answer follows.
 
     Raises:
         NumericsError: NaN or infinite logits.
     """
+    count = states.final.shape[0]
+    learned = states.measured if only_measured else torch.ones_like(states.measured)
+    places = torch.full((count,), -1, device=learned.device)
+    places[learned] = torch.arange(int(learned.sum()), device=learned.device)
+    final = states.final[learned]
     if draft_vocab is None:
-        probabilities = torch.softmax(logits_of(readout, states.final), -1, dtype=torch.float32)
+        probabilities = torch.softmax(logits_of(readout, final), -1, dtype=torch.float32)
         require_finite(probabilities.amax(-1))
         mass = torch.ones(probabilities.shape[0], device=probabilities.device)
     else:
         normalizer = states.normalizer
-        if normalizer is None:
-            normalizer = log_normalizer(logits_of(readout, states.final))
+        normalizer = log_normalizer(logits_of(readout, final)) if normalizer is None else normalizer[learned]
         require_finite(normalizer)
-        kept = logits_of(readout, states.final, draft_vocab).float()
+        kept = logits_of(readout, final, draft_vocab).float()
         mass = (kept.logsumexp(-1) - normalizer).exp().clamp(max=1.0)
         probabilities = torch.softmax(kept, -1)
-    return Teacher(probabilities, mass, torch.xlogy(probabilities, probabilities).sum(-1))
+    return Teacher(probabilities, mass, torch.xlogy(probabilities, probabilities).sum(-1), places)
 
 
 class _Divergence(torch.autograd.Function):

@@ -38,6 +38,7 @@ from early_exit_cli.heads import ExitHeads, load_heads
 from early_exit_cli.lookahead import LookaheadHead, load_lookahead
 from early_exit_cli.readout import Readout
 from early_exit_cli.runners import make_blocks
+from early_exit_cli.states import hidden_states
 
 See = Callable[[list[int], list[Tensor]], None]
 
@@ -429,7 +430,7 @@ def read_batch(model: Engine, batch: Batch, metric: UncertaintyMetric = "entropy
     heads = require_heads(model)
     batch = batch.to(model.backbone.device)
     with torch.inference_mode():
-        states = model.backbone.hidden_states_at(batch.input_ids, batch.block_mask(), heads.exit_layers)
+        states = hidden_states(model.backbone, batch, heads.exit_layers)
         valid = batch.measured
         targets = batch.input_ids.roll(-1, 1)[valid]
         *exits, final = [state[valid] for state in states]

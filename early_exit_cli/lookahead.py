@@ -47,6 +47,7 @@ class GatedMLP(nn.Module):
         self.gate_proj = nn.Linear(hidden, shape.inner, bias=False)
         self.up_proj = nn.Linear(hidden, shape.inner, bias=False)
         self.down_proj = nn.Linear(shape.inner, hidden, bias=False)
+        self.activation_name = shape.activation
         self.activation = ACT2FN[shape.activation]
 
     def forward(self, x: Tensor) -> Tensor:

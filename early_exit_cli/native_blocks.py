@@ -7,6 +7,7 @@ in one parallel region, and the LM head's argmax in another; here are the addres
 from __future__ import annotations
 
 import ctypes
+import itertools
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,7 @@ from early_exit_cli.blocks import Blocks, KVCache, Part, Rotary
 from early_exit_cli.errors import UnsupportedBackboneError
 from early_exit_cli.fused_blocks import FusedBlocks, is_packed_nf4
 from early_exit_cli.lm_head import int8_rows
-from early_exit_cli.native_code import Block, LMHead, Model, NoNativeCode, Product, code_key, native_code
+from early_exit_cli.native_code import Block, Int8, LMHead, Model, NoNativeCode, Product, code_key, native_code
 from early_exit_cli.native_code import Part as NativePart
 
 TILE = 32
@@ -74,24 +75,22 @@ class NativeBlocks(FusedBlocks):
         return Model(blocks, *sizes, self.eps, self.scale)
 
     def _head(self) -> LMHead:
-        """The LM head with its int8 form, as `lm_head.ExactArgmax` has it, but for the states, which are int8 too."""
+        """The LM head with its int8 form, as `lm_head.ExactArgmax` has it, but for the states, which are integers too."""
         weight = self.backbone.lm_head.weight.detach()
         vocab, hidden = weight.shape
-        quantized = torch.empty(vocab // VOCAB_TILE, hidden // 4, VOCAB_TILE, 4, dtype=torch.uint8)
-        scale, error, norm = (torch.empty(vocab) for _ in range(3))
+        tiles, scale = torch.empty(vocab, hidden, dtype=torch.uint8), torch.empty(vocab)
+        error, norm = torch.empty(vocab), torch.empty(vocab)
         accumulation = 2 * hidden * 2.0**-24
         for start in range(0, vocab, 4096):  # in parts: float32 copies of the whole would double the memory
             part = slice(start, min(start + 4096, vocab))
             rows = weight[part].float()
-            whole, scales = int8_rows(rows)
-            found = whole.float() * scales.float()[:, None]
-            tiles = (whole.to(torch.int16) + 128).to(torch.uint8).view(-1, VOCAB_TILE, hidden // 4, 4)
-            quantized[start // VOCAB_TILE : part.stop // VOCAB_TILE] = tiles.transpose(1, 2)
-            scale[part] = scales.float()
+            tiles[part], scale[part], found = int8_tiles(rows)
             norm[part] = found.norm(dim=1)
             error[part] = (rows - found).norm(dim=1) + accumulation * rows.norm(dim=1)
-        addresses = [self._address(tensor) for tensor in (quantized, scale, error, norm, weight)]
-        return LMHead(*addresses, self._address(self.backbone.final_norm.weight), vocab, hidden, self.eps)
+        addresses = (self._address(tensor) for tensor in (error, norm, weight, self.backbone.final_norm.weight))
+        return LMHead(
+            Int8(self._address(tiles), self._address(scale), hidden, vocab), *addresses, vocab, hidden, self.eps
+        )
 
     def new_cache(self, limit: int) -> KVCache:
         return Blocks.new_cache(self, limit)
@@ -141,6 +140,37 @@ class NativeBlocks(FusedBlocks):
             raise MemoryError
         return choices, best
 
+    def states_of(self, input_ids: Tensor, documents: Tensor, exit_layers: list[int]) -> list[Tensor]:
+        """What `Backbone.hidden_states_at` gives, for packed text: a document's tokens see that document alone.
+
+        Args:
+            input_ids, documents: [batch, seq] int64, documents negative where there is padding, which stays zero.
+
+        Returns:
+            len(exit_layers) + 1 tensors [batch, seq, hidden]; the last one has the final norm applied.
+        """
+        real = documents.flatten() >= 0
+        rows = torch.arange(len(documents))[:, None]
+        owners = (documents * len(documents) + rows).flatten()[real]  # one that goes on in another row begins again
+        widths = owners.unique_consecutive(return_counts=True)[1].tolist()
+        parts = [Part(self.new_cache(width), 0, width) for width in widths]
+        states = [self.embed(input_ids.flatten()[real])]
+        for first, last in itertools.pairwise([0, *exit_layers, self.num_blocks]):
+            states.append(self.run_together(states[-1], parts, first, last))
+        found = []
+        for state in (*states[1:-1], self.final_norm(states[-1])):
+            whole = state.new_zeros(real.numel(), state.shape[-1])
+            whole[real] = state
+            found.append(whole.view(*input_ids.shape, -1))
+        return found
+
+
+def compiled_blocks(backbone: Backbone) -> NativeBlocks | None:
+    """The backbone's one compiled runner, made when first asked for; None where it cannot be had."""
+    if backbone.compiled is None and why_not_native(backbone) is None:
+        backbone.compiled = NativeBlocks(backbone)
+    return backbone.compiled
+
 
 def why_not_native(backbone: Backbone) -> str | None:
     """Why this backbone's passes cannot be compiled code's on this machine; None where they can."""
@@ -162,6 +192,16 @@ def why_not_native(backbone: Backbone) -> str | None:
     except NoNativeCode as error:
         return str(error)
     return None
+
+
+def int8_tiles(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[out, in] float32 -> (int8 plus 128 in tiles of 16 rows and 4 inputs [out, in] uint8, scales [out] float32, what the
+    integers stand for [out, in] float32)."""
+    out, size = rows.shape
+    whole, scales = int8_rows(rows)
+    scale = scales.float()
+    tiles = (whole.to(torch.int16) + 128).to(torch.uint8).view(out // VOCAB_TILE, VOCAB_TILE, size // 4, 4)
+    return tiles.transpose(1, 2).reshape(out, size), scale, whole.float() * scale[:, None]
 
 
 def _native_part(part: Part) -> NativePart:

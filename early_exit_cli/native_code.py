@@ -16,14 +16,28 @@ from typing import Any
 
 from early_exit_cli.artifacts import processor_name, sha256_of, user_cache_dir, write_atomic
 
-SOURCE = Path(__file__).parent / "native" / "pass.c"
+FOLDER = Path(__file__).parent / "native"
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
-"""Without reassociation and contraction: a sum has one order, see the source."""
+"""Without reassociation and contraction: a sum has one order, see the sources."""
 SECONDS = 120
 
 
 class NoNativeCode(Exception):
     """Why there is none, in words for people."""
+
+
+def lacks() -> str | None:
+    """What this processor lacks to run it; None where nothing is known to be missing."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return f"it is written for x86-64, and this is {platform.machine()}"
+    try:
+        flags = next(
+            line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")
+        ).split()
+    except (OSError, StopIteration):  # not Linux: the compiler will say
+        return None
+    missing = [flag for flag in ("avx512bw", "avx512_vnni", "avx512_bf16") if flag not in flags]
+    return f"this processor has no {missing[0]}" if missing else None
 
 
 def find_compiler() -> str | None:
@@ -33,9 +47,9 @@ def find_compiler() -> str | None:
 
 
 def code_key() -> str:
-    """What the compiled code is made of and for: the source, the flags, this machine."""
-    source = SOURCE.read_text(encoding="utf-8")
-    return sha256_of("\n".join((source, *FLAGS, processor_name(), platform.platform())))[:24]
+    """What the compiled code is made of and for: the sources, the flags, this machine."""
+    sources = [path.read_text(encoding="utf-8") for path in sorted(FOLDER.glob("*.[ch]"))]
+    return sha256_of("\n".join((*sources, *FLAGS, processor_name(), platform.platform())))[:24]
 
 
 @functools.cache
@@ -45,10 +59,11 @@ def native_code() -> ctypes.CDLL:
     Raises:
         NoNativeCode: it cannot be had here.
     """
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        raise NoNativeCode(f"it is written for x86-64, and this is {platform.machine()}")
+    lacking = lacks()
+    if lacking is not None:
+        raise NoNativeCode(lacking)
     compiler = find_compiler()
-    path = user_cache_dir() / "native" / f"pass-{code_key()}.so"
+    path = user_cache_dir() / "native" / f"{code_key()}.so"
     if not path.exists():
         if compiler is None:
             raise NoNativeCode("no C compiler was found")
@@ -62,7 +77,8 @@ def native_code() -> ctypes.CDLL:
 
 def _compile(compiler: str, path: Path) -> None:
     def compile_to(target: Path) -> None:
-        command = [compiler, *FLAGS, str(SOURCE), "-o", str(target), "-lm"]
+        sources = [str(path) for path in sorted(FOLDER.glob("*.c"))]
+        command = [compiler, *FLAGS, *sources, "-o", str(target), "-lm"]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
 
     try:
@@ -115,12 +131,42 @@ class Part(ctypes.Structure):
     )
 
 
+class Int8(ctypes.Structure):
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("inputs", ctypes.c_int64),
+        ("outputs", ctypes.c_int64),
+    )
+
+
 class LMHead(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("quantized", "scale", "error", "norm", "rows", "final_norm")),
+        ("quantized", Int8),
+        *((name, ctypes.c_void_p) for name in ("error", "norm", "rows", "final_norm")),
         ("vocab", ctypes.c_int64),
         ("hidden", ctypes.c_int64),
         ("eps", ctypes.c_float),
+    )
+
+
+class Lookahead(ctypes.Structure):
+    _fields_ = (
+        *((name, Int8) for name in ("fuse", "key_value", "query", "output", "gate_up", "down", "lm_head")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("fuse_norms", "input_norm", "hidden_norm", "mlp_norm", "norm", "embedding")
+        ),
+        *((name, ctypes.c_int64) for name in ("exits", "hidden", "inner", "query_heads", "kv_heads", "head_dim")),
+        ("eps", ctypes.c_float),
+        ("scale", ctypes.c_float),
+    )
+
+
+class Memory(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "cos", "sin")),
+        ("capacity", ctypes.c_int64),
     )
 
 
@@ -131,6 +177,10 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         "eexit_run": (model, address, ctypes.POINTER(Part), count, ctypes.c_int, ctypes.c_int, ctypes.c_int),
         "eexit_final_norm": (head, address, address, count),
         "eexit_logits": (head, address, address, count, ctypes.c_int),
+        "eexit_lookahead": (
+            *(ctypes.POINTER(Lookahead), address, address, address, count, count, ctypes.POINTER(Memory)),
+            *(address, address, ctypes.POINTER(ctypes.c_int64), ctypes.POINTER(ctypes.c_float), ctypes.c_int),
+        ),
         "eexit_choose": (head, address, address, address, count, ctypes.c_int),
     }
     for name, arguments in functions.items():

@@ -8,11 +8,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from early_exit_cli.bundle import HEADS_FILE, LOOKAHEAD_FILE, kind_of_heads, read_bundle_record
 from early_exit_cli.config import HeadsConfig
 from early_exit_cli.distillation import draft_vocabulary
 from early_exit_cli.engine import save_bundle, save_lookahead
-from early_exit_cli.heads import ExitHeads
-from early_exit_cli.lookahead import LookaheadHead
+from early_exit_cli.errors import BundleError, shown
+from early_exit_cli.heads import DRAFT_VOCAB, ExitHeads, load_heads
+from early_exit_cli.lookahead import LookaheadHead, load_lookahead
 from early_exit_cli.states import Prediction, States, StateSource
 
 
@@ -24,6 +26,8 @@ class Pupil(Protocol):
     exit_layers: list[int]
     variation: float
     """Share of total variation in the loss."""
+    only_answers: bool
+    """Whether it learns nothing from the positions of a prompt, which is never drafted."""
 
     @property
     def module(self) -> nn.Module:
@@ -48,6 +52,7 @@ class ExitPupil:
     """All exit heads of a bundle, trained together."""
 
     variation = 0.0
+    only_answers = False
 
     def __init__(self, source: StateSource, config: HeadsConfig) -> None:
         self.readout = source.readout
@@ -56,6 +61,12 @@ class ExitPupil:
             self.readout, config.kind, source.layers, config.rank, vocab if config.kind == "adapter" else None
         ).to(self.readout.device)
         self.module.start_from(self.readout)
+        if config.start_from is not None:
+            folder, record = _same_heads(config.start_from, "heads", self.module.exit_layers)
+            kind, rank = kind_of_heads(record, folder)
+            if (kind, rank) != (config.kind, self.module.rank):
+                raise BundleError(f"{folder} has {kind} heads of rank {rank}", hint="--head and --rank as there")
+            _take_over(self.module, load_heads(folder / HEADS_FILE, self.readout, kind, source.layers, rank))
         self.exit_layers = self.module.exit_layers
         self.parts = [f"head {head}, after {layer} blocks" for head, layer in enumerate(self.exit_layers)]
 
@@ -85,12 +96,17 @@ class ExitPupil:
 class LookaheadPupil:
     """A lookahead head, trained in roll-outs of `config.roll_out` steps."""
 
+    only_answers = True
+
     def __init__(self, source: StateSource, config: HeadsConfig) -> None:
         self.readout = source.readout
         self.steps, self.variation = config.roll_out, config.variation
         vocab = draft_vocabulary(source.token_counts(), config.draft_vocab, self.readout.eos_token_ids)
         self.module = LookaheadHead(self.readout, source.layers, vocab).to(self.readout.device)
         self.module.start_from(self.readout)
+        if config.start_from is not None:
+            folder, _ = _same_heads(config.start_from, "lookahead", self.module.exit_layers)
+            _take_over(self.module, load_lookahead(folder / LOOKAHEAD_FILE, self.readout, source.layers))
         self.exit_layers = self.module.exit_layers
         self.parts = [f"draft position {step + 1}" for step in range(self.steps)]
 
@@ -109,6 +125,26 @@ class LookaheadPupil:
 
     def identity(self) -> dict[str, Any]:
         return {"kind": "lookahead", "exit_layers": self.exit_layers, "roll_out": self.steps}
+
+
+def _same_heads(folder: Path, kind: str, exit_layers: list[int]) -> tuple[Path, dict[str, Any]]:
+    """A bundle to start from, and its record.
+
+    Raises:
+        BundleError: no bundle, or without such heads after the same blocks.
+    """
+    record = read_bundle_record(folder)
+    found = record.get(kind)
+    if found is None or found["exit_layers"] != exit_layers:
+        has = "no such heads" if found is None else f"heads after {shown(found['exit_layers'])} blocks"
+        raise BundleError(f"cannot start from {folder}: it has {has}, and these read after {shown(exit_layers)}")
+    return folder, record
+
+
+def _take_over(module: nn.Module, found: nn.Module) -> None:
+    """The weights of `found`, but not its draft vocabulary."""
+    weights = {name: value for name, value in found.state_dict().items() if name != DRAFT_VOCAB}
+    module.load_state_dict(weights, strict=False)
 
 
 def make_pupil(source: StateSource, config: HeadsConfig) -> Pupil:

@@ -18,7 +18,7 @@ from early_exit_cli.formats import WidthsForm, read_form
 from early_exit_cli.fused_blocks import FusedBlocks
 from early_exit_cli.fused_kernels import fused_widths
 from early_exit_cli.lm_head import ExactArgmax, faster_widths, usable
-from early_exit_cli.native_blocks import NativeBlocks, why_not_native
+from early_exit_cli.native_blocks import NativeBlocks, compiled_blocks
 
 CANDIDATE_WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 
@@ -62,8 +62,9 @@ def make_blocks(backbone: Backbone, runner: str = "auto", cuda_graphs: str = "au
 
 
 def _pick(backbone: Backbone, runner: str) -> Blocks:
-    if runner == "native" or (runner == "auto" and why_not_native(backbone) is None):
-        return NativeBlocks(backbone)
+    compiled = compiled_blocks(backbone) if runner in ("auto", "native") else None
+    if compiled is not None or runner == "native":
+        return compiled or NativeBlocks(backbone)  # which says why there is none
     is_fused = runner == "fused" or (runner == "auto" and backbone.has_llama_shape)
     return FusedBlocks(backbone) if is_fused else HFBlocks(backbone)
 

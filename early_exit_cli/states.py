@@ -12,6 +12,7 @@ from torch import Tensor
 from early_exit_cli.backbone import Backbone
 from early_exit_cli.config import DataConfig, TrainingConfig
 from early_exit_cli.data import Batch, Document, batches, pack, pad_token_id
+from early_exit_cli.native_blocks import compiled_blocks
 from early_exit_cli.readout import Readout
 
 
@@ -66,12 +67,20 @@ class StateSource(Protocol):
         """What must be equal when a run is resumed."""
 
 
+def hidden_states(backbone: Backbone, batch: Batch, exit_layers: list[int]) -> list[Tensor]:
+    """States of packed sequences, by compiled passes where these can be had: `Backbone.hidden_states_at` says of what."""
+    blocks = compiled_blocks(backbone)
+    if blocks is None:
+        return backbone.hidden_states_at(batch.input_ids, batch.block_mask(), exit_layers)
+    with torch.no_grad():
+        return blocks.states_of(batch.input_ids, batch.documents, exit_layers)
+
+
 def run_states(backbone: Backbone, batch: Batch, exit_layers: list[int]) -> States:
     """Run the backbone over packed sequences."""
     batch = batch.to(backbone.device)
-    states = backbone.hidden_states_at(batch.input_ids, batch.block_mask(), exit_layers)
     valid = batch.valid
-    *exits, final = [state[valid] for state in states]
+    *exits, final = [state[valid] for state in hidden_states(backbone, batch, exit_layers)]
     return States(exits, final, batch.measured[valid], batch)
 
 

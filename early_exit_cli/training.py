@@ -37,7 +37,7 @@ from early_exit_cli.distillation import Teacher, distillation_loss, teach
 from early_exit_cli.engine import require_finite
 from early_exit_cli.errors import CheckpointError, ConfigError, DataError, NumericsError, shown
 from early_exit_cli.formats import MarkerForm, read_form
-from early_exit_cli.pupils import make_pupil
+from early_exit_cli.pupils import Pupil, make_pupil
 from early_exit_cli.states import States, StateSource
 
 MARKER = "complete.json"
@@ -132,23 +132,25 @@ class Lessons:
         self.source = source
         self._key: tuple[int, int, int] | None = None
         self._states: States | None = None
-        self._teachers: list[tuple[Tensor | None, Teacher]] = []
+        self._teachers: list[tuple[Pupil, Teacher]] = []
 
-    def get(self, number: int, rank: int, world: int, draft_vocab: Tensor | None) -> tuple[States, Teacher]:
-        """The number-th training batch of a process."""
+    def get(self, number: int, rank: int, world: int, pupil: Pupil) -> tuple[States, Teacher]:
+        """The number-th training batch of a process, and what this pupil shall learn of it."""
         if self._states is None or self._key != (number, rank, world):
             with torch.no_grad():
                 self._states = self.source.batch(number, rank, world)
             self._key, self._teachers = (number, rank, world), []
-        for vocab, teacher in self._teachers:
-            if vocab is draft_vocab or (
-                vocab is not None and draft_vocab is not None and torch.equal(vocab, draft_vocab)
-            ):
+        for other, teacher in self._teachers:
+            if other.only_answers == pupil.only_answers and _same_vocab(other.draft_vocab, pupil.draft_vocab):
                 return self._states, teacher
         with torch.no_grad():
-            teacher = teach(self.source.readout, self._states, draft_vocab)
-        self._teachers.append((draft_vocab, teacher))
+            teacher = teach(self.source.readout, self._states, pupil.draft_vocab, pupil.only_answers)
+        self._teachers.append((pupil, teacher))
         return self._states, teacher
+
+
+def _same_vocab(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other or (one is not None and other is not None and torch.equal(one, other))
 
 
 class Trainer:
@@ -275,10 +277,10 @@ class Trainer:
         accumulation = self.config.gradient_accumulation_steps
         for micro in range(accumulation):
             number = self.step * accumulation + micro
-            states, teacher = self.lessons.get(number, *self.place, self.pupil.draft_vocab)
+            states, teacher = self.lessons.get(number, *self.place, self.pupil)
             with self.accelerator.accumulate(self.model):
                 with self._autocast():
-                    predictions = self.pupil.predict(self.model, states)
+                    predictions = self.pupil.predict(self.model, states, only_measured=self.pupil.only_answers)
                 losses = [
                     distillation_loss(said.logits, teacher.at(said.positions), self.pupil.variation)
                     for said in predictions

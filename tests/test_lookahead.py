@@ -12,7 +12,8 @@ from early_exit_cli.drafters import NoDrafter, Step
 from early_exit_cli.engine import Engine, load_model
 from early_exit_cli.errors import BundleError
 from early_exit_cli.lookahead import LookaheadHead
-from early_exit_cli.lookahead_drafter import LookaheadDrafter, LookaheadRunner, Survival, draft_linear
+from early_exit_cli.lookahead_drafter import LookaheadDrafter, Survival
+from early_exit_cli.lookahead_runner import LookaheadRunner, draft_linear
 from early_exit_cli.policy import fit_lookahead, fit_lookup, fit_survival, policy_of, roll_out
 from early_exit_cli.sampling import GREEDY
 from early_exit_cli.states import BackboneStates, run_states

@@ -1,6 +1,7 @@
 """Compiled passes: near the exact arithmetic, the same bits however a text is cut, and a way back where none can be had."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -12,14 +13,18 @@ from early_exit_cli import native_code as native_module
 from early_exit_cli.backbone import load_backbone
 from early_exit_cli.batched import answer_side_by_side
 from early_exit_cli.blocks import Part
-from early_exit_cli.config import BackboneConfig
+from early_exit_cli.config import SHIPPED_BUNDLE, BackboneConfig, BundleConfig
+from early_exit_cli.data import Document, pack, stacked
 from early_exit_cli.decoding import generate
 from early_exit_cli.drafters import NoDrafter
-from early_exit_cli.engine import Engine
+from early_exit_cli.engine import Engine, load_model
 from early_exit_cli.errors import UnsupportedBackboneError
 from early_exit_cli.fused_blocks import FusedBlocks
+from early_exit_cli.gating import entropy
+from early_exit_cli.lookahead_runner import LookaheadRunner
 from early_exit_cli.native_blocks import NativeBlocks, why_not_native
 from early_exit_cli.native_code import NoNativeCode, native_code
+from early_exit_cli.native_lookahead import NativeLookahead, lookahead_runner
 from early_exit_cli.runners import make_blocks
 
 SHAPES = ("llama", "llama3-rope", "mistral-window", "qwen2", "qwen2-window", "qwen3")
@@ -234,7 +239,7 @@ def test_a_compiler_that_fails_is_named(without_code, monkeypatch, small_backbon
 
 
 def test_damaged_code_is_compiled_again(without_code):
-    path = without_code / "native" / f"pass-{native_module.code_key()}.so"
+    path = without_code / "native" / f"{native_module.code_key()}.so"
     path.parent.mkdir()
     path.write_bytes(b"not a library")
     with pytest.raises(NoNativeCode, match="cannot be loaded"):
@@ -252,3 +257,65 @@ def test_other_precisions_say_why(tiny_backbone):
     assert "weights in 4 bit" in why_not_native(tiny_backbone("llama"))
     with pytest.raises(UnsupportedBackboneError, match="no compiled passes here"):
         make_blocks(tiny_backbone("llama"), "native")
+
+
+def test_compiled_lookahead_steps_say_what_pytorchs_say(blocks, smollm2):
+    """The shipped head, over a prompt read in pieces and rolled forward: near states, the same choices, near entropies."""
+    head = load_model(BackboneConfig(), BundleConfig(bundle=SHIPPED_BUNDLE)).lookahead
+    ids = real_ids(smollm2, 160)
+    native, plain = lookahead_runner(head), LookaheadRunner(head)
+    assert type(native) is NativeLookahead
+    agreed = rolled = 0
+    with torch.inference_mode():
+        cache, states = blocks.new_cache(192), [blocks.embed(ids[:-1])]
+        for first, last in itertools.pairwise([0, *head.exit_layers, blocks.num_blocks]):
+            states.append(blocks.run(states[-1], cache, 0, first, last))
+        read = [*states[1:-1], blocks.final_norm(states[-1])]
+        start = 0
+        for end in (60, 61, 64, 72, 100, 101, 103, 130, 159):
+            both = [runner.read(ids[start + 1 : end + 1], [s[start:end] for s in read]) for runner in (native, plain)]
+            for ahead in range(1, 4):
+                (ours, sure), (theirs, as_sure) = native.choose(both[0]), plain.choose(both[1])
+                assert (both[0] - both[1]).float().norm() < 0.1 * both[1].float().norm()
+                assert sure == pytest.approx(as_sure, abs=0.4)
+                agreed, rolled = agreed + (ours == theirs), rolled + 1
+                both = [r.step(torch.tensor([theirs]), h, ahead) for r, h in zip((native, plain), both, strict=True)]
+            start = end
+    assert rolled == 27
+    assert agreed >= 25
+
+
+def test_what_the_compiled_lookahead_says_of_itself_is_so(smollm2):
+    """Choice and entropy of the logits beside them, and another text does not disturb the first."""
+    head = load_model(BackboneConfig(), BundleConfig(bundle=SHIPPED_BUNDLE)).lookahead
+    runner = lookahead_runner(head)
+    states = [torch.randn(5, smollm2.hidden_size, dtype=torch.bfloat16) for _ in range(3)]
+    with torch.inference_mode():
+        hidden = runner.read(torch.tensor([5, 6, 7, 8, 9]), states)
+        token, uncertainty = runner.choose(hidden)
+        assert uncertainty == pytest.approx(float(entropy(runner.logits)), abs=1e-3)
+        assert token == int(head.draft_vocab[runner.logits.argmax()])
+        other = runner.another()
+        other.read(torch.tensor([1, 2]), [state[:2] for state in states])
+        assert runner.choose(hidden) == (token, uncertainty)
+        assert runner.length == 5
+        assert torch.equal(runner.step(torch.tensor([3]), hidden, 1), runner.step(torch.tensor([3]), hidden, 1))
+        runner.reset()
+        assert torch.equal(runner.read(torch.tensor([5, 6, 7, 8, 9]), states), hidden)
+
+
+def test_packed_text_has_the_states_of_each_document_alone(blocks, smollm2):
+    ids = real_ids(smollm2, 120).tolist()
+    documents = [Document(ids[:50], "a"), Document(ids[20:110], "b"), Document(ids[:31], "c")]
+    batch = stacked(pack(documents, 80, 0))
+    assert (batch.documents < 0).any()
+    layers = [8, 16]
+    with torch.inference_mode():
+        ours = blocks.states_of(batch.input_ids, batch.documents, layers)
+        theirs = smollm2.hidden_states_at(batch.input_ids, batch.block_mask(), layers)
+        alone = blocks.states_of(torch.tensor([ids[:50]]), torch.zeros(1, 50, dtype=torch.int64), layers)
+    for packed, library, single in zip(ours, theirs, alone, strict=True):
+        assert torch.equal(packed[0, :50], single[0])
+        valid = batch.valid
+        assert (packed[valid] - library[valid]).float().norm() < 0.05 * library[valid].float().norm()
+        assert not packed[~valid].any()

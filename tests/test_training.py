@@ -42,7 +42,7 @@ def test_the_loss_is_kl_and_total_variation_and_so_is_its_gradient(variation):
     logits = torch.randn(6, 10, generator=generator).requires_grad_()
     p = torch.randn(6, 10, generator=generator).softmax(-1)
     mass = torch.rand(6, generator=generator)
-    teacher = Teacher(p, mass, torch.xlogy(p, p).sum(-1))
+    teacher = Teacher(p, mass, torch.xlogy(p, p).sum(-1), torch.arange(6))
     loss = distillation_loss(logits, teacher, variation)
     q = logits.softmax(-1)
     divergence = torch.nn.functional.kl_div(q.log(), p, reduction="none").sum(-1)

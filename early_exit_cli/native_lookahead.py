@@ -1,0 +1,124 @@
+"""The lookahead head in compiled code, on CPUs that have it: a step is a fifth of a pass in PyTorch's hands."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from early_exit_cli.lookahead import LookaheadHead
+from early_exit_cli.lookahead_runner import LookaheadRunner
+from early_exit_cli.native_blocks import VOCAB_TILE, int8_tiles
+from early_exit_cli.native_code import Int8, Lookahead, Memory, NoNativeCode, native_code
+from early_exit_cli.sampling import GREEDY, Chooser
+
+
+class NativeLookahead(LookaheadRunner):
+    """`LookaheadRunner` in one call a step, with a choice and its entropy beside the state."""
+
+    def load_weights(self) -> None:
+        head, block, attention = self.head, self.head.block, self.head.block.self_attn
+        self.kept: list[Tensor] = []
+        weights = (
+            [head.fc.weight],
+            [attention.k_proj.weight, attention.v_proj.weight],
+            [attention.q_proj.weight],
+            [attention.o_proj.weight],
+            [block.mlp.gate_proj.weight, block.mlp.up_proj.weight],
+            [block.mlp.down_proj.weight],
+            [head.lm_head_weight],
+        )
+        norms = (block.input_layernorm, block.hidden_norm, block.post_attention_layernorm, head.norm)
+        exits, hidden = len(head.fc_norm), head.fc.weight.shape[0]
+        self.weights = Lookahead(
+            *(self._int8(parts) for parts in weights),
+            self._address(torch.cat([cast(Tensor, norm.weight) for norm in head.fc_norm])),
+            *(self._address(norm.weight) for norm in norms),
+            self._address(head.embedding_weight),
+            *(exits, hidden, self.inner, self.query_heads, self.kv_heads, self.head_dim),
+            float(head.norm.eps or 0.0),
+            self.head_dim**-0.5,
+        )
+        self.code = native_code()
+        self._hold_results()
+
+        vocab = head.draft_vocab
+        self.draft_ids = None if vocab is None else vocab.tolist()
+
+    def _hold_results(self) -> None:
+        self.logits = torch.empty(1, self.weights.lm_head.outputs)
+        self.token, self.entropy = ctypes.c_int64(), ctypes.c_float()
+
+    def _address(self, tensor: Tensor) -> int:
+        tensor = tensor.detach().contiguous()
+        self.kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _int8(self, parts: list[Tensor]) -> Int8:
+        weight = torch.cat(parts)
+        tiles, scale, _ = int8_tiles(weight.float())
+        return Int8(self._address(tiles), self._address(scale), weight.shape[1], weight.shape[0])
+
+    def another(self) -> LookaheadRunner:
+        other = copy.copy(self)
+        other.keys = other.values = torch.empty(0)
+        other._hold_results()
+        other.reset()
+        return other
+
+    def read(self, tokens: Tensor, states: list[Tensor]) -> Tensor:
+        states = [state.contiguous() for state in states]
+        pointers = (ctypes.c_void_p * len(states))(*(state.data_ptr() for state in states))
+        hidden = self._run(tokens, pointers, None, self.length)
+        self.length += tokens.numel()
+        return hidden
+
+    def step(self, token: Tensor, hidden: Tensor, ahead: int) -> Tensor:
+        return self._run(token, None, hidden.data_ptr(), self.length + ahead - 1)
+
+    def _run(self, tokens: Tensor, states: object, own: int | None, position: int) -> Tensor:
+        rows = tokens.numel()
+        self.reserve(position + rows)
+        buffers = (self.keys, self.values, self.cos, self.sin)
+        memory = Memory(*(buffer.data_ptr() for buffer in buffers), self.keys.shape[1])
+        state = torch.empty(1, self.weights.hidden, dtype=torch.bfloat16)
+        failed = self.code.eexit_lookahead(
+            *(self.weights, states, own, tokens.data_ptr(), rows, position, memory, state.data_ptr()),
+            *(self.logits.data_ptr(), self.token, self.entropy, torch.get_num_threads()),
+        )
+        if failed:
+            raise MemoryError
+        return state
+
+    def choose(
+        self, hidden: Tensor, chooser: Chooser = GREEDY, drafted: Sequence[int] = (), temperature: float = 1.0
+    ) -> tuple[int, float]:
+        """For the state that the last call gave."""
+        uncertainty = self.entropy.value
+        if chooser.reads_logits:
+            return chooser.draft(self.logits, self.head.draft_vocab, list(drafted), temperature), uncertainty
+        column = self.token.value
+        return column if self.draft_ids is None else self.draft_ids[column], uncertainty
+
+
+def lookahead_runner(head: LookaheadHead) -> LookaheadRunner:
+    """The runner for a head on its device: compiled code where it fits, else PyTorch."""
+    return NativeLookahead(head) if _fits(head) else LookaheadRunner(head)
+
+
+def _fits(head: LookaheadHead) -> bool:
+    weight, attention, mlp = head.fc.weight, head.block.self_attn, head.block.mlp
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or head.lm_head_weight.dtype != torch.bfloat16:
+        return False
+    sizes = (weight.shape[0], mlp.down_proj.in_features, head.lm_head_weight.shape[0])
+    if attention.head_dim % 64 or any(size % VOCAB_TILE for size in sizes) or mlp.activation_name != "silu":
+        return False
+    try:
+        native_code()
+    except NoNativeCode:
+        return False
+    return True
