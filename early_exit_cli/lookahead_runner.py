@@ -21,6 +21,8 @@ from early_exit_cli.sampling import GREEDY, Chooser
 LinearMap = Callable[[Tensor], Tensor]
 
 GROWTH = 512
+KEPT_TOGETHER = 16
+"""Compiled code keeps the keys of so many tokens together."""
 
 
 def draft_linear(weights: list[Tensor]) -> LinearMap:
@@ -77,7 +79,7 @@ class LookaheadRunner:
             return
         capacity = -(-length // GROWTH) * GROWTH
         weight = self.head.fc.weight
-        kept = self.length
+        kept = -(-self.length // KEPT_TOGETHER) * KEPT_TOGETHER
         grown = [weight.new_zeros(self.kv_heads, capacity, self.head_dim) for _ in range(2)]
         if kept:
             grown[0][:, :kept], grown[1][:, :kept] = self.keys[:, :kept], self.values[:, :kept]

@@ -10,7 +10,9 @@
 
 #define TILE 32     /* outputs that bitsandbytes packs together */
 #define BLOCK 64    /* inputs that share a scale */
-#define QUERIES 4   /* rows that share a converted value in attention */
+#define WIDE 12     /* rows whose sums fit the registers beside decoded weights */
+#define PIECE 64    /* rows of a product that are worked on at a time */
+#define QUERIES 4   /* rows that share the keys and values that attention reads */
 
 typedef struct {
     const uint8_t *weight; /* [out / 32, in / 2, 32] bytes: low halves for outputs 0..15, high ones for 16..31, two inputs each */
@@ -32,7 +34,7 @@ typedef struct {
     float eps, scale;
 } Model;
 
-/* Rows of one text: `width` of them from `position` on. keys and values: one pointer a block, [kv_heads, capacity, head_dim].
+/* Rows of one text: `width` of them from `position` on. keys and values: one pointer a block, a KV cache for each key head.
  * cos and sin: [width, head_dim] of these positions, sin with the sign of rotate_half. */
 typedef struct {
     bf16 *const *keys, *const *values;
@@ -47,130 +49,157 @@ static const bf16 NF4[32] __attribute__((aligned(64))) = {
     0xBF80, 0xBF32, 0xBF06, 0xBECA, 0xBE92, 0xBE3D, 0xBDBA, 0x0000, 0x3DA3, 0x3E25, 0x3E7C, 0x3EAD, 0x3EE2, 0x3F10, 0x3F39, 0x3F80,
 }; /* twice: a lookup reads five bits, the fifth being another weight's */
 
-/* One tile of outputs for `rows` rows of x, [rows, stride] -> out [rows][2]. */
-INLINE void tile_of(const Product *p, int64_t tile, const bf16 *x, int64_t stride, const int rows, __m512 out[][2]) {
-    const uint8_t *weight = p->weight + tile * TILE * p->in / 2;
-    const bf16 *scale = p->scale + tile * TILE;
+/* 32 bytes: two inputs of 32 outputs, as two vectors of bfloat16 pairs. */
+INLINE void decode(const uint8_t *weight, __m512bh *low, __m512bh *high) {
     const __m512i table = _mm512_load_si512(NF4);
-    for (int r = 0; r < rows; r++) out[r][0] = out[r][1] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < p->in; k += BLOCK) {
+    __m512i both = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)weight));
+    _mm_prefetch(weight + 2048, _MM_HINT_T0);
+    *low = (__m512bh)_mm512_permutexvar_epi16(both, table);
+    *high = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(both, 4), table);
+}
+
+/* Adds two inputs' share of up to WIDE rows to their sums. */
+INLINE void add_pair(__m512 sum[][2], const bf16 *x, int64_t stride, __m512bh low, __m512bh high, const int rows) {
+    for (int r = 0; r < rows; r++) {
+        __m512bh value = (__m512bh)_mm512_set1_epi32(*(const int32_t *)(x + r * stride));
+        sum[r][0] = _mm512_dpbf16_ps(sum[r][0], value, low);
+        sum[r][1] = _mm512_dpbf16_ps(sum[r][1], value, high);
+    }
+}
+
+/* total += sum * scale, for the 64 inputs that share it */
+INLINE void add_scaled(float *total, __m512 sum[][2], const bf16 *scale, const int rows) {
+    __m512 first = load16(scale), second = load16(scale + 16);
+    for (int r = 0; r < rows; r++) {
+        _mm512_storeu_ps(total + r * TILE, _mm512_fmadd_ps(sum[r][0], first, _mm512_loadu_ps(total + r * TILE)));
+        _mm512_storeu_ps(total + r * TILE + 16, _mm512_fmadd_ps(sum[r][1], second, _mm512_loadu_ps(total + r * TILE + 16)));
+    }
+}
+
+/* One tile of outputs for few rows: weights are used as they are decoded. */
+INLINE void narrow_tile(const Product *p, const uint8_t *weight, const bf16 *scale, const bf16 *x, const int rows, float *total) {
+    for (int64_t k = 0; k < p->in; k += BLOCK, scale += p->out) {
         __m512 sum[ROWS][2];
         for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
         for (int64_t pair = 0; pair < BLOCK; pair += 2, weight += 32) {
-            __m512i both = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)weight));
-            _mm_prefetch(weight + 2048, _MM_HINT_T0);
-            __m512bh low = (__m512bh)_mm512_permutexvar_epi16(both, table);
-            __m512bh high = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(both, 4), table);
-            for (int r = 0; r < rows; r++) {
-                __m512bh value = (__m512bh)_mm512_set1_epi32(*(const int32_t *)(x + r * stride + k + pair));
-                sum[r][0] = _mm512_dpbf16_ps(sum[r][0], value, low);
-                sum[r][1] = _mm512_dpbf16_ps(sum[r][1], value, high);
-            }
+            __m512bh low, high;
+            decode(weight, &low, &high);
+            add_pair(sum, x + k + pair, p->in, low, high, rows);
         }
-        __m512 first = load16(scale), second = load16(scale + 16);
-        scale += p->out;
-        for (int r = 0; r < rows; r++) {
-            out[r][0] = _mm512_fmadd_ps(sum[r][0], first, out[r][0]);
-            out[r][1] = _mm512_fmadd_ps(sum[r][1], second, out[r][1]);
+        add_scaled(total, sum, scale, rows);
+    }
+}
+
+/* The same for many rows: 64 inputs are decoded once for all of them. The sums have the same order. */
+static void wide_tile(const Product *p, const uint8_t *weight, const bf16 *scale, const bf16 *x, int64_t width, float *total) {
+    __m512bh decoded[BLOCK];
+    for (int64_t k = 0; k < p->in; k += BLOCK, scale += p->out) {
+        for (int64_t pair = 0; pair < BLOCK; pair += 2, weight += 32) decode(weight, decoded + pair, decoded + pair + 1);
+        for (int64_t row = 0; row < width;) {
+            int rows = width - row >= WIDE ? WIDE : least(ROWS, width - row);
+            __m512 sum[WIDE][2];
+#define BODY(n)                                                                                                                \
+    for (int r = 0; r < n; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();                                                   \
+    for (int64_t pair = 0; pair < BLOCK; pair += 2)                                                                            \
+        add_pair(sum, x + row * p->in + k + pair, p->in, decoded[pair], decoded[pair + 1], n);                                 \
+    add_scaled(total + row * TILE, sum, scale, n)
+            if (rows == WIDE) {
+                BODY(WIDE);
+            } else
+                FOR_ROWS(rows, BODY)
+#undef BODY
+            row += rows;
         }
     }
-    for (int half = 0; half < 2; half++)
-        for (int r = 0; r < rows; r++) {
-            out[r][half] = rounded(out[r][half]);
-            if (p->bias) out[r][half] = rounded(_mm512_add_ps(out[r][half], load16(p->bias + tile * TILE + 16 * half)));
-        }
 }
 
-static void tile(const Product *p, int64_t index, const bf16 *x, int64_t stride, int rows, __m512 out[][2]) {
-#define BODY(n) tile_of(p, index, x, stride, n, out)
-    FOR_ROWS(rows, BODY)
+/* One tile of 32 outputs for all rows of x [width, in] -> out [width, 32], rounded. */
+static void tile(const Product *p, int64_t index, const bf16 *x, int64_t width, float *out) {
+    const uint8_t *weight = p->weight + index * TILE * p->in / 2;
+    const bf16 *scale = p->scale + index * TILE;
+    memset(out, 0, width * TILE * sizeof(float));
+    if (width > ROWS)
+        wide_tile(p, weight, scale, x, width, out);
+    else {
+#define BODY(n) narrow_tile(p, weight, scale, x, n, out)
+        FOR_ROWS(width, BODY)
 #undef BODY
+    }
+    for (int64_t i = 0; i < width * TILE; i += 16) {
+        __m512 value = rounded(_mm512_loadu_ps(out + i));
+        if (p->bias) value = rounded(_mm512_add_ps(value, load16(p->bias + index * TILE + i % TILE)));
+        _mm512_storeu_ps(out + i, value);
+    }
 }
 
-/* out [width, p->out] = x [width, p->in] times the weights, or added to what is there. */
-static void product(const Product *p, const bf16 *x, bf16 *out, int64_t width, int adds) {
+/* out [width, p->out] = x [width, p->in] times the weights, or added to what is there. own: [2, PIECE, 32] of scratch. */
+static void product(const Product *p, const bf16 *x, bf16 *out, int64_t width, int adds, float *own) {
     int64_t from, to;
     share(p->out / TILE, &from, &to);
-    for (int64_t t = from; t < to; t++)
-        for (int64_t row = 0; row < width; row += ROWS) {
-            __m512 found[ROWS][2];
-            int rows = least(ROWS, width - row);
-            tile(p, t, x + row * p->in, p->in, rows, found);
-            for (int r = 0; r < rows; r++)
-                for (int half = 0; half < 2; half++) {
-                    bf16 *place = out + (row + r) * p->out + t * TILE + 16 * half;
-                    store16(place, adds ? _mm512_add_ps(load16(place), found[r][half]) : found[r][half]);
-                }
+    for (int64_t row = 0; row < width; row += PIECE) {
+        int rows = least(PIECE, width - row);
+        for (int64_t t = from; t < to; t++) {
+            tile(p, t, x + row * p->in, rows, own);
+            for (int64_t i = 0; i < rows * TILE; i += 16) {
+                bf16 *place = out + (row + i / TILE) * p->out + t * TILE + i % TILE;
+                __m512 found = _mm512_loadu_ps(own + i);
+                store16(place, adds ? _mm512_add_ps(load16(place), found) : found);
+            }
         }
+    }
 }
 
 /* out [width, inner] = silu(gate) * up. */
-static void gated(const Product *p, const bf16 *x, bf16 *out, int64_t width, int64_t inner) {
+static void gated(const Product *p, const bf16 *x, bf16 *out, int64_t width, int64_t inner, float *own) {
     int64_t from, to;
     share(inner / TILE, &from, &to);
-    for (int64_t t = from; t < to; t++)
-        for (int64_t row = 0; row < width; row += ROWS) {
-            __m512 gate[ROWS][2], up[ROWS][2];
-            int rows = least(ROWS, width - row);
-            tile(p, t, x + row * p->in, p->in, rows, gate);
-            tile(p, t + inner / TILE, x + row * p->in, p->in, rows, up);
-            for (int r = 0; r < rows; r++)
-                for (int half = 0; half < 2; half++)
-                    store16(out + (row + r) * inner + t * TILE + 16 * half, _mm512_mul_ps(rounded(silu(gate[r][half])), up[r][half]));
+    float *up = own + PIECE * TILE;
+    for (int64_t row = 0; row < width; row += PIECE) {
+        int rows = least(PIECE, width - row);
+        for (int64_t t = from; t < to; t++) {
+            tile(p, t, x + row * p->in, rows, own);
+            tile(p, t + inner / TILE, x + row * p->in, rows, up);
+            for (int64_t i = 0; i < rows * TILE; i += 16)
+                store16(out + (row + i / TILE) * inner + t * TILE + i % TILE, _mm512_mul_ps(rounded(silu(_mm512_loadu_ps(own + i))), _mm512_loadu_ps(up + i)));
         }
+    }
 }
 
 /* ---- attention ---- */
 
 /* One query head over the rows of one text: queries [width, stride] (not rotated) -> out [width, out_stride]. */
-static void attend(const Model *m, const Block *block, const Part *part, int index, int64_t head, const bf16 *queries, int64_t stride, bf16 *out, int64_t out_stride, float *scratch) {
+static void attend_head(const Model *m, const Block *block, const Part *part, int index, int64_t head, const bf16 *queries, int64_t stride, bf16 *out, int64_t out_stride, float *scores) {
     int64_t size = m->head_dim, group = m->query_heads / m->kv_heads;
     const bf16 *keys = part->keys[index] + head / group * part->capacity * size;
     const bf16 *values = part->values[index] + head / group * part->capacity * size;
+    const bf16 *norm = block->qk_norm ? block->qk_norm + head * size : NULL;
     for (int64_t row = 0; row < part->width; row += QUERIES) {
         int rows = least(QUERIES, part->width - row);
-        int64_t end = part->position + row + rows; /* of the last row */
-        int64_t begin = block->window && part->position + row + 1 > block->window ? part->position + row + 1 - block->window : 0;
-        begin &= ~(int64_t)15;
-        int64_t count = (end - begin + 15) & ~(int64_t)15;
-        float total[QUERIES];
-        for (int r = 0; r < rows; r++) {
-            bf16 query[size];
-            int64_t own_end = part->position + row + r + 1;
-            int64_t own_from = block->window && own_end > block->window ? own_end - block->window : 0;
-            float *scores = scratch + r * count;
-            rotate(queries + (row + r) * stride, block->qk_norm ? block->qk_norm + head * size : NULL, part->cos + (row + r) * size, part->sin + (row + r) * size, query, size, m->eps);
-            score(query, keys, begin, own_from, own_end, size, m->scale, scores);
-            for (int64_t i = (own_end - begin + 15) & ~(int64_t)15; i < count; i++) scores[i] = -INFINITY;
-            total[r] = softmax(scores, count);
+        bf16 turned[QUERIES * size];
+        for (int64_t r = 0; r < rows; r++)
+            rotate(queries + (row + r) * stride, norm, part->cos + (row + r) * size, part->sin + (row + r) * size, turned + r * size, size, m->eps);
+#define BODY(n) attend(turned, keys, values, part->position + row, block->window, size, m->scale, n, scores, out + row * out_stride, out_stride)
+        switch (rows) {
+        case 1: BODY(1); break;
+        case 2: BODY(2); break;
+        case 3: BODY(3); break;
+        default: BODY(4); break;
         }
-        for (int64_t d = 0; d < size; d += 64) {
-            __m512 found[QUERIES][4];
-            const bf16 *from = values + begin * size + d;
-            switch (rows) {
-            case 1: weigh(scratch, count, from, size, end - begin, 1, found); break;
-            case 2: weigh(scratch, count, from, size, end - begin, 2, found); break;
-            case 3: weigh(scratch, count, from, size, end - begin, 3, found); break;
-            default: weigh(scratch, count, from, size, end - begin, 4, found); break;
-            }
-            for (int r = 0; r < rows; r++)
-                for (int i = 0; i < 4; i++)
-                    store16(out + (row + r) * out_stride + d + 16 * i, _mm512_div_ps(found[r][i], _mm512_set1_ps(total[r])));
-        }
+#undef BODY
     }
 }
 
 /* Rotated keys, and values, of a text's rows into its buffers, for a share of the key heads. */
-static void remember(const Model *m, const Block *block, const Part *part, int index, const bf16 *qkv, int64_t stride) {
+static void remember_rows(const Model *m, const Block *block, const Part *part, int index, const bf16 *qkv, int64_t stride) {
     int64_t size = m->head_dim, from, to;
     share(m->kv_heads * part->width, &from, &to);
     for (int64_t unit = from; unit < to; unit++) {
         int64_t head = unit / part->width, row = unit % part->width;
-        int64_t place = (head * part->capacity + part->position + row) * size;
         const bf16 *key = qkv + row * stride + (m->query_heads + head) * size;
         const bf16 *norm = block->qk_norm ? block->qk_norm + (m->query_heads + head) * size : NULL;
-        rotate(key, norm, part->cos + row * size, part->sin + row * size, part->keys[index] + place, size, m->eps);
-        memcpy(part->values[index] + place, key + m->kv_heads * size, size * sizeof(bf16));
+        bf16 turned[size];
+        rotate(key, norm, part->cos + row * size, part->sin + row * size, turned, size, m->eps);
+        remember(turned, key + m->kv_heads * size, part->keys[index] + head * part->capacity * size, part->values[index] + head * part->capacity * size, part->position + row, size);
     }
 }
 
@@ -189,38 +218,40 @@ int eexit_run(const Model *m, bf16 *hidden, const Part *parts, int64_t count, in
     bf16 *gate = scratch_of(width * m->inner * sizeof(bf16)), *normed = scratch_of(threads * width * m->hidden * sizeof(bf16));
     int64_t row_of_scores = QUERIES * (keys + 32);
     float *scores = scratch_of(threads * row_of_scores * sizeof(float));
-    int failed = !qkv || !attended || !gate || !normed || !scores;
+    float *outputs = scratch_of(threads * 2 * PIECE * TILE * sizeof(float));
+    int failed = !qkv || !attended || !gate || !normed || !scores || !outputs;
     if (!failed)
 #pragma omp parallel num_threads(threads)
     {
         int thread = omp_get_thread_num();
         bf16 *own = normed + thread * width * m->hidden;
+        float *output = outputs + thread * 2 * PIECE * TILE;
         for (int index = first; index < last; index++) {
             const Block *block = m->blocks + index;
             for (int64_t row = 0; row < width; row++)
                 rms_norm(hidden + row * m->hidden, block->input_norm, own + row * m->hidden, m->hidden, m->eps);
-            product(&block->qkv, own, qkv, width, 0);
+            product(&block->qkv, own, qkv, width, 0, output);
 #pragma omp barrier
             for (int64_t i = 0, row = 0; i < count; row += parts[i++].width)
-                remember(m, block, parts + i, index, qkv + row * stride, stride);
+                remember_rows(m, block, parts + i, index, qkv + row * stride, stride);
 #pragma omp barrier
             int64_t from, to, done = 0;
             share(count * m->query_heads, &from, &to);
             for (int64_t i = 0, row = 0; i < count; row += parts[i++].width)
                 for (int64_t head = 0; head < m->query_heads; head++, done++)
                     if (done >= from && done < to)
-                        attend(m, block, parts + i, index, head, qkv + row * stride + head * size, stride, attended + row * queries + head * size, queries, scores + thread * row_of_scores);
+                        attend_head(m, block, parts + i, index, head, qkv + row * stride + head * size, stride, attended + row * queries + head * size, queries, scores + thread * row_of_scores);
 #pragma omp barrier
-            product(&block->output, attended, hidden, width, 1);
+            product(&block->output, attended, hidden, width, 1, output);
 #pragma omp barrier
             for (int64_t row = 0; row < width; row++)
                 rms_norm(hidden + row * m->hidden, block->mlp_norm, own + row * m->hidden, m->hidden, m->eps);
-            gated(&block->gate_up, own, gate, width, m->inner);
+            gated(&block->gate_up, own, gate, width, m->inner, output);
 #pragma omp barrier
-            product(&block->down, gate, hidden, width, 1);
+            product(&block->down, gate, hidden, width, 1, output);
 #pragma omp barrier
         }
     }
-    free(qkv), free(attended), free(gate), free(normed), free(scores);
+    free(qkv), free(attended), free(gate), free(normed), free(scores), free(outputs);
     return failed;
 }

@@ -55,19 +55,6 @@ INLINE __m512 silu(__m512 x) {
     return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
 }
 
-/* The 16 sums of 16 vectors. */
-INLINE __m512 sums(__m512 v[16]) {
-    __m512 a[8], b[4], c[2];
-    for (int i = 0; i < 8; i++) /* lanes: pairs of (2i, 2i + 1) */
-        a[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
-    for (int i = 0; i < 4; i++)
-        b[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a[2 * i]), _mm512_castps_pd(a[2 * i + 1]))),
-                             _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a[2 * i]), _mm512_castps_pd(a[2 * i + 1]))));
-    for (int i = 0; i < 2; i++)
-        c[i] = _mm512_add_ps(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88), _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xdd));
-    return _mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xdd));
-}
-
 /* x / sqrt(mean(x^2) + eps), rounded, times the weight, rounded: [size] */
 INLINE void rms_norm(const bf16 *x, const bf16 *weight, bf16 *out, int64_t size, float eps) {
     __m512 total = _mm512_setzero_ps();
@@ -119,52 +106,81 @@ SHARED void rotate(const bf16 *x, const bf16 *norm, const bf16 *cos, const bf16 
     }
 }
 
-/* Scores of one query over keys [begin, end), begin a multiple of 16: q . k * scale, -inf outside of [from, end). */
-SHARED void score(const bf16 *query, const bf16 *keys, int64_t begin, int64_t from, int64_t end, int64_t size, float scale, float *out) {
-    for (int64_t first = begin; first < end; first += 16) {
-        __m512 dot[16];
-        for (int i = 0; i < 16; i++) {
-            const bf16 *key = keys + (first + i < end ? first + i : end - 1) * size;
-            __m512 sum = _mm512_setzero_ps();
-            for (int64_t d = 0; d < size; d += 32)
-                sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(query + d), (__m512bh)_mm512_loadu_si512(key + d));
-            dot[i] = sum;
+/* The KV cache of one key head holds keys by 16 tokens, [capacity / 16, size / 2, 16, 2], and values by two,
+ * [capacity / 2, size, 2]: the pairs that a bfloat16 product adds up stand side by side. */
+#define KEY_TILE 16
+
+SHARED void remember(const bf16 *key, const bf16 *value, bf16 *keys, bf16 *values, int64_t place, int64_t size) {
+    bf16 *target = keys + place / KEY_TILE * KEY_TILE * size + place % KEY_TILE * 2;
+    for (int64_t i = 0; i < size; i += 2) memcpy(target + i * KEY_TILE, key + i, 2 * sizeof(bf16));
+    target = values + place / 2 * 2 * size + place % 2;
+    for (int64_t i = 0; i < size; i++) target[2 * i] = value[i];
+}
+
+/* Scores q . k * scale of `rows` queries [rows, size] over keys [begin, end), begin a multiple of 16 -> out [rows, stride]. */
+INLINE void score(const bf16 *queries, const bf16 *keys, int64_t begin, int64_t end, int64_t size, float scale, const int rows, float *out, int64_t stride) {
+    for (int64_t first = begin; first < end; first += KEY_TILE) {
+        const bf16 *tile = keys + first * size;
+        __m512 sum[ROWS];
+        for (int r = 0; r < rows; r++) sum[r] = _mm512_setzero_ps();
+        for (int64_t i = 0; i < size; i += 2) {
+            __m512bh pair = (__m512bh)_mm512_loadu_si512(tile + i * KEY_TILE);
+            for (int r = 0; r < rows; r++)
+                sum[r] = _mm512_dpbf16_ps(sum[r], pair, (__m512bh)_mm512_set1_epi32(*(const int32_t *)(queries + r * size + i)));
         }
-        __m512 found = _mm512_mul_ps(sums(dot), _mm512_set1_ps(scale));
-        if (first < from || first + 16 > end) {
-            __m512i key = _mm512_add_epi32(_mm512_set1_epi32((int)first), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-            __mmask16 seen = _mm512_cmpge_epi32_mask(key, _mm512_set1_epi32((int)from)) & _mm512_cmplt_epi32_mask(key, _mm512_set1_epi32((int)end));
-            found = _mm512_mask_blend_ps(seen, _mm512_set1_ps(-INFINITY), found);
-        }
-        _mm512_storeu_ps(out + first - begin, found);
+        for (int r = 0; r < rows; r++) _mm512_storeu_ps(out + r * stride + first - begin, _mm512_mul_ps(sum[r], _mm512_set1_ps(scale)));
     }
 }
 
-/* Softmax of `count` scores (a multiple of 16) in place, not yet divided; its sum. */
-SHARED float softmax(float *x, int64_t count) {
+/* Softmax of one row's scores of keys `begin` .. + count - 1 (whole tiles), of which it sees [from, end): in place, rounded
+ * to bfloat16 and not yet divided by their sum, which is returned. */
+SHARED float softmax(float *x, int64_t begin, int64_t count, int64_t from, int64_t end) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i low = _mm512_set1_epi32((int)(from - begin)), high = _mm512_set1_epi32((int)(end - begin));
     __m512 most = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
-    for (int64_t i = 0; i < count; i += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(x + i));
+#define SEEN(i) (_mm512_cmpge_epi32_mask(_mm512_add_epi32(lane, _mm512_set1_epi32((int)(i))), low) & _mm512_cmplt_epi32_mask(_mm512_add_epi32(lane, _mm512_set1_epi32((int)(i))), high))
+    for (int64_t i = 0; i < count; i += KEY_TILE) most = _mm512_mask_max_ps(most, SEEN(i), most, _mm512_loadu_ps(x + i));
     most = _mm512_set1_ps(_mm512_reduce_max_ps(most));
-    for (int64_t i = 0; i < count; i += 16) {
-        __m512 score = _mm512_loadu_ps(x + i);
-        __m512 e = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(score, _mm512_set1_ps(-INFINITY), _CMP_NEQ_UQ), exponential(_mm512_sub_ps(score, most)));
-        _mm512_storeu_ps(x + i, e);
+    bf16 *weights = (bf16 *)x; /* behind what is still to be read */
+    for (int64_t i = 0; i < count; i += KEY_TILE) {
+        __m512 e = rounded(_mm512_maskz_mov_ps(SEEN(i), exponential(_mm512_sub_ps(_mm512_loadu_ps(x + i), most))));
+        store16(weights + i, e);
         total = _mm512_add_ps(total, e);
     }
+#undef SEEN
     return _mm512_reduce_add_ps(total);
 }
 
-/* Weighted sums of 64 dimensions of the values [count, stride] for `rows` rows of weights [rows, ld]. */
-INLINE void weigh(const float *weights, int64_t ld, const bf16 *values, int64_t stride, int64_t count, const int rows, __m512 out[][4]) {
+/* Sums of 64 dimensions of the values, weighted for `rows` rows by bfloat16 weights [rows, stride]; count is even. */
+INLINE void weigh(const bf16 *weights, int64_t stride, const bf16 *values, int64_t size, int64_t count, const int rows, __m512 out[][4]) {
     for (int r = 0; r < rows; r++)
         for (int i = 0; i < 4; i++) out[r][i] = _mm512_setzero_ps();
-    for (int64_t key = 0; key < count; key++) {
-        __m512 value[4];
-        for (int i = 0; i < 4; i++) value[i] = load16(values + key * stride + 16 * i);
+    for (int64_t key = 0; key < count; key += 2) {
+        __m512bh value[4];
+        for (int i = 0; i < 4; i++) value[i] = (__m512bh)_mm512_loadu_si512(values + key * size + 32 * i);
         for (int r = 0; r < rows; r++) {
-            __m512 weight = _mm512_set1_ps(weights[r * ld + key]);
-            for (int i = 0; i < 4; i++) out[r][i] = _mm512_fmadd_ps(weight, value[i], out[r][i]);
+            __m512bh weight = (__m512bh)_mm512_set1_epi32(*(const int32_t *)(weights + r * stride + key));
+            for (int i = 0; i < 4; i++) out[r][i] = _mm512_dpbf16_ps(out[r][i], weight, value[i]);
         }
+    }
+}
+
+/* Attention of `rows` rotated queries of one head, [rows, size], the first at `position`, over its own and earlier keys, the
+ * last `window` of them (0: all) -> out [rows, out_stride]. scores: [rows, position + rows + 32] of scratch. */
+INLINE void attend(const bf16 *queries, const bf16 *keys, const bf16 *values, int64_t position, int64_t window, int64_t size, float scale, const int rows, float *scores, bf16 *out, int64_t out_stride) {
+    int64_t end = position + rows, begin = window && position + 1 > window ? (position + 1 - window) & ~(int64_t)(KEY_TILE - 1) : 0;
+    int64_t count = (end - begin + KEY_TILE - 1) & ~(int64_t)(KEY_TILE - 1);
+    float total[ROWS];
+    score(queries, keys, begin, end, size, scale, rows, scores, count);
+    for (int r = 0; r < rows; r++) {
+        int64_t own = position + r + 1;
+        total[r] = softmax(scores + r * count, begin, count, window && own > window ? own - window : 0, own);
+    }
+    for (int64_t d = 0; d < size; d += 64) {
+        __m512 found[ROWS][4];
+        weigh((const bf16 *)scores, 2 * count, values + begin * size + 2 * d, size, (end - begin + 1) & ~(int64_t)1, rows, found);
+        for (int r = 0; r < rows; r++)
+            for (int i = 0; i < 4; i++) store16(out + r * out_stride + d + 16 * i, _mm512_div_ps(found[r][i], _mm512_set1_ps(total[r])));
     }
 }
 

@@ -12,7 +12,7 @@ typedef struct {
     float eps, scale;
 } Lookahead;
 
-/* The text's buffers, [kv_heads, capacity, head_dim], and the rotary tables of all positions, [capacity, head_dim]. */
+/* The text's buffers, a KV cache for each key head, and the rotary tables of all positions, [capacity, head_dim]. */
 typedef struct {
     bf16 *keys, *values;
     const bf16 *cos, *sin;
@@ -76,7 +76,7 @@ int eexit_lookahead(const Lookahead *h, const bf16 *const *states, const bf16 *o
     bf16 *inputs = scratch_of(threads * rows * 2 * hidden * sizeof(bf16)), *normed = scratch_of(threads * hidden * sizeof(bf16));
     bf16 *kv = scratch_of(rows * 2 * h->kv_heads * size * sizeof(bf16)), *query = scratch_of(h->query_heads * size * sizeof(bf16));
     bf16 *attended = scratch_of(h->query_heads * size * sizeof(bf16)), *gated = scratch_of(3 * h->inner * sizeof(bf16));
-    float *scores = scratch_of(threads * (end + 16) * sizeof(float));
+    float *scores = scratch_of(threads * (end + 32) * sizeof(float));
     int8_t *halves = scratch_of(threads * 2 * rows * most);
     float *steps = scratch_of(threads * rows * sizeof(float));
     int32_t *sums_of = scratch_of(threads * rows * sizeof(int32_t));
@@ -111,24 +111,18 @@ int eexit_lookahead(const Lookahead *h, const bf16 *const *states, const bf16 *o
         for (int64_t unit = from; unit < to; unit++) {
             int64_t head = unit / rows, row = unit % rows, place = position + row;
             const bf16 *key = kv + row * 2 * h->kv_heads * size + head * size;
-            int64_t target = (head * memory->capacity + place) * size;
-            rotate(key, NULL, memory->cos + place * size, memory->sin + place * size, memory->keys + target, size, h->eps);
-            memcpy(memory->values + target, key + h->kv_heads * size, size * sizeof(bf16));
+            int64_t start = head * memory->capacity * size;
+            bf16 turned[size];
+            rotate(key, NULL, memory->cos + place * size, memory->sin + place * size, turned, size, h->eps);
+            remember(turned, key + h->kv_heads * size, memory->keys + start, memory->values + start, place, size);
         }
 #pragma omp barrier
         share(h->query_heads, &from, &to);
         for (int64_t head = from; head < to; head++) {
             int64_t start = head / (h->query_heads / h->kv_heads) * memory->capacity * size;
             bf16 turned[size];
-            float *own_scores = scores + thread * (end + 16);
             rotate(query + head * size, NULL, memory->cos + (end - 1) * size, memory->sin + (end - 1) * size, turned, size, h->eps);
-            score(turned, memory->keys + start, 0, 0, end, size, h->scale, own_scores);
-            float total = softmax(own_scores, (end + 15) & ~(int64_t)15);
-            for (int64_t d = 0; d < size; d += 64) {
-                __m512 found[1][4];
-                weigh(own_scores, 0, memory->values + start + d, size, end, 1, found);
-                for (int i = 0; i < 4; i++) store16(attended + head * size + d + 16 * i, _mm512_div_ps(found[0][i], _mm512_set1_ps(total)));
-            }
+            attend(turned, memory->keys + start, memory->values + start, end - 1, 0, size, h->scale, 1, scores + thread * (end + 32), attended + head * size, size);
         }
 #pragma omp barrier
         int8_product(&h->output, attended, last, last, 1, &mine);
