@@ -20,7 +20,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -95,6 +95,9 @@ class Part:
 
 class Blocks(ABC):
     """Interface of the runners."""
+
+    candidate_widths: ClassVar[tuple[int, ...]] = (1, 2, 3, 4, 5, 6, 8, 12, LARGEST_WIDTH)
+    """Widths that are measured for invariance."""
 
     def __init__(self, backbone: Backbone) -> None:
         config = backbone.config

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from early_exit_cli.backbone import Backbone
-from early_exit_cli.blocks import Blocks, KVCache, Part, Rotary
+from early_exit_cli.blocks import LARGEST_WIDTH, Blocks, KVCache, Part, Rotary
 from early_exit_cli.errors import UnsupportedBackboneError
 from early_exit_cli.fused_blocks import FusedBlocks, is_packed_nf4
 from early_exit_cli.lm_head import int8_rows
@@ -31,6 +31,8 @@ class NativeBlocks(FusedBlocks):
     Raises:
         UnsupportedBackboneError: not this backbone, or not on this machine; the message says why.
     """
+
+    candidate_widths = tuple(range(1, LARGEST_WIDTH + 1))
 
     def __init__(self, backbone: Backbone) -> None:
         reason = why_not_native(backbone)

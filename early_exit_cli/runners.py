@@ -20,8 +20,6 @@ from early_exit_cli.fused_kernels import fused_widths
 from early_exit_cli.lm_head import ExactArgmax, faster_widths, usable
 from early_exit_cli.native_blocks import NativeBlocks, compiled_blocks
 
-CANDIDATE_WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
-
 
 def make_blocks(backbone: Backbone, runner: str = "auto", cuda_graphs: str = "auto") -> Blocks:
     """The runner asked for, with what was measured of it on this device.
@@ -37,7 +35,7 @@ def make_blocks(backbone: Backbone, runner: str = "auto", cuda_graphs: str = "au
     path = measurement_path("widths", identity)
     try:
         found = read_form(path, WidthsForm)
-        if not {*found["widths"], *found["argmax_widths"]} <= {*CANDIDATE_WIDTHS}:
+        if not {*found["widths"], *found["argmax_widths"]} <= {*blocks.candidate_widths}:
             raise BundleError(f"{path} holds widths that nobody measures")
         blocks.widths, blocks.argmax_widths = tuple(found["widths"]), tuple(found["argmax_widths"])
         blocks.is_invariant, blocks.any_length = found["is_invariant"], found["any_length"]
@@ -126,7 +124,7 @@ def measure_widths(blocks: Blocks) -> None:
     and one block over random keys, at many lengths and positions. Where even the largest width disagrees with itself in
     other rows, it is the only one used and `is_invariant` is false: nothing is promised there.
     """
-    *others, largest = fused_widths(blocks, CANDIDATE_WIDTHS)
+    *others, largest = fused_widths(blocks, blocks.candidate_widths)
     probe = _Probe(blocks, largest)
     blocks.is_invariant = probe.agrees(largest)
     found = [width for width in others if probe.agrees(width)] if blocks.is_invariant else []

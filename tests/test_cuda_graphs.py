@@ -31,7 +31,7 @@ from early_exit_cli.fused_blocks import FusedBlocks
 from early_exit_cli.fused_kernels import fused_widths, nf4_products
 from early_exit_cli.lm_head import ExactArgmax, usable
 from early_exit_cli.resolve import resolve
-from early_exit_cli.runners import CANDIDATE_WIDTHS, device_identity, make_blocks, measure_widths, use_graphs
+from early_exit_cli.runners import device_identity, make_blocks, measure_widths, use_graphs
 
 PROMPT = [72, 101, 108, 108, 111, 32, 119, 111, 114, 108, 100]
 HOST_READS = {
@@ -482,16 +482,16 @@ def test_widths_on_a_gpu_are_those_that_every_product_takes_fused(monkeypatch, p
     monkeypatch.setattr(fused_kernels, "_dispatch", lambda: dispatch_of(card))
     monkeypatch.setattr(fused_kernels, "nf4_products", lambda _: {(*shape, torch.bfloat16) for shape in products})
     blocks = SimpleNamespace(backbone=SimpleNamespace(device=torch.device("cuda", 0)))
-    widths = fused_widths(blocks, CANDIDATE_WIDTHS)
+    widths = fused_widths(blocks, Blocks.candidate_widths)
     assert widths[-1] == largest
-    assert widths == tuple(width for width in CANDIDATE_WIDTHS if width <= largest)
+    assert widths == tuple(width for width in Blocks.candidate_widths if width <= largest)
 
 
 def test_all_widths_are_candidates_where_there_is_nothing_to_ask(tiny_backbone, monkeypatch):
-    assert fused_widths(FusedBlocks(tiny_backbone("llama")), CANDIDATE_WIDTHS) == CANDIDATE_WIDTHS
+    assert fused_widths(FusedBlocks(tiny_backbone("llama")), Blocks.candidate_widths) == Blocks.candidate_widths
     monkeypatch.setattr(fused_kernels, "_dispatch", lambda: None)
     blocks = SimpleNamespace(backbone=SimpleNamespace(device=torch.device("cuda", 0)))
-    assert fused_widths(blocks, CANDIDATE_WIDTHS) == CANDIDATE_WIDTHS
+    assert fused_widths(blocks, Blocks.candidate_widths) == Blocks.candidate_widths
 
 
 def test_the_products_asked_about_are_those_that_a_block_makes(tiny_folder):
@@ -602,7 +602,7 @@ def test_whole_answers_are_the_same_with_and_without_graphs_on_a_gpu(on_gpu, mon
 @pytest.mark.gpu
 def test_widths_on_this_gpu_are_those_of_the_fused_kernels(on_gpu, monkeypatch):
     monkeypatch.setattr(on_gpu.blocks, "graphs", None)  # a replay asks for no products
-    assert set(on_gpu.blocks.widths) <= set(fused_widths(on_gpu.blocks, CANDIDATE_WIDTHS))
+    assert set(on_gpu.blocks.widths) <= set(fused_widths(on_gpu.blocks, Blocks.candidate_widths))
     assert {(rows, inner) for rows, inner, _ in nf4_products(on_gpu.blocks)} == set(SMOLLM2)
 
 

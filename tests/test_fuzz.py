@@ -296,7 +296,7 @@ def measured(kind: str) -> Callable[..., Target]:
             before = path.read_bytes() if whole else b""
             if kind == "widths":
                 blocks = make_blocks(world.backbone)
-                assert set(blocks.widths) <= set(runners.CANDIDATE_WIDTHS)
+                assert set(blocks.widths) <= set(blocks.candidate_widths)
                 assert 1 <= blocks.pass_width(1) <= 16
             else:
                 draft_with(world)
