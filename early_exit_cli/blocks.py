@@ -236,6 +236,11 @@ class Blocks(ABC):
             grouped[window] = mask[:, None].expand(-1, group, -1).reshape(1, 1, width * group, keys)
         return masks, grouped
 
+    @property
+    def rows_together(self) -> int:
+        """The most rows of several texts that a pass takes."""
+        return self.widths[-1]
+
     def pass_width(self, rows: int) -> int:
         """The smallest invariant width that holds `rows`; the largest one, of which more than one is run, where none."""
         return next((width for width in self.widths if width >= rows), self.widths[-1])

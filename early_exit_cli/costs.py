@@ -9,6 +9,7 @@ decoding, nothing is drafted.
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -240,8 +241,19 @@ def choose_heads(model: Engine, level: float, width: int, costs: Costs | None = 
 
 
 def pass_costs(costs: Costs, blocks: Blocks) -> Callable[[int], float]:
-    """rows -> milliseconds of a pass of the whole backbone on this device."""
-    return lambda rows: costs.plain(blocks.num_blocks, blocks.pass_width(rows))
+    """rows -> milliseconds of a pass of the whole backbone on this device; beyond the measured widths, as from one to the
+    next of the last two."""
+    *_, last = widths = blocks.widths
+    before = widths[-2] if len(widths) > 1 else last
+
+    @functools.cache
+    def cost(rows: int) -> float:
+        known = costs.plain(blocks.num_blocks, blocks.pass_width(rows))
+        if rows <= last or blocks.rows_together <= last:
+            return known
+        return known + (rows - last) * (known - costs.plain(blocks.num_blocks, before)) / (last - before)
+
+    return cost
 
 
 def lookup_drafter(model: Engine) -> LookupDrafter:

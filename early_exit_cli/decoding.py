@@ -8,6 +8,7 @@ choice (the bonus token). Rolling back is `cache.length`. One text at a time.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -115,8 +116,8 @@ def decode(
     while not text.ended:
         with torch.inference_mode():
             draft = text.draft(width - 1)
-            rows, states, choices, readings = verify(model, text, draft, trace)
-        yield text.commit(draft, rows, states, choices, readings, keep_states)
+            deep, states, choices, readings = verify(model, text, draft, trace)
+        yield text.commit(draft, deep, states, choices, readings, keep_states)
 
 
 def checked_width(model: Engine, width: int) -> int:
@@ -167,7 +168,7 @@ class Text:
     def commit(
         self,
         draft: Draft,
-        rows: list[Row],
+        deep: list[Tensor],
         states: Tensor,
         choices: list[int],
         readings: list[list[HeadReading]],
@@ -182,11 +183,8 @@ class Text:
         self.remaining -= len(tokens)
         self.chooser.commit(tokens)
         self.drafter.observe(draft, tokens, accepted)
-        layers = self.drafter.exit_layers
-        if layers:
-            seen = rows[: len(tokens)]
-            deep = [torch.cat([row[layer] for row in seen]) for layer in layers]
-            self.drafter.see(tokens, [*deep, states[: len(tokens)]])
+        if deep:
+            self.drafter.see(tokens, [state[: len(tokens)] for state in (*deep, states)])
         return Round(
             tokens=tokens,
             accepted=accepted,
@@ -200,25 +198,38 @@ class Text:
 
 def verify(
     model: Engine, text: Text, draft: Draft, trace: bool
-) -> tuple[list[Row], Tensor, list[int], list[list[HeadReading]]]:
+) -> tuple[list[Tensor], Tensor, list[int], list[list[HeadReading]]]:
     """Run what is left of the blocks over the pending token and the draft, and keep the states that the drafter reads.
 
     Returns:
-        (states of each row by layer, final normed states [rows, hidden], the backbone's choice after each row, up
-        to the first that the draft lacks at least, head readings per row when traced).
+        (states after each of the drafter's exit layers [rows, hidden], final normed states [rows, hidden], the backbone's
+        choice after each row, up to the first that the draft lacks at least, head readings per row when traced).
     """
-    cache, exit_layers = text.cache, text.drafter.exit_layers
-    rows = draft.rows
-    if trace or not rows:  # a trace needs every row at every exit layer, also where drafting did not stop
-        rows = [{0: hidden} for hidden in model.embed([text.pending, *draft.tokens]).split(1)]
-    readings = read_every_head(model, cache, rows, len(rows), exit_layers) if trace else []
-    for layer in exit_layers:
-        catch_up(model, cache, rows, layer)
-    depth = model.blocks.num_blocks
-    catch_up(model, cache, rows, depth)
-    hidden = torch.cat([row[depth] for row in rows])
+    cache, exit_layers, depth = text.cache, text.drafter.exit_layers, model.blocks.num_blocks
+    readings: list[list[HeadReading]] = []
+    if trace or draft.rows:
+        rows = draft.rows
+        if trace:  # it needs every row at every exit layer, also where drafting did not stop
+            rows = [{0: hidden} for hidden in model.embed([text.pending, *draft.tokens]).split(1)]
+            readings = read_every_head(model, cache, rows, len(rows), exit_layers)
+        *deep, hidden = states_after(model, cache, rows, [*exit_layers, depth])
+    else:
+        hidden, deep = model.embed([text.pending, *draft.tokens]), []
+        for first, last in itertools.pairwise([0, *exit_layers, depth]):
+            hidden = model.run(hidden, cache, cache.length, first, last)
+            deep.append(hidden)
+        deep.pop()
     states, said = model.read_out(hidden) if text.chooser.reads_logits else model.finish(hidden)
-    return rows, states, text.chooser.choose(said, draft.tokens), readings
+    return deep, states, text.chooser.choose(said, draft.tokens), readings
+
+
+def states_after(model: Engine, cache: KVCache, rows: list[Row], layers: Sequence[int]) -> list[Tensor]:
+    """Bring rows, some of which have run already, to each of `layers` in turn: their states there, [rows, hidden] each."""
+    found = []
+    for layer in layers:
+        catch_up(model, cache, rows, layer)
+        found.append(torch.cat([row[layer] for row in rows]))
+    return found
 
 
 def read_every_head(

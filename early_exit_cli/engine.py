@@ -119,7 +119,7 @@ class Engine:
         outputs: list[Tensor] = []
         while len(outputs) < len(texts):
             start = end = len(outputs)
-            while end < len(texts) and sum(widths[start : end + 1]) <= self.blocks.widths[-1]:
+            while end < len(texts) and sum(widths[start : end + 1]) <= self.blocks.rows_together:
                 end += 1
             if end <= start + 1:  # alone, or wider than any pass
                 end = start + 1
@@ -151,7 +151,7 @@ class Engine:
             return torch.cat((head, tail)), torch.cat((first, others))
         normed, choices = self.blocks.finish(self._padded(hidden))
         choices = choices[:rows].cpu()  # the one time that a pass waits for the device
-        if (choices < 0).any():
+        if int(choices.min()) < 0:
             raise _not_finite()
         return normed[:rows], choices
 

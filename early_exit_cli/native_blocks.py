@@ -23,6 +23,7 @@ from early_exit_cli.native_code import Part as NativePart
 
 TILE = 32
 VOCAB_TILE = 16
+ROWS_TOGETHER = 64
 
 
 class NativeBlocks(FusedBlocks):
@@ -44,6 +45,11 @@ class NativeBlocks(FusedBlocks):
         """What the addresses below point to."""
         self.model = self._model()
         self.head = self._head()
+
+    @property
+    def rows_together(self) -> int:
+        """Any number has the same bits; more than these hardly cost less for each."""
+        return ROWS_TOGETHER
 
     @property
     def name(self) -> str:
@@ -130,6 +136,10 @@ class NativeBlocks(FusedBlocks):
         found = torch.empty(normed.shape[0], self.head.vocab, dtype=torch.bfloat16)
         self.code.eexit_logits(self.head, normed.data_ptr(), found.data_ptr(), normed.shape[0], torch.get_num_threads())
         return self.backbone.logit_map(found)
+
+    def finish(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        normed = self.final_norm(hidden)
+        return normed, self.choose(normed)[0]
 
     def choose(self, normed: Tensor) -> tuple[Tensor, Tensor]:
         normed = normed.contiguous()

@@ -34,7 +34,7 @@ class Request:
 class _Verified:
     """What `decoding.verify` says of one text."""
 
-    rows: list[Row]
+    deep: list[Tensor]
     states: Tensor
     choices: list[int]
 
@@ -107,7 +107,7 @@ def decode_together(
     """
     waiting = deque(enumerate(requests))
     live: list[tuple[int, Text]] = []
-    room = model.blocks.widths[-1]
+    room = model.blocks.rows_together
     while waiting or live:
         while waiting and len(live) < batch:
             number, asked = waiting.popleft()
@@ -121,7 +121,7 @@ def decode_together(
                 drafts.append(text.draft(limit))
             found = _verify(model, [text for _, text in live], drafts)
         for (number, text), draft, said in zip(live, drafts, found, strict=True):
-            step = text.commit(draft, said.rows, said.states, said.choices, [], keep_states)
+            step = text.commit(draft, said.deep, said.states, said.choices, [], keep_states)
             yield number, step, text.ended
         live = [(number, text) for number, text in live if not text.ended]
 
@@ -162,11 +162,12 @@ def _decide(
     hidden = torch.cat([row[depth] for rows in every for row in rows])
     reads_logits = any(text.chooser.reads_logits for text in texts)
     read = model.read_out if reads_logits else model.finish
-    parts = [read(part) for part in hidden.split(LARGEST_WIDTH)]
+    parts = [read(part) for part in hidden.split(max(LARGEST_WIDTH, model.blocks.rows_together))]
     sizes = [len(rows) for rows in every]
     states, said = (torch.cat(found).split(sizes) for found in zip(*parts, strict=True))
     verified = []
     for text, draft, rows, normed, own in zip(texts, drafts, every, states, said, strict=True):
         best = own.argmax(-1) if reads_logits and not text.chooser.reads_logits else own
-        verified.append(_Verified(rows, normed, text.chooser.choose(best, draft.tokens)))
+        deep = [torch.cat([row[layer] for row in rows]) for layer in text.drafter.exit_layers]
+        verified.append(_Verified(deep, normed, text.chooser.choose(best, draft.tokens)))
     return verified

@@ -53,7 +53,7 @@ INLINE __m512 error_of(const LMHead *h, int64_t token, __m512 approximate, float
 }
 
 /* The argmax of the logits of each state, the lowest token among equals: normed [width, hidden] -> choices [width] and
- * their logits, NaN where a state is not finite. Returns 0, or 1 when there is no memory. */
+ * their logits; -1 and NaN where a state is not finite. Returns 0, or 1 when there is no memory. */
 int eexit_choose(const LMHead *h, const bf16 *normed, int64_t *choices, float *values, int64_t width, int threads) {
     int64_t hidden = h->hidden, tiles = h->vocab / INT8_TILE;
     float *approximate = scratch_of(width * h->vocab * sizeof(float));
@@ -122,7 +122,8 @@ int eexit_choose(const LMHead *h, const bf16 *normed, int64_t *choices, float *v
             for (int thread = 0; thread < threads; thread++) /* ascending tokens: the lowest of equals stays */
                 if (found[thread * width + row] >= 0 && best[thread * width + row] > most)
                     most = best[thread * width + row], choices[row] = found[thread * width + row];
-            values[row] = isfinite(norm[row]) ? most : NAN;
+            values[row] = most;
+            if (!isfinite(norm[row])) choices[row] = -1, values[row] = NAN;
         }
     }
     free(approximate), free(high), free(low), free(floors), free(best), free(found);
