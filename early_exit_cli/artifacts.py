@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from early_exit_cli import __version__
-from early_exit_cli.errors import BundleError, ConfigError
+from early_exit_cli.errors import BundleError, ConfigError, DataError
 
 RECORDED_PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "datasets", "safetensors")
 
@@ -98,6 +98,18 @@ def parse_json(text: str) -> Any:
     except UnicodeEncodeError:
         raise ValueError("half a surrogate pair in a string") from None
     return value
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -316,6 +316,9 @@ class InferenceConfig(Section):
         "lookup: the text itself, continuing its longest repeated suffix; needs no heads. auto: whichever promises most. "
         "Default: auto; with --mode given, exit.",
     )
+    lookup_corpus: Path | None = setting(
+        None, "A text file that lookup, alone or in auto, may draft from besides the prompt and the answer so far."
+    )
     prompt: str | None = setting(None, "The prompt. Default: standard input.")
     prompt_file: Path | None = setting(None, "Read the prompt from this file.")
     prompts: Path | None = setting(None, "A .jsonl file with `prompt`, or Spec-Bench's `turns`, a line; a record each.")

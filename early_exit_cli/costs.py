@@ -13,13 +13,15 @@ import functools
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from early_exit_cli.artifacts import write_json
+from early_exit_cli.artifacts import read_text, write_json
 from early_exit_cli.blocks import LARGEST_WIDTH, Blocks, KVCache
+from early_exit_cli.corpus import Corpus
 from early_exit_cli.drafters import AutoDrafter, Drafter, ExitDrafter
 from early_exit_cli.engine import Engine
 from early_exit_cli.errors import BundleError, ConfigError
@@ -256,9 +258,17 @@ def pass_costs(costs: Costs, blocks: Blocks) -> Callable[[int], float]:
     return cost
 
 
-def lookup_drafter(model: Engine) -> LookupDrafter:
-    """Prompt lookup with the pass costs of this device and the bundle's calibrated chances."""
-    return LookupDrafter(pass_costs(cost_table(model), model.blocks), policy_of(model.record).lookup)
+def lookup_drafter(model: Engine, corpus: Path | None = None) -> LookupDrafter:
+    """Prompt lookup with the pass costs of this device and the bundle's calibrated chances.
+
+    Args:
+        corpus: a text file to draft from as well.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    text = None if corpus is None else Corpus(model.backbone.tokenizer(read_text(corpus))["input_ids"])
+    return LookupDrafter(pass_costs(cost_table(model), model.blocks), policy_of(model.record).lookup, text)
 
 
 def lookahead_drafter(model: Engine) -> LookaheadDrafter:
@@ -284,13 +294,14 @@ def lookahead_drafter(model: Engine) -> LookaheadDrafter:
     )
 
 
-def auto_drafter(model: Engine, level: float, width: int, read_heads: str) -> AutoDrafter:
+def auto_drafter(model: Engine, level: float, width: int, read_heads: str, corpus: Path | None = None) -> AutoDrafter:
     """Lookup or the lookahead head, whichever promises more; without a calibrated one, lookup and the exits that pay.
 
     Args:
         width: rows of a pass at most, for the exit heads; the others weigh all widths.
+        corpus: as for `lookup_drafter`.
     """
-    choices: list[tuple[Drafter, int]] = [(lookup_drafter(model), LARGEST_WIDTH - 1)]
+    choices: list[tuple[Drafter, int]] = [(lookup_drafter(model, corpus), LARGEST_WIDTH - 1)]
     if model.lookahead is not None and policy_of(model.record).lookahead:
         choices.append((lookahead_drafter(model), LARGEST_WIDTH - 1))
     elif model.thresholds is not None:

@@ -89,6 +89,7 @@ class EarlyExitModel:
         device: str | None = None,
         drafter: str = "auto",
         accuracy_level: float | None = None,
+        lookup_corpus: str | Path | None = None,
         model: Any = None,
         tokenizer: Any = None,
     ) -> EarlyExitModel:
@@ -101,6 +102,7 @@ class EarlyExitModel:
                 the bundle's backbone as its heads were trained on it.
             drafter: exit, lookahead, lookup, auto or none.
             accuracy_level: target accuracy of exited tokens, a calibrated level.
+            lookup_corpus: a text file that lookup, alone or in auto, may draft from besides the prompt.
             model: the backbone as a loaded transformers model, whose weights are then held once; it is put in
                 evaluation mode, gradients off.
             tokenizer: of `model`; by default the one that lies where the model was loaded from.
@@ -116,6 +118,7 @@ class EarlyExitModel:
             "backbone.device": (device, "device"),
             "inference.drafter": (drafter, "drafter"),
             "inference.accuracy_level": (accuracy_level, "accuracy_level"),
+            "inference.lookup_corpus": (lookup_corpus and str(lookup_corpus), "lookup_corpus"),
         }
         given = {key: setting for key, setting in asked.items() if setting[0] is not None}
         loaded = [name for key, (_, name) in given.items() if key.startswith("backbone.")]

@@ -22,6 +22,7 @@ def make_drafter(model: Engine, settings: InferenceConfig, kind: str) -> tuple[D
     Raises:
         BundleError: the bundle lacks what the kind drafts with, or is not calibrated.
         ConfigError: a level that was not calibrated, or a width out of range.
+        DataError: the lookup corpus cannot be read.
     """
     level, read_heads = settings.accuracy_level, settings.read_heads
     width = settings.width or default_width(model)
@@ -34,9 +35,9 @@ def make_drafter(model: Engine, settings: InferenceConfig, kind: str) -> tuple[D
     if kind == "exit":
         return exit_drafter(model, level, width, read_heads), width
     if kind == "lookup":
-        return lookup_drafter(model), widest
+        return lookup_drafter(model, settings.lookup_corpus), widest
     if kind == "lookahead":
         return lookahead_drafter(model), widest
     if kind == "auto":
-        return auto_drafter(model, level, width, read_heads), widest
+        return auto_drafter(model, level, width, read_heads, settings.lookup_corpus), widest
     return NoDrafter(), width

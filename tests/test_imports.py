@@ -61,7 +61,8 @@ MAY_IMPORT = {
     "calibration": {"engine", "data", "gating", "reliability", "thresholds", "artifacts"},
     "sampling": {"engine"},
     "drafters": {"blocks", "engine", "gating", "heads", "sampling"},
-    "lookup": {"blocks", "engine", "drafters", "sampling"},
+    "corpus": set(),
+    "lookup": {"blocks", "corpus", "engine", "drafters", "sampling"},
     "lookahead_runner": {"blocks", "gating", "lm_head", "lookahead", "sampling"},
     "native_lookahead": {"lookahead", "lookahead_runner", "native_blocks", "native_code", "sampling"},
     "lookahead_drafter": {"blocks", "engine", "drafters", "lookahead", "native_lookahead", "sampling"},
@@ -82,7 +83,7 @@ MAY_IMPORT = {
     "together": {"blocks", "engine", "drafters", "decoding", "sampling"},
     "costs": {
         *("artifacts", "blocks", "runners", "engine", "drafters", "lookup", "lookahead", "lookahead_drafter", "policy"),
-        *("formats", "gating", "native_lookahead"),
+        *("corpus", "formats", "gating", "native_lookahead"),
     },
     "methods": {"blocks", "costs", "decoding", "drafters", "engine"},
     "library": {

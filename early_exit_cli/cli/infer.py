@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from early_exit_cli import console
-from early_exit_cli.artifacts import write_json
+from early_exit_cli.artifacts import read_text, write_json
 from early_exit_cli.cli import show
 from early_exit_cli.cli.options import configured
 from early_exit_cli.config import DYNAMIC_LENGTH, InferenceConfig, is_unicode
@@ -91,6 +91,7 @@ def check_combinations(resolved: Resolved) -> None:
 
     Raises:
         ConfigError: which, all of them.
+        DataError: the lookup corpus cannot be read.
     """
     settings = resolved.config.inference
     faults = []
@@ -110,6 +111,10 @@ def check_combinations(resolved: Resolved) -> None:
         faults.append("--mode compare times one answer at a time; leave --batch out")
     if settings.prompts and settings.html:
         faults.append("--html shows one answer; give one prompt")
+    if settings.lookup_corpus:
+        if (kind := drafter_kind(resolved)) not in ("lookup", "auto"):
+            faults.append(f"--lookup-corpus is for the drafters lookup and auto, and this is {kind}")
+        read_text(settings.lookup_corpus)
     if settings.mode == "fixed_layerskip":
         from early_exit_cli.engine import bundle_folder, read_bundle_config
 
@@ -144,10 +149,7 @@ def gather_prompts(settings: InferenceConfig) -> list[dict[str, Any]]:
 
         return read_prompts(settings.prompts)[: settings.limit]
     if settings.prompt_file:
-        try:
-            prompt = settings.prompt_file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"cannot read {settings.prompt_file}: {error}") from error
+        prompt = read_text(settings.prompt_file)
     elif settings.prompt is not None:
         prompt = settings.prompt
     else:

@@ -166,3 +166,24 @@ def test_colours_go_into_a_pipe_where_they_are_asked_for(base, full):
     assert code == 0, err
     assert "\x1b[" in out
     assert re.sub(r"\x1b\[[0-9;]*m", "", out) == full["text"] + "\n"
+
+
+def test_lookup_drafts_from_a_corpus_too(base, full, tmp_path):
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(full["text"] + " and so on", encoding="utf-8")
+    records = []
+    for extra in ([], ["--lookup-corpus", corpus]):
+        code, out, err = eexit(*base, "--drafter", "lookup", *extra, "--json")
+        assert code == 0, err
+        records.append(json.loads(out)["lookup"])
+    assert [record["token_ids"] for record in records] == [full["token_ids"]] * 2
+
+
+def test_a_corpus_goes_with_lookup_and_must_be_readable(base, tmp_path):
+    code, _, err = eexit(*base, "--drafter", "exit", "--lookup-corpus", tmp_path / "no.txt")
+    assert code == 2
+    assert "cannot read" in err
+    (tmp_path / "some.txt").write_text("text")
+    code, _, err = eexit(*base, "--drafter", "exit", "--lookup-corpus", tmp_path / "some.txt")
+    assert code == 2
+    assert "--lookup-corpus is for the drafters lookup and auto, and this is exit" in err
