@@ -220,6 +220,7 @@ int eexit_run(const Model *m, bf16 *hidden, const Part *parts, int64_t count, in
     float *scores = scratch_of(threads * row_of_scores * sizeof(float));
     float *outputs = scratch_of(threads * 2 * PIECE * TILE * sizeof(float));
     int failed = !qkv || !attended || !gate || !normed || !scores || !outputs;
+    Meeting meeting = {0};
     if (!failed)
 #pragma omp parallel num_threads(threads)
     {
@@ -231,25 +232,25 @@ int eexit_run(const Model *m, bf16 *hidden, const Part *parts, int64_t count, in
             for (int64_t row = 0; row < width; row++)
                 rms_norm(hidden + row * m->hidden, block->input_norm, own + row * m->hidden, m->hidden, m->eps);
             product(&block->qkv, own, qkv, width, 0, output);
-#pragma omp barrier
+            meet(&meeting);
             for (int64_t i = 0, row = 0; i < count; row += parts[i++].width)
                 remember_rows(m, block, parts + i, index, qkv + row * stride, stride);
-#pragma omp barrier
+            meet(&meeting);
             int64_t from, to, done = 0;
             share(count * m->query_heads, &from, &to);
             for (int64_t i = 0, row = 0; i < count; row += parts[i++].width)
                 for (int64_t head = 0; head < m->query_heads; head++, done++)
                     if (done >= from && done < to)
                         attend_head(m, block, parts + i, index, head, qkv + row * stride + head * size, stride, attended + row * queries + head * size, queries, scores + thread * row_of_scores);
-#pragma omp barrier
+            meet(&meeting);
             product(&block->output, attended, hidden, width, 1, output);
-#pragma omp barrier
+            meet(&meeting);
             for (int64_t row = 0; row < width; row++)
                 rms_norm(hidden + row * m->hidden, block->mlp_norm, own + row * m->hidden, m->hidden, m->eps);
             gated(&block->gate_up, own, gate, width, m->inner, output);
-#pragma omp barrier
+            meet(&meeting);
             product(&block->down, gate, hidden, width, 1, output);
-#pragma omp barrier
+            meet(&meeting);
         }
     }
     free(qkv), free(attended), free(gate), free(normed), free(scores), free(outputs);

@@ -6,6 +6,8 @@
 #include <immintrin.h>
 #include <math.h>
 #include <omp.h>
+#include <sched.h>
+#include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -87,6 +89,28 @@ INLINE void share(int64_t count, int64_t *from, int64_t *to) {
     int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
     *from = count * thread / threads;
     *to = count * (thread + 1) / threads;
+}
+
+/* Where the threads of a pass meet. One that waits spins for some microseconds only: on a machine that does other things
+ * too, the thread it waits for may have no core. */
+typedef struct {
+    atomic_int arrived, passed;
+} Meeting;
+
+#define PATIENCE 1000
+
+INLINE void meet(Meeting *meeting) {
+    int passed = atomic_load(&meeting->passed);
+    if (atomic_fetch_add(&meeting->arrived, 1) + 1 == omp_get_num_threads()) {
+        atomic_store(&meeting->arrived, 0);
+        atomic_fetch_add(&meeting->passed, 1);
+        return;
+    }
+    for (int spins = 0; atomic_load_explicit(&meeting->passed, memory_order_acquire) == passed; spins++)
+        if (spins < PATIENCE)
+            _mm_pause();
+        else
+            sched_yield();
 }
 
 /* ---- attention ---- */

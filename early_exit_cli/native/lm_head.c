@@ -63,6 +63,7 @@ int eexit_choose(const LMHead *h, const bf16 *normed, int64_t *choices, float *v
     float step[width], norm[width], rest[width];
     int32_t sum[width];
     int failed = !approximate || !high || !low || !floors || !best || !found;
+    Meeting meeting = {0};
     if (!failed) {
         for (int64_t i = 0; i < threads * width; i++) found[i] = -1; /* the team may be smaller */
         for (int64_t row = 0; row < width; row++) {
@@ -96,7 +97,7 @@ int eexit_choose(const LMHead *h, const bf16 *normed, int64_t *choices, float *v
                 }
             }
             for (int64_t row = 0; row < width; row++) floors[thread * width + row] = _mm512_reduce_max_ps(floor[row]);
-#pragma omp barrier
+            meet(&meeting);
             for (int64_t row = 0; row < width; row++) {
                 float least_possible = -INFINITY;
                 for (int other = 0; other < team; other++) least_possible = fmaxf(least_possible, floors[other * width + row]);

@@ -81,6 +81,7 @@ int eexit_lookahead(const Lookahead *h, const bf16 *const *states, const bf16 *o
     float *steps = scratch_of(threads * rows * sizeof(float));
     int32_t *sums_of = scratch_of(threads * rows * sizeof(int32_t));
     int failed = !joined || !fused || !inputs || !normed || !kv || !query || !attended || !gated || !scores || !halves || !steps || !sums_of;
+    Meeting meeting = {0};
     if (!failed)
 #pragma omp parallel num_threads(threads)
     {
@@ -95,18 +96,18 @@ int eexit_lookahead(const Lookahead *h, const bf16 *const *states, const bf16 *o
                     rms_norm(states[i] + row * hidden, h->fuse_norms + i * hidden, joined + row * wide + i * hidden, hidden, h->eps);
                 memcpy(joined + row * wide + h->exits * hidden, states[h->exits] + row * hidden, hidden * sizeof(bf16));
             }
-#pragma omp barrier
+        meet(&meeting);
             int8_product(&h->fuse, joined, NULL, fused, rows, &mine);
         } else if (thread == 0)
             memcpy(fused, own, hidden * sizeof(bf16));
-#pragma omp barrier
+        meet(&meeting);
         for (int64_t row = 0; row < rows; row++) {
             rms_norm(h->embedding + tokens[row] * hidden, h->input_norm, input + row * 2 * hidden, hidden, h->eps);
             rms_norm(fused + row * hidden, h->hidden_norm, input + row * 2 * hidden + hidden, hidden, h->eps);
         }
         int8_product(&h->key_value, input, NULL, kv, rows, &mine);
         int8_product(&h->query, input + (rows - 1) * 2 * hidden, NULL, query, 1, &mine);
-#pragma omp barrier
+        meet(&meeting);
         share(h->kv_heads * rows, &from, &to);
         for (int64_t unit = from; unit < to; unit++) {
             int64_t head = unit / rows, row = unit % rows, place = position + row;
@@ -116,7 +117,7 @@ int eexit_lookahead(const Lookahead *h, const bf16 *const *states, const bf16 *o
             rotate(key, NULL, memory->cos + place * size, memory->sin + place * size, turned, size, h->eps);
             remember(turned, key + h->kv_heads * size, memory->keys + start, memory->values + start, place, size);
         }
-#pragma omp barrier
+        meet(&meeting);
         share(h->query_heads, &from, &to);
         for (int64_t head = from; head < to; head++) {
             int64_t start = head / (h->query_heads / h->kv_heads) * memory->capacity * size;
@@ -124,18 +125,18 @@ int eexit_lookahead(const Lookahead *h, const bf16 *const *states, const bf16 *o
             rotate(query + head * size, NULL, memory->cos + (end - 1) * size, memory->sin + (end - 1) * size, turned, size, h->eps);
             attend(turned, memory->keys + start, memory->values + start, end - 1, 0, size, h->scale, 1, scores + thread * (end + 32), attended + head * size, size);
         }
-#pragma omp barrier
+        meet(&meeting);
         int8_product(&h->output, attended, last, last, 1, &mine);
-#pragma omp barrier
+        meet(&meeting);
         rms_norm(last, h->mlp_norm, own_norm, hidden, h->eps);
         int8_product(&h->gate_up, own_norm, NULL, gated, 1, &mine);
-#pragma omp barrier
+        meet(&meeting);
         share(h->inner / INT8_TILE, &from, &to);
         for (int64_t i = from * INT8_TILE; i < to * INT8_TILE; i += 16)
             store16(gated + 2 * h->inner + i, _mm512_mul_ps(rounded(silu(load16(gated + i))), load16(gated + h->inner + i)));
-#pragma omp barrier
+        meet(&meeting);
         int8_product(&h->down, gated + 2 * h->inner, last, last, 1, &mine);
-#pragma omp barrier
+        meet(&meeting);
         rms_norm(last, h->norm, own_norm, hidden, h->eps);
         if (thread == 0) memcpy(state, own_norm, hidden * sizeof(bf16));
         mine.step[0] = halve(own_norm, mine.high, mine.low, hidden, mine.sum);
