@@ -180,6 +180,9 @@ class Survival(Form):
     intercept: float = Field(ge=-1e6, le=1e6)
     slope: float = Field(ge=-1e6, le=1e6)
     mean: Share
+    entropies: Annotated[list[Annotated[float, Field(ge=0.0, le=1e3)]], Strict(False)] = Field(
+        default=[], max_length=64
+    )
 
 
 class DraftingForm(Form):

@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Callable, Container
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ STRENGTH = 4.0
 """Drafted tokens that the calibrated probabilities count for against what this text has shown."""
 NEED = 1.03
 """A draft must be expected to beat plain decoding by this factor."""
+LOOKED_AHEAD = 8
+"""Tokens of a draft that a promise looks at."""
 FORGETTING = 0.97
 """What is left of the text's own evidence after a round without a draft, so that drafting is tried again."""
 
@@ -34,15 +37,29 @@ FORGETTING = 0.97
 class Survival:
     """P(the backbone agrees | entropy H, it agreed so far) = sigmoid(intercept + slope H) at one draft position.
 
-    mean: the same without knowing the entropy.
+    mean: the same without knowing the entropy. entropies: some entropies (nats) that stand for those to be met, equally
+    many for each; none where calibration has not kept them.
     """
 
     intercept: float
     slope: float
     mean: float
+    entropies: tuple[float, ...] = ()
 
     def at(self, uncertainty: float) -> float:
         return 1 / (1 + math.exp(min(-(self.intercept + self.slope * uncertainty), 700.0)))
+
+
+class _Stop(NamedTuple):
+    """A draft length, the tokens that a round with it is expected to commit, and its milliseconds."""
+
+    length: int
+    tokens: float
+    milliseconds: float
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.milliseconds
 
 
 class LookaheadDrafter(Drafter):
@@ -73,12 +90,16 @@ class LookaheadDrafter(Drafter):
         self.temperature = temperature
         self.waiting: list[tuple[list[int], list[Tensor]]] = []
         self.hits = self.expected = 0.0
+        self.guess: tuple[int, float] | None = None
+        """A first token that was not worth drafting, and its chance: the text will tell whether it was right."""
+        self.promises: dict[tuple[int, int, int], float] = {}
 
     def begin(self, prompt_ids: list[int], chooser: Chooser = GREEDY) -> None:
         self.chooser = chooser
         self.runner.reset()
         self.waiting = []
         self.hits = self.expected = 0.0
+        self.guess = None
 
     def another(self) -> Drafter:
         other = copy.copy(self)
@@ -89,13 +110,23 @@ class LookaheadDrafter(Drafter):
         self.waiting.append((tokens, states))
 
     def expected_rate(self, limit: int) -> float:
-        """Tokens per millisecond that a draft promises before its first token is known; 0 where none can be made."""
+        """Tokens per millisecond that reading the head promises, before its first token is known; 0 where it cannot.
+
+        The entropy will say whether a draft is worth verifying: the promise is the mean over the entropies to be met, of
+        tokens and of time (a renewal's rate). Where calibration kept none, the mean chance stands for all.
+        """
         if limit < 1 or not self.waiting:
             return 0.0
-        return self._best_stop([], 0, limit)[1]
+        key = (round(100 * self._fortune), min(limit, LOOKED_AHEAD), self.company)
+        if key not in self.promises:
+            chances = [self._chance(0, uncertainty) for uncertainty in self._at(0).entropies] or [self._chance(0)]
+            stops = [self._best_stop([chance], 1, key[1]) for chance in chances]
+            self.promises[key] = sum(stop.tokens for stop in stops) / sum(stop.milliseconds for stop in stops)
+        return self.promises[key]
 
     def propose(self, model: Engine, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]) -> Draft:
-        if limit < 1 or not self.waiting or self._best_stop([], 0, limit)[0] == 0:
+        self.guess = None
+        if self.expected_rate(limit) * share_of_pass(self.pass_cost, 1, self.company) <= NEED:
             self.hits, self.expected = self.hits * FORGETTING, self.expected * FORGETTING
             return Draft()
         device = model.backbone.device
@@ -110,9 +141,11 @@ class LookaheadDrafter(Drafter):
             token, uncertainty = self.runner.choose(hidden, self.chooser, tokens, self.temperature)
             tokens.append(token)
             reasons.append(Step(len(tokens), uncertainty, self._chance(len(tokens) - 1, uncertainty)))
-            best, _ = self._best_stop([reason.chance for reason in reasons], len(tokens), limit)
+            best = self._best_stop([reason.chance for reason in reasons], len(tokens), limit).length
             if best <= len(tokens) or token in stop_ids:
                 best = min(best, len(tokens))
+                if best == 0:
+                    self.guess = (tokens[0], reasons[0].chance)
                 return Draft(tokens=tokens[:best], reasons=list(reasons[:best]))
             hidden = self.runner.step(torch.tensor([token], device=device), hidden, len(tokens))
 
@@ -122,6 +155,14 @@ class LookaheadDrafter(Drafter):
                 self.expected += reason.chance
         if draft.reasons and isinstance(draft.reasons[0], Step):
             self.hits += accepted
+        elif self.guess is not None:
+            self.expected += self.guess[1]
+            self.hits += self.guess[0] == tokens[0]
+
+    @property
+    def _fortune(self) -> float:
+        """How the calibrated chances have fared on this text: right tokens over expected ones."""
+        return (self.hits + STRENGTH) / (self.expected + STRENGTH)
 
     def _at(self, place: int) -> Survival:
         return self.survival[min(place, len(self.survival) - 1)]
@@ -130,27 +171,27 @@ class LookaheadDrafter(Drafter):
         """The calibrated probability at a draft position, moved by how the calibration has fared on this text."""
         survival = self._at(place)
         calibrated = survival.mean if uncertainty is None else survival.at(uncertainty)
-        return min(calibrated * (self.hits + STRENGTH) / (self.expected + STRENGTH), 0.995)
+        return min(calibrated * self._fortune, 0.995)
 
     def _draft_cost(self, steps: int) -> float:
         """Milliseconds of drafting so many tokens."""
         return self.read_cost + (steps - 1) * self.step_cost if steps else 0.0
 
-    def _best_stop(self, chances: list[float], made: int, limit: int) -> tuple[int, float]:
-        """The draft length of the highest expected tokens per millisecond from here on, and that rate.
+    def _best_stop(self, chances: list[float], made: int, limit: int) -> _Stop:
+        """The draft length of the highest expected tokens per millisecond from here on.
 
         Args:
             chances: of the tokens drafted already; later ones count with their position's mean.
             made: draft steps that are spent already.
         """
         plain = share_of_pass(self.pass_cost, 1, self.company)
-        best, best_rate = 0, NEED / (plain + self._draft_cost(made))
+        best, need = _Stop(0, 1.0, plain + self._draft_cost(made)), NEED
         expected = survives = 1.0
         for count in range(1, limit + 1):
             survives *= chances[count - 1] if count <= len(chances) else self._chance(count - 1)
             expected += survives
             verifying = share_of_pass(self.pass_cost, count + 1, self.company)
-            rate = expected / (verifying + self._draft_cost(max(made, count)))
-            if rate > best_rate:
-                best, best_rate = count, rate
-        return best, best_rate
+            stop = _Stop(count, expected, verifying + self._draft_cost(max(made, count)))
+            if stop.rate > need * best.rate:
+                best, need = stop, 1.0
+        return best

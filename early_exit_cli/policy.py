@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from early_exit_cli.thresholds import fit_logistic
 
 STEPS = 7
 """Draft positions that are told apart."""
+KEPT_ENTROPIES = 16
 TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
 TEMPERATURE_BATCHES = 16
 TEMPERATURE_STRIDE = 4
@@ -74,10 +75,15 @@ def policy_of(record: dict[str, Any]) -> Policy:
         )
     return Policy(
         found["lookup"],
-        [Survival(*(entry[field.name] for field in fields(Survival))) for entry in found["lookahead"]],
+        [_survival(entry) for entry in found["lookahead"]],
         [(agreed, expected) for agreed, expected in found["checked"]],
         *(found.get(f"{kind}_temperature", 1.0) for kind in ("exit", "lookahead")),
     )
+
+
+def _survival(entry: dict[str, Any]) -> Survival:
+    entropies = tuple(entry.get("entropies", ()))
+    return Survival(entry["intercept"], entry["slope"], entry["mean"], entropies)
 
 
 def fit_lookup(documents: Iterable[Document]) -> list[float]:
@@ -191,4 +197,6 @@ def save_policy(policy: Policy, folder: Path) -> None:
 def fit_survival(entropies: Tensor, agreed: Tensor) -> Survival:
     """The logistic P(agree | entropy) of [samples] entropies (nats) and outcomes (bool)."""
     intercept, slope = fit_logistic(entropies, agreed, 1e-4)
-    return Survival(intercept, slope, float(agreed.double().mean()))
+    places = (torch.arange(KEPT_ENTROPIES) + 0.5) / KEPT_ENTROPIES
+    kept = entropies.float().sort().values[(places * entropies.numel()).long()]
+    return Survival(intercept, slope, float(agreed.double().mean()), tuple(round(value, 4) for value in kept.tolist()))

@@ -8,7 +8,7 @@ from early_exit_cli.config import BackboneConfig, BundleConfig, DataConfig, Head
 from early_exit_cli.costs import auto_drafter, lookahead_drafter
 from early_exit_cli.data import Document, pack
 from early_exit_cli.decoding import decode, generate
-from early_exit_cli.drafters import NoDrafter, Step
+from early_exit_cli.drafters import Draft, NoDrafter, Step
 from early_exit_cli.engine import Engine, load_model
 from early_exit_cli.errors import BundleError
 from early_exit_cli.lookahead import LookaheadHead
@@ -150,8 +150,6 @@ def test_what_a_text_shows_moves_the_chances(tiny_model):
     good = drafter(some_head(model.backbone), [Survival(0.0, 0.0, 0.5)])
     good.begin(PROMPT)
     assert good._chance(0) == pytest.approx(0.5)
-    from early_exit_cli.drafters import Draft
-
     draft = Draft([1, 2, 3, 4], [Step(n, 1.0, 0.5) for n in (1, 2, 3, 4)])
     for _ in range(20):
         good.observe(draft, [1, 2, 3, 4, 5], 4)
@@ -159,6 +157,31 @@ def test_what_a_text_shows_moves_the_chances(tiny_model):
     for _ in range(400):
         good.observe(draft, [9], 0)
     assert good._chance(0) < 0.4
+
+
+def test_reading_is_worth_it_where_some_tokens_are_sure(tiny_model):
+    """A mean chance that would not pay for a draft hides tokens that do: the promise looks at the entropies to be met."""
+    head = some_head(tiny_model("llama").backbone)
+    blind = Survival(4.0, -2.0, 0.3)
+    knowing = Survival(4.0, -2.0, 0.3, (0.1, *[6.0] * 4))  # one in five tokens is right 98 times in 100
+    rates = []
+    for survival in (blind, knowing):
+        made = LookaheadDrafter(head, [survival], lambda rows: 2.0 + rows, 0.1, 0.05)
+        made.begin(PROMPT)
+        made.see([1], [])
+        rates.append(made.expected_rate(7))
+    plain = 1 / 3.0
+    assert rates[0] < 1.03 * plain < rates[1]
+
+
+def test_a_first_token_that_was_not_drafted_still_teaches(tiny_model):
+    model = tiny_model("llama")
+    unsure = LookaheadDrafter(some_head(model.backbone), [Survival(0.0, 0.0, 0.5)], lambda rows: 10.0, 0.1, 0.1)
+    for right, wanted in ((True, 1.0), (False, 0.0)):
+        unsure.begin(PROMPT)
+        unsure.guess = (7, 0.4)
+        unsure.observe(Draft(), [7 if right else 8], 0)
+        assert (unsure.hits, unsure.expected) == (wanted, 0.4)
 
 
 def test_int8_products_are_close_to_the_weights():
@@ -179,6 +202,9 @@ def test_survival_is_the_logistic_that_made_the_sample():
     assert fitted.slope == pytest.approx(-1.5, abs=0.06)
     assert fitted.mean == pytest.approx(float(agreed.double().mean()))
     assert fitted.at(0.0) == pytest.approx(1 / (1 + 2.718281828**-fitted.intercept))
+    assert len(fitted.entropies) == 16
+    assert list(fitted.entropies) == sorted(fitted.entropies)
+    assert sum(map(fitted.at, fitted.entropies)) / 16 == pytest.approx(fitted.mean, abs=0.01)
 
 
 def test_lookup_chances_count_answers_only():
