@@ -18,7 +18,9 @@ Llama shape. Both round at the same places, so they agree bit for bit where thei
 from __future__ import annotations
 
 import inspect
+import itertools
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -128,6 +130,13 @@ class Blocks(ABC):
 
         Block 0 takes what `embed` gives.
         """
+
+    def run_through(self, hidden: Tensor, cache: KVCache, position: int, stops: Sequence[int]) -> list[Tensor]:
+        """Blocks from the first on: the states of the rows at `position` after each of `stops` blocks, ascending."""
+        states = [hidden]
+        for first, last in itertools.pairwise([0, *stops]):
+            states.append(self.run(states[-1], cache, position, first, last))
+        return states[1:]
 
     def run_together(self, hidden: Tensor, parts: list[Part], first: int, last: int) -> Tensor:
         """`run` for the rows of several texts, one after another; rows behind the last part are padding."""

@@ -8,7 +8,6 @@ choice (the bonus token). Rolling back is `cache.length`. One text at a time.
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -214,11 +213,8 @@ def verify(
             readings = read_every_head(model, cache, rows, len(rows), exit_layers)
         *deep, hidden = states_after(model, cache, rows, [*exit_layers, depth])
     else:
-        hidden, deep = model.embed([text.pending, *draft.tokens]), []
-        for first, last in itertools.pairwise([0, *exit_layers, depth]):
-            hidden = model.run(hidden, cache, cache.length, first, last)
-            deep.append(hidden)
-        deep.pop()
+        hidden = model.embed([text.pending, *draft.tokens])
+        *deep, hidden = model.run_through(hidden, cache, cache.length, [*exit_layers, depth])
     states, said = model.read_out(hidden) if text.chooser.reads_logits else model.finish(hidden)
     return deep, states, text.chooser.choose(said, draft.tokens), readings
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -74,13 +73,10 @@ class Engine:
         cache = self.blocks.new_cache(len(prompt_ids) + max_new_tokens + LARGEST_WIDTH)
         for position in range(0, len(prompt_ids) - 1, PREFILL_WIDTH):
             tokens = prompt_ids[position : min(position + PREFILL_WIDTH, len(prompt_ids) - 1)]
-            states = [self.embed(tokens)]
-            stops = [0, *exit_layers, self.blocks.num_blocks]
-            for first, last in itertools.pairwise(stops):
-                states.append(self.run(states[-1], cache, position, first, last))
+            *deep, final = self.run_through(self.embed(tokens), cache, position, [*exit_layers, self.blocks.num_blocks])
             if see:
                 following = prompt_ids[position + 1 : position + 1 + len(tokens)]
-                see(following, [*states[1:-1], self.blocks.final_norm(states[-1])])
+                see(following, [*deep, self.blocks.final_norm(final)])
         cache.length = len(prompt_ids) - 1
         return cache
 
@@ -110,6 +106,15 @@ class Engine:
             parts = ((hidden[:largest], position), (hidden[largest:], position + largest))
             return torch.cat([self.run(part, cache, place, first, last) for part, place in parts])
         return self.blocks.run(self._padded(hidden), cache, position, first, last)[:rows]
+
+    def run_through(self, hidden: Tensor, cache: KVCache, position: int, stops: Sequence[int]) -> list[Tensor]:
+        """States of [rows, hidden] at `position` after each of `stops` blocks, as `run` gives them."""
+        rows, largest = hidden.shape[0], self.blocks.widths[-1]
+        if largest < rows <= LARGEST_WIDTH:
+            parts = ((hidden[:largest], position), (hidden[largest:], position + largest))
+            found = (self.run_through(part, cache, place, stops) for part, place in parts)
+            return [torch.cat(pair) for pair in zip(*found, strict=True)]
+        return [state[:rows] for state in self.blocks.run_through(self._padded(hidden), cache, position, stops)]
 
     def run_together(
         self, texts: list[Tensor], caches: list[KVCache], positions: list[int], first: int, last: int

@@ -7,7 +7,7 @@ in one parallel region, and the LM head's argmax in another; here are the addres
 from __future__ import annotations
 
 import ctypes
-import itertools
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -116,14 +116,25 @@ class NativeBlocks(FusedBlocks):
         return self.run_together(hidden, [Part(cache, position, hidden.shape[0])], first, last)
 
     def run_together(self, hidden: Tensor, parts: list[Part], first: int, last: int) -> Tensor:
+        return self._pass(hidden, parts, first, [last])[0]
+
+    def run_through(self, hidden: Tensor, cache: KVCache, position: int, stops: Sequence[int]) -> list[Tensor]:
+        return self._pass(hidden, [Part(cache, position, hidden.shape[0])], 0, stops)
+
+    def _pass(self, hidden: Tensor, parts: list[Part], first: int, stops: Sequence[int]) -> list[Tensor]:
+        """Blocks from `first` on over the rows of the texts: their states after each of `stops` blocks."""
         hidden = hidden.clone(memory_format=torch.contiguous_format)
         native = (NativePart * len(parts))(*map(_native_part, parts))
+        *kept_at, last = stops
+        kept = [torch.empty_like(hidden) for _ in kept_at]
         failed = self.code.eexit_run(
-            self.model, hidden.data_ptr(), native, len(parts), first, last, torch.get_num_threads()
+            *(self.model, hidden.data_ptr(), native, len(parts), first, last),
+            *((ctypes.c_int64 * len(kept))(*kept_at), (ctypes.c_void_p * len(kept))(*(k.data_ptr() for k in kept))),
+            *(len(kept), torch.get_num_threads()),
         )
         if failed:
             raise MemoryError
-        return hidden
+        return [*kept, hidden]
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         hidden = hidden.contiguous()
@@ -166,11 +177,9 @@ class NativeBlocks(FusedBlocks):
         owners = (documents * len(documents) + rows).flatten()[real]  # one that goes on in another row begins again
         widths = owners.unique_consecutive(return_counts=True)[1].tolist()
         parts = [Part(self.new_cache(width), 0, width) for width in widths]
-        states = [self.embed(input_ids.flatten()[real])]
-        for first, last in itertools.pairwise([0, *exit_layers, self.num_blocks]):
-            states.append(self.run_together(states[-1], parts, first, last))
+        *states, last = self._pass(self.embed(input_ids.flatten()[real]), parts, 0, [*exit_layers, self.num_blocks])
         found = []
-        for state in (*states[1:-1], self.final_norm(states[-1])):
+        for state in (*states, self.final_norm(last)):
             whole = state.new_zeros(real.numel(), state.shape[-1])
             whole[real] = state
             found.append(whole.view(*input_ids.shape, -1))

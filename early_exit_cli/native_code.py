@@ -174,7 +174,10 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     address, count = ctypes.c_void_p, ctypes.c_int64
     model, head = ctypes.POINTER(Model), ctypes.POINTER(LMHead)
     functions: dict[str, tuple[Any, ...]] = {
-        "eexit_run": (model, address, ctypes.POINTER(Part), count, ctypes.c_int, ctypes.c_int, ctypes.c_int),
+        "eexit_run": (
+            *(model, address, ctypes.POINTER(Part), count, ctypes.c_int, ctypes.c_int),
+            *(address, address, count, ctypes.c_int),
+        ),
         "eexit_final_norm": (head, address, address, count),
         "eexit_logits": (head, address, address, count, ctypes.c_int),
         "eexit_lookahead": (

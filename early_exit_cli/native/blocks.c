@@ -206,8 +206,8 @@ static void remember_rows(const Model *m, const Block *block, const Part *part, 
 /* ---- a pass ---- */
 
 /* Blocks first .. last - 1 over the rows of the texts, one after another, in place: hidden [sum of widths, hidden].
- * Returns 0, or 1 when there is no memory. */
-int eexit_run(const Model *m, bf16 *hidden, const Part *parts, int64_t count, int first, int last, int threads) {
+ * kept: where to copy the states to after `stops` blocks, ascending. Returns 0, or 1 when there is no memory. */
+int eexit_run(const Model *m, bf16 *hidden, const Part *parts, int64_t count, int first, int last, const int64_t *stops, bf16 *const *kept, int64_t stops_count, int threads) {
     int64_t width = 0, keys = 0;
     for (int64_t i = 0; i < count; i++) {
         width += parts[i].width;
@@ -251,6 +251,11 @@ int eexit_run(const Model *m, bf16 *hidden, const Part *parts, int64_t count, in
             meet(&meeting);
             product(&block->down, gate, hidden, width, 1, output);
             meet(&meeting);
+            for (int64_t i = 0; i < stops_count; i++)
+                if (stops[i] == index + 1) {
+                    share(width, &from, &to); /* nobody changes them before two more meetings */
+                    memcpy(kept[i] + from * m->hidden, hidden + from * m->hidden, (to - from) * m->hidden * sizeof(bf16));
+                }
         }
     }
     free(qkv), free(attended), free(gate), free(normed), free(scores), free(outputs);
