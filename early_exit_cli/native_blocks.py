@@ -23,6 +23,7 @@ from early_exit_cli.native_code import Part as NativePart
 
 TILE = 32
 VOCAB_TILE = 16
+SCALED_TOGETHER = 64
 ROWS_TOGETHER = 64
 
 
@@ -200,9 +201,13 @@ def why_not_native(backbone: Backbone) -> str | None:
     products = [module for module in backbone.blocks.modules() if isinstance(module, nn.Linear)]
     if not all(map(is_packed_nf4, products)):
         return "they are for weights in 4 bit on a CPU with AVX512-BF16"
+    if any(cast(Any, module).weight.quant_state.blocksize != SCALED_TOGETHER for module in products):
+        return f"they are for weights of which {SCALED_TOGETHER} share a scale"
     if backbone.config.hidden_act != "silu":
         return f"they know the activation silu, not {backbone.config.hidden_act}"
     head, block = backbone.lm_head, cast(Any, backbone.blocks[0])
+    if {backbone.dtype, block.input_layernorm.weight.dtype, backbone.final_norm.weight.dtype} != {torch.bfloat16}:
+        return "they compute in bfloat16"
     head_dim, inner = int(block.self_attn.head_dim), int(block.mlp.down_proj.in_features)
     if head_dim % 64 or inner % TILE or block.self_attn.o_proj.in_features % TILE:
         return f"their tiles do not fit head_dim {head_dim} and intermediate_size {inner}"

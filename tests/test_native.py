@@ -321,3 +321,18 @@ def test_packed_text_has_the_states_of_each_document_alone(blocks, smollm2):
         valid = batch.valid
         assert (packed[valid] - library[valid]).float().norm() < 0.05 * library[valid].float().norm()
         assert not packed[~valid].any()
+
+
+def test_other_layouts_say_why(small_backbone, monkeypatch):
+    backbone = small_backbone("llama")
+    block = backbone.blocks[2]
+    with monkeypatch.context() as patch:
+        patch.setattr(block.mlp.up_proj.weight.quant_state, "blocksize", 128)
+        assert why_not_native(backbone) == "they are for weights of which 64 share a scale"
+    with monkeypatch.context() as patch:
+        patch.setattr(backbone.norm, "weight", torch.nn.Parameter(backbone.norm.weight.float(), requires_grad=False))
+        assert why_not_native(backbone) == "they compute in bfloat16"
+    with monkeypatch.context() as patch:
+        patch.setattr(backbone.config, "hidden_act", "gelu")
+        assert why_not_native(backbone) == "they know the activation silu, not gelu"
+    assert why_not_native(backbone) is None
