@@ -10,7 +10,6 @@
 
 #define TILE 32     /* outputs that bitsandbytes packs together */
 #define BLOCK 64    /* inputs that share a scale */
-#define WIDE 12     /* rows whose sums fit the registers beside decoded weights */
 #define PIECE 64    /* rows of a product that are worked on at a time */
 #define QUERIES 4   /* rows that share the keys and values that attention reads */
 
@@ -58,7 +57,7 @@ INLINE void decode(const uint8_t *weight, __m512bh *low, __m512bh *high) {
     *high = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(both, 4), table);
 }
 
-/* Adds two inputs' share of up to WIDE rows to their sums. */
+/* Adds two inputs' share of the rows to their sums. */
 INLINE void add_pair(__m512 sum[][2], const bf16 *x, int64_t stride, __m512bh low, __m512bh high, const int rows) {
     for (int r = 0; r < rows; r++) {
         __m512bh value = (__m512bh)_mm512_set1_epi32(*(const int32_t *)(x + r * stride));
@@ -76,8 +75,8 @@ INLINE void add_scaled(float *total, __m512 sum[][2], const bf16 *scale, const i
     }
 }
 
-/* One tile of outputs for few rows: weights are used as they are decoded. */
-INLINE void narrow_tile(const Product *p, const uint8_t *weight, const bf16 *scale, const bf16 *x, const int rows, float *total) {
+/* One tile of outputs for up to ROWS rows: weights are used as they are decoded. */
+INLINE void rows_of_tile(const Product *p, const uint8_t *weight, const bf16 *scale, const bf16 *x, const int rows, float *total) {
     for (int64_t k = 0; k < p->in; k += BLOCK, scale += p->out) {
         __m512 sum[ROWS][2];
         for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
@@ -90,39 +89,15 @@ INLINE void narrow_tile(const Product *p, const uint8_t *weight, const bf16 *sca
     }
 }
 
-/* The same for many rows: 64 inputs are decoded once for all of them. The sums have the same order. */
-static void wide_tile(const Product *p, const uint8_t *weight, const bf16 *scale, const bf16 *x, int64_t width, float *total) {
-    __m512bh decoded[BLOCK];
-    for (int64_t k = 0; k < p->in; k += BLOCK, scale += p->out) {
-        for (int64_t pair = 0; pair < BLOCK; pair += 2, weight += 32) decode(weight, decoded + pair, decoded + pair + 1);
-        for (int64_t row = 0; row < width;) {
-            int rows = width - row >= WIDE ? WIDE : least(ROWS, width - row);
-            __m512 sum[WIDE][2];
-#define BODY(n)                                                                                                                \
-    for (int r = 0; r < n; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();                                                   \
-    for (int64_t pair = 0; pair < BLOCK; pair += 2)                                                                            \
-        add_pair(sum, x + row * p->in + k + pair, p->in, decoded[pair], decoded[pair + 1], n);                                 \
-    add_scaled(total + row * TILE, sum, scale, n)
-            if (rows == WIDE) {
-                BODY(WIDE);
-            } else
-                FOR_ROWS(rows, BODY)
-#undef BODY
-            row += rows;
-        }
-    }
-}
-
 /* One tile of 32 outputs for all rows of x [width, in] -> out [width, 32], rounded. */
 static void tile(const Product *p, int64_t index, const bf16 *x, int64_t width, float *out) {
     const uint8_t *weight = p->weight + index * TILE * p->in / 2;
     const bf16 *scale = p->scale + index * TILE;
     memset(out, 0, width * TILE * sizeof(float));
-    if (width > ROWS)
-        wide_tile(p, weight, scale, x, width, out);
-    else {
-#define BODY(n) narrow_tile(p, weight, scale, x, n, out)
-        FOR_ROWS(width, BODY)
+    for (int64_t row = 0; row < width; row += ROWS) {
+        int rows = least(ROWS, width - row);
+#define BODY(n) rows_of_tile(p, weight, scale, x + row * p->in, n, out + row * TILE)
+        FOR_ROWS(rows, BODY)
 #undef BODY
     }
     for (int64_t i = 0; i < width * TILE; i += 16) {
