@@ -168,7 +168,7 @@ def answer_side_by_side(
                 return answers
             going = [going[row] for row in rows]
             parts = [Part(caches[text], caches[text].length, 1) for text in going]
-            states = blocks.run_together(blocks.embed(chosen[rows]), parts, 0, depth)
+            (states,) = blocks.run_together(blocks.embed(chosen[rows]), parts, [depth])
             for text in going:
                 caches[text].length += 1
 

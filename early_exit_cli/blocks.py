@@ -138,13 +138,13 @@ class Blocks(ABC):
             states.append(self.run(states[-1], cache, position, first, last))
         return states[1:]
 
-    def run_together(self, hidden: Tensor, parts: list[Part], first: int, last: int) -> Tensor:
-        """`run` for the rows of several texts, one after another; rows behind the last part are padding."""
+    def run_together(self, hidden: Tensor, parts: list[Part], stops: Sequence[int]) -> list[Tensor]:
+        """`run_through` for the rows of several texts, one after another; rows behind the last part are padding."""
         pieces = hidden[: sum(part.width for part in parts)].split([part.width for part in parts])
         outputs = [
-            self.run(piece, part.cache, part.position, first, last) for piece, part in zip(pieces, parts, strict=True)
+            self.run_through(piece, part.cache, part.position, stops) for piece, part in zip(pieces, parts, strict=True)
         ]
-        return torch.cat(outputs)
+        return [torch.cat(states) for states in zip(*outputs, strict=True)]
 
     def keys_read(self, cache: KVCache, end: int, width: int) -> int:
         """How many keys a pass of `width` rows up to position `end` reads."""

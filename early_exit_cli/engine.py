@@ -117,25 +117,27 @@ class Engine:
         return [state[:rows] for state in self.blocks.run_through(self._padded(hidden), cache, position, stops)]
 
     def run_together(
-        self, texts: list[Tensor], caches: list[KVCache], positions: list[int], first: int, last: int
-    ) -> list[Tensor]:
-        """`run` for several texts, [rows, hidden] each, in as few passes as their widths allow; the same bits."""
+        self, texts: list[Tensor], caches: list[KVCache], positions: list[int], stops: Sequence[int]
+    ) -> list[list[Tensor]]:
+        """`run_through` for several texts, [rows, hidden] each, in as few passes as their widths allow; the same bits.
+
+        Returns:
+            For each text its states after each of `stops` blocks.
+        """
         widths = [self.blocks.pass_width(hidden.shape[0]) for hidden in texts]
-        outputs: list[Tensor] = []
+        outputs: list[list[Tensor]] = []
         while len(outputs) < len(texts):
             start = end = len(outputs)
             while end < len(texts) and sum(widths[start : end + 1]) <= self.blocks.rows_together:
                 end += 1
             if end <= start + 1:  # alone, or wider than any pass
-                end = start + 1
-                outputs.append(self.run(texts[start], caches[start], positions[start], first, last))
+                outputs.append(self.run_through(texts[start], caches[start], positions[start], stops))
                 continue
             parts = [Part(caches[text], positions[text], widths[text]) for text in range(start, end)]
-            together = self.blocks.run_together(
-                self._padded(torch.cat([self._padded(hidden) for hidden in texts[start:end]])), parts, first, last
-            )
-            split = together.split(widths[start:end])
-            outputs += [rows[: hidden.shape[0]] for rows, hidden in zip(split, texts[start:end], strict=True)]
+            rows = self._padded(torch.cat([self._padded(hidden) for hidden in texts[start:end]]))
+            split = [state.split(widths[start:end]) for state in self.blocks.run_together(rows, parts, stops)]
+            for number, hidden in enumerate(texts[start:end]):
+                outputs.append([states[number][: hidden.shape[0]] for states in split])
         return outputs
 
     def _padded(self, hidden: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ keys), no module overhead. What a library has, we write here and only here, beca
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,13 +104,16 @@ class FusedBlocks(Blocks):
         rows = self.rows(cache, position, hidden.shape[0])
         return self._through(hidden, rows.rotary[None], [(cache, rows)], first, last)
 
-    def run_together(self, hidden: Tensor, parts: list[Part], first: int, last: int) -> Tensor:
+    def run_together(self, hidden: Tensor, parts: list[Part], stops: Sequence[int]) -> list[Tensor]:
         """Every product is over the rows of all texts; attention is each text's own."""
         texts = [(part.cache, self.rows(part.cache, part.position, part.width)) for part in parts]
         padding = hidden.shape[0] - sum(part.width for part in parts)
         tables = zip(*(rows.rotary[None] for _, rows in texts), strict=True)
         cos, sin = (F.pad(torch.cat(parts), (0, 0, 0, 0, 0, padding)) for parts in tables)
-        return self._through(hidden, (cos, sin), texts, first, last)[: hidden.shape[0] - padding]
+        states = [hidden]
+        for first, last in itertools.pairwise([0, *stops]):
+            states.append(self._through(states[-1], (cos, sin), texts, first, last))
+        return [state[: hidden.shape[0] - padding] for state in states[1:]]
 
     def run_at(self, hidden: Tensor, cache: KVCache, position: Tensor, first: int, last: int) -> Tensor:
         """`run` as a function of tensors only: `position` is [] int64 on the device, and the whole buffer is read."""

@@ -114,13 +114,13 @@ class NativeBlocks(FusedBlocks):
         return {kind: (cos.contiguous(), sin.contiguous()) for kind, (cos, sin) in tables.items()}
 
     def run(self, hidden: Tensor, cache: KVCache, position: int, first: int, last: int) -> Tensor:
-        return self.run_together(hidden, [Part(cache, position, hidden.shape[0])], first, last)
-
-    def run_together(self, hidden: Tensor, parts: list[Part], first: int, last: int) -> Tensor:
-        return self._pass(hidden, parts, first, [last])[0]
+        return self._pass(hidden, [Part(cache, position, hidden.shape[0])], first, [last])[0]
 
     def run_through(self, hidden: Tensor, cache: KVCache, position: int, stops: Sequence[int]) -> list[Tensor]:
         return self._pass(hidden, [Part(cache, position, hidden.shape[0])], 0, stops)
+
+    def run_together(self, hidden: Tensor, parts: list[Part], stops: Sequence[int]) -> list[Tensor]:
+        return self._pass(hidden, parts, 0, stops)
 
     def _pass(self, hidden: Tensor, parts: list[Part], first: int, stops: Sequence[int]) -> list[Tensor]:
         """Blocks from `first` on over the rows of the texts: their states after each of `stops` blocks."""
@@ -178,7 +178,7 @@ class NativeBlocks(FusedBlocks):
         owners = (documents * len(documents) + rows).flatten()[real]  # one that goes on in another row begins again
         widths = owners.unique_consecutive(return_counts=True)[1].tolist()
         parts = [Part(self.new_cache(width), 0, width) for width in widths]
-        *states, last = self._pass(self.embed(input_ids.flatten()[real]), parts, 0, [*exit_layers, self.num_blocks])
+        *states, last = self.run_together(self.embed(input_ids.flatten()[real]), parts, [*exit_layers, self.num_blocks])
         found = []
         for state in (*states, self.final_norm(last)):
             whole = state.new_zeros(real.numel(), state.shape[-1])

@@ -15,8 +15,17 @@ import torch
 from torch import Tensor
 
 from early_exit_cli.blocks import LARGEST_WIDTH
-from early_exit_cli.decoding import Generation, Round, StopsAfter, Text, TextStream, collect_stats, synchronize
-from early_exit_cli.drafters import Draft, Drafter, Row, catch_up
+from early_exit_cli.decoding import (
+    Generation,
+    Round,
+    StopsAfter,
+    Text,
+    TextStream,
+    collect_stats,
+    states_after,
+    synchronize,
+)
+from early_exit_cli.drafters import Draft, Drafter
 from early_exit_cli.engine import Engine
 from early_exit_cli.sampling import GREEDY, Chooser
 
@@ -129,45 +138,40 @@ def decode_together(
 def _verify(model: Engine, texts: list[Text], drafts: list[Draft]) -> list[_Verified]:
     """`decoding.verify` for all texts; drafts whose rows have run already are finished each by itself."""
     depth = model.blocks.num_blocks
-    every: list[list[Row]] = []
-    for text, draft in zip(texts, drafts, strict=True):
+    layers = [[*text.drafter.exit_layers, depth] for text in texts]
+    every: list[list[Tensor]] = [[] for _ in texts]
+    for place, draft in enumerate(drafts):
         if draft.rows:
-            for layer in (*text.drafter.exit_layers, depth):
-                catch_up(model, text.cache, draft.rows, layer)
-            every.append(draft.rows)
-        else:
-            every.append([{0: hidden} for hidden in model.embed([text.pending, *draft.tokens]).split(1)])
+            every[place] = states_after(model, texts[place].cache, draft.rows, layers[place])
     fresh = [place for place, draft in enumerate(drafts) if not draft.rows]
-    stops = sorted({depth, *(layer for place in fresh for layer in texts[place].drafter.exit_layers)})
-    start = 0
-    for stop in stops:
-        states = model.run_together(
-            [torch.cat([row[start] for row in every[place]]) for place in fresh],
+    if fresh:
+        stops = sorted({layer for place in fresh for layer in layers[place]})
+        tokens = [[texts[place].pending, *drafts[place].tokens] for place in fresh]
+        found = model.run_together(
+            list(model.embed([token for own in tokens for token in own]).split([len(own) for own in tokens])),
             [texts[place].cache for place in fresh],
             [texts[place].cache.length for place in fresh],
-            start,
-            stop,
+            stops,
         )
-        for place, after in zip(fresh, states, strict=True):
-            for row, state in zip(every[place], after.split(1), strict=True):
-                row[stop] = state
-        start = stop
-    return _decide(model, texts, drafts, every, depth)
+        for place, states in zip(fresh, found, strict=True):
+            every[place] = [states[stops.index(layer)] for layer in layers[place]]
+    return _decide(model, texts, drafts, every)
 
 
-def _decide(
-    model: Engine, texts: list[Text], drafts: list[Draft], every: list[list[Row]], depth: int
-) -> list[_Verified]:
-    """Final norm and LM head over the rows of all texts, then each text's own choices."""
-    hidden = torch.cat([row[depth] for rows in every for row in rows])
+def _decide(model: Engine, texts: list[Text], drafts: list[Draft], every: list[list[Tensor]]) -> list[_Verified]:
+    """Final norm and LM head over the rows of all texts, then each text's own choices.
+
+    Args:
+        every: for each text its states after its drafter's exit layers and after the last block.
+    """
+    hidden = torch.cat([states[-1] for states in every])
     reads_logits = any(text.chooser.reads_logits for text in texts)
     read = model.read_out if reads_logits else model.finish
     parts = [read(part) for part in hidden.split(max(LARGEST_WIDTH, model.blocks.rows_together))]
-    sizes = [len(rows) for rows in every]
-    states, said = (torch.cat(found).split(sizes) for found in zip(*parts, strict=True))
+    sizes = [states[-1].shape[0] for states in every]
+    normed, said = (torch.cat(found).split(sizes) for found in zip(*parts, strict=True))
     verified = []
-    for text, draft, rows, normed, own in zip(texts, drafts, every, states, said, strict=True):
+    for text, draft, states, own_normed, own in zip(texts, drafts, every, normed, said, strict=True):
         best = own.argmax(-1) if reads_logits and not text.chooser.reads_logits else own
-        deep = [torch.cat([row[layer] for row in rows]) for layer in text.drafter.exit_layers]
-        verified.append(_Verified(deep, normed, text.chooser.choose(best, draft.tokens)))
+        verified.append(_Verified(states[:-1], own_normed, text.chooser.choose(best, draft.tokens)))
     return verified

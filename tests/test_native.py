@@ -195,7 +195,7 @@ def test_texts_together_have_the_bits_of_each_alone(blocks, smollm2):
             alone.append(blocks.run(blocks.embed(text[start : start + width]), cache, start, 0, blocks.num_blocks))
         parts = [Part(cache, len(text) - 4, width) for text, cache, width in zip(texts, caches, (1, 4, 3), strict=True)]
         rows = torch.cat([text[len(text) - 4 :][:width] for text, width in zip(texts, (1, 4, 3), strict=True)])
-        together = blocks.run_together(blocks.embed(rows), parts, 0, blocks.num_blocks)
+        (together,) = blocks.run_together(blocks.embed(rows), parts, [blocks.num_blocks])
     assert torch.equal(together, torch.cat(alone))
 
 

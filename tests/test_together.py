@@ -97,9 +97,9 @@ def test_one_pass_holds_the_rows_of_all_texts(tiny_model, monkeypatch):
     seen = []
     original = model.blocks.run_together
 
-    def spy(hidden, parts, first, last):
+    def spy(hidden, parts, stops):
         seen.append((hidden.shape[0], [part.width for part in parts]))
-        return original(hidden, parts, first, last)
+        return original(hidden, parts, stops)
 
     monkeypatch.setattr(model.blocks, "run_together", spy)
     together(model, NoDrafter(), 8, choosers(0.0), (), 5)
@@ -118,7 +118,7 @@ def test_padding_rows_of_a_pass_are_nobodys(tiny_model):
     padding = 9 * rows[0][:1].expand(model.blocks.widths[-1] - 2 * width, -1)
     parts = [Part(cache, cache.length, width) for cache in caches]
     with torch.inference_mode():
-        joined = model.blocks.run_together(torch.cat((*rows, padding)), parts, 0, 6)
+        (joined,) = model.blocks.run_together(torch.cat((*rows, padding)), parts, [6])
         alone = [model.run(own, cache, cache.length, 0, 6) for own, cache in zip(rows, others, strict=True)]
     assert len(padding)
     assert torch.equal(joined, torch.cat(alone))
