@@ -34,8 +34,10 @@ def draw_bench(report: dict[str, Any], records: list[dict[str, Any]], path: Path
     high = [max(methods[name]["quartiles"][2], rate) - rate for name, rate in zip(names, rates, strict=True)]
     places = range(len(names) - 1, -1, -1)
     speed.barh(places, rates, xerr=[low, high], color=[colours[name] for name in names], capsize=2)
-    for place, name in zip(places, names, strict=True):
-        speed.text(0, place, f" {methods[name]['speedup_over_full']:.2f}x", va="center", color="white", weight="bold")
+    for place, name, rate in zip(places, names, rates, strict=True):
+        has_room = rate > 0.2 * max(rates)
+        label, colour = f" {methods[name]['speedup_over_full']:.2f}x", "white" if has_room else "black"
+        speed.text(0 if has_room else rate, place, label, va="center", color=colour, weight="bold")
     speed.set_yticks(places, names)
     speed.set_xlabel("tokens/s (bar: quartiles of repeats; label: over full)")
 
@@ -47,7 +49,8 @@ def draw_bench(report: dict[str, Any], records: list[dict[str, Any]], path: Path
     ratio.axhline(1, color="grey", linewidth=0.8)
     ratio.set_xticks([x + 0.4 - wide / 2 for x in range(len(categories))], list(categories), rotation=15)
     ratio.set_ylabel("speed-up over full")
-    ratio.legend(fontsize="small")
+    ratio.set_ylim(top=1.3 * ratio.get_ylim()[1])  # room for the legend
+    ratio.legend(fontsize="small", loc="upper center", ncols=4)
 
     for axes in spread:
         top = max(max(lengths) for lengths in drafting.values())
