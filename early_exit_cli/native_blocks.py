@@ -1,7 +1,7 @@
 """The block runner for CPUs with AVX512-BF16: a whole pass over NF4 weights in one call of compiled code.
 
-Eager PyTorch spends more on calling its kernels than these spend on a small pass. `native/pass.c` does the pass of blocks
-in one parallel region, and the LM head's argmax in another; here are the addresses it needs.
+Eager PyTorch spends more on calling its kernels than these spend on a small pass. `native/blocks.c` does the blocks in one
+parallel region, `native/lm_head.c` the argmax in another; here are the addresses they need (docs/decisions/0017).
 """
 
 from __future__ import annotations
