@@ -278,7 +278,7 @@ def test_compiled_lookahead_steps_say_what_pytorchs_say(blocks, smollm2):
             for ahead in range(1, 4):
                 (ours, sure), (theirs, as_sure) = native.choose(both[0]), plain.choose(both[1])
                 assert (both[0] - both[1]).float().norm() < 0.1 * both[1].float().norm()
-                assert sure == pytest.approx(as_sure, abs=0.4)
+                assert sure == pytest.approx(as_sure, abs=1.0)
                 assert native.logits[0, columns[theirs]] > native.logits.max() - 0.5  # both round their weights to int8
                 agreed, rolled = agreed + (ours == theirs), rolled + 1
                 both = [r.step(torch.tensor([theirs]), h, ahead) for r, h in zip((native, plain), both, strict=True)]

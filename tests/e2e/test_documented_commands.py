@@ -39,7 +39,9 @@ def terminal(tmp_path_factory, tiny_folder, linear_bundle):
     (folder / "Qwen").mkdir()
     (folder / "Qwen" / "Qwen2.5-0.5B-Instruct").symlink_to(tiny_folder("qwen2"))  # a local folder comes before the Hub
     rows = [{"prompt": f"What is {number} times {number + 1}?"} for number in range(60)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("prompts.jsonl", "wide.jsonl"):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "handbook.txt").write_text("To reset the device, hold the button for ten seconds.")
     dssd_folder(linear_bundle, folder / "DSSD_FOLDER")
     (folder / "eexit").mkdir()
     (folder / "eexit" / "gguf").symlink_to(user_cache_dir() / "gguf")  # converting the embedded model takes long
