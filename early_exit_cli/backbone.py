@@ -46,7 +46,8 @@ class Backbone:
     quantization: str
     revision: str | None = None
     compiled: Any = field(default=None, repr=False, compare=False)
-    """Kept for `native_blocks.compiled_blocks`."""
+    asked_for_compiled: bool = field(default=False, repr=False, compare=False)
+    """Both kept for `native_blocks.compiled_blocks`."""
 
     @property
     def config(self) -> Any:

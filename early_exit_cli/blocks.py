@@ -131,11 +131,13 @@ class Blocks(ABC):
         Block 0 takes what `embed` gives.
         """
 
-    def run_through(self, hidden: Tensor, cache: KVCache, position: int, stops: Sequence[int]) -> list[Tensor]:
-        """Blocks from the first on: the states of the rows at `position` after each of `stops` blocks, ascending."""
+    def run_through(
+        self, hidden: Tensor, cache: KVCache, position: int, stops: Sequence[int], first: int = 0
+    ) -> list[Tensor]:
+        """Blocks from `first` on: the states of the rows at `position` after each of `stops` blocks, ascending."""
         states = [hidden]
-        for first, last in itertools.pairwise([0, *stops]):
-            states.append(self.run(states[-1], cache, position, first, last))
+        for start, stop in itertools.pairwise([first, *stops]):
+            states.append(self.run(states[-1], cache, position, start, stop))
         return states[1:]
 
     def run_together(self, hidden: Tensor, parts: list[Part], stops: Sequence[int]) -> list[Tensor]:

@@ -101,20 +101,19 @@ class Engine:
         What padding rows leave in the KV cache lies behind the last row and is overwritten before any real row can
         see it.
         """
+        return self.run_through(hidden, cache, position, [last], first)[0]
+
+    def run_through(
+        self, hidden: Tensor, cache: KVCache, position: int, stops: Sequence[int], first: int = 0
+    ) -> list[Tensor]:
+        """States of [rows, hidden] at `position` after each of `stops` blocks, as `run` gives them."""
         rows, largest = hidden.shape[0], self.blocks.widths[-1]
         if largest < rows <= LARGEST_WIDTH:  # a device whose invariant widths end earlier takes several passes
             parts = ((hidden[:largest], position), (hidden[largest:], position + largest))
-            return torch.cat([self.run(part, cache, place, first, last) for part, place in parts])
-        return self.blocks.run(self._padded(hidden), cache, position, first, last)[:rows]
-
-    def run_through(self, hidden: Tensor, cache: KVCache, position: int, stops: Sequence[int]) -> list[Tensor]:
-        """States of [rows, hidden] at `position` after each of `stops` blocks, as `run` gives them."""
-        rows, largest = hidden.shape[0], self.blocks.widths[-1]
-        if largest < rows <= LARGEST_WIDTH:
-            parts = ((hidden[:largest], position), (hidden[largest:], position + largest))
-            found = (self.run_through(part, cache, place, stops) for part, place in parts)
+            found = (self.run_through(part, cache, place, stops, first) for part, place in parts)
             return [torch.cat(pair) for pair in zip(*found, strict=True)]
-        return [state[:rows] for state in self.blocks.run_through(self._padded(hidden), cache, position, stops)]
+        states = self.blocks.run_through(self._padded(hidden), cache, position, stops, first)
+        return [state[:rows] for state in states]
 
     def run_together(
         self, texts: list[Tensor], caches: list[KVCache], positions: list[int], stops: Sequence[int]

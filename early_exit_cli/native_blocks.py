@@ -42,8 +42,7 @@ class NativeBlocks(FusedBlocks):
             raise UnsupportedBackboneError(f"{backbone.name}: no compiled passes here: {reason}", hint="--runner auto")
         super().__init__(backbone)
         self.code = native_code()
-        self.kept: list[Any] = []
-        """What the addresses below point to."""
+        self.held = Held()
         self.model = self._model()
         self.head = self._head()
 
@@ -56,24 +55,15 @@ class NativeBlocks(FusedBlocks):
     def name(self) -> str:
         return f"{super().name} {code_key()[:8]}"
 
-    def _address(self, tensor: Tensor | None) -> int | None:
-        if tensor is None:
-            return None
-        tensor = tensor.contiguous()
-        self.kept.append(tensor)
-        return tensor.data_ptr()
-
     def _product(self, product: Any) -> Product:
-        addresses = (self._address(part) for part in (product.weight, product.scales, product.bias))
+        addresses = map(self.held.address, (product.weight, product.scales, product.bias))
         return Product(*addresses, product.in_features, product.out_features)
 
     def _model(self) -> Model:
         blocks = (Block * self.num_blocks)(
             *(
                 Block(
-                    self._address(layer.input_norm),
-                    self._address(layer.mlp_norm),
-                    self._address(layer.qk_norm),
+                    *map(self.held.address, (layer.input_norm, layer.mlp_norm, layer.qk_norm)),
                     *(self._product(product) for product in (layer.qkv, layer.output, layer.gate_up, layer.down)),
                     self.windows[index] or 0,
                 )
@@ -96,10 +86,8 @@ class NativeBlocks(FusedBlocks):
             tiles[part], scale[part], found = int8_tiles(rows)
             norm[part] = found.norm(dim=1)
             error[part] = (rows - found).norm(dim=1) + accumulation * rows.norm(dim=1)
-        addresses = (self._address(tensor) for tensor in (error, norm, weight, self.backbone.final_norm.weight))
-        return LMHead(
-            Int8(self._address(tiles), self._address(scale), hidden, vocab), *addresses, vocab, hidden, self.eps
-        )
+        addresses = map(self.held.address, (error, norm, weight, self.backbone.final_norm.weight))
+        return LMHead(self.held.int8(tiles, scale), *addresses, vocab, hidden, self.eps)
 
     def new_cache(self, limit: int) -> KVCache:
         return Blocks.new_cache(self, limit)
@@ -114,10 +102,12 @@ class NativeBlocks(FusedBlocks):
         return {kind: (cos.contiguous(), sin.contiguous()) for kind, (cos, sin) in tables.items()}
 
     def run(self, hidden: Tensor, cache: KVCache, position: int, first: int, last: int) -> Tensor:
-        return self._pass(hidden, [Part(cache, position, hidden.shape[0])], first, [last])[0]
+        return self.run_through(hidden, cache, position, [last], first)[0]
 
-    def run_through(self, hidden: Tensor, cache: KVCache, position: int, stops: Sequence[int]) -> list[Tensor]:
-        return self._pass(hidden, [Part(cache, position, hidden.shape[0])], 0, stops)
+    def run_through(
+        self, hidden: Tensor, cache: KVCache, position: int, stops: Sequence[int], first: int = 0
+    ) -> list[Tensor]:
+        return self._pass(hidden, [Part(cache, position, hidden.shape[0])], first, stops)
 
     def run_together(self, hidden: Tensor, parts: list[Part], stops: Sequence[int]) -> list[Tensor]:
         return self._pass(hidden, parts, 0, stops)
@@ -187,10 +177,29 @@ class NativeBlocks(FusedBlocks):
         return found
 
 
+class Held:
+    """Tensors that compiled code reads by address, kept alive."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+
+    def address(self, tensor: Tensor | None) -> int | None:
+        """Where its numbers lie, one after another."""
+        if tensor is None:
+            return None
+        self.tensors.append(tensor.detach().contiguous())
+        return self.tensors[-1].data_ptr()
+
+    def int8(self, tiles: Tensor, scale: Tensor) -> Int8:
+        """A product over what `int8_tiles` made."""
+        return Int8(self.address(tiles), self.address(scale), tiles.shape[1], tiles.shape[0])
+
+
 def compiled_blocks(backbone: Backbone) -> NativeBlocks | None:
     """The backbone's one compiled runner, made when first asked for; None where it cannot be had."""
-    if backbone.compiled is None and why_not_native(backbone) is None:
-        backbone.compiled = NativeBlocks(backbone)
+    if not backbone.asked_for_compiled:
+        backbone.asked_for_compiled = True
+        backbone.compiled = NativeBlocks(backbone) if why_not_native(backbone) is None else None
     return backbone.compiled
 
 

@@ -46,6 +46,7 @@ def find_compiler() -> str | None:
     return next(filter(None, map(shutil.which, names)), None)
 
 
+@functools.cache
 def code_key() -> str:
     """What the compiled code is made of and for: the sources, the flags, this machine."""
     sources = [path.read_text(encoding="utf-8") for path in sorted(FOLDER.glob("*.[ch]"))]

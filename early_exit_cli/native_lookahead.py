@@ -12,7 +12,7 @@ from torch import Tensor
 
 from early_exit_cli.lookahead import LookaheadHead
 from early_exit_cli.lookahead_runner import LookaheadRunner
-from early_exit_cli.native_blocks import VOCAB_TILE, int8_tiles
+from early_exit_cli.native_blocks import VOCAB_TILE, Held, int8_tiles
 from early_exit_cli.native_code import Int8, Lookahead, Memory, NoNativeCode, native_code
 from early_exit_cli.sampling import GREEDY, Chooser
 
@@ -22,7 +22,7 @@ class NativeLookahead(LookaheadRunner):
 
     def load_weights(self) -> None:
         head, block, attention = self.head, self.head.block, self.head.block.self_attn
-        self.kept: list[Tensor] = []
+        self.held = Held()
         weights = (
             [head.fc.weight],
             [attention.k_proj.weight, attention.v_proj.weight],
@@ -36,9 +36,9 @@ class NativeLookahead(LookaheadRunner):
         exits, hidden = len(head.fc_norm), head.fc.weight.shape[0]
         self.weights = Lookahead(
             *(self._int8(parts) for parts in weights),
-            self._address(torch.cat([cast(Tensor, norm.weight) for norm in head.fc_norm])),
-            *(self._address(norm.weight) for norm in norms),
-            self._address(head.embedding_weight),
+            self.held.address(torch.cat([cast(Tensor, norm.weight) for norm in head.fc_norm])),
+            *(self.held.address(norm.weight) for norm in norms),
+            self.held.address(head.embedding_weight),
             *(exits, hidden, self.inner, self.query_heads, self.kv_heads, self.head_dim),
             float(head.norm.eps or 0.0),
             self.head_dim**-0.5,
@@ -53,15 +53,9 @@ class NativeLookahead(LookaheadRunner):
         self.logits = torch.empty(1, self.weights.lm_head.outputs)
         self.token, self.entropy = ctypes.c_int64(), ctypes.c_float()
 
-    def _address(self, tensor: Tensor) -> int:
-        tensor = tensor.detach().contiguous()
-        self.kept.append(tensor)
-        return tensor.data_ptr()
-
     def _int8(self, parts: list[Tensor]) -> Int8:
-        weight = torch.cat(parts)
-        tiles, scale, _ = int8_tiles(weight.float())
-        return Int8(self._address(tiles), self._address(scale), weight.shape[1], weight.shape[0])
+        tiles, scale, _ = int8_tiles(torch.cat(parts).float())
+        return self.held.int8(tiles, scale)
 
     def another(self) -> LookaheadRunner:
         other = copy.copy(self)
