@@ -179,8 +179,12 @@ def _chosen(
     """The next token after each of the last block's states [rows, hidden]: the best one, or one sampled."""
     if temperature is None:
         return blocks.finish(states)[1]
-    logits = blocks.logits(blocks.final_norm(states)).float()
-    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+    return _sampled(blocks.logits(blocks.final_norm(states)), temperature, generator)
+
+
+def _sampled(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+    """A token for each row of logits [rows, vocab], from the whole distribution."""
+    return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)[:, 0]
 
 
 def answer_together(
@@ -212,7 +216,7 @@ def answer_together(
             if temperature is None:
                 chosen = logits.argmax(-1)
             else:
-                chosen = torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)[:, 0]
+                chosen = _sampled(logits, temperature, generator)
             for row, token in enumerate(chosen.tolist()):
                 if owners[row] >= 0:
                     answers[owners[row]].append(token)
