@@ -213,10 +213,7 @@ def answer_together(
             states = rows.run(ids[:, position : position + step], position)
         for position in range(longest, longest + max_new_tokens):
             logits = blocks.logits(blocks.final_norm(states))
-            if temperature is None:
-                chosen = logits.argmax(-1)
-            else:
-                chosen = _sampled(logits, temperature, generator)
+            chosen = logits.argmax(-1) if temperature is None else _sampled(logits, temperature, generator)
             for row, token in enumerate(chosen.tolist()):
                 if owners[row] >= 0:
                     answers[owners[row]].append(token)
