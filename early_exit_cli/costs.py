@@ -26,7 +26,7 @@ from early_exit_cli.drafters import AutoDrafter, Drafter, ExitDrafter
 from early_exit_cli.engine import Engine
 from early_exit_cli.errors import BundleError, ConfigError
 from early_exit_cli.formats import CostsForm, read_form
-from early_exit_cli.gating import entropy, level_key
+from early_exit_cli.gating import level_key
 from early_exit_cli.lookahead import LookaheadHead
 from early_exit_cli.lookahead_drafter import LookaheadDrafter
 from early_exit_cli.lookup import LookupDrafter
@@ -35,7 +35,7 @@ from early_exit_cli.policy import policy_of
 from early_exit_cli.runners import device_identity, measurement_path
 
 REPEATS = 7
-PROTOCOL = 3
+PROTOCOL = 4
 """Of the measurement: costs that were measured in another way are not taken."""
 CONTEXT, FAR_CONTEXT = 256, 1024
 SAMPLE_TEXT = "The history of the lighthouse is the history of trade by sea, and of those who waited for it. "
@@ -146,8 +146,8 @@ def measure_costs(model: Engine, widths: list[int]) -> Costs:
 
         head = 0.0
         if model.heads is not None:
-            heads, row = model.heads, model.blocks.embed(ids[:1])
-            head = fastest(lambda: float(entropy(heads.logits(0, row))), a_pass)
+            row = model.blocks.embed(ids[:1])
+            head = fastest(lambda: model.exit_reader.read(0, row), a_pass)
         reads = steps = 0.0
         if model.lookahead is not None:
             read, step = _lookahead_calls(model.lookahead, near.limit)

@@ -154,7 +154,7 @@ class Text:
         self.ended = False
         self.pending = prompt_ids[-1] if prompt_ids else 0
         with torch.inference_mode():
-            chooser.begin(model, prompt_ids)
+            chooser.begin(model.backbone.vocab_size, prompt_ids)
             drafter.begin(prompt_ids, chooser)
             see = drafter.see if drafter.exit_layers else None
             self.cache = model.start(prompt_ids, max_new_tokens, drafter.exit_layers, see)

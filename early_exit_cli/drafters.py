@@ -20,7 +20,7 @@ from torch import Tensor
 from early_exit_cli.blocks import LARGEST_WIDTH, KVCache
 from early_exit_cli.config import UncertaintyMetric
 from early_exit_cli.engine import Engine
-from early_exit_cli.gating import may_exit, uncertainty
+from early_exit_cli.gating import may_exit
 from early_exit_cli.heads import ExitHeads
 from early_exit_cli.sampling import GREEDY, Chooser
 
@@ -215,10 +215,9 @@ class ExitDrafter(Drafter):
         for head in active:
             exit_layer, threshold = heads.exit_layers[head], self.thresholds[head]
             catch_up(model, cache, draft.rows, exit_layer)
-            logits = heads.logits(head, draft.rows[-1][exit_layer])
-            found = float(uncertainty(logits, self.metric))
+            found = model.exit_reader.read(head, draft.rows[-1][exit_layer], self.metric)
             if may_exit(found, threshold):
-                token = self.chooser.draft(logits, heads.draft_vocab, draft.tokens, self.temperature)
+                token = model.exit_reader.token(self.chooser, draft.tokens, self.temperature)
                 return token, Exit(head, exit_layer, found, threshold)
         return None
 

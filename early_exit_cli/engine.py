@@ -31,6 +31,7 @@ from early_exit_cli.bundle import (
 from early_exit_cli.config import HUB_ID, SHIPPED_BUNDLE, BackboneConfig, BundleConfig, HubConfig, UncertaintyMetric
 from early_exit_cli.data import Batch
 from early_exit_cli.errors import BundleError, ConfigError, DataError, HubError, NumericsError, shown
+from early_exit_cli.exit_reader import ExitReader, exit_reader
 from early_exit_cli.formats import FORMAT_VERSION, CalibrationBeside, CalibrationForm, read_form
 from early_exit_cli.gating import Thresholds, level_key, uncertainty
 from early_exit_cli.heads import ExitHeads, load_heads
@@ -52,6 +53,11 @@ class Engine:
     thresholds: Thresholds | None = None
     lookahead: LookaheadHead | None = None
     record: dict[str, Any] = field(default_factory=dict)
+
+    @functools.cached_property
+    def exit_reader(self) -> ExitReader:
+        """Reads the exit heads while drafting."""
+        return exit_reader(require_heads(self))
 
     def start(
         self, prompt_ids: list[int], max_new_tokens: int, exit_layers: Sequence[int] = (), see: See | None = None

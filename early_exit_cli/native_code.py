@@ -164,6 +164,14 @@ class Lookahead(ctypes.Structure):
     )
 
 
+class ExitHead(ctypes.Structure):
+    _fields_ = (
+        *((name, Int8) for name in ("down", "up", "lm_head")),
+        *((name, ctypes.c_void_p) for name in ("norm", "final_norm")),
+        *((name, ctypes.c_float) for name in ("eps", "final_eps")),
+    )
+
+
 class Memory(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("keys", "values", "cos", "sin")),
@@ -184,6 +192,10 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         "eexit_lookahead": (
             *(ctypes.POINTER(Lookahead), address, address, address, count, count, ctypes.POINTER(Memory)),
             *(address, address, ctypes.POINTER(ctypes.c_int64), ctypes.POINTER(ctypes.c_float), ctypes.c_int),
+        ),
+        "eexit_read_head": (
+            *(ctypes.POINTER(ExitHead), address, address, ctypes.POINTER(ctypes.c_int64)),
+            *(ctypes.POINTER(ctypes.c_float), ctypes.POINTER(ctypes.c_float), ctypes.c_int),
         ),
         "eexit_choose": (head, address, address, address, count, ctypes.c_int),
     }

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from early_exit_cli.config import SamplingConfig
-from early_exit_cli.engine import Engine
 
 Processors = Callable[[Tensor, Tensor], Tensor]
 """(token ids so far [1, length], scores [1, vocab] float32) -> scores [1, vocab]: transformers' LogitsProcessor."""
@@ -37,8 +36,8 @@ class Chooser(ABC):
     reads_logits: ClassVar[bool] = True
     """Whether it needs the backbone's logits, or its best token alone, which is had faster."""
 
-    def begin(self, model: Engine, prompt_ids: list[int]) -> None:  # noqa: B027 (a greedy choice needs nothing else)
-        """A new text starts with these tokens."""
+    def begin(self, vocab_size: int, prompt_ids: list[int]) -> None:  # noqa: B027 (a greedy choice needs nothing else)
+        """A new text starts with these tokens; the backbone will give so many logits."""
 
     def commit(self, tokens: list[int]) -> None:  # noqa: B027
         """These tokens were appended to the text."""
@@ -102,8 +101,8 @@ class Sampler(Chooser):
     def another(self) -> Chooser:
         return Sampler(self.settings, self.processors)
 
-    def begin(self, model: Engine, prompt_ids: list[int]) -> None:
-        self.vocab_size = model.backbone.lm_head.weight.shape[0]
+    def begin(self, vocab_size: int, prompt_ids: list[int]) -> None:
+        self.vocab_size = vocab_size
         self.generator.manual_seed(self.settings.seed)
         self.text = list(prompt_ids)
         self.noise = []

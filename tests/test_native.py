@@ -13,19 +13,23 @@ from early_exit_cli import native_code as native_module
 from early_exit_cli.backbone import load_backbone
 from early_exit_cli.batched import answer_side_by_side
 from early_exit_cli.blocks import Part
-from early_exit_cli.config import SHIPPED_BUNDLE, BackboneConfig, BundleConfig
+from early_exit_cli.config import SHIPPED_BUNDLE, BackboneConfig, BundleConfig, SamplingConfig
 from early_exit_cli.data import Document, pack, stacked
 from early_exit_cli.decoding import generate
 from early_exit_cli.drafters import NoDrafter
 from early_exit_cli.engine import Engine, load_model
 from early_exit_cli.errors import UnsupportedBackboneError
+from early_exit_cli.exit_reader import ExitReader, NativeExitReader, exit_reader
 from early_exit_cli.fused_blocks import FusedBlocks
 from early_exit_cli.gating import entropy
+from early_exit_cli.heads import ExitHeads
 from early_exit_cli.lookahead_runner import LookaheadRunner
 from early_exit_cli.native_blocks import NativeBlocks, why_not_native
 from early_exit_cli.native_code import NoNativeCode, native_code
 from early_exit_cli.native_lookahead import NativeLookahead, lookahead_runner
+from early_exit_cli.readout import LogitMap
 from early_exit_cli.runners import make_blocks
+from early_exit_cli.sampling import Sampler
 
 SHAPES = ("llama", "llama3-rope", "mistral-window", "qwen2", "qwen2-window", "qwen3")
 
@@ -304,6 +308,55 @@ def test_what_the_compiled_lookahead_says_of_itself_is_so(smollm2):
         assert torch.equal(runner.step(torch.tensor([3]), hidden, 1), runner.step(torch.tensor([3]), hidden, 1))
         runner.reset()
         assert torch.equal(runner.read(torch.tensor([5, 6, 7, 8, 9]), states), hidden)
+
+
+def test_compiled_exit_heads_say_what_pytorchs_say(blocks, smollm2):
+    """Each shipped head over each place of a text: near logits, and choice, entropy and confidence of these."""
+    heads = load_model(BackboneConfig(), BundleConfig(bundle=SHIPPED_BUNDLE)).heads
+    native, plain = exit_reader(heads), ExitReader(heads)
+    assert type(native) is NativeExitReader
+    ids = real_ids(smollm2, 60)
+    with torch.inference_mode():
+        states = blocks.run_through(blocks.embed(ids), blocks.new_cache(96), 0, heads.exit_layers)
+        agreed = 0
+        for head, state in itertools.product(range(len(heads)), range(len(ids))):
+            row = states[head][state : state + 1]
+            entropies = native.read(head, row), plain.read(head, row)
+            assert entropies[0] == pytest.approx(float(entropy(native.logits)), abs=1e-3)
+            assert entropies[0] == pytest.approx(entropies[1], abs=0.3)
+            assert native.token() == int(heads.draft_vocab[native.logits.argmax()])
+            assert (native.logits - plain.logits).norm() < 0.05 * plain.logits.float().norm()
+            assert -native.read(head, row, "confidence") == pytest.approx(
+                float(native.logits.softmax(-1).max()), abs=1e-4
+            )
+            agreed += native.token() == plain.token()
+    assert agreed > 0.9 * len(heads) * len(ids)
+
+
+def test_a_sampled_draft_of_a_compiled_exit_head_is_made_from_its_logits(smollm2):
+    heads = load_model(BackboneConfig(), BundleConfig(bundle=SHIPPED_BUNDLE)).heads
+    reader = exit_reader(heads)
+    state = torch.randn(1, smollm2.hidden_size, dtype=torch.bfloat16)
+    drawn = set()
+    for seed in range(20):
+        sampler = Sampler(SamplingConfig(temperature=1.0, seed=seed))
+        sampler.begin(smollm2.vocab_size, [1])
+        with torch.inference_mode():
+            reader.read(0, state)
+            drawn.add(reader.token(sampler))
+            assert drawn & {sampler.draft(reader.logits, heads.draft_vocab, [])}
+    assert len(drawn) > 1
+
+
+@pytest.mark.parametrize("other", ["linear", "float32", "cap", "rank"])
+def test_exit_heads_of_other_forms_are_read_by_pytorch(smollm2, other):
+    kind, rank = ("linear" if other == "linear" else "adapter"), (20 if other == "rank" else 32)
+    heads = ExitHeads(smollm2, kind, [7], rank, torch.arange(64)).to(
+        torch.float32 if other == "float32" else torch.bfloat16
+    )
+    if other == "cap":
+        heads.lm_head.logit_map = LogitMap(cap=30.0)
+    assert type(exit_reader(heads)) is ExitReader
 
 
 def test_packed_text_has_the_states_of_each_document_alone(blocks, smollm2):

@@ -261,4 +261,60 @@ INLINE void int8_tile(const Int8 *p, int64_t tile, const int8_t *high, const int
     }
 }
 
+typedef struct {
+    int8_t *high, *low;
+    float *step;
+    int32_t *sum;
+} Halves;
+
+/* out [rows, p->out] = x [rows, p->in] times the weights, this thread's share of the outputs, added to `base` if there. */
+SHARED void int8_product(const Int8 *p, const bf16 *x, const bf16 *base, bf16 *out, int64_t rows, Halves *own) {
+    for (int64_t row = 0; row < rows; row++) own->step[row] = halve(x + row * p->in, own->high + row * p->in, own->low + row * p->in, p->in, own->sum + row);
+    int64_t from, to;
+    share(p->out / INT8_TILE, &from, &to);
+    for (int64_t t = from; t < to; t++)
+        for (int64_t row = 0; row < rows; row += ROWS) {
+            __m512 found[ROWS];
+            int count = least(ROWS, rows - row);
+            int8_tile(p, t, own->high + row * p->in, own->low + row * p->in, own->step + row, own->sum + row, count, found);
+            for (int r = 0; r < count; r++) {
+                int64_t place = (row + r) * p->out + t * INT8_TILE;
+                store16(out + place, base ? _mm512_add_ps(load16(base + place), found[r]) : found[r]);
+            }
+        }
+}
+
+/* This thread's share of the logits of one state. */
+SHARED void int8_logits(const Int8 *p, const bf16 *x, float *logits, Halves *own) {
+    own->step[0] = halve(x, own->high, own->low, p->in, own->sum);
+    int64_t from, to;
+    share(p->out / INT8_TILE, &from, &to);
+    for (int64_t t = from; t < to; t++) {
+        __m512 found[1];
+        int8_tile(p, t, own->high, own->low, own->step, own->sum, 1, found);
+        _mm512_storeu_ps(logits + t * INT8_TILE, found[0]);
+    }
+}
+
+/* Entropy (nats) of the softmax of `count` logits, the first of the best, and, where asked for, its probability. */
+SHARED void summary(const float *logits, int64_t count, int64_t *choice, float *entropy, float *confidence) {
+    __m512 most = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps(), weighted = _mm512_setzero_ps();
+    for (int64_t i = 0; i < count; i += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(logits + i));
+    float peak = _mm512_reduce_max_ps(most);
+    *choice = 0;
+    for (int64_t i = count - 16; i >= 0; i -= 16) {
+        unsigned equal = _mm512_cmp_ps_mask(_mm512_loadu_ps(logits + i), _mm512_set1_ps(peak), _CMP_EQ_OQ);
+        if (equal) *choice = i + __builtin_ctz(equal);
+    }
+    for (int64_t i = 0; i < count; i += 16) {
+        __m512 below = _mm512_sub_ps(_mm512_loadu_ps(logits + i), _mm512_set1_ps(peak));
+        __m512 e = exponential(below);
+        total = _mm512_add_ps(total, e);
+        weighted = _mm512_fmadd_ps(e, below, weighted);
+    }
+    float sum = _mm512_reduce_add_ps(total); /* H = ln sum - (sum e x) / sum */
+    if (confidence) *confidence = 1 / sum;
+    *entropy = logf(sum) - _mm512_reduce_add_ps(weighted) / sum;
+}
+
 SHARED void *scratch_of(size_t bytes) { return aligned_alloc(64, (bytes + 63) & ~(size_t)63); }

@@ -19,49 +19,6 @@ typedef struct {
     int64_t capacity;
 } Memory;
 
-typedef struct {
-    int8_t *high, *low;
-    float *step;
-    int32_t *sum;
-} Halves;
-
-/* out [rows, p->out] = x [rows, p->in] times the weights, this thread's share of the outputs, added to `base` if there. */
-static void int8_product(const Int8 *p, const bf16 *x, const bf16 *base, bf16 *out, int64_t rows, Halves *own) {
-    for (int64_t row = 0; row < rows; row++) own->step[row] = halve(x + row * p->in, own->high + row * p->in, own->low + row * p->in, p->in, own->sum + row);
-    int64_t from, to;
-    share(p->out / INT8_TILE, &from, &to);
-    for (int64_t t = from; t < to; t++)
-        for (int64_t row = 0; row < rows; row += ROWS) {
-            __m512 found[ROWS];
-            int count = least(ROWS, rows - row);
-            int8_tile(p, t, own->high + row * p->in, own->low + row * p->in, own->step + row, own->sum + row, count, found);
-            for (int r = 0; r < count; r++) {
-                int64_t place = (row + r) * p->out + t * INT8_TILE;
-                store16(out + place, base ? _mm512_add_ps(load16(base + place), found[r]) : found[r]);
-            }
-        }
-}
-
-/* Entropy (nats) of the softmax of `count` logits, and the first of the best. */
-static void summary(const float *logits, int64_t count, int64_t *choice, float *entropy) {
-    __m512 most = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps(), weighted = _mm512_setzero_ps();
-    for (int64_t i = 0; i < count; i += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(logits + i));
-    float peak = _mm512_reduce_max_ps(most);
-    *choice = 0;
-    for (int64_t i = count - 16; i >= 0; i -= 16) {
-        unsigned equal = _mm512_cmp_ps_mask(_mm512_loadu_ps(logits + i), _mm512_set1_ps(peak), _CMP_EQ_OQ);
-        if (equal) *choice = i + __builtin_ctz(equal);
-    }
-    for (int64_t i = 0; i < count; i += 16) {
-        __m512 below = _mm512_sub_ps(_mm512_loadu_ps(logits + i), _mm512_set1_ps(peak));
-        __m512 e = exponential(below);
-        total = _mm512_add_ps(total, e);
-        weighted = _mm512_fmadd_ps(e, below, weighted);
-    }
-    float sum = _mm512_reduce_add_ps(total); /* H = ln sum - (sum e x) / sum */
-    *entropy = logf(sum) - _mm512_reduce_add_ps(weighted) / sum;
-}
-
 /* Positions `position` .. + rows - 1, each with the token that follows it -> the state behind the last, [hidden], its logits
  * [draft vocab], the best of these and their entropy in nats.
  *
@@ -96,7 +53,7 @@ int eexit_lookahead(const Lookahead *h, const bf16 *const *states, const bf16 *o
                     rms_norm(states[i] + row * hidden, h->fuse_norms + i * hidden, joined + row * wide + i * hidden, hidden, h->eps);
                 memcpy(joined + row * wide + h->exits * hidden, states[h->exits] + row * hidden, hidden * sizeof(bf16));
             }
-        meet(&meeting);
+            meet(&meeting);
             int8_product(&h->fuse, joined, NULL, fused, rows, &mine);
         } else if (thread == 0)
             memcpy(fused, own, hidden * sizeof(bf16));
@@ -139,15 +96,9 @@ int eexit_lookahead(const Lookahead *h, const bf16 *const *states, const bf16 *o
         meet(&meeting);
         rms_norm(last, h->norm, own_norm, hidden, h->eps);
         if (thread == 0) memcpy(state, own_norm, hidden * sizeof(bf16));
-        mine.step[0] = halve(own_norm, mine.high, mine.low, hidden, mine.sum);
-        share(h->lm_head.out / INT8_TILE, &from, &to);
-        for (int64_t t = from; t < to; t++) {
-            __m512 found[1];
-            int8_tile(&h->lm_head, t, mine.high, mine.low, mine.step, mine.sum, 1, found);
-            _mm512_storeu_ps(logits + t * INT8_TILE, found[0]);
-        }
+        int8_logits(&h->lm_head, own_norm, logits, &mine);
     }
-    if (!failed) summary(logits, h->lm_head.out, choice, entropy);
+    if (!failed) summary(logits, h->lm_head.out, choice, entropy, NULL);
     free(joined), free(fused), free(inputs), free(normed), free(kv), free(query), free(attended), free(gated);
     free(scores), free(halves), free(steps), free(sums_of);
     return failed;
