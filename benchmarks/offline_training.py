@@ -22,7 +22,8 @@ from early_exit_cli.cache import Cache
 from early_exit_cli.cached_states import CachedStates
 from early_exit_cli.config import BackboneConfig, HeadsConfig, TrainingConfig
 from early_exit_cli.data import load_documents
-from early_exit_cli.distillation import distillation_losses, teach
+from early_exit_cli.distillation import distillation_loss, teach
+from early_exit_cli.pupils import Pupil
 from early_exit_cli.states import BackboneStates
 from early_exit_cli.training import Lessons, Trainer
 
@@ -50,7 +51,7 @@ def rate(run: Trainer, steps: int) -> float:
     return (run.tokens_seen - seen) / (time.perf_counter() - started)
 
 
-def where_time_goes(source: CachedStates, heads) -> dict[str, float]:
+def where_time_goes(source: CachedStates, pupil: Pupil) -> dict[str, float]:
     """Milliseconds of the parts of one step."""
     times: dict[str, list[float]] = {"read": [], "teach": [], "heads": [], "loss": [], "backward": []}
     for number in range(5):
@@ -58,12 +59,12 @@ def where_time_goes(source: CachedStates, heads) -> dict[str, float]:
         states = source.batch(number, 0, 1)
         marks.append(time.perf_counter())
         with torch.no_grad():
-            teacher = teach(source.readout, states, heads.draft_vocab)
+            teacher = teach(source.readout, states, pupil.draft_vocab)
         marks.append(time.perf_counter())
         with torch.autocast("cpu", torch.bfloat16):
-            logits = heads(states.exits)
+            said = pupil.predict(pupil.module, states)
         marks.append(time.perf_counter())
-        loss = torch.stack(distillation_losses(logits, teacher)).sum()
+        loss = sum(distillation_loss(each.logits, teacher.at(each.positions)) for each in said)
         marks.append(time.perf_counter())
         loss.backward()
         marks.append(time.perf_counter())
@@ -114,4 +115,4 @@ with tempfile.TemporaryDirectory() as scratch:
     print({name: round(value) for name, value in medians.items()}, "tokens/s")
     print(f"cached over online {medians['cached'] / medians['online']:.2f}x")
     print(f"memory over cached {medians['memory'] / medians['cached']:.2f}x")
-    print("ms of a step:", where_time_goes(cached, runs["cached"].heads))
+    print("ms of a step:", where_time_goes(cached, runs["cached"].pupil))
