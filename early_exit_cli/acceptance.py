@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from early_exit_cli.engine import Readings
+from early_exit_cli.readings import Readings
 from early_exit_cli.thresholds import exits_in_order
 
 REASONS = {

@@ -18,8 +18,9 @@ from torch import Tensor
 from early_exit_cli.artifacts import read_json, write_json
 from early_exit_cli.config import CalibrationConfig, ThresholdRule, UncertaintyMetric
 from early_exit_cli.data import Batch
-from early_exit_cli.engine import CONFIG_FILE, Engine, calibration_record_path, read_batches
+from early_exit_cli.engine import CONFIG_FILE, Engine, calibration_record_path
 from early_exit_cli.gating import level_key
+from early_exit_cli.readings import read_batches
 from early_exit_cli.reliability import independent_tokens, lower_bound, tokens_missing
 from early_exit_cli.thresholds import (
     Fitted,

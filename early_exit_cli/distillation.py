@@ -13,7 +13,6 @@ from early_exit_cli.engine import require_finite
 from early_exit_cli.readout import Readout, logits_of
 from early_exit_cli.states import States, log_normalizer
 
-
 ROWS_AT_ONCE = 128
 """Positions of a loss that a CPU works on together: a few megabytes, which stay in its caches."""
 

@@ -14,7 +14,8 @@ from early_exit_cli.acceptance import Acceptance, explain_acceptance
 from early_exit_cli.data import Batch
 from early_exit_cli.decoding import Generation, accepted_length, default_width, generate
 from early_exit_cli.drafters import Drafter, NoDrafter
-from early_exit_cli.engine import Engine, Readings, read_batches, require_heads
+from early_exit_cli.engine import Engine, require_heads
+from early_exit_cli.readings import Readings, read_batches
 from early_exit_cli.sampling import GREEDY, Chooser
 
 

@@ -50,6 +50,8 @@ from early_exit_cli.readout import logits_of
 from early_exit_cli.states import count_tokens, log_normalizer, run_states
 
 ROWS_PER_PASS = 4
+NORMALIZED_AT_ONCE = 128
+"""Positions whose logits stand in memory together: on a CPU these stay in its caches."""
 CHECKED_POSITIONS = 256
 
 
@@ -333,7 +335,8 @@ def _write_shard(
                     f"of the {plan['split']} text",
                     hint="check the model file and the text",
                 )
-        normalizers.append(log_normalizer(logits_of(backbone, states.final)).cpu())
+        at_once = states.final.split(NORMALIZED_AT_ONCE)
+        normalizers += [log_normalizer(logits_of(backbone, some)).cpu() for some in at_once]
         parts.append([state.cpu() for state in (*states.exits, states.final)])
     tensors = {**_text(part), "normalizer": torch.cat(normalizers)}
     agreed = checked = 0

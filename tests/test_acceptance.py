@@ -7,8 +7,8 @@ from early_exit_cli.acceptance import explain_acceptance
 from early_exit_cli.data import Document, pack
 from early_exit_cli.decoding import generate
 from early_exit_cli.drafters import ExitDrafter, NoDrafter
-from early_exit_cli.engine import Readings, join_readings, read_batch
 from early_exit_cli.evaluation import agreement_by
+from early_exit_cli.readings import Readings, join_readings, read_batch
 
 SURE, UNSURE = 0.1, 0.9
 

@@ -16,8 +16,9 @@ from early_exit_cli.costs import exit_drafter
 from early_exit_cli.data import Document, pack
 from early_exit_cli.decoding import generate
 from early_exit_cli.drafters import NoDrafter
-from early_exit_cli.engine import join_readings, read_batch, read_thresholds
+from early_exit_cli.engine import read_thresholds
 from early_exit_cli.errors import BundleError
+from early_exit_cli.readings import join_readings, read_batch
 from early_exit_cli.reliability import lower_bound
 from early_exit_cli.thresholds import Sample
 
