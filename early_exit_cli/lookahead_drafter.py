@@ -93,6 +93,7 @@ class LookaheadDrafter(Drafter):
         self.guess: tuple[int, float] | None = None
         """A first token that was not worth drafting, and its chance: the text will tell whether it was right."""
         self.promises: dict[tuple[int, int, int], float] = {}
+        self.passes: dict[tuple[int, int], float] = {}
 
     def begin(self, prompt_ids: list[int], chooser: Chooser = GREEDY) -> None:
         self.chooser = chooser
@@ -126,7 +127,7 @@ class LookaheadDrafter(Drafter):
 
     def propose(self, model: Engine, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]) -> Draft:
         self.guess = None
-        if self.expected_rate(limit) * share_of_pass(self.pass_cost, 1, self.company) <= NEED:
+        if self.expected_rate(limit) * self._pass(1) <= NEED:
             self.hits, self.expected = self.hits * FORGETTING, self.expected * FORGETTING
             return Draft()
         device = model.backbone.device
@@ -184,14 +185,21 @@ class LookaheadDrafter(Drafter):
             chances: of the tokens drafted already; later ones count with their position's mean.
             made: draft steps that are spent already.
         """
-        plain = share_of_pass(self.pass_cost, 1, self.company)
-        best, need = _Stop(0, 1.0, plain + self._draft_cost(made)), NEED
+        best = _Stop(0, 1.0, self._pass(1) + self._draft_cost(made))
+        to_beat = NEED * best.rate
         expected = survives = 1.0
         for count in range(1, limit + 1):
             survives *= chances[count - 1] if count <= len(chances) else self._chance(count - 1)
             expected += survives
-            verifying = share_of_pass(self.pass_cost, count + 1, self.company)
-            stop = _Stop(count, expected, verifying + self._draft_cost(max(made, count)))
-            if stop.rate > need * best.rate:
-                best, need = stop, 1.0
+            milliseconds = self._pass(count + 1) + self._draft_cost(max(made, count))
+            if expected > to_beat * milliseconds:
+                best = _Stop(count, expected, milliseconds)
+                to_beat = best.rate
         return best
+
+    def _pass(self, rows: int) -> float:
+        """This text's part of a pass in which it has so many rows, in milliseconds."""
+        key = (rows, self.company)
+        if key not in self.passes:
+            self.passes[key] = share_of_pass(self.pass_cost, rows, self.company)
+        return self.passes[key]
