@@ -4,7 +4,7 @@
 
 Each bundle is one point of the curves: the `last/` folders that a training run leaves at its evaluations, copied aside. The
 text is the held-out `eval` part of the data set, split as training with the same settings splits it. Agreement is counted on
-answer positions, one draft position after the other; the table has the first, the picture the first and the mean of all.
+answer positions; the lines have every draft position, table and picture the first.
 """
 
 from __future__ import annotations
@@ -62,6 +62,9 @@ def main() -> None:
     parser.add_argument("--holdout", type=float, default=0.06)
     parser.add_argument("--sampled-share", type=float, default=0.15)
     parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument(
+        "--seen", type=int, nargs="+", help="tokens seen by each, where its record does not say all of them"
+    )
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
     settings = {
@@ -86,9 +89,9 @@ def main() -> None:
             ]
             choices[source] = [F.linear(text.final, backbone.lm_head_weight).argmax(-1) for text in states[source]]
         curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
-        for folder, record in zip(options.bundles, records, strict=True):
+        tokens = options.seen or [record["lookahead"]["training"]["tokens_seen"] for record in records]
+        for folder, seen in zip(options.bundles, tokens, strict=True):
             head = load_lookahead(folder / LOOKAHEAD_FILE, backbone, layers)
-            seen = record["lookahead"]["training"]["tokens_seen"]
             found = {source: agreement(head, states[source], choices[source]) for source in states}
             found["all"] = tuple(
                 [sum(column) for column in zip(*(f[part] for f in found.values()), strict=True)] for part in (0, 1)
