@@ -16,7 +16,7 @@ from early_exit_cli.config import UncertaintyMetric
 from early_exit_cli.gating import uncertainty
 from early_exit_cli.heads import AdapterHead, ExitHeads
 from early_exit_cli.native_blocks import VOCAB_TILE, Held, int8_tiles
-from early_exit_cli.native_code import ExitHead, NoNativeCode, native_code
+from early_exit_cli.native_code import ExitHead, has_native_code, native_code
 from early_exit_cli.readout import LogitMap
 from early_exit_cli.sampling import GREEDY, Chooser
 
@@ -87,8 +87,4 @@ def _fits(heads: ExitHeads) -> bool:
         return False
     if any(size % VOCAB_TILE for size in (*weight.shape, heads.rank)):
         return False
-    try:
-        native_code()
-    except NoNativeCode:
-        return False
-    return True
+    return has_native_code()

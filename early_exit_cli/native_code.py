@@ -76,6 +76,15 @@ def native_code() -> ctypes.CDLL:
         raise NoNativeCode(f"{path} cannot be loaded ({error})") from error
 
 
+def has_native_code() -> bool:
+    """Whether the compiled library can be had here."""
+    try:
+        native_code()
+    except NoNativeCode:
+        return False
+    return True
+
+
 def _compile(compiler: str, path: Path) -> None:
     def compile_to(target: Path) -> None:
         sources = [str(path) for path in sorted(FOLDER.glob("*.c"))]

@@ -13,7 +13,7 @@ from torch import Tensor
 from early_exit_cli.lookahead import LookaheadHead
 from early_exit_cli.lookahead_runner import LookaheadRunner
 from early_exit_cli.native_blocks import VOCAB_TILE, Held, int8_tiles
-from early_exit_cli.native_code import Int8, Lookahead, Memory, NoNativeCode, native_code
+from early_exit_cli.native_code import Int8, Lookahead, Memory, has_native_code, native_code
 from early_exit_cli.sampling import GREEDY, Chooser
 
 
@@ -111,8 +111,4 @@ def _fits(head: LookaheadHead) -> bool:
     sizes = (weight.shape[0], mlp.down_proj.in_features, head.lm_head_weight.shape[0])
     if attention.head_dim % 64 or any(size % VOCAB_TILE for size in sizes) or mlp.activation_name != "silu":
         return False
-    try:
-        native_code()
-    except NoNativeCode:
-        return False
-    return True
+    return has_native_code()
