@@ -140,6 +140,11 @@ class Blocks(ABC):
             states.append(self.run(states[-1], cache, position, start, stop))
         return states[1:]
 
+    def run_tokens(self, tokens: list[int], cache: KVCache, position: int, stops: Sequence[int]) -> list[Tensor]:
+        """All blocks over embedded tokens, as `run_through`."""
+        ids = torch.tensor(tokens).to(self.backbone.device, non_blocking=True)
+        return self.run_through(self.embed(ids), cache, position, stops)
+
     def run_together(self, hidden: Tensor, parts: list[Part], stops: Sequence[int]) -> list[Tensor]:
         """`run_through` for the rows of several texts, one after another; rows behind the last part are padding."""
         pieces = hidden[: sum(part.width for part in parts)].split([part.width for part in parts])

@@ -174,7 +174,7 @@ def _lookahead_calls(head: LookaheadHead, length: int) -> tuple[Callable[[], Any
     """Reading two verified positions after `length` others, and a step of its own; each with its choice."""
     runner = lookahead_runner(head)
     weight = head.fc.weight
-    tokens = torch.zeros(length, dtype=torch.int64, device=weight.device)
+    tokens = [0] * length
     states = [weight.new_zeros(length, weight.shape[0]) for _ in range(len(head.exit_layers) + 1)]
     hidden = runner.read(tokens, states)
 
@@ -182,7 +182,7 @@ def _lookahead_calls(head: LookaheadHead, length: int) -> tuple[Callable[[], Any
         runner.length = length
         runner.choose(runner.read(tokens[:2], [state[:2] for state in states]))
 
-    return read, lambda: runner.choose(runner.step(tokens[:1], hidden, 1))
+    return read, lambda: runner.choose(runner.step(0, hidden, 1))
 
 
 def expected_rate(

@@ -213,8 +213,7 @@ def verify(
             readings = read_every_head(model, cache, rows, len(rows), exit_layers)
         *deep, hidden = states_after(model, cache, rows, [*exit_layers, depth])
     else:
-        hidden = model.embed([text.pending, *draft.tokens])
-        *deep, hidden = model.run_through(hidden, cache, cache.length, [*exit_layers, depth])
+        *deep, hidden = model.run_tokens([text.pending, *draft.tokens], cache, cache.length, [*exit_layers, depth])
     states, said = model.read_out(hidden) if text.chooser.reads_logits else model.finish(hidden)
     return deep, states, text.chooser.choose(said, draft.tokens), readings
 
@@ -294,6 +293,7 @@ class TextStream:
 
     def __init__(self, model: Engine) -> None:
         self.tokenizer = model.backbone.tokenizer
+        self.known = len(self.tokenizer)
         self.stream = DecodeStream(skip_special_tokens=True)
         self.ids: list[int] = []
         self.text = ""
@@ -303,7 +303,7 @@ class TextStream:
         pieces = []
         for token in tokens:
             self.ids.append(token)
-            if token < len(self.tokenizer):  # padded vocabularies hold rows without a token
+            if token < self.known:  # padded vocabularies hold rows without a token
                 pieces.append(self.stream.step(self.tokenizer.backend_tokenizer, token) or "")
         piece = "".join(pieces)
         self.text += piece

@@ -77,7 +77,7 @@ class Engine:
         cache = self.blocks.new_cache(len(prompt_ids) + max_new_tokens + LARGEST_WIDTH)
         for position in range(0, len(prompt_ids) - 1, PREFILL_WIDTH):
             tokens = prompt_ids[position : min(position + PREFILL_WIDTH, len(prompt_ids) - 1)]
-            *deep, final = self.run_through(self.embed(tokens), cache, position, [*exit_layers, self.blocks.num_blocks])
+            *deep, final = self.run_tokens(tokens, cache, position, [*exit_layers, self.blocks.num_blocks])
             if see:
                 following = prompt_ids[position + 1 : position + 1 + len(tokens)]
                 see(following, [*deep, self.blocks.final_norm(final)])
@@ -118,6 +118,15 @@ class Engine:
             return [torch.cat(pair) for pair in zip(*found, strict=True)]
         states = self.blocks.run_through(self._padded(hidden), cache, position, stops, first)
         return [state[:rows] for state in states]
+
+    def run_tokens(self, tokens: list[int], cache: KVCache, position: int, stops: Sequence[int]) -> list[Tensor]:
+        """States of embedded tokens at `position` after each of `stops` blocks, [rows, hidden] each, as `run` gives them."""
+        rows, largest = len(tokens), self.blocks.widths[-1]
+        if largest < rows <= LARGEST_WIDTH:
+            return self.run_through(self.embed(tokens), cache, position, stops)
+        width = self.blocks.pass_width(rows) if rows <= LARGEST_WIDTH else rows
+        states = self.blocks.run_tokens(tokens + tokens[-1:] * (width - rows), cache, position, stops)
+        return states if width == rows else [state[:rows] for state in states]
 
     def run_together(
         self, texts: list[Tensor], caches: list[KVCache], positions: list[int], stops: Sequence[int]
@@ -161,7 +170,7 @@ class Engine:
             return torch.cat((head, tail)), torch.cat((first, others))
         normed, choices = self.blocks.finish(self._padded(hidden))
         choices = choices[:rows].cpu()  # the one time that a pass waits for the device
-        if int(choices.min()) < 0:
+        if min(choices.tolist()) < 0:
             raise _not_finite()
         return normed[:rows], choices
 

@@ -130,12 +130,7 @@ class LookaheadDrafter(Drafter):
         if self.expected_rate(limit) * self._pass(1) <= NEED:
             self.hits, self.expected = self.hits * FORGETTING, self.expected * FORGETTING
             return Draft()
-        device = model.backbone.device
-        hidden = self.runner.read(
-            torch.tensor([token for tokens, _ in self.waiting for token in tokens], device=device),
-            [torch.cat(parts) for parts in zip(*(states for _, states in self.waiting), strict=True)],
-        )
-        self.waiting = []
+        hidden = self._read()
         tokens: list[int] = []
         reasons: list[Step] = []
         while True:
@@ -148,7 +143,16 @@ class LookaheadDrafter(Drafter):
                 if best == 0:
                     self.guess = (tokens[0], reasons[0].chance)
                 return Draft(tokens=tokens[:best], reasons=list(reasons[:best]))
-            hidden = self.runner.step(torch.tensor([token], device=device), hidden, len(tokens))
+            hidden = self.runner.step(token, hidden, len(tokens))
+
+    def _read(self) -> Tensor:
+        """Take in all that was verified since the last time."""
+        (tokens, states), *more = self.waiting
+        if more:
+            tokens = [token for part, _ in self.waiting for token in part]
+            states = [torch.cat(parts) for parts in zip(*(found for _, found in self.waiting), strict=True)]
+        self.waiting = []
+        return self.runner.read(tokens, states)
 
     def observe(self, draft: Draft, tokens: list[int], accepted: int) -> None:
         for reason in draft.reasons[: accepted + 1]:

@@ -90,27 +90,28 @@ class LookaheadRunner:
         sin = torch.cat((-sin[:, :half], sin[:, half:]), -1)  # carries the sign of the turned half
         self.cos, self.sin = cos.to(weight.dtype)[:, None], sin.to(weight.dtype)[:, None]  # [capacity, 1, head_dim]
 
-    def read(self, tokens: Tensor, states: list[Tensor]) -> Tensor:
+    def read(self, tokens: list[int], states: list[Tensor]) -> Tensor:
         """Take in verified positions -> the state [1, hidden] that says the token after the last of `tokens`.
 
         Args:
-            tokens: [rows] int64, the token that follows each position.
+            tokens: the one that follows each position.
             states: after the exit layers and the final normed one, [rows, hidden] each.
         """
         hidden = self._block(tokens, self.fc(self.head.normed(states)), self.length)
-        self.length += tokens.numel()
+        self.length += len(tokens)
         return hidden[-1:]
 
-    def step(self, token: Tensor, hidden: Tensor, ahead: int) -> Tensor:
-        """Roll forward from its own state: [1] int64, [1, hidden], the steps before this one + 1 -> [1, hidden]."""
-        return self._block(token, hidden, self.length + ahead - 1)
+    def step(self, token: int, hidden: Tensor, ahead: int) -> Tensor:
+        """Roll forward from its own state: a token, [1, hidden], the steps before this one + 1 -> [1, hidden]."""
+        return self._block([token], hidden, self.length + ahead - 1)
 
-    def _block(self, tokens: Tensor, hidden: Tensor, position: int) -> Tensor:
-        head, block, rows = self.head, self.head.block, tokens.numel()
+    def _block(self, tokens: list[int], hidden: Tensor, position: int) -> Tensor:
+        head, block, rows = self.head, self.head.block, len(tokens)
+        ids = torch.tensor(tokens, device=hidden.device)
         end = position + rows
         self.reserve(end)
         joined = torch.cat(
-            (block.input_layernorm(F.embedding(tokens, head.embedding_weight)), block.hidden_norm(hidden)), -1
+            (block.input_layernorm(F.embedding(ids, head.embedding_weight)), block.hidden_norm(hidden)), -1
         )
         heads = self.query_heads + self.kv_heads
         qkv = self.qkv(joined).view(rows, heads + self.kv_heads, self.head_dim)
@@ -123,7 +124,7 @@ class LookaheadRunner:
         query = qk[:, : self.query_heads].reshape(rows, self.kv_heads, group, self.head_dim).transpose(0, 1)
         mask = None
         if rows > 1:
-            seen = torch.arange(end, device=tokens.device) <= torch.arange(position, end, device=tokens.device)[:, None]
+            seen = torch.arange(end, device=hidden.device) <= torch.arange(position, end, device=hidden.device)[:, None]
             mask = seen.repeat_interleave(group, 0)
         attended = F.scaled_dot_product_attention(
             query.reshape(1, self.kv_heads, rows * group, self.head_dim),

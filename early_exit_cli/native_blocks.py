@@ -45,6 +45,7 @@ class NativeBlocks(FusedBlocks):
         self.held = Held()
         self.model = self._model()
         self.head = self._head()
+        self.embedded = self.backbone.embedding.num_embeddings
 
     @property
     def rows_together(self) -> int:
@@ -71,7 +72,7 @@ class NativeBlocks(FusedBlocks):
             )
         )
         sizes = (self.backbone.hidden_size, self.layers[0].inner, self.query_heads, self.kv_heads, self.head_dim)
-        return Model(blocks, *sizes, self.eps, self.scale)
+        return Model(blocks, self.held.address(self.backbone.embedding_weight), *sizes, self.eps, self.scale)
 
     def _head(self) -> LMHead:
         """The LM head with its int8 form, as `lm_head.ExactArgmax` has it, but for the states, which are integers too."""
@@ -88,6 +89,9 @@ class NativeBlocks(FusedBlocks):
             error[part] = (rows - found).norm(dim=1) + accumulation * rows.norm(dim=1)
         addresses = map(self.held.address, (error, norm, weight, self.backbone.final_norm.weight))
         return LMHead(self.held.int8(tiles, scale), *addresses, vocab, hidden, self.eps)
+
+    def pass_width(self, rows: int) -> int:
+        return rows if rows in self.widths else super().pass_width(rows)
 
     def new_cache(self, limit: int) -> KVCache:
         return Blocks.new_cache(self, limit)
@@ -107,25 +111,41 @@ class NativeBlocks(FusedBlocks):
     def run_through(
         self, hidden: Tensor, cache: KVCache, position: int, stops: Sequence[int], first: int = 0
     ) -> list[Tensor]:
-        return self._pass(hidden, [Part(cache, position, hidden.shape[0])], first, stops)
+        states = torch.empty(len(stops), *hidden.shape, dtype=torch.bfloat16)
+        states[-1] = hidden
+        return self._pass(states, None, [Part(cache, position, hidden.shape[0])], first, stops)
+
+    def run_tokens(self, tokens: list[int], cache: KVCache, position: int, stops: Sequence[int]) -> list[Tensor]:
+        if min(tokens) < 0 or max(tokens) >= self.embedded:
+            raise IndexError(f"tokens {min(tokens)} to {max(tokens)}, of which {self.embedded} are embedded")
+        states = torch.empty(len(stops), len(tokens), self.model.hidden, dtype=torch.bfloat16)
+        ids = (ctypes.c_int64 * len(tokens))(*tokens)
+        return self._pass(states, ids, [Part(cache, position, len(tokens))], 0, stops)
 
     def run_together(self, hidden: Tensor, parts: list[Part], stops: Sequence[int]) -> list[Tensor]:
-        return self._pass(hidden, parts, 0, stops)
+        states = torch.empty(len(stops), *hidden.shape, dtype=torch.bfloat16)
+        states[-1] = hidden
+        return self._pass(states, None, parts, 0, stops)
 
-    def _pass(self, hidden: Tensor, parts: list[Part], first: int, stops: Sequence[int]) -> list[Tensor]:
-        """Blocks from `first` on over the rows of the texts: their states after each of `stops` blocks."""
-        hidden = hidden.clone(memory_format=torch.contiguous_format)
-        native = (NativePart * len(parts))(*map(_native_part, parts))
-        *kept_at, last = stops
-        kept = [torch.empty_like(hidden) for _ in kept_at]
+    def _pass(
+        self, states: Tensor, tokens: object, parts: list[Part], first: int, stops: Sequence[int]
+    ) -> list[Tensor]:
+        """Blocks from `first` on over the rows of the texts: their states after each of `stops` blocks.
+
+        Args:
+            states: [stops, rows, hidden] to be filled; the last one is the input, unless there are `tokens`.
+        """
+        base, size = states.data_ptr(), states[0].nbytes
+        kept = len(stops) - 1
         failed = self.code.eexit_run(
-            *(self.model, hidden.data_ptr(), native, len(parts), first, last),
-            *((ctypes.c_int64 * len(kept))(*kept_at), (ctypes.c_void_p * len(kept))(*(k.data_ptr() for k in kept))),
-            *(len(kept), torch.get_num_threads()),
+            *(self.model, tokens, base + kept * size),
+            *((NativePart * len(parts))(*map(_native_part, parts)), len(parts), first, stops[-1]),
+            *((ctypes.c_int64 * kept)(*stops[:-1]), (ctypes.c_void_p * kept)(*(base + i * size for i in range(kept)))),
+            *(kept, torch.get_num_threads()),
         )
         if failed:
             raise MemoryError
-        return [*kept, hidden]
+        return list(states.unbind())
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         hidden = hidden.contiguous()
@@ -140,15 +160,20 @@ class NativeBlocks(FusedBlocks):
         return self.backbone.logit_map(found)
 
     def finish(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        normed = self.final_norm(hidden)
-        return normed, self.choose(normed)[0]
+        hidden = hidden.contiguous()
+        normed = torch.empty_like(hidden)
+        return normed, self._choose(hidden.data_ptr(), normed)[0]
 
     def choose(self, normed: Tensor) -> tuple[Tensor, Tensor]:
-        normed = normed.contiguous()
+        return self._choose(None, normed.contiguous())
+
+    def _choose(self, states: int | None, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """From normed states, or from the states at an address, whose normed ones are filled in."""
         width = normed.shape[0]
         choices, best = torch.empty(width, dtype=torch.int64), torch.empty(width)
         failed = self.code.eexit_choose(
-            self.head, normed.data_ptr(), choices.data_ptr(), best.data_ptr(), width, torch.get_num_threads()
+            *(self.head, states, normed.data_ptr(), choices.data_ptr(), best.data_ptr()),
+            *(width, torch.get_num_threads()),
         )
         if failed:
             raise MemoryError
@@ -215,7 +240,8 @@ def why_not_native(backbone: Backbone) -> str | None:
     if backbone.config.hidden_act != "silu":
         return f"they know the activation silu, not {backbone.config.hidden_act}"
     head, block = backbone.lm_head, cast(Any, backbone.blocks[0])
-    if {backbone.dtype, block.input_layernorm.weight.dtype, backbone.final_norm.weight.dtype} != {torch.bfloat16}:
+    norms = (block.input_layernorm.weight, backbone.final_norm.weight)
+    if {backbone.dtype, backbone.embedding_weight.dtype, *(norm.dtype for norm in norms)} != {torch.bfloat16}:
         return "they compute in bfloat16"
     head_dim, inner = int(block.self_attn.head_dim), int(block.mlp.down_proj.in_features)
     if head_dim % 64 or inner % TILE or block.self_attn.o_proj.in_features % TILE:
@@ -241,27 +267,24 @@ def int8_tiles(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _native_part(part: Part) -> NativePart:
     cache, position = part.cache, part.position
-    if position + part.width > cache.capacity:
-        raise IndexError(f"rows up to {position + part.width} in a KV cache of {cache.capacity}")
-    keys, values = addresses_of(cache)
-    (cos, sin), *_ = cache.rotary.values()
-    row = position * cos.stride(0) * cos.element_size()
-    return NativePart(
-        ctypes.addressof(keys),
-        ctypes.addressof(values),
-        cos.data_ptr() + row,
-        sin.data_ptr() + row,
-        cache.capacity,
-        position,
-        part.width,
-    )
+    if cache.addresses is None or cache.addresses.keys_of is not cache.keys[0]:
+        cache.addresses = Addresses(cache)
+    found = cache.addresses
+    if position + part.width > found.capacity:
+        raise IndexError(f"rows up to {position + part.width} in a KV cache of {found.capacity}")
+    row = position * found.row
+    return NativePart(*found.buffers, found.cos + row, found.sin + row, found.capacity, position, part.width)
 
 
-def addresses_of(cache: KVCache) -> tuple[Any, Any]:
-    """Where the buffers of every block are, kept with the cache until these change."""
-    if cache.addresses is None or cache.addresses[0] is not cache.keys[0]:
-        found = [
-            (ctypes.c_void_p * len(buffers))(*(b.data_ptr() for b in buffers)) for buffers in (cache.keys, cache.values)
+class Addresses:
+    """Where a KV cache's buffers and rotary tables are, kept with it until the buffers change."""
+
+    def __init__(self, cache: KVCache) -> None:
+        self.keys_of = cache.keys[0]
+        self.arrays = [
+            (ctypes.c_void_p * len(held))(*(b.data_ptr() for b in held)) for held in (cache.keys, cache.values)
         ]
-        cache.addresses = (cache.keys[0], *found)
-    return cache.addresses[1:]
+        self.buffers = [ctypes.addressof(array) for array in self.arrays]
+        (cos, sin), *_ = cache.rotary.values()
+        self.cos, self.sin, self.row = cos.data_ptr(), sin.data_ptr(), cos.stride(0) * cos.element_size()
+        self.capacity = cache.capacity

@@ -128,6 +128,7 @@ class Block(ctypes.Structure):
 class Model(ctypes.Structure):
     _fields_ = (
         ("blocks", ctypes.POINTER(Block)),
+        ("embedding", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("hidden", "inner", "query_heads", "kv_heads", "head_dim")),
         ("eps", ctypes.c_float),
         ("scale", ctypes.c_float),
@@ -193,7 +194,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     model, head = ctypes.POINTER(Model), ctypes.POINTER(LMHead)
     functions: dict[str, tuple[Any, ...]] = {
         "eexit_run": (
-            *(model, address, ctypes.POINTER(Part), count, ctypes.c_int, ctypes.c_int),
+            *(model, address, address, ctypes.POINTER(Part), count, ctypes.c_int, ctypes.c_int),
             *(address, address, count, ctypes.c_int),
         ),
         "eexit_final_norm": (head, address, address, count),
@@ -206,7 +207,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
             *(ctypes.POINTER(ExitHead), address, address, ctypes.POINTER(ctypes.c_int64)),
             *(ctypes.POINTER(ctypes.c_float), ctypes.POINTER(ctypes.c_float), ctypes.c_int),
         ),
-        "eexit_choose": (head, address, address, address, count, ctypes.c_int),
+        "eexit_choose": (head, address, address, address, address, count, ctypes.c_int),
     }
     for name, arguments in functions.items():
         getattr(library, name).argtypes = arguments

@@ -64,25 +64,30 @@ class NativeLookahead(LookaheadRunner):
         other.reset()
         return other
 
-    def read(self, tokens: Tensor, states: list[Tensor]) -> Tensor:
+    def reserve(self, length: int) -> None:
+        had = self.keys
+        super().reserve(length)
+        if self.keys is not had:
+            buffers = (self.keys, self.values, self.cos, self.sin)
+            self.memory = Memory(*(buffer.data_ptr() for buffer in buffers), self.keys.shape[1])
+
+    def read(self, tokens: list[int], states: list[Tensor]) -> Tensor:
         states = [state.contiguous() for state in states]
         pointers = (ctypes.c_void_p * len(states))(*(state.data_ptr() for state in states))
         hidden = self._run(tokens, pointers, None, self.length)
-        self.length += tokens.numel()
+        self.length += len(tokens)
         return hidden
 
-    def step(self, token: Tensor, hidden: Tensor, ahead: int) -> Tensor:
-        return self._run(token, None, hidden.data_ptr(), self.length + ahead - 1)
+    def step(self, token: int, hidden: Tensor, ahead: int) -> Tensor:
+        return self._run([token], None, hidden.data_ptr(), self.length + ahead - 1)
 
-    def _run(self, tokens: Tensor, states: object, own: int | None, position: int) -> Tensor:
-        rows = tokens.numel()
+    def _run(self, tokens: list[int], states: object, own: int | None, position: int) -> Tensor:
+        rows = len(tokens)
         self.reserve(position + rows)
-        buffers = (self.keys, self.values, self.cos, self.sin)
-        memory = Memory(*(buffer.data_ptr() for buffer in buffers), self.keys.shape[1])
         state = torch.empty(1, self.weights.hidden, dtype=torch.bfloat16)
         failed = self.code.eexit_lookahead(
-            *(self.weights, states, own, tokens.data_ptr(), rows, position, memory, state.data_ptr()),
-            *(self.logits.data_ptr(), self.token, self.entropy, torch.get_num_threads()),
+            *(self.weights, states, own, (ctypes.c_int64 * rows)(*tokens), rows, position, self.memory),
+            *(state.data_ptr(), self.logits.data_ptr(), self.token, self.entropy, torch.get_num_threads()),
         )
         if failed:
             raise MemoryError

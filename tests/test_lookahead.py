@@ -55,13 +55,11 @@ def test_drafting_reads_what_training_read(tiny_backbone, text):
         for position in (0, 10, 20):
             runner.reset()
             part = slice(begin, begin + position + 1)
-            hidden = runner.read(
-                torch.tensor(ids[1 : position + 2]), [state[part] for state in (*states.exits, states.final)]
-            )
+            hidden = runner.read(ids[1 : position + 2], [state[part] for state in (*states.exits, states.final)])
             for step in range(3):
                 place = (trained[step].positions == begin + position + 1 + step).nonzero()[0, 0]
                 assert torch.allclose(runner.lm_head(hidden)[0], trained[step].logits[place], atol=1e-4)
-                hidden = runner.step(torch.tensor([ids[position + 2 + step]]), hidden, step + 1)
+                hidden = runner.step(ids[position + 2 + step], hidden, step + 1)
 
 
 def test_predictions_stay_within_their_document(tiny_backbone, text):

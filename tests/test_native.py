@@ -267,6 +267,7 @@ def test_compiled_lookahead_steps_say_what_pytorchs_say(blocks, smollm2):
     """The shipped head, over a prompt read in pieces and rolled forward: near states, the same choices, near entropies."""
     head = load_model(BackboneConfig(), BundleConfig(bundle=SHIPPED_BUNDLE)).lookahead
     ids = real_ids(smollm2, 160)
+    words = ids.tolist()
     native, plain = lookahead_runner(head), LookaheadRunner(head)
     assert type(native) is NativeLookahead
     columns = {token: column for column, token in enumerate(head.draft_vocab.tolist())}
@@ -278,14 +279,15 @@ def test_compiled_lookahead_steps_say_what_pytorchs_say(blocks, smollm2):
         read = [*states[1:-1], blocks.final_norm(states[-1])]
         start = 0
         for end in (60, 61, 64, 72, 100, 101, 103, 130, 159):
-            both = [runner.read(ids[start + 1 : end + 1], [s[start:end] for s in read]) for runner in (native, plain)]
+            verified = (words[start + 1 : end + 1], [state[start:end] for state in read])
+            both = [runner.read(*verified) for runner in (native, plain)]
             for ahead in range(1, 4):
                 (ours, sure), (theirs, as_sure) = native.choose(both[0]), plain.choose(both[1])
                 assert (both[0] - both[1]).float().norm() < 0.1 * both[1].float().norm()
                 assert sure == pytest.approx(as_sure, abs=1.0)
                 assert native.logits[0, columns[theirs]] > native.logits.max() - 0.5  # both round their weights to int8
                 agreed, rolled = agreed + (ours == theirs), rolled + 1
-                both = [r.step(torch.tensor([theirs]), h, ahead) for r, h in zip((native, plain), both, strict=True)]
+                both = [r.step(theirs, h, ahead) for r, h in zip((native, plain), both, strict=True)]
             start = end
     assert rolled == 27
     assert agreed > 20
@@ -297,17 +299,17 @@ def test_what_the_compiled_lookahead_says_of_itself_is_so(smollm2):
     runner = lookahead_runner(head)
     states = [torch.randn(5, smollm2.hidden_size, dtype=torch.bfloat16) for _ in range(3)]
     with torch.inference_mode():
-        hidden = runner.read(torch.tensor([5, 6, 7, 8, 9]), states)
+        hidden = runner.read([5, 6, 7, 8, 9], states)
         token, uncertainty = runner.choose(hidden)
         assert uncertainty == pytest.approx(float(entropy(runner.logits)), abs=1e-3)
         assert token == int(head.draft_vocab[runner.logits.argmax()])
         other = runner.another()
-        other.read(torch.tensor([1, 2]), [state[:2] for state in states])
+        other.read([1, 2], [state[:2] for state in states])
         assert runner.choose(hidden) == (token, uncertainty)
         assert runner.length == 5
-        assert torch.equal(runner.step(torch.tensor([3]), hidden, 1), runner.step(torch.tensor([3]), hidden, 1))
+        assert torch.equal(runner.step(3, hidden, 1), runner.step(3, hidden, 1))
         runner.reset()
-        assert torch.equal(runner.read(torch.tensor([5, 6, 7, 8, 9]), states), hidden)
+        assert torch.equal(runner.read([5, 6, 7, 8, 9], states), hidden)
 
 
 def test_compiled_exit_heads_say_what_pytorchs_say(blocks, smollm2):

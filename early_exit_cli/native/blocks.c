@@ -29,6 +29,7 @@ typedef struct {
 
 typedef struct {
     const Block *blocks;
+    const bf16 *embedding; /* [vocab, hidden] */
     int64_t hidden, inner, query_heads, kv_heads, head_dim;
     float eps, scale;
 } Model;
@@ -180,9 +181,9 @@ static void remember_rows(const Model *m, const Block *block, const Part *part, 
 
 /* ---- a pass ---- */
 
-/* Blocks first .. last - 1 over the rows of the texts, one after another, in place: hidden [sum of widths, hidden].
- * kept: where to copy the states to after `stops` blocks, ascending. Returns 0, or 1 when there is no memory. */
-int eexit_run(const Model *m, bf16 *hidden, const Part *parts, int64_t count, int first, int last, const int64_t *stops, bf16 *const *kept, int64_t stops_count, int threads) {
+/* Blocks first .. last - 1 over the rows of the texts, one after another, in place: hidden [sum of widths, hidden], which
+ * starts as the embedded `tokens` where these are given. kept: where to copy the states to after `stops` blocks, ascending. Returns 0, or 1 when there is no memory. */
+int eexit_run(const Model *m, const int64_t *tokens, bf16 *hidden, const Part *parts, int64_t count, int first, int last, const int64_t *stops, bf16 *const *kept, int64_t stops_count, int threads) {
     int64_t width = 0, keys = 0;
     for (int64_t i = 0; i < count; i++) {
         width += parts[i].width;
@@ -196,6 +197,8 @@ int eexit_run(const Model *m, bf16 *hidden, const Part *parts, int64_t count, in
     float *outputs = scratch_of(threads * 2 * PIECE * TILE * sizeof(float));
     int failed = !qkv || !attended || !gate || !normed || !scores || !outputs;
     Meeting meeting = {0};
+    if (!failed && tokens)
+        for (int64_t row = 0; row < width; row++) memcpy(hidden + row * m->hidden, m->embedding + tokens[row] * m->hidden, m->hidden * sizeof(bf16));
     if (!failed)
 #pragma omp parallel num_threads(threads)
     {

@@ -52,9 +52,10 @@ INLINE __m512 error_of(const LMHead *h, int64_t token, __m512 approximate, float
     return _mm512_fmadd_ps(_mm512_abs_ps(approximate), _mm512_set1_ps(1.01f / 256), _mm512_mul_ps(bound, _mm512_set1_ps(1.01f)));
 }
 
-/* The argmax of the logits of each state, the lowest token among equals: normed [width, hidden] -> choices [width] and
- * their logits; -1 and NaN where a state is not finite. Returns 0, or 1 when there is no memory. */
-int eexit_choose(const LMHead *h, const bf16 *normed, int64_t *choices, float *values, int64_t width, int threads) {
+/* The argmax of the logits of each state, the lowest token among equals: normed [width, hidden], made here from `states` where
+ * these are given -> choices [width] and their logits; -1 and NaN where a state is not finite. Returns 0, or 1 when there is
+ * no memory. */
+int eexit_choose(const LMHead *h, const bf16 *states, bf16 *normed, int64_t *choices, float *values, int64_t width, int threads) {
     int64_t hidden = h->hidden, tiles = h->vocab / INT8_TILE;
     float *approximate = scratch_of(width * h->vocab * sizeof(float));
     int8_t *high = scratch_of(width * hidden), *low = scratch_of(width * hidden);
@@ -65,6 +66,7 @@ int eexit_choose(const LMHead *h, const bf16 *normed, int64_t *choices, float *v
     int failed = !approximate || !high || !low || !floors || !best || !found;
     Meeting meeting = {0};
     if (!failed) {
+        if (states) eexit_final_norm(h, states, normed, width);
         for (int64_t i = 0; i < threads * width; i++) found[i] = -1; /* the team may be smaller */
         for (int64_t row = 0; row < width; row++) {
             double square = 0;
