@@ -196,19 +196,19 @@ def prose(folders: list[Path]) -> Iterator[tuple[str, str, str, list[str]]]:
                 yield language, family, title, [text for text in map(running, paragraphs) if text]
 
 
-def passages_of(family: str, title: str, paragraphs: list[str], rng: random.Random) -> Iterator[Passage]:
-    """Cuts a document into passages of one length drawn for each, 35 to 200 words, at the ends of sentences."""
+def passages_of(family: str, title: str, paragraphs: list[str], rng: random.Random, longer: int) -> Iterator[Passage]:
+    """Cuts a document into passages of one length drawn for each, 35 to 200 words times `longer`, at the ends of sentences."""
     sentences = [s for p in paragraphs if len(p.split()) >= 20 and english(p) for s in SENTENCE_END.split(p)]
     taken: list[str] = []
-    wanted = rng.randint(40, 190)
+    wanted = rng.randint(40, 190) * longer
     for sentence in sentences:
         taken.append(sentence)
         words = len(" ".join(taken).split())
         if words >= wanted:
-            if words <= 205:
+            if words <= 205 * longer:
                 yield Passage(family, title, " ".join(taken))
-            taken, wanted = [], rng.randint(40, 190)
-    if len(" ".join(taken).split()) >= 35:
+            taken, wanted = [], rng.randint(40, 190) * longer
+    if len(" ".join(taken).split()) >= 35 * longer:
         yield Passage(family, title, " ".join(taken))
 
 
@@ -275,9 +275,9 @@ def translations(
     return result
 
 
-def summaries(passages: Iterator[Passage], count: int, rng: random.Random) -> list[str]:
+def summaries(passages: Iterator[Passage], count: int, rng: random.Random, longer: int) -> list[str]:
     """Instructions to summarise one passage each."""
-    long = (passage for passage in passages if len(passage.text.split()) >= 70)
+    long = (passage for passage in passages if len(passage.text.split()) >= 70 * longer)
     return [rng.choice(templates.SUMMARIZE).format(text=p.text) for p in itertools.islice(long, count)]
 
 
@@ -301,16 +301,16 @@ def question_about(passage: Passage, rng: random.Random) -> str:
     return question.lower() if rng.random() < 0.3 else question[0].upper() + question[1:]
 
 
-def retrieval(passages: Iterator[Passage], count: int, rng: random.Random) -> list[str]:
-    """One to four passages and a question about one of them."""
+def retrieval(passages: Iterator[Passage], count: int, rng: random.Random, longer: int) -> list[str]:
+    """One to four passages (times `longer`) and a question about one of them."""
     result = []
     for first in passages:
         chosen, words = [first], len(first.text.split())
-        while len(chosen) < 4 and words < 110:
+        while len(chosen) < 4 * longer and words < 110 * longer:
             other = next(passages, None)
             if other is None:
                 break
-            if words + len(other.text.split()) <= 185:
+            if words + len(other.text.split()) <= 185 * longer:
                 chosen.append(other)
             words += len(other.text.split())
         question = question_about(rng.choice(chosen), rng)
@@ -342,12 +342,14 @@ def strings_in(value: object) -> Iterator[str]:
             yield from strings_in(inner)
 
 
-def kept(prompts: list[str], forbidden: set[tuple[str, ...]], short: set[str], seen: set[str]) -> list[str]:
+def kept(
+    prompts: list[str], forbidden: set[tuple[str, ...]], short: set[str], seen: set[str], longer: int
+) -> list[str]:
     """`prompts` that are new, short enough and share nothing with the forbidden texts."""
     result = []
     for prompt in prompts:
         key = squeeze(prompt).lower()
-        fits = len(prompt.split()) <= MAX_WORDS and len(prompt) <= MAX_CHARACTERS
+        fits = len(prompt.split()) <= MAX_WORDS * longer and len(prompt) <= MAX_CHARACTERS * longer
         if fits and key not in seen and key not in short and forbidden.isdisjoint(runs_of(prompt)):
             seen.add(key)
             result.append(prompt)
@@ -363,6 +365,9 @@ def main() -> None:
     )
     parser.add_argument("--without", type=Path, help="JSONL whose texts no prompt may share eight words in a row with")
     parser.add_argument("--count", type=int, default=25_000, help="prompts wanted in all")
+    parser.add_argument(
+        "--longer", type=int, default=1, help="so many times longer passages; only summaries and retrieval from 2 on"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
@@ -381,7 +386,7 @@ def main() -> None:
     passages: dict[str, Passage] = {}
     for language, family, title, paragraphs in prose(options.texts):
         if language == "en":
-            passages.update((p.text, p) for p in passages_of(family, title, paragraphs, rng))
+            passages.update((p.text, p) for p in passages_of(family, title, paragraphs, rng, options.longer))
         elif language in LANGUAGES:
             foreign[language] += [(family, paragraph) for paragraph in paragraphs]
     for kind, _, _, original in catalogue_sentences(options.texts):
@@ -391,16 +396,20 @@ def main() -> None:
     print(f"prose: {len(stream)} English passages, foreign paragraphs: { {k: len(v) for k, v in foreign.items()} }")
     made = {
         "translation": translations(options.texts, foreign, spare["translation"], rng),
-        "summary": summaries(iter(stream[0::5] + stream[1::5]), spare["summary"], rng),
-        "retrieval": retrieval(iter(stream[2::5] + stream[3::5] + stream[4::5]), spare["retrieval"], rng),
+        "summary": summaries(iter(stream[0::5] + stream[1::5]), spare["summary"], rng, options.longer),
+        "retrieval": retrieval(
+            iter(stream[2::5] + stream[3::5] + stream[4::5]), spare["retrieval"], rng, options.longer
+        ),
         "facts": templates.facts(rng),
         "chat": templates.chat(rng),
         "mathematics": templates.mathematics(spare["mathematics"], rng),
     }
     records, seen = [], set[str]()
+    if options.longer > 1:
+        made = {kind: made[kind] for kind in ("summary", "retrieval")}
     for kind, prompts in made.items():
         rng.shuffle(prompts)
-        good = kept(prompts, forbidden, short, seen)[: wanted[kind]]
+        good = kept(prompts, forbidden, short, seen, options.longer)[: wanted[kind]]
         print(f"{kind}: {len(good)} prompts of {wanted[kind]} wanted")
         records += [{"source": f"wide-{kind}", "prompt": prompt} for prompt in good]
     rng.shuffle(records)

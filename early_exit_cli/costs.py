@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ from early_exit_cli.policy import policy_of
 from early_exit_cli.runners import device_identity, measurement_path
 
 REPEATS = 7
-PROTOCOL = 4
+PROTOCOL = 5
 """Of the measurement: costs that were measured in another way are not taken."""
 CONTEXT, FAR_CONTEXT = 256, 1024
 SAMPLE_TEXT = "The history of the lighthouse is the history of trade by sea, and of those who waited for it. "
@@ -104,51 +105,31 @@ def cost_table(model: Engine, *, refresh: bool = False) -> Costs:
 
 
 def measure_costs(model: Engine, widths: list[int]) -> Costs:
-    """Milliseconds of each part: the fastest of some runs, since whatever else the machine does only adds."""
-    depth = model.blocks.num_blocks
+    """Milliseconds of each part on this device (`fastest_in_turns`)."""
+    blocks = model.blocks
     far_context = min(FAR_CONTEXT, model.backbone.context_length)
-    near, far = (model.blocks.new_cache(keys) for keys in (min(CONTEXT, far_context), far_context))
+    near, far = (blocks.new_cache(keys) for keys in (min(CONTEXT, far_context), far_context))
     words = model.backbone.tokenizer(SAMPLE_TEXT)["input_ids"]
     ids = torch.tensor((words * CONTEXT)[: near.limit], device=model.backbone.device)
     place = near.limit - max(widths)
 
-    def fastest(call: Callable[[], Any], before: Callable[[], Any] = lambda: None) -> float:
-        times = []
-        call()
-        for _ in range(REPEATS):
-            before()
-            started = time.perf_counter()
-            call()
-            if model.backbone.device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - started)
-        return min(times) * 1000
+    def run(width: int, cache: KVCache) -> Tensor:
+        hidden = blocks.embed(ids[place : place + width])
+        return blocks.run(hidden, cache, cache.limit - max(widths), 0, blocks.num_blocks)
 
-    def run(hidden: Tensor, cache: KVCache) -> Tensor:
-        return model.blocks.run(hidden, cache, cache.limit - max(widths), 0, depth)
+    def a_pass() -> None:
+        blocks.finish(run(min(widths), near))
 
+    calls: dict[tuple[str, int], tuple[Call, Call]] = {}
     with torch.inference_mode():  # states of real text: what the exact argmax takes depends on them
-        model.blocks.run(model.blocks.embed(ids[:place]), near, 0, 0, depth)
-    per_block, per_block_far, finish = {}, {}, {}
-    with torch.inference_mode():
+        blocks.run(blocks.embed(ids[:place]), near, 0, 0, blocks.num_blocks)
         for width in widths:
-            hidden = model.blocks.embed(ids[place : place + width])
-            final = run(hidden, near)
-            per_block[width] = fastest(lambda h=hidden: run(h, near)) / depth  # type: ignore[misc]
-            per_block_far[width] = fastest(lambda h=hidden: run(h, far)) / depth  # type: ignore[misc]
-            finish[width] = fastest(
-                lambda h=final: model.blocks.finish(h),  # type: ignore[misc]
-                lambda h=hidden: run(h, near),  # type: ignore[misc]
-            )
-
-        def a_pass() -> None:
-            model.blocks.finish(run(model.blocks.embed(ids[place : place + min(widths)]), near))
-
-        head = 0.0
+            final = run(width, near)
+            calls["near", width] = (_nothing, functools.partial(run, width, near))
+            calls["far", width] = (_nothing, functools.partial(run, width, far))
+            calls["finish", width] = (functools.partial(run, width, near), functools.partial(blocks.finish, final))
         if model.heads is not None:
-            row = model.blocks.embed(ids[:1])
-            head = fastest(lambda: model.exit_reader.read(0, row), a_pass)
-        reads = steps = 0.0
+            calls["head", 1] = (a_pass, functools.partial(model.exit_reader.read, 0, blocks.embed(ids[:1])))
         if model.lookahead is not None:
             read, step = _lookahead_calls(model.lookahead, near.limit)
 
@@ -156,8 +137,50 @@ def measure_costs(model: Engine, widths: list[int]) -> Costs:
                 a_pass()
                 read()
 
-            reads, steps = fastest(read, a_pass), fastest(step, a_read)
-    return Costs(never_falling(per_block), never_falling(per_block_far), never_falling(finish), head, reads, steps)
+            calls["read", 1], calls["step", 1] = (a_pass, read), (a_read, step)
+        times = fastest_in_turns(calls, model.backbone.device)
+
+    def table(kind: str, parts: int) -> dict[int, float]:
+        return never_falling({width: times[kind, width] / parts for width in widths})
+
+    return Costs(
+        *(table("near", blocks.num_blocks), table("far", blocks.num_blocks), table("finish", 1)),
+        *(times.get((kind, 1), 0.0) for kind in ("head", "read", "step")),
+    )
+
+
+Call = Callable[[], Any]
+Key = TypeVar("Key")
+
+
+def _nothing() -> None:
+    pass
+
+
+def fastest_in_turns(calls: dict[Key, tuple[Call, Call]], device: torch.device) -> dict[Key, float]:
+    """Milliseconds of calls, the fastest of some runs each, since whatever else the machine does only adds.
+
+    The runs of all calls take turns: a busy moment falls on one run of several calls, not on all runs of one.
+
+    Args:
+        calls: for each, what comes before it untimed, and the call.
+    """
+    times = dict.fromkeys(calls, math.inf)
+    for turn in range(REPEATS + 1):
+        for key, (before, call) in calls.items():
+            before()
+            synchronize(device)
+            started = time.perf_counter()
+            call()
+            synchronize(device)
+            if turn:  # the first one warms up
+                times[key] = min(times[key], (time.perf_counter() - started) * 1000)
+    return times
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def never_falling(table: dict[int, float]) -> dict[int, float]:

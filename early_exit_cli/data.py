@@ -7,6 +7,7 @@ after another in rows of `max_length`, and attention never crosses from one to t
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import json
 import random
@@ -229,42 +230,44 @@ def split_documents(documents: list[Document], holdout: float, split: Split) -> 
 
 
 def pack(documents: list[Document], max_length: int, pad_id: int) -> list[Batch]:
-    """Rows of `max_length` tokens, each a [1, max_length] Batch.
+    """Rows of `max_length` tokens, each a [1, max_length] Batch padded behind, in the order of their first documents.
 
-    Documents follow one another; one longer than what is left of a row is cut there and goes on in the next, where it
-    sees nothing of its beginning. Only the last row is padded.
+    A document that fits into a row stays whole: the longest come first, each into the row that it leaves the least room
+    in (best-fit packing, Ding et al. 2024, section 3). One longer than a row is cut, and no piece sees the one before.
     """
-    rows: list[Batch] = []
+    pieces = [
+        (owner, start, min(max_length, len(document.ids) - start))
+        for owner, document in enumerate(documents)
+        for start in range(0, len(document.ids), max_length)
+    ]
+    rows: list[list[tuple[int, int, int]]] = []
+    rooms: list[tuple[int, int]] = []  # what is left in a row and its number, ascending
+    for piece in sorted(pieces, key=lambda piece: -piece[2]):
+        fits = bisect.bisect_left(rooms, (piece[2], -1))
+        room, row = rooms.pop(fits) if fits < len(rooms) else (max_length, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(piece)
+        bisect.insort(rooms, (room - piece[2], row))
+    return [_packed(documents, sorted(row), max_length, pad_id) for row in sorted(rows, key=min)]
+
+
+def _packed(documents: list[Document], pieces: list[tuple[int, int, int]], max_length: int, pad_id: int) -> Batch:
+    """One row of pieces: (number of the document, where in it, tokens)."""
     ids: list[int] = []
     owners: list[int] = []
     places: list[int] = []
-
-    def close() -> None:
-        missing = max_length - len(ids)
-        rows.append(
-            Batch(
-                torch.tensor([ids + [pad_id] * missing], dtype=torch.int64),
-                torch.tensor([owners + [IGNORED] * missing], dtype=torch.int64),
-                torch.tensor([places + [IGNORED] * missing], dtype=torch.int64),
-            )
-        )
-        ids.clear()
-        owners.clear()
-        places.clear()
-
-    for owner, document in enumerate(documents):
-        start = 0
-        while start < len(document.ids):
-            piece = document.ids[start : start + max_length - len(ids)]
-            ids.extend(piece)
-            owners.extend([owner] * len(piece))
-            places.extend(range(start - document.answer_start, start - document.answer_start + len(piece)))
-            start += len(piece)
-            if len(ids) == max_length:
-                close()
-    if ids:
-        close()
-    return rows
+    for owner, start, length in pieces:
+        document = documents[owner]
+        ids += document.ids[start : start + length]
+        owners += [owner] * length
+        places += range(start - document.answer_start, start - document.answer_start + length)
+    missing = max_length - len(ids)
+    return Batch(
+        torch.tensor([ids + [pad_id] * missing], dtype=torch.int64),
+        torch.tensor([owners + [IGNORED] * missing], dtype=torch.int64),
+        torch.tensor([places + [IGNORED] * missing], dtype=torch.int64),
+    )
 
 
 def stacked(rows: list[Batch]) -> Batch:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from early_exit_cli.blocks import KVCache
-from early_exit_cli.drafters import Draft, Drafter, Step, share_of_pass
+from early_exit_cli.drafters import Draft, Drafter, PassShares, Step
 from early_exit_cli.engine import Engine
 from early_exit_cli.lookahead import LookaheadHead
 from early_exit_cli.native_lookahead import lookahead_runner
@@ -29,6 +29,8 @@ NEED = 1.03
 """A draft must be expected to beat plain decoding by this factor."""
 LOOKED_AHEAD = 8
 """Tokens of a draft that a promise looks at."""
+SUREST = 0.995
+"""No token is surer than this."""
 FORGETTING = 0.97
 """What is left of the text's own evidence after a round without a draft, so that drafting is tried again."""
 
@@ -85,7 +87,8 @@ class LookaheadDrafter(Drafter):
     ) -> None:
         self.runner = lookahead_runner(head)
         self.exit_layers = head.exit_layers
-        self.survival, self.pass_cost = survival, pass_cost
+        self.survival, self.passes = survival, PassShares(pass_cost)
+        self.means = [entry.mean for entry in survival]
         self.read_cost, self.step_cost = read_cost, step_cost
         self.temperature = temperature
         self.waiting: list[tuple[list[int], list[Tensor]]] = []
@@ -93,7 +96,6 @@ class LookaheadDrafter(Drafter):
         self.guess: tuple[int, float] | None = None
         """A first token that was not worth drafting, and its chance: the text will tell whether it was right."""
         self.promises: dict[tuple[int, int, int], float] = {}
-        self.passes: dict[tuple[int, int], float] = {}
 
     def begin(self, prompt_ids: list[int], chooser: Chooser = GREEDY) -> None:
         self.chooser = chooser
@@ -127,7 +129,7 @@ class LookaheadDrafter(Drafter):
 
     def propose(self, model: Engine, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]) -> Draft:
         self.guess = None
-        if self.expected_rate(limit) * self._pass(1) <= NEED:
+        if self.expected_rate(limit) * self.passes.beside(self.company)[1] <= NEED:
             self.hits, self.expected = self.hits * FORGETTING, self.expected * FORGETTING
             return Draft()
         hidden = self._read()
@@ -176,34 +178,35 @@ class LookaheadDrafter(Drafter):
         """The calibrated probability at a draft position, moved by how the calibration has fared on this text."""
         survival = self._at(place)
         calibrated = survival.mean if uncertainty is None else survival.at(uncertainty)
-        return min(calibrated * self._fortune, 0.995)
-
-    def _draft_cost(self, steps: int) -> float:
-        """Milliseconds of drafting so many tokens."""
-        return self.read_cost + (steps - 1) * self.step_cost if steps else 0.0
+        return min(calibrated * self._fortune, SUREST)
 
     def _best_stop(self, chances: list[float], made: int, limit: int) -> _Stop:
         """The draft length of the highest expected tokens per millisecond from here on.
 
         Args:
             chances: of the tokens drafted already; later ones count with their position's mean.
-            made: draft steps that are spent already.
+            made: draft steps that are spent already, at least one.
         """
-        best = _Stop(0, 1.0, self._pass(1) + self._draft_cost(made))
+        passes, fortune, known, last = (
+            self.passes.beside(self.company),
+            self._fortune,
+            len(chances),
+            len(self.means) - 1,
+        )
+        drafting = self.read_cost + (made - 1) * self.step_cost
+        best = _Stop(0, 1.0, passes[1] + drafting)
         to_beat = NEED * best.rate
         expected = survives = 1.0
         for count in range(1, limit + 1):
-            survives *= chances[count - 1] if count <= len(chances) else self._chance(count - 1)
+            if count <= known:
+                survives *= chances[count - 1]
+            else:
+                survives *= min(self.means[min(count - 1, last)] * fortune, SUREST)
             expected += survives
-            milliseconds = self._pass(count + 1) + self._draft_cost(max(made, count))
+            if count > made:
+                drafting += self.step_cost
+            milliseconds = passes[count + 1] + drafting
             if expected > to_beat * milliseconds:
                 best = _Stop(count, expected, milliseconds)
                 to_beat = best.rate
         return best
-
-    def _pass(self, rows: int) -> float:
-        """This text's part of a pass in which it has so many rows, in milliseconds."""
-        key = (rows, self.company)
-        if key not in self.passes:
-            self.passes[key] = share_of_pass(self.pass_cost, rows, self.company)
-        return self.passes[key]

