@@ -15,7 +15,7 @@ from torch import Tensor
 from early_exit_cli.config import UncertaintyMetric
 from early_exit_cli.gating import uncertainty
 from early_exit_cli.heads import AdapterHead, ExitHeads
-from early_exit_cli.native_blocks import VOCAB_TILE, Held, int8_tiles
+from early_exit_cli.native_blocks import VOCAB_TILE, Held
 from early_exit_cli.native_code import ExitHead, has_native_code, native_code
 from early_exit_cli.readout import LogitMap
 from early_exit_cli.sampling import GREEDY, Chooser
@@ -45,10 +45,10 @@ class NativeExitReader(ExitReader):
         super().__init__(heads)
         self.code, self.held = native_code(), Held()
         final_norm = heads.lm_head.norm
-        lm_head = self.held.int8(*int8_tiles(heads.lm_head.weight.float())[:2])
+        lm_head = self.held.int8_of(heads.lm_head.weight)
         self.weights = [
             ExitHead(
-                *(self.held.int8(*int8_tiles(weight.float())[:2]) for weight in (head.down.weight, head.up.weight)),
+                *map(self.held.int8_of, (head.down.weight, head.up.weight)),
                 lm_head,
                 *map(self.held.address, (head.norm["weight"], final_norm.weight)),
                 *(head.eps, final_norm.eps),

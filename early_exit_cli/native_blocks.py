@@ -215,6 +215,11 @@ class Held:
         self.tensors.append(tensor.detach().contiguous())
         return self.tensors[-1].data_ptr()
 
+    def int8_of(self, *weights: Tensor) -> Int8:
+        """A product over weights [out, in], one behind another."""
+        tiles, scale, _ = int8_tiles(torch.cat(weights).float())
+        return self.int8(tiles, scale)
+
     def int8(self, tiles: Tensor, scale: Tensor) -> Int8:
         """A product over what `int8_tiles` made."""
         return Int8(self.address(tiles), self.address(scale), tiles.shape[1], tiles.shape[0])

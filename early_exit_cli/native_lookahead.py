@@ -12,8 +12,8 @@ from torch import Tensor
 
 from early_exit_cli.lookahead import LookaheadHead
 from early_exit_cli.lookahead_runner import LookaheadRunner
-from early_exit_cli.native_blocks import VOCAB_TILE, Held, int8_tiles
-from early_exit_cli.native_code import Int8, Lookahead, Memory, has_native_code, native_code
+from early_exit_cli.native_blocks import VOCAB_TILE, Held
+from early_exit_cli.native_code import Lookahead, Memory, has_native_code, native_code
 from early_exit_cli.sampling import GREEDY, Chooser
 
 
@@ -35,7 +35,7 @@ class NativeLookahead(LookaheadRunner):
         norms = (block.input_layernorm, block.hidden_norm, block.post_attention_layernorm, head.norm)
         exits, hidden = len(head.fc_norm), head.fc.weight.shape[0]
         self.weights = Lookahead(
-            *(self._int8(parts) for parts in weights),
+            *(self.held.int8_of(*parts) for parts in weights),
             self.held.address(torch.cat([cast(Tensor, norm.weight) for norm in head.fc_norm])),
             *(self.held.address(norm.weight) for norm in norms),
             self.held.address(head.embedding_weight),
@@ -52,10 +52,6 @@ class NativeLookahead(LookaheadRunner):
     def _hold_results(self) -> None:
         self.logits = torch.empty(1, self.weights.lm_head.outputs)
         self.token, self.entropy = ctypes.c_int64(), ctypes.c_float()
-
-    def _int8(self, parts: list[Tensor]) -> Int8:
-        tiles, scale, _ = int8_tiles(torch.cat(parts).float())
-        return self.held.int8(tiles, scale)
 
     def another(self) -> LookaheadRunner:
         other = copy.copy(self)

@@ -7,7 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from early_exit_cli.costs import Costs, HeadSet, choose_heads, cost_table, expected_rate, measure_costs, never_falling
+from early_exit_cli.costs import (
+    Costs,
+    HeadSet,
+    choose_heads,
+    cost_table,
+    expected_rate,
+    fastest_in_turns,
+    measure_costs,
+    never_falling,
+)
 from early_exit_cli.thresholds import count_head_sets
 
 WIDTHS = [2, 4, 8]
@@ -120,6 +129,24 @@ def test_measured_costs_are_times_of_this_device(tiny_model):
 def test_a_spoilt_moment_spoils_one_entry_at_most():
     assert never_falling({1: 90.0, 2: 11.0, 4: 12.0, 8: 20.0}) == {1: 11.0, 2: 11.0, 4: 12.0, 8: 20.0}
     assert never_falling({1: 10.0, 2: 11.0, 4: 99.0, 8: 20.0}) == {1: 10.0, 2: 11.0, 4: 20.0, 8: 20.0}
+
+
+def test_runs_take_turns_and_the_first_only_warms_up(monkeypatch):
+    clock, happened = [0.0], []
+    monkeypatch.setattr("early_exit_cli.costs.time.perf_counter", lambda: clock[0])
+    seconds = {"a": iter([9.0, 0.5, *[0.3] * 5, 0.2]), "b": iter([1.0, *[2.0] * 7])}
+
+    def call(name):
+        happened.append(name)
+        clock[0] += next(seconds[name])
+
+    def before():
+        clock[0] += 100.0  # is not counted
+
+    calls = {name: (before, lambda name=name: call(name)) for name in ("a", "b")}
+    found = fastest_in_turns(calls, torch.device("cpu"))
+    assert found == {"a": pytest.approx(200.0), "b": pytest.approx(2000.0)}  # b's 1.0 s was its warm-up
+    assert happened == ["a", "b"] * 8
 
 
 def test_costs_are_measured_once_and_again_when_asked(tiny_model, monkeypatch, tmp_path):

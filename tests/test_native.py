@@ -103,6 +103,24 @@ def test_bits_do_not_depend_on_the_pass(small_backbone, family):
             assert torch.equal(run_in_passes(blocks, ids, widths, capacity, cuts), reference), widths
 
 
+def test_tokens_are_embedded_as_the_backbone_embeds_them(blocks, smollm2):
+    ids = real_ids(smollm2, 40)
+    with torch.inference_mode():
+        caches = [blocks.new_cache(64) for _ in range(2)]
+        for start, end in ((0, 30), (30, 31), (31, 40)):
+            stops = [8, 16, blocks.num_blocks]
+            ours = blocks.run_tokens(ids[start:end].tolist(), caches[0], start, stops)
+            theirs = blocks.run_through(blocks.embed(ids[start:end]), caches[1], start, stops)
+            assert all(map(torch.equal, ours, theirs))
+            normed, choices = blocks.finish(ours[-1])
+            assert torch.equal(normed, blocks.final_norm(theirs[-1]))
+            assert torch.equal(choices, blocks.choose(normed)[0])
+        assert all(map(torch.equal, *(cache.keys + cache.values for cache in caches)))
+        for outside in (-1, smollm2.embedding.num_embeddings):
+            with pytest.raises(IndexError, match="are embedded"):  # an address, not a row
+                blocks.run_tokens([5, outside], caches[0], 40, [blocks.num_blocks])
+
+
 def test_bits_do_not_depend_on_the_number_of_threads(blocks, smollm2):
     ids, before = real_ids(smollm2, 70), torch.get_num_threads()
     found = []
