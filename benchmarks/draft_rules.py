@@ -1,0 +1,151 @@
+"""Plays drafting rules over recorded text with this device's cost table: what they are worth, without the noise of a clock.
+
+    python benchmarks/draft_rules.py prompts.jsonl --limit 160 --max-tokens 128
+
+Each prompt is answered once, greedily; at every position of the answer the lookahead head rolls out, and what it says is kept.
+Then every rule drafts and is told what the text says next, as in decoding, and its passes, readings and steps are added up.
+"""
+
+import argparse
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from early_exit_cli.blocks import PREFILL_WIDTH
+from early_exit_cli.config import BackboneConfig, BundleConfig, DataConfig
+from early_exit_cli.costs import auto_drafter, cost_table, lookahead_drafter, lookup_drafter, pass_costs
+from early_exit_cli.data import read_records
+from early_exit_cli.decoding import DEFAULT_WIDTH, accepted_length, generate
+from early_exit_cli.drafters import Drafter, NoDrafter
+from early_exit_cli.engine import Engine, load_model
+from early_exit_cli.lookahead_drafter import LookaheadDrafter
+from early_exit_cli.native_lookahead import lookahead_runner
+
+STEPS = DEFAULT_WIDTH - 1
+
+
+@dataclass
+class Recorded:
+    """An answered prompt, and for every token of the answer what the head said before it: (token, entropy) of each step."""
+
+    source: str
+    prompt: list[int]
+    answer: list[int]
+    said: list[list[tuple[int, float]]]
+
+
+class Replay:
+    """Stands for a head's runner at `place` of a recorded answer, and counts what is asked of it."""
+
+    def __init__(self) -> None:
+        self.said: list[list[tuple[int, float]]] = []
+        self.place = self.ahead = self.reads = self.steps = 0
+
+    def reset(self) -> None:
+        pass
+
+    def read(self, *_: object) -> None:
+        self.ahead, self.reads = 0, self.reads + 1
+
+    def step(self, *_: object) -> None:
+        self.ahead, self.steps = self.ahead + 1, self.steps + 1
+
+    def choose(self, *_: object) -> tuple[int, float]:
+        return self.said[self.place][self.ahead]
+
+
+def record(model: Engine, source: str, prompt: list[int], max_tokens: int) -> Recorded:
+    """Answer a prompt and roll out everywhere."""
+    assert model.lookahead is not None
+    answer = generate(model, prompt, NoDrafter(), max_tokens, mode="full").token_ids
+    text, layers = prompt + answer, model.lookahead.exit_layers
+    cache, parts = model.blocks.new_cache(len(text)), []
+    with torch.inference_mode():
+        for start in range(0, len(text) - 1, PREFILL_WIDTH):
+            tokens = text[start : min(start + PREFILL_WIDTH, len(text) - 1)]
+            *deep, last = model.run_tokens(tokens, cache, start, [*layers, model.blocks.num_blocks])
+            parts.append([*deep, model.blocks.final_norm(last)])
+        states = [torch.cat(part) for part in zip(*parts, strict=True)]
+        runner, said, read = lookahead_runner(model.lookahead), [], 0
+        for place in range(len(prompt), len(text)):
+            hidden = runner.read(text[read + 1 : place], [state[read : place - 1] for state in states])
+            read = place - 1
+            found = [runner.choose(hidden)]
+            while len(found) < STEPS:
+                hidden = runner.step(found[-1][0], hidden, len(found))
+                found.append(runner.choose(hidden))
+            said.append(found)
+    return Recorded(source, prompt, answer, said)
+
+
+def play(model: Engine, drafter: Drafter, replay: Replay, text: Recorded) -> tuple[float, int, int, int]:
+    """One text: milliseconds, rounds, tokens drafted and accepted."""
+    costs = cost_table(model)
+    pass_cost = pass_costs(costs, model.blocks)
+    replay.said, replay.reads, replay.steps = text.said, 0, 0
+    drafter.begin(text.prompt)
+    if drafter.exit_layers:
+        drafter.see(text.prompt[1:], [])
+    cache, pending = model.blocks.new_cache(1), text.prompt[-1]
+    place = rounds = drafted = accepted = 0
+    milliseconds = 0.0
+    while place < len(text.answer):
+        replay.place = place
+        left = len(text.answer) - place
+        draft = drafter.propose(model, cache, pending, min(STEPS, left - 1), ())
+        right = accepted_length(draft.tokens, text.answer[place:])
+        tokens = text.answer[place : place + right + 1]
+        drafter.observe(draft, tokens, right)
+        if drafter.exit_layers:
+            drafter.see(tokens, [])
+        milliseconds += pass_cost(1 + len(draft.tokens))
+        place, pending, rounds = place + len(tokens), tokens[-1], rounds + 1
+        drafted, accepted = drafted + len(draft.tokens), accepted + right
+    spent = replay.reads * costs.lookahead_read + replay.steps * costs.lookahead_step
+    return milliseconds + spent, rounds, drafted, accepted
+
+
+def with_replay(drafter: Drafter, replay: Replay) -> Drafter:
+    """The same rule, told what was recorded; a reading of its head leaves nothing to be read."""
+    for part in [drafter, *(part for part, _ in getattr(drafter, "choices", []))]:
+        if isinstance(part, LookaheadDrafter):
+            part.runner = replay  # type: ignore[assignment]
+    return drafter
+
+
+def main() -> None:
+    """Records, plays, prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prompts", type=Path)
+    parser.add_argument("--bundle", default=BundleConfig().bundle)
+    parser.add_argument("--limit", type=int, default=160)
+    parser.add_argument("--max-tokens", type=int, default=128)
+    options = parser.parse_args()
+    model = load_model(BackboneConfig(), BundleConfig(bundle=options.bundle))
+    rows = read_records(DataConfig(dataset_name=str(options.prompts)))[: options.limit]
+    texts = [
+        record(model, row["source"], model.backbone.encode_prompt(row["text"]), options.max_tokens) for row in rows
+    ]
+    plain = pass_costs(cost_table(model), model.blocks)(1)
+    replay = Replay()
+    for drafter in (lookup_drafter(model), lookahead_drafter(model), auto_drafter(model, 0.9, DEFAULT_WIDTH, "auto")):
+        by_source: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        totals = [0.0] * 4
+        for text in texts:
+            found = play(model, with_replay(drafter, replay), replay, text)
+            totals = [total + value for total, value in zip(totals, found, strict=True)]
+            by_source[text.source][0] += found[0]
+            by_source[text.source][1] += plain * len(text.answer)
+        tokens = sum(len(text.answer) for text in texts)
+        milliseconds, rounds, drafted, accepted = totals
+        print(
+            f"{drafter.name}: {tokens * plain / milliseconds:.2f}x plain, {tokens / rounds:.2f} tokens a pass, "
+            f"{accepted / max(drafted, 1):.0%} of {drafted:.0f} drafted tokens accepted"
+        )
+        print("  " + ", ".join(f"{name} {base / own:.2f}x" for name, (own, base) in sorted(by_source.items())))
+
+
+if __name__ == "__main__":
+    main()
