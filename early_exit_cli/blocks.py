@@ -73,7 +73,7 @@ class KVCache:
         self.length = 0
         self.rows: Rows | None = None
         self.addresses: Any = None
-        """Where the buffers are, for compiled code (`native_blocks.addresses_of`)."""
+        """Where the buffers are, for compiled code (`native_blocks.Addresses`)."""
 
     @property
     def capacity(self) -> int:

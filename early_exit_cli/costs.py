@@ -24,7 +24,7 @@ from early_exit_cli.artifacts import read_text, write_json
 from early_exit_cli.blocks import LARGEST_WIDTH, Blocks, KVCache
 from early_exit_cli.corpus import Corpus
 from early_exit_cli.drafters import AutoDrafter, Drafter, ExitDrafter
-from early_exit_cli.engine import Engine
+from early_exit_cli.engine import Engine, synchronize
 from early_exit_cli.errors import BundleError, ConfigError
 from early_exit_cli.formats import CostsForm, read_form
 from early_exit_cli.gating import level_key
@@ -43,6 +43,9 @@ SAMPLE_TEXT = "The history of the lighthouse is the history of trade by sea, and
 NEED = 1.02
 """A set of heads must be expected to beat plain decoding by this factor: exits come in runs, the model takes them as
 independent, and ties should fall to the simpler side."""
+
+Call = Callable[[], Any]
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -125,8 +128,8 @@ def measure_costs(model: Engine, widths: list[int]) -> Costs:
         blocks.run(blocks.embed(ids[:place]), near, 0, 0, blocks.num_blocks)
         for width in widths:
             final = run(width, near)
-            calls["near", width] = (_nothing, functools.partial(run, width, near))
-            calls["far", width] = (_nothing, functools.partial(run, width, far))
+            calls["near", width] = (lambda: None, functools.partial(run, width, near))
+            calls["far", width] = (lambda: None, functools.partial(run, width, far))
             calls["finish", width] = (functools.partial(run, width, near), functools.partial(blocks.finish, final))
         if model.heads is not None:
             calls["head", 1] = (a_pass, functools.partial(model.exit_reader.read, 0, blocks.embed(ids[:1])))
@@ -149,14 +152,6 @@ def measure_costs(model: Engine, widths: list[int]) -> Costs:
     )
 
 
-Call = Callable[[], Any]
-Key = TypeVar("Key")
-
-
-def _nothing() -> None:
-    pass
-
-
 def fastest_in_turns(calls: dict[Key, tuple[Call, Call]], device: torch.device) -> dict[Key, float]:
     """Milliseconds of calls, the fastest of some runs each, since whatever else the machine does only adds.
 
@@ -176,11 +171,6 @@ def fastest_in_turns(calls: dict[Key, tuple[Call, Call]], device: torch.device) 
             if turn:  # the first one warms up
                 times[key] = min(times[key], (time.perf_counter() - started) * 1000)
     return times
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def never_falling(table: dict[int, float]) -> dict[int, float]:

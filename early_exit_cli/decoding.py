@@ -20,7 +20,7 @@ from torch import Tensor
 
 from early_exit_cli.blocks import LARGEST_WIDTH, KVCache
 from early_exit_cli.drafters import Draft, Drafter, Exit, Reason, Row, catch_up, decider
-from early_exit_cli.engine import Engine
+from early_exit_cli.engine import Engine, synchronize
 from early_exit_cli.errors import ConfigError
 from early_exit_cli.gating import entropy
 from early_exit_cli.sampling import GREEDY, Chooser
@@ -344,7 +344,7 @@ def generate(
     stream = TextStream(model)
     rounds: list[Round] = []
     first_token = 0.0
-    synchronize(model)
+    synchronize(model.backbone.device)
     reason: Reason | None = None
     steps = decode(
         model,
@@ -368,7 +368,7 @@ def generate(
                 on_token(token)
             if on_text and piece:
                 on_text(piece, decider(reason))
-    synchronize(model)
+    synchronize(model.backbone.device)
     seconds = time.perf_counter() - started
     rest = stream.finish()
     if on_text and rest:
@@ -376,12 +376,6 @@ def generate(
     states = torch.cat([step.states for step in rounds if step.states is not None]) if keep_states else None
     stats = collect_stats(model, mode, rounds, seconds, first_token)
     return Generation(stream.text, stream.ids, stats, rounds, states)
-
-
-def synchronize(model: Engine) -> None:
-    """Wait for the device, so that a clock read after it counts finished work."""
-    if model.backbone.device.type == "cuda":
-        torch.cuda.synchronize(model.backbone.device)
 
 
 def collect_stats(model: Engine, mode: str, rounds: list[Round], seconds: float, first_token: float) -> Stats:

@@ -190,6 +190,12 @@ class Engine:
         return normed[:rows], logits
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU, so that a clock read after it counts finished work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def require_finite(best_logits: Tensor) -> None:
     """Refuse a row whose best logit is NaN or infinite: argmax would silently say token 0.
 

@@ -135,8 +135,8 @@ class NativeBlocks(FusedBlocks):
         Args:
             states: [stops, rows, hidden] to be filled; the last one is the input, unless there are `tokens`.
         """
-        base, size = states.data_ptr(), states[0].nbytes
         kept = len(stops) - 1
+        base, size = states.data_ptr(), states.nbytes // len(stops)
         failed = self.code.eexit_run(
             *(self.model, tokens, base + kept * size),
             *((NativePart * len(parts))(*map(_native_part, parts)), len(parts), first, stops[-1]),

@@ -23,10 +23,9 @@ from early_exit_cli.decoding import (
     TextStream,
     collect_stats,
     states_after,
-    synchronize,
 )
 from early_exit_cli.drafters import Draft, Drafter
-from early_exit_cli.engine import Engine
+from early_exit_cli.engine import Engine, synchronize
 from early_exit_cli.sampling import GREEDY, Chooser
 
 
@@ -69,7 +68,7 @@ def generate_together(
     rounds: list[list[Round]] = [[] for _ in requests]
     first: list[float] = [0.0] * len(requests)
     last: list[float] = [0.0] * len(requests)
-    synchronize(model)
+    synchronize(model.backbone.device)
     started = time.perf_counter()
     ended = 0
     for number, step, is_last in decode_together(

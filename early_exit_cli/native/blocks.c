@@ -182,7 +182,8 @@ static void remember_rows(const Model *m, const Block *block, const Part *part, 
 /* ---- a pass ---- */
 
 /* Blocks first .. last - 1 over the rows of the texts, one after another, in place: hidden [sum of widths, hidden], which
- * starts as the embedded `tokens` where these are given. kept: where to copy the states to after `stops` blocks, ascending. Returns 0, or 1 when there is no memory. */
+ * starts as the embedded `tokens` where these are given. kept: where to copy the states to after `stops` blocks, ascending.
+ * Returns 0, or 1 when there is no memory. */
 int eexit_run(const Model *m, const int64_t *tokens, bf16 *hidden, const Part *parts, int64_t count, int first, int last, const int64_t *stops, bf16 *const *kept, int64_t stops_count, int threads) {
     int64_t width = 0, keys = 0;
     for (int64_t i = 0; i < count; i++) {
