@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--holdout", type=float, default=0.06)
     parser.add_argument("--sampled-share", type=float, default=0.15)
     parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--prompt-tokens", type=int, default=384)
     parser.add_argument(
         "--seen", type=int, nargs="+", help="tokens seen by each, where its record does not say all of them"
     )
@@ -69,7 +70,7 @@ def main() -> None:
     options = parser.parse_args()
     settings = {
         key: getattr(options, key)
-        for key in ("dataset_name", "max_documents", "holdout", "sampled_share", "max_length")
+        for key in ("dataset_name", "max_documents", "holdout", "sampled_share", "max_length", "prompt_tokens")
     }
     data = DataConfig(on_policy=True, **settings)
     backbone = load_backbone(BackboneConfig())
