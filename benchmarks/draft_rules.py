@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from early_exit_cli.blocks import PREFILL_WIDTH
 from early_exit_cli.config import BackboneConfig, BundleConfig, DataConfig
-from early_exit_cli.costs import auto_drafter, cost_table, lookahead_drafter, lookup_drafter, pass_costs
+from early_exit_cli.costs import Costs, auto_drafter, cost_table, lookahead_drafter, lookup_drafter, pass_costs
 from early_exit_cli.data import read_records
 from early_exit_cli.decoding import DEFAULT_WIDTH, accepted_length, generate
 from early_exit_cli.drafters import Drafter, NoDrafter
@@ -61,12 +61,9 @@ def record(model: Engine, source: str, prompt: list[int], max_tokens: int) -> Re
     assert model.lookahead is not None
     answer = generate(model, prompt, NoDrafter(), max_tokens, mode="full").token_ids
     text, layers = prompt + answer, model.lookahead.exit_layers
-    cache, parts = model.blocks.new_cache(len(text)), []
+    parts: list[list[Tensor]] = []
     with torch.inference_mode():
-        for start in range(0, len(text) - 1, PREFILL_WIDTH):
-            tokens = text[start : min(start + PREFILL_WIDTH, len(text) - 1)]
-            *deep, last = model.run_tokens(tokens, cache, start, [*layers, model.blocks.num_blocks])
-            parts.append([*deep, model.blocks.final_norm(last)])
+        model.start(text, 0, layers, lambda _, states: parts.append(states))
         states = [torch.cat(part) for part in zip(*parts, strict=True)]
         runner, said, read = lookahead_runner(model.lookahead), [], 0
         for place in range(len(prompt), len(text)):
@@ -80,9 +77,8 @@ def record(model: Engine, source: str, prompt: list[int], max_tokens: int) -> Re
     return Recorded(source, prompt, answer, said)
 
 
-def play(model: Engine, drafter: Drafter, replay: Replay, text: Recorded) -> tuple[float, int, int, int]:
+def play(model: Engine, costs: Costs, drafter: Drafter, replay: Replay, text: Recorded) -> tuple[float, int, int, int]:
     """One text: milliseconds, rounds, tokens drafted and accepted."""
-    costs = cost_table(model)
     pass_cost = pass_costs(costs, model.blocks)
     replay.said, replay.reads, replay.steps = text.said, 0, 0
     drafter.begin(text.prompt)
@@ -107,12 +103,11 @@ def play(model: Engine, drafter: Drafter, replay: Replay, text: Recorded) -> tup
     return milliseconds + spent, rounds, drafted, accepted
 
 
-def with_replay(drafter: Drafter, replay: Replay) -> Drafter:
-    """The same rule, told what was recorded; a reading of its head leaves nothing to be read."""
+def with_replay(drafter: Drafter, replay: Replay) -> None:
+    """From now on the rule is told what was recorded."""
     for part in [drafter, *(part for part, _ in getattr(drafter, "choices", []))]:
         if isinstance(part, LookaheadDrafter):
             part.runner = replay  # type: ignore[assignment]
-    return drafter
 
 
 def main() -> None:
@@ -128,13 +123,14 @@ def main() -> None:
     texts = [
         record(model, row["source"], model.backbone.encode_prompt(row["text"]), options.max_tokens) for row in rows
     ]
-    plain = pass_costs(cost_table(model), model.blocks)(1)
-    replay = Replay()
+    costs, replay = cost_table(model), Replay()
+    plain = pass_costs(costs, model.blocks)(1)
     for drafter in (lookup_drafter(model), lookahead_drafter(model), auto_drafter(model, 0.9, DEFAULT_WIDTH, "auto")):
+        with_replay(drafter, replay)
         by_source: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         totals = [0.0] * 4
         for text in texts:
-            found = play(model, with_replay(drafter, replay), replay, text)
+            found = play(model, costs, drafter, replay, text)
             totals = [total + value for total, value in zip(totals, found, strict=True)]
             by_source[text.source][0] += found[0]
             by_source[text.source][1] += plain * len(text.answer)

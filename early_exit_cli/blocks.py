@@ -142,8 +142,7 @@ class Blocks(ABC):
 
     def run_tokens(self, tokens: list[int], cache: KVCache, position: int, stops: Sequence[int]) -> list[Tensor]:
         """All blocks over embedded tokens, as `run_through`."""
-        ids = torch.tensor(tokens).to(self.backbone.device, non_blocking=True)
-        return self.run_through(self.embed(ids), cache, position, stops)
+        return self.run_through(self.embed_tokens(tokens), cache, position, stops)
 
     def run_together(self, hidden: Tensor, parts: list[Part], stops: Sequence[int]) -> list[Tensor]:
         """`run_through` for the rows of several texts, one after another; rows behind the last part are padding."""
@@ -182,6 +181,10 @@ class Blocks(ABC):
     def embed(self, token_ids: Tensor) -> Tensor:
         """[width] int64 -> [width, hidden]. Where positions are learned, block 0 adds them: it knows where it runs."""
         return self.backbone.embed(token_ids)
+
+    def embed_tokens(self, tokens: list[int]) -> Tensor:
+        """`embed` of tokens that are not on the device yet."""
+        return self.embed(torch.tensor(tokens).to(self.backbone.device, non_blocking=True))
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The norm in front of the LM head, [width, hidden] -> [width, hidden]."""

@@ -97,7 +97,7 @@ class Engine:
 
     def embed(self, tokens: list[int]) -> Tensor:
         """Token ids -> [len(tokens), hidden]."""
-        return self.blocks.embed(torch.tensor(tokens).to(self.backbone.device, non_blocking=True))
+        return self.blocks.embed_tokens(tokens)
 
     def run(self, hidden: Tensor, cache: KVCache, position: int, first: int, last: int) -> Tensor:
         """Blocks first .. last - 1 over [rows, hidden] at `position`, padded to an invariant width.

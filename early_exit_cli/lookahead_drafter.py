@@ -29,8 +29,6 @@ NEED = 1.03
 """A draft must be expected to beat plain decoding by this factor."""
 LOOKED_AHEAD = 8
 """Tokens of a draft that a promise looks at."""
-SUREST = 0.995
-"""No token is surer than this."""
 FORGETTING = 0.97
 """What is left of the text's own evidence after a round without a draft, so that drafting is tried again."""
 
@@ -88,7 +86,6 @@ class LookaheadDrafter(Drafter):
         self.runner = lookahead_runner(head)
         self.exit_layers = head.exit_layers
         self.survival, self.passes = survival, PassShares(pass_cost)
-        self.means = [entry.mean for entry in survival]
         self.read_cost, self.step_cost = read_cost, step_cost
         self.temperature = temperature
         self.waiting: list[tuple[list[int], list[Tensor]]] = []
@@ -178,7 +175,7 @@ class LookaheadDrafter(Drafter):
         """The calibrated probability at a draft position, moved by how the calibration has fared on this text."""
         survival = self._at(place)
         calibrated = survival.mean if uncertainty is None else survival.at(uncertainty)
-        return min(calibrated * self._fortune, SUREST)
+        return min(calibrated * self._fortune, 0.995)
 
     def _best_stop(self, chances: list[float], made: int, limit: int) -> _Stop:
         """The draft length of the highest expected tokens per millisecond from here on.
@@ -187,21 +184,13 @@ class LookaheadDrafter(Drafter):
             chances: of the tokens drafted already; later ones count with their position's mean.
             made: draft steps that are spent already, at least one.
         """
-        passes, fortune, known, last = (
-            self.passes.beside(self.company),
-            self._fortune,
-            len(chances),
-            len(self.means) - 1,
-        )
+        passes = self.passes.beside(self.company)
         drafting = self.read_cost + (made - 1) * self.step_cost
         best = _Stop(0, 1.0, passes[1] + drafting)
         to_beat = NEED * best.rate
         expected = survives = 1.0
         for count in range(1, limit + 1):
-            if count <= known:
-                survives *= chances[count - 1]
-            else:
-                survives *= min(self.means[min(count - 1, last)] * fortune, SUREST)
+            survives *= chances[count - 1] if count <= len(chances) else self._chance(count - 1)
             expected += survives
             if count > made:
                 drafting += self.step_cost

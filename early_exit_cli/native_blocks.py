@@ -111,30 +111,28 @@ class NativeBlocks(FusedBlocks):
     def run_through(
         self, hidden: Tensor, cache: KVCache, position: int, stops: Sequence[int], first: int = 0
     ) -> list[Tensor]:
-        states = torch.empty(len(stops), *hidden.shape, dtype=torch.bfloat16)
-        states[-1] = hidden
-        return self._pass(states, None, [Part(cache, position, hidden.shape[0])], first, stops)
+        return self._pass(hidden, [Part(cache, position, hidden.shape[0])], first, stops)
 
     def run_tokens(self, tokens: list[int], cache: KVCache, position: int, stops: Sequence[int]) -> list[Tensor]:
         if min(tokens) < 0 or max(tokens) >= self.embedded:
             raise IndexError(f"tokens {min(tokens)} to {max(tokens)}, of which {self.embedded} are embedded")
-        states = torch.empty(len(stops), len(tokens), self.model.hidden, dtype=torch.bfloat16)
-        ids = (ctypes.c_int64 * len(tokens))(*tokens)
-        return self._pass(states, ids, [Part(cache, position, len(tokens))], 0, stops)
+        return self._pass(tokens, [Part(cache, position, len(tokens))], 0, stops)
 
     def run_together(self, hidden: Tensor, parts: list[Part], stops: Sequence[int]) -> list[Tensor]:
-        states = torch.empty(len(stops), *hidden.shape, dtype=torch.bfloat16)
-        states[-1] = hidden
-        return self._pass(states, None, parts, 0, stops)
+        return self._pass(hidden, parts, 0, stops)
 
-    def _pass(
-        self, states: Tensor, tokens: object, parts: list[Part], first: int, stops: Sequence[int]
-    ) -> list[Tensor]:
+    def _pass(self, rows: Tensor | list[int], parts: list[Part], first: int, stops: Sequence[int]) -> list[Tensor]:
         """Blocks from `first` on over the rows of the texts: their states after each of `stops` blocks.
 
         Args:
-            states: [stops, rows, hidden] to be filled; the last one is the input, unless there are `tokens`.
+            rows: states [rows, hidden], or tokens to be embedded.
         """
+        states = torch.empty(len(stops), len(rows), self.model.hidden, dtype=torch.bfloat16)
+        tokens = None
+        if isinstance(rows, list):
+            tokens = (ctypes.c_int64 * len(rows))(*rows)
+        else:
+            states[-1] = rows
         kept = len(stops) - 1
         base, size = states.data_ptr(), states.nbytes // len(stops)
         failed = self.code.eexit_run(
