@@ -52,16 +52,13 @@ def test_attention_and_targets_never_cross_documents():
 
 
 def test_only_answers_are_measured():
-    """Of [prompt 1 2][answer 3 4], the positions that predict 3 and 4 count; an answer too long for a row goes on in another."""
-    first, second = pack(
-        [Document([1, 2, 3, 4], "a", answer_start=2), Document([5, 6, 7, 8, 9], "b", answer_start=1)], 4, pad_id=0
-    )[:2]
-    assert first.measured[0].tolist() == [False, True, True, False]
-    assert first.answers[0].tolist() == [False, False, True, True]
-    assert second.measured[0].tolist() == [True, True, True, False]
-    (rest,) = pack([Document([5, 6, 7, 8, 9], "b", answer_start=1)], 4, pad_id=0)[1:]
-    assert rest.input_ids[0, 0] == 9
-    assert rest.answers[0].tolist() == [True] + [False] * 3
+    """Of [prompt 1 2][answer 3 4], the positions that predict 3 and 4 count; an answer longer than a row goes on in another."""
+    (first,) = pack([Document([1, 2, 3, 4], "a", answer_start=2), Document([5, 6], "b", answer_start=1)], 6, pad_id=0)
+    assert first.measured[0].tolist() == [False, True, True, False, True, False]
+    assert first.answers[0].tolist() == [False, False, True, True, False, True]
+    _, second = pack([Document([1, 2, 3, 4, 5, 6, 7], "b", answer_start=1)], 6, pad_id=0)
+    assert second.input_ids[0, 0] == 7
+    assert second.answers[0].tolist() == [True] + [False] * 5
 
 
 def test_every_token_knows_its_document_and_its_place_in_the_answer():

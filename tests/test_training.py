@@ -84,11 +84,11 @@ def test_training_raises_agreement_and_leaves_a_bundle(tmp_path, tiny_backbone, 
 
     backbone = tiny_backbone("llama")
     before = {name: value.clone() for name, value in backbone.model.state_dict().items()}
-    training = trainer(backbone, tmp_path / "run", draft_vocab=0, held_out=40, max_steps=200, eval_every=100)
+    training = trainer(backbone, tmp_path / "run", draft_vocab=0, held_out=40, lr=1e-2, max_steps=200, eval_every=100)
     start = training.evaluate()
     reports = []
     result = training.run(reports.append)
-    assert sum(result.best_agreement) > sum(start) + 0.1
+    assert sum(result.best_agreement) > sum(start) + 0.15
     assert sum(reports[-1].losses) < sum(reports[0].losses)
     assert [report.step for report in reports if report.agreement] == [100, 200]
     assert all(torch.equal(value, before[name]) for name, value in backbone.model.state_dict().items())
