@@ -81,9 +81,11 @@ def play(model: Engine, costs: Costs, drafter: Drafter, replay: Replay, text: Re
     """One text: milliseconds, rounds, tokens drafted and accepted."""
     pass_cost = pass_costs(costs, model.blocks)
     replay.said, replay.reads, replay.steps = text.said, 0, 0
+    drafter.meet(model)
     drafter.begin(text.prompt)
+    unseen = [torch.empty(0)] * (len(drafter.exit_layers) + 1)
     if drafter.exit_layers:
-        drafter.see(text.prompt[1:], [])
+        drafter.see(text.prompt[1:], unseen)
     cache, pending = model.blocks.new_cache(1), text.prompt[-1]
     place = rounds = drafted = accepted = 0
     milliseconds = 0.0
@@ -95,7 +97,7 @@ def play(model: Engine, costs: Costs, drafter: Drafter, replay: Replay, text: Re
         tokens = text.answer[place : place + right + 1]
         drafter.observe(draft, tokens, right)
         if drafter.exit_layers:
-            drafter.see(tokens, [])
+            drafter.see(tokens, unseen)
         milliseconds += pass_cost(1 + len(draft.tokens))
         place, pending, rounds = place + len(tokens), tokens[-1], rounds + 1
         drafted, accepted = drafted + len(draft.tokens), accepted + right

@@ -99,9 +99,10 @@ class HeadsConfig(Section):
     """The exit heads: how many, where, and of what kind."""
 
     num_heads: int = setting(3, "Number of exit heads.", ge=1)
-    kind: Literal["adapter", "linear", "lookahead"] = setting(
+    kind: Literal["adapter", "attention", "linear", "lookahead"] = setting(
         "adapter",
-        "adapter: a small residual map before the backbone's own norm and LM head. linear: norm and an untied map, "
+        "adapter: a small residual map before the backbone's own norm and LM head. attention: an adapter that first "
+        "attends over the text's states after the same block (Kangaroo). linear: norm and an untied map, "
         "the shape the DSSD demo loads. lookahead: one block that rolls forward from the deep states of the last verified "
         "tokens (EAGLE-3); it joins the exit heads of a bundle that is there already.",
         aliases=("--head",),
@@ -112,7 +113,7 @@ class HeadsConfig(Section):
     rank: int = setting(576, "Width of the adapter's hidden layer.", ge=1)
     draft_vocab: int = setting(
         8192,
-        "Adapter and lookahead heads choose among this many of the most frequent tokens of the training text; 0 keeps "
+        "Heads that are not linear choose among this many of the most frequent tokens of the training text; 0 keeps "
         "all.",
         ge=0,
     )

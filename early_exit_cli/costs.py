@@ -26,6 +26,7 @@ from early_exit_cli.corpus import Corpus
 from early_exit_cli.drafters import AutoDrafter, Drafter, ExitDrafter
 from early_exit_cli.engine import Engine, synchronize
 from early_exit_cli.errors import BundleError, ConfigError
+from early_exit_cli.exit_reader import ExitReader
 from early_exit_cli.formats import CostsForm, read_form
 from early_exit_cli.gating import level_key
 from early_exit_cli.lookahead import LookaheadHead
@@ -132,7 +133,7 @@ def measure_costs(model: Engine, widths: list[int]) -> Costs:
             calls["far", width] = (lambda: None, functools.partial(run, width, far))
             calls["finish", width] = (functools.partial(run, width, near), functools.partial(blocks.finish, final))
         if model.heads is not None:
-            calls["head", 1] = (a_pass, functools.partial(model.exit_reader.read, 0, blocks.embed(ids[:1])))
+            calls["head", 1] = (a_pass, _head_call(model.exit_reader.another(), blocks.embed(ids[:place])))
         if model.lookahead is not None:
             read, step = _lookahead_calls(model.lookahead, near.limit)
 
@@ -183,6 +184,20 @@ def never_falling(table: dict[int, float]) -> dict[int, float]:
     return dict(sorted(found.items()))
 
 
+def _head_call(reader: ExitReader, states: Tensor) -> Call:
+    """Reading the first head over one token behind [length, hidden] states."""
+    watched = reader.watched([0])
+    for head in watched:
+        reader.see(head, states)
+
+    def read() -> None:
+        for head in watched:
+            reader.see(head, states[:1])
+        reader.read(0, [states[:1]])
+
+    return read
+
+
 def _lookahead_calls(head: LookaheadHead, length: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """Reading two verified positions after `length` others, and a step of its own; each with its choice."""
     runner = lookahead_runner(head)
@@ -192,7 +207,7 @@ def _lookahead_calls(head: LookaheadHead, length: int) -> tuple[Callable[[], Any
     hidden = runner.read(tokens, states)
 
     def read() -> None:
-        runner.length = length
+        runner.cache.length = length
         runner.choose(runner.read(tokens[:2], [state[:2] for state in states]))
 
     return read, lambda: runner.choose(runner.step(0, hidden, 1))

@@ -19,25 +19,16 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from early_exit_cli.blocks import LARGEST_WIDTH, KVCache
-from early_exit_cli.drafters import Draft, Drafter, Exit, Reason, Row, catch_up, decider
+from early_exit_cli.drafters import Draft, Drafter, Exit, Reason, Row, catch_up, decider, show
 from early_exit_cli.engine import Engine, synchronize
 from early_exit_cli.errors import ConfigError
-from early_exit_cli.gating import entropy
+from early_exit_cli.head_views import HeadReading, HeadViews
 from early_exit_cli.sampling import GREEDY, Chooser
 
 DEFAULT_WIDTH = 8
 REPLACEMENT = "\ufffd"
 StopsAfter = Callable[[int], bool]
 """Asked once for every committed token, in order: does the text end with it?"""
-
-
-@dataclass(frozen=True)
-class HeadReading:
-    """What one head said for a token: its choice and its entropy (nats)."""
-
-    head: int
-    token_id: int
-    entropy: float
 
 
 @dataclass(frozen=True)
@@ -111,11 +102,11 @@ def decode(
         NumericsError: the backbone's logits are not finite.
     """
     width = checked_width(model, width)
-    text = Text(model, prompt_ids, drafter, chooser, max_new_tokens, stop_ids, stops_after)
+    text = Text(model, prompt_ids, drafter, chooser, max_new_tokens, stop_ids, stops_after, trace)
     while not text.ended:
         with torch.inference_mode():
             draft = text.draft(width - 1)
-            deep, states, choices, readings = verify(model, text, draft, trace)
+            deep, states, choices, readings = verify(model, text, draft)
         yield text.commit(draft, deep, states, choices, readings, keep_states)
 
 
@@ -133,6 +124,9 @@ def checked_width(model: Engine, width: int) -> int:
 class Text:
     """One text being decoded: what is committed, and who drafts and chooses for it.
 
+    Args:
+        trace: read every head for each token.
+
     Raises:
         ConfigError: empty prompt, or beyond the context.
     """
@@ -146,6 +140,7 @@ class Text:
         max_new_tokens: int,
         stop_ids: Container[int] | None = None,
         stops_after: StopsAfter | None = None,
+        trace: bool = False,
     ) -> None:
         self.model, self.drafter, self.chooser = model, drafter, chooser
         self.stops = model.backbone.eos_token_ids if stop_ids is None else stop_ids
@@ -155,9 +150,18 @@ class Text:
         self.pending = prompt_ids[-1] if prompt_ids else 0
         with torch.inference_mode():
             chooser.begin(model.backbone.vocab_size, prompt_ids)
+            drafter.meet(model)
             drafter.begin(prompt_ids, chooser)
-            see = drafter.see if drafter.exit_layers else None
-            self.cache = model.start(prompt_ids, max_new_tokens, drafter.exit_layers, see)
+            self.views = HeadViews(model) if trace else None
+            self.exit_layers = sorted({*drafter.exit_layers, *(self.views.exit_layers if self.views else ())})
+            see = self.see if self.exit_layers else None
+            self.cache = model.start(prompt_ids, max_new_tokens, self.exit_layers, see)
+
+    def see(self, tokens: list[int], states: list[Tensor]) -> None:
+        """Show verified positions to those who look: states after `exit_layers` and the final normed one (`Drafter.see`)."""
+        show(self.drafter, tokens, self.exit_layers, states)
+        if self.views:
+            self.views.see(self.exit_layers, states)
 
     def draft(self, limit: int) -> Draft:
         """Ask for at most `limit` tokens, and never for what the text has no room for."""
@@ -183,7 +187,7 @@ class Text:
         self.chooser.commit(tokens)
         self.drafter.observe(draft, tokens, accepted)
         if deep:
-            self.drafter.see(tokens, [state[: len(tokens)] for state in (*deep, states)])
+            self.see(tokens, [state[: len(tokens)] for state in (*deep, states)])
         return Round(
             tokens=tokens,
             accepted=accepted,
@@ -195,22 +199,20 @@ class Text:
         )
 
 
-def verify(
-    model: Engine, text: Text, draft: Draft, trace: bool
-) -> tuple[list[Tensor], Tensor, list[int], list[list[HeadReading]]]:
-    """Run what is left of the blocks over the pending token and the draft, and keep the states that the drafter reads.
+def verify(model: Engine, text: Text, draft: Draft) -> tuple[list[Tensor], Tensor, list[int], list[list[HeadReading]]]:
+    """Run what is left of the blocks over the pending token and the draft, and keep the states that are looked at.
 
     Returns:
-        (states after each of the drafter's exit layers [rows, hidden], final normed states [rows, hidden], the backbone's
+        (states after each of the text's exit layers [rows, hidden], final normed states [rows, hidden], the backbone's
         choice after each row, up to the first that the draft lacks at least, head readings per row when traced).
     """
-    cache, exit_layers, depth = text.cache, text.drafter.exit_layers, model.blocks.num_blocks
+    cache, exit_layers, depth = text.cache, text.exit_layers, model.blocks.num_blocks
     readings: list[list[HeadReading]] = []
-    if trace or draft.rows:
+    if text.views or draft.rows:
         rows = draft.rows
-        if trace:  # it needs every row at every exit layer, also where drafting did not stop
+        if text.views:  # it needs every row at every exit layer, also where drafting did not stop
             rows = [{0: hidden} for hidden in model.embed([text.pending, *draft.tokens]).split(1)]
-            readings = read_every_head(model, cache, rows, len(rows), exit_layers)
+            readings = text.views.read(cache, rows, exit_layers)
         *deep, hidden = states_after(model, cache, rows, [*exit_layers, depth])
     else:
         *deep, hidden = model.run_tokens([text.pending, *draft.tokens], cache, cache.length, [*exit_layers, depth])
@@ -225,28 +227,6 @@ def states_after(model: Engine, cache: KVCache, rows: list[Row], layers: Sequenc
         catch_up(model, cache, rows, layer)
         found.append(torch.cat([row[layer] for row in rows]))
     return found
-
-
-def read_every_head(
-    model: Engine, cache: KVCache, rows: list[Row], last: int, stops: Sequence[int] = ()
-) -> list[list[HeadReading]]:
-    """What every head says for the last so many rows, a list a row; the rows go as deep as the deepest head.
-
-    Args:
-        stops: layers whose states the rows should keep too.
-    """
-    readings: list[list[HeadReading]] = [[] for _ in range(last)]
-    if model.heads is None:
-        return readings
-    heads = {layer: head for head, layer in enumerate(model.heads.exit_layers)}
-    for layer in sorted({*heads, *stops}):
-        catch_up(model, cache, rows, layer)
-        if layer in heads:
-            logits = model.heads.logits(heads[layer], torch.cat([row[layer] for row in rows[-last:]]))
-            chosen = model.heads.token_ids(logits.argmax(-1)).tolist()
-            for row_readings, token, uncertainty in zip(readings, chosen, entropy(logits).tolist(), strict=True):
-                row_readings.append(HeadReading(heads[layer], token, uncertainty))
-    return readings
 
 
 @dataclass(frozen=True)

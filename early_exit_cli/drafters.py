@@ -20,6 +20,7 @@ from torch import Tensor
 from early_exit_cli.blocks import LARGEST_WIDTH, KVCache
 from early_exit_cli.config import UncertaintyMetric
 from early_exit_cli.engine import Engine
+from early_exit_cli.exit_reader import ExitReader
 from early_exit_cli.gating import may_exit
 from early_exit_cli.heads import ExitHeads
 from early_exit_cli.sampling import GREEDY, Chooser
@@ -118,6 +119,9 @@ class Drafter(ABC):
     company: int = 0
     """Other texts that have a row in the same passes."""
 
+    def meet(self, model: Engine) -> None:  # noqa: B027 (most read nothing of it before they draft)
+        """The model that the next text is decoded by; called before `exit_layers` is asked for."""
+
     def begin(self, prompt_ids: list[int], chooser: Chooser = GREEDY) -> None:
         """A new text starts with these tokens."""
         self.chooser = chooser
@@ -178,6 +182,16 @@ class PassShares:
         return self.known[company]
 
 
+def show(drafter: Drafter, tokens: list[int], layers: Sequence[int], states: list[Tensor]) -> None:
+    """Let a drafter see verified positions, if it wants to.
+
+    Args:
+        states: after `layers`, its own among them, and the final normed state (`Drafter.see`).
+    """
+    if drafter.exit_layers:
+        drafter.see(tokens, [*(states[layers.index(layer)] for layer in drafter.exit_layers), states[-1]])
+
+
 class NoDrafter(Drafter):
     """Plain decoding: never proposes."""
 
@@ -200,11 +214,28 @@ class ExitDrafter(Drafter):
     active: list[int] | None = None
     metric: UncertaintyMetric = "entropy"
     temperature: float = 1.0
+    reader: ExitReader | None = field(default=None, init=False, repr=False)
+    watched: list[int] = field(default_factory=list, init=False, repr=False)
+    """The active heads whose attention looks at the text."""
+
+    def meet(self, model: Engine) -> None:
+        if model.heads is None or not self._active():
+            return
+        self.reader = model.exit_reader.another()
+        self.watched = self.reader.watched(self._active())
+        self.exit_layers = [model.heads.exit_layers[head] for head in self.watched]
+
+    def see(self, tokens: list[int], states: list[Tensor]) -> None:
+        if self.reader is not None:
+            for head, seen in zip(self.watched, states):  # noqa: B905 (the final state is the last one)
+                self.reader.see(head, seen)
+
+    def _active(self) -> list[int]:
+        return list(range(len(self.thresholds))) if self.active is None else self.active
 
     def propose(self, model: Engine, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]) -> Draft:
-        heads = model.heads
-        active = list(range(len(self.thresholds))) if self.active is None else self.active
-        if limit < 1 or heads is None or not active:
+        heads, reader, active = model.heads, self.reader, self._active()
+        if limit < 1 or heads is None or reader is None or not active:
             return Draft()
         first_layer = heads.exit_layers[active[0]]
         draft = Draft()
@@ -214,7 +245,7 @@ class ExitDrafter(Drafter):
             draft.rows.append({first_layer: model.run(model.embed([token]), cache, position, 0, first_layer)})
             if len(draft.tokens) == limit:
                 return draft
-            found = self._read_heads(model, heads, active, cache, draft)
+            found = self._read_heads(model, heads, reader, active, cache, draft)
             if found is None:
                 return draft
             token, reason = found
@@ -224,7 +255,7 @@ class ExitDrafter(Drafter):
                 return draft
 
     def _read_heads(
-        self, model: Engine, heads: ExitHeads, active: list[int], cache: KVCache, draft: Draft
+        self, model: Engine, heads: ExitHeads, reader: ExitReader, active: list[int], cache: KVCache, draft: Draft
     ) -> tuple[int, Exit] | None:
         """Go from head to head with the last row until one is sure; None when none is.
 
@@ -234,9 +265,9 @@ class ExitDrafter(Drafter):
         for head in active:
             exit_layer, threshold = heads.exit_layers[head], self.thresholds[head]
             catch_up(model, cache, draft.rows, exit_layer)
-            found = model.exit_reader.read(head, draft.rows[-1][exit_layer], self.metric)
+            found = reader.read(head, [row[exit_layer] for row in draft.rows], self.metric)
             if may_exit(found, threshold):
-                token = model.exit_reader.token(self.chooser, draft.tokens, self.temperature)
+                token = reader.token(self.chooser, draft.tokens, self.temperature)
                 return token, Exit(head, exit_layer, found, threshold)
         return None
 
@@ -267,7 +298,11 @@ class AutoDrafter(Drafter):
 
     def __init__(self, choices: list[tuple[Drafter, int]]) -> None:
         self.choices = choices
-        self.exit_layers = sorted({layer for drafter, _ in choices for layer in drafter.exit_layers})
+
+    def meet(self, model: Engine) -> None:
+        for drafter, _ in self.choices:
+            drafter.meet(model)
+        self.exit_layers = sorted({layer for drafter, _ in self.choices for layer in drafter.exit_layers})
 
     def begin(self, prompt_ids: list[int], chooser: Chooser = GREEDY) -> None:
         for drafter, _ in self.choices:
@@ -282,8 +317,7 @@ class AutoDrafter(Drafter):
 
     def see(self, tokens: list[int], states: list[Tensor]) -> None:
         for drafter, _ in self.choices:
-            if drafter.exit_layers:
-                drafter.see(tokens, states)
+            show(drafter, tokens, self.exit_layers, states)
 
     def propose(self, model: Engine, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]) -> Draft:
         draft = Draft()

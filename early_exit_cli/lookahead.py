@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from early_exit_cli.artifacts import write_atomic
+from early_exit_cli.attention import AttentionShape, rotary, rotate
 from early_exit_cli.heads import DRAFT_VOCAB, read_tensors, require_tensors
 from early_exit_cli.readout import LastBlock, Readout
 from early_exit_cli.states import Prediction, States
@@ -28,13 +29,13 @@ from early_exit_cli.states import Prediction, States
 class Attention(nn.Module):
     """Projections of grouped-query attention over [embedding; state], 2 * hidden wide."""
 
-    def __init__(self, hidden: int, shape: LastBlock) -> None:
+    def __init__(self, hidden: int, shape: AttentionShape) -> None:
         super().__init__()
-        self.query_heads, self.kv_heads, self.head_dim = shape.query_heads, shape.kv_heads, shape.head_dim
-        self.q_proj = nn.Linear(2 * hidden, self.query_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(2 * hidden, self.kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(2 * hidden, self.kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(self.query_heads * self.head_dim, hidden, bias=False)
+        self.shape = shape
+        self.q_proj = nn.Linear(2 * hidden, shape.query_width, bias=False)
+        self.k_proj = nn.Linear(2 * hidden, shape.kv_width, bias=False)
+        self.v_proj = nn.Linear(2 * hidden, shape.kv_width, bias=False)
+        self.o_proj = nn.Linear(shape.query_width, hidden, bias=False)
 
 
 class GatedMLP(nn.Module):
@@ -61,7 +62,7 @@ class Block(nn.Module):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(hidden, eps)  # of the embedding
         self.hidden_norm = nn.RMSNorm(hidden, eps)
-        self.self_attn = Attention(hidden, shape)
+        self.self_attn = Attention(hidden, shape.attention)
         self.post_attention_layernorm = nn.RMSNorm(hidden, eps)
         self.mlp = GatedMLP(hidden, shape)
 
@@ -80,7 +81,6 @@ class LookaheadHead(nn.Module):
         super().__init__()
         hidden, eps, shape = readout.hidden_size, readout.final_norm.eps, readout.last_block
         self.exit_layers = [layer + 1 for layer in layers]
-        self.rope_theta = shape.rope_theta
         self.fc_norm = nn.ModuleList(nn.RMSNorm(hidden, eps) for _ in layers)
         self.fc = nn.Linear((len(layers) + 1) * hidden, hidden, bias=False)
         self.layers = nn.ModuleList([Block(hidden, shape, eps)])
@@ -163,10 +163,11 @@ class LookaheadHead(nn.Module):
         block, attention = self.block, self.block.self_attn
         rows, seq, _ = hidden.shape
         joined = torch.cat((block.input_layernorm(embedded.to(self.norm.weight.dtype)), block.hidden_norm(hidden)), -1)
-        cos, sin = rotary(torch.arange(step, seq + step, device=hidden.device), attention.head_dim, self.rope_theta)
+        size = attention.shape.head_dim
+        cos, sin = rotary(torch.arange(step, seq + step, device=hidden.device), size, attention.shape.rope_theta)
 
         def split(projected: Tensor) -> Tensor:  # -> [batch, heads, seq, head_dim]
-            return projected.view(rows, seq, -1, attention.head_dim).transpose(1, 2)
+            return projected.view(rows, seq, -1, size).transpose(1, 2)
 
         query = rotate(split(attention.q_proj(joined)), cos, sin)
         keys.append(rotate(split(attention.k_proj(joined)), cos, sin))
@@ -182,20 +183,6 @@ class LookaheadHead(nn.Module):
         if self.draft_vocab is not None:
             tensors[DRAFT_VOCAB] = self.draft_vocab.to("cpu", torch.int32)
         write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata={"kind": "lookahead"}))
-
-
-def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin, [positions, head_dim] float32 each (Su et al. 2021), for `rotate`."""
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
-    angles = positions[:, None].float() * frequencies.repeat(2)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate [*, positions, head_dim] by the tables of `rotary`, first half against second."""
-    half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), -1)
-    return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
 
 
 def roll_out_attention(query: Tensor, keys: list[Tensor], values: list[Tensor], mask: Tensor) -> Tensor:

@@ -169,7 +169,7 @@ def contents(config: dict[str, Any], record: dict[str, Any], trained_on: str | N
     facts = [
         f"{config['num_heads']} {heads['kind']} heads after {blocks(config)} of {config['num_hidden_layers']} blocks"
     ]
-    if heads["kind"] == "adapter":
+    if heads["kind"] != "linear":
         facts.append(f"rank {heads['rank']}")
     if heads.get("draft_vocab"):
         facts.append(f"draft vocabulary of {heads['draft_vocab']:,} tokens")

@@ -13,12 +13,24 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from early_exit_cli.attention import AttentionShape, HeadCache
 from early_exit_cli.backbone import Backbone
 from early_exit_cli.blocks import LARGEST_WIDTH, Blocks, KVCache, Part, Rotary
 from early_exit_cli.errors import UnsupportedBackboneError
 from early_exit_cli.fused_blocks import FusedBlocks, is_packed_nf4
 from early_exit_cli.lm_head import int8_rows
-from early_exit_cli.native_code import Block, Int8, LMHead, Model, NoNativeCode, Product, code_key, native_code
+from early_exit_cli.native_code import (
+    Attention,
+    Block,
+    Int8,
+    LMHead,
+    Memory,
+    Model,
+    NoNativeCode,
+    Product,
+    code_key,
+    native_code,
+)
 from early_exit_cli.native_code import Part as NativePart
 
 TILE = 32
@@ -218,6 +230,11 @@ class Held:
         tiles, scale, _ = int8_tiles(torch.cat(weights).float())
         return self.int8(tiles, scale)
 
+    def attention(self, shape: AttentionShape, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> Attention:
+        """An attention of a head's own, of its projections' weights [out, in]."""
+        products = (self.int8_of(key, value), self.int8_of(query), self.int8_of(output))
+        return Attention(*products, shape.query_heads, shape.kv_heads, shape.head_dim, shape.head_dim**-0.5)
+
     def int8(self, tiles: Tensor, scale: Tensor) -> Int8:
         """A product over what `int8_tiles` made."""
         return Int8(self.address(tiles), self.address(scale), tiles.shape[1], tiles.shape[0])
@@ -277,6 +294,19 @@ def _native_part(part: Part) -> NativePart:
         raise IndexError(f"rows up to {position + part.width} in a KV cache of {found.capacity}")
     row = position * found.row
     return NativePart(*found.buffers, found.cos + row, found.sin + row, found.capacity, position, part.width)
+
+
+class NativeHeadCache(HeadCache):
+    """`HeadCache` that compiled code fills."""
+
+    memory: Memory
+
+    def reserve(self, length: int) -> None:
+        had = self.keys
+        super().reserve(length)
+        if self.keys is not had:
+            buffers = (self.keys, self.values, self.cos, self.sin)
+            self.memory = Memory(*(buffer.data_ptr() for buffer in buffers), self.keys.shape[1])
 
 
 class Addresses:

@@ -161,23 +161,32 @@ class LMHead(ctypes.Structure):
     )
 
 
+class Attention(ctypes.Structure):
+    _fields_ = (
+        *((name, Int8) for name in ("key_value", "query", "output")),
+        *((name, ctypes.c_int64) for name in ("query_heads", "kv_heads", "head_dim")),
+        ("scale", ctypes.c_float),
+    )
+
+
 class Lookahead(ctypes.Structure):
     _fields_ = (
-        *((name, Int8) for name in ("fuse", "key_value", "query", "output", "gate_up", "down", "lm_head")),
+        ("attention", Attention),
+        *((name, Int8) for name in ("fuse", "gate_up", "down", "lm_head")),
         *(
             (name, ctypes.c_void_p)
             for name in ("fuse_norms", "input_norm", "hidden_norm", "mlp_norm", "norm", "embedding")
         ),
-        *((name, ctypes.c_int64) for name in ("exits", "hidden", "inner", "query_heads", "kv_heads", "head_dim")),
+        *((name, ctypes.c_int64) for name in ("exits", "hidden", "inner")),
         ("eps", ctypes.c_float),
-        ("scale", ctypes.c_float),
     )
 
 
 class ExitHead(ctypes.Structure):
     _fields_ = (
+        ("attention", Attention),
         *((name, Int8) for name in ("down", "up", "lm_head")),
-        *((name, ctypes.c_void_p) for name in ("norm", "final_norm")),
+        *((name, ctypes.c_void_p) for name in ("attention_norm", "norm", "final_norm")),
         *((name, ctypes.c_float) for name in ("eps", "final_eps")),
     )
 
@@ -204,8 +213,13 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
             *(address, address, ctypes.POINTER(ctypes.c_int64), ctypes.POINTER(ctypes.c_float), ctypes.c_int),
         ),
         "eexit_read_head": (
-            *(ctypes.POINTER(ExitHead), address, address, ctypes.POINTER(ctypes.c_int64)),
-            *(ctypes.POINTER(ctypes.c_float), ctypes.POINTER(ctypes.c_float), ctypes.c_int),
+            *(ctypes.POINTER(ExitHead), address, count, count, ctypes.POINTER(Memory), address),
+            *(
+                ctypes.POINTER(ctypes.c_int64),
+                ctypes.POINTER(ctypes.c_float),
+                ctypes.POINTER(ctypes.c_float),
+                ctypes.c_int,
+            ),
         ),
         "eexit_choose": (head, address, address, address, address, count, ctypes.c_int),
     }

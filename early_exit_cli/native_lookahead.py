@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes
 from collections.abc import Sequence
 from typing import cast
@@ -12,36 +11,35 @@ from torch import Tensor
 
 from early_exit_cli.lookahead import LookaheadHead
 from early_exit_cli.lookahead_runner import LookaheadRunner
-from early_exit_cli.native_blocks import VOCAB_TILE, Held
-from early_exit_cli.native_code import Lookahead, Memory, has_native_code, native_code
+from early_exit_cli.native_blocks import VOCAB_TILE, Held, NativeHeadCache
+from early_exit_cli.native_code import Lookahead, has_native_code, native_code
 from early_exit_cli.sampling import GREEDY, Chooser
 
 
 class NativeLookahead(LookaheadRunner):
     """`LookaheadRunner` in one call a step, with a choice and its entropy beside the state."""
 
+    cache_kind = NativeHeadCache
+
     def load_weights(self) -> None:
         head, block, attention = self.head, self.head.block, self.head.block.self_attn
         self.held = Held()
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
         weights = (
             [head.fc.weight],
-            [attention.k_proj.weight, attention.v_proj.weight],
-            [attention.q_proj.weight],
-            [attention.o_proj.weight],
             [block.mlp.gate_proj.weight, block.mlp.up_proj.weight],
             [block.mlp.down_proj.weight],
             [head.lm_head_weight],
         )
         norms = (block.input_layernorm, block.hidden_norm, block.post_attention_layernorm, head.norm)
-        exits, hidden = len(head.fc_norm), head.fc.weight.shape[0]
         self.weights = Lookahead(
+            self.held.attention(attention.shape, *(projection.weight for projection in projections)),
             *(self.held.int8_of(*parts) for parts in weights),
             self.held.address(torch.cat([cast(Tensor, norm.weight) for norm in head.fc_norm])),
             *(self.held.address(norm.weight) for norm in norms),
             self.held.address(head.embedding_weight),
-            *(exits, hidden, self.inner, self.query_heads, self.kv_heads, self.head_dim),
+            *(len(head.fc_norm), head.fc.weight.shape[0], self.inner),
             float(head.norm.eps or 0.0),
-            self.head_dim**-0.5,
         )
         self.code = native_code()
         self._hold_results()
@@ -54,35 +52,26 @@ class NativeLookahead(LookaheadRunner):
         self.token, self.entropy = ctypes.c_int64(), ctypes.c_float()
 
     def another(self) -> LookaheadRunner:
-        other = copy.copy(self)
-        other.keys = other.values = torch.empty(0)
+        other = cast(NativeLookahead, super().another())
         other._hold_results()
-        other.reset()
         return other
-
-    def reserve(self, length: int) -> None:
-        had = self.keys
-        super().reserve(length)
-        if self.keys is not had:
-            buffers = (self.keys, self.values, self.cos, self.sin)
-            self.memory = Memory(*(buffer.data_ptr() for buffer in buffers), self.keys.shape[1])
 
     def read(self, tokens: list[int], states: list[Tensor]) -> Tensor:
         states = [state.contiguous() for state in states]
         pointers = (ctypes.c_void_p * len(states))(*(state.data_ptr() for state in states))
-        hidden = self._run(tokens, pointers, None, self.length)
-        self.length += len(tokens)
+        hidden = self._run(tokens, pointers, None, self.cache.length)
+        self.cache.length += len(tokens)
         return hidden
 
     def step(self, token: int, hidden: Tensor, ahead: int) -> Tensor:
-        return self._run([token], None, hidden.data_ptr(), self.length + ahead - 1)
+        return self._run([token], None, hidden.data_ptr(), self.cache.length + ahead - 1)
 
     def _run(self, tokens: list[int], states: object, own: int | None, position: int) -> Tensor:
-        rows = len(tokens)
-        self.reserve(position + rows)
+        rows, cache = len(tokens), cast(NativeHeadCache, self.cache)
+        cache.reserve(position + rows)
         state = torch.empty(1, self.weights.hidden, dtype=torch.bfloat16)
         failed = self.code.eexit_lookahead(
-            *(self.weights, states, own, (ctypes.c_int64 * rows)(*tokens), rows, position, self.memory),
+            *(self.weights, states, own, (ctypes.c_int64 * rows)(*tokens), rows, position, cache.memory),
             *(state.data_ptr(), self.logits.data_ptr(), self.token, self.entropy, torch.get_num_threads()),
         )
         if failed:
@@ -110,6 +99,6 @@ def _fits(head: LookaheadHead) -> bool:
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or head.lm_head_weight.dtype != torch.bfloat16:
         return False
     sizes = (weight.shape[0], mlp.down_proj.in_features, head.lm_head_weight.shape[0])
-    if attention.head_dim % 64 or any(size % VOCAB_TILE for size in sizes) or mlp.activation_name != "silu":
+    if attention.shape.head_dim % 64 or any(size % VOCAB_TILE for size in sizes) or mlp.activation_name != "silu":
         return False
     return has_native_code()

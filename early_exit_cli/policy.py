@@ -156,9 +156,8 @@ def fit_temperatures(model: Engine, batches: Iterable[Batch]) -> tuple[float, fl
             if heads is not None:
                 states = run_states(model.backbone, batch, heads.exit_layers)
                 places = states.measured.nonzero()[::TEMPERATURE_STRIDE, 0]
-                said = [heads.logits(head, hidden[places]) for head, hidden in enumerate(states.exits)]
                 expected = logits_of(model.backbone, states.final[places])
-                overlaps["exit"] += [overlap(expected, logits, heads.draft_vocab) for logits in said]
+                overlaps["exit"] += [overlap(expected, said, heads.draft_vocab) for said in heads(states, places)]
             if lookahead is not None:
                 states = run_states(model.backbone, batch, lookahead.exit_layers)
                 with autocast(model):

@@ -8,7 +8,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from early_exit_cli.bundle import HEADS_FILE, LOOKAHEAD_FILE, kind_of_heads, read_bundle_record
+from early_exit_cli.bundle import (
+    HEADS_FILE,
+    LOOKAHEAD_FILE,
+    kind_of_heads,
+    read_bundle_config,
+    read_bundle_record,
+)
 from early_exit_cli.config import HeadsConfig
 from early_exit_cli.distillation import draft_vocabulary
 from early_exit_cli.engine import save_bundle, save_lookahead
@@ -58,7 +64,7 @@ class ExitPupil:
         self.readout = source.readout
         vocab = draft_vocabulary(source.token_counts(), config.draft_vocab, self.readout.eos_token_ids)
         self.module = ExitHeads(
-            self.readout, config.kind, source.layers, config.rank, vocab if config.kind == "adapter" else None
+            self.readout, config.kind, source.layers, config.rank, None if config.kind == "linear" else vocab
         ).to(self.readout.device)
         self.module.start_from(self.readout)
         if config.start_from is not None:
@@ -75,12 +81,9 @@ class ExitPupil:
         return self.module.draft_vocab
 
     def predict(self, module: nn.Module, states: States, *, only_measured: bool = False) -> list[Prediction]:
-        if only_measured:
-            positions = states.measured.nonzero()[:, 0]
-            exits = [state[positions] for state in states.exits]
-        else:
-            positions, exits = torch.arange(states.final.shape[0], device=states.final.device), states.exits
-        return [Prediction(logits, positions) for logits in module(exits)]
+        learned = states.measured if only_measured else torch.ones_like(states.measured)
+        positions = learned.nonzero()[:, 0]
+        return [Prediction(logits, positions) for logits in module(states, positions)]
 
     def token_ids(self, columns: Tensor) -> Tensor:
         return self.module.token_ids(columns)
@@ -134,9 +137,12 @@ def _same_heads(folder: Path, kind: str, exit_layers: list[int]) -> tuple[Path, 
         BundleError: no bundle, or without such heads after the same blocks.
     """
     record = read_bundle_record(folder)
-    found = record.get(kind)
-    if found is None or found["exit_layers"] != exit_layers:
-        has = "no such heads" if found is None else f"heads after {shown(found['exit_layers'])} blocks"
+    if kind == "lookahead":
+        found = record.get(kind, {}).get("exit_layers", [])
+    else:
+        found = [layer + 1 for layer in read_bundle_config(folder)["head_layer_indices"]]
+    if found != exit_layers:
+        has = f"heads after {shown(found)} blocks" if found else "no such heads"
         raise BundleError(f"cannot start from {folder}: it has {has}, and these read after {shown(exit_layers)}")
     return folder, record
 

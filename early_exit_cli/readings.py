@@ -13,7 +13,7 @@ from early_exit_cli.data import Batch
 from early_exit_cli.engine import Engine, require_finite, require_heads
 from early_exit_cli.errors import DataError
 from early_exit_cli.gating import uncertainty
-from early_exit_cli.states import hidden_states
+from early_exit_cli.states import run_states
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,15 @@ def read_batch(model: Engine, batch: Batch, metric: UncertaintyMetric = "entropy
     heads = require_heads(model)
     batch = batch.to(model.backbone.device)
     with torch.inference_mode():
-        states = hidden_states(model.backbone, batch, heads.exit_layers)
+        states = run_states(model.backbone, batch, heads.exit_layers)
         valid = batch.measured
         targets = batch.input_ids.roll(-1, 1)[valid]
-        *exits, final = [state[valid] for state in states]
-        backbone_logits = model.backbone.lm_head(final)
+        positions = states.measured.nonzero()[:, 0]
+        backbone_logits = model.backbone.lm_head(states.final[positions])
         highest, choices = backbone_logits.max(-1)
         require_finite(highest)
         tokens, uncertainties, top5 = [], [], []
-        for head, hidden in enumerate(exits):
-            logits = heads.logits(head, hidden)
+        for logits in heads(states, positions):
             uncertainties.append(uncertainty(logits, metric))
             best = heads.token_ids(logits.topk(min(5, logits.shape[-1]), -1).indices)
             top5.append(best)

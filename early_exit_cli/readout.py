@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from early_exit_cli.attention import AttentionShape
 from early_exit_cli.errors import UnsupportedBackboneError
 
 
@@ -57,7 +58,7 @@ class LogitMap:
 
 @dataclass(frozen=True)
 class LastBlock:
-    """Shape and weights of the backbone's last block, from which a lookahead head starts.
+    """Shape and weights of the backbone's last block, from which heads with an attention of their own start.
 
     weights: as `transformers` names them within the block, dequantized, [out, in].
     """
@@ -69,6 +70,11 @@ class LastBlock:
     activation: str
     rope_theta: float
     weights: dict[str, Tensor]
+
+    @property
+    def attention(self) -> AttentionShape:
+        """Its attention's shape."""
+        return AttentionShape(self.query_heads, self.kv_heads, self.head_dim, self.rope_theta)
 
 
 class Readout(Protocol):
@@ -110,7 +116,7 @@ class Readout(Protocol):
 
     @property
     def last_block(self) -> LastBlock:
-        """Where a lookahead head starts from.
+        """Where heads with an attention of their own start from.
 
         Raises:
             UnsupportedBackboneError: the backbone's blocks have not the Llama shape.
@@ -120,7 +126,8 @@ class Readout(Protocol):
 def no_last_block(name: str) -> UnsupportedBackboneError:
     """What to say where a backbone's blocks have not the Llama shape."""
     return UnsupportedBackboneError(
-        f"a lookahead head starts as a block of the Llama shape, and {name} has none", hint="--head adapter"
+        f"a head with an attention of its own starts from a block of the Llama shape, and {name} has none",
+        hint="--head adapter",
     )
 
 

@@ -137,7 +137,7 @@ def decode_together(
 def _verify(model: Engine, texts: list[Text], drafts: list[Draft]) -> list[_Verified]:
     """`decoding.verify` for all texts; drafts whose rows have run already are finished each by itself."""
     depth = model.blocks.num_blocks
-    layers = [[*text.drafter.exit_layers, depth] for text in texts]
+    layers = [[*text.exit_layers, depth] for text in texts]
     every: list[list[Tensor]] = [[] for _ in texts]
     for place, draft in enumerate(drafts):
         if draft.rows:

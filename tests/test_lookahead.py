@@ -119,7 +119,7 @@ def test_accepted_and_partly_rejected_drafts_leave_only_verified_states_behind(t
         assert step.tokens == oracle.truth[done : done + len(step.tokens)]
         done += len(step.tokens)
         partly += 0 < step.accepted < step.drafted
-        assert oracle.runner.length + sum(len(tokens) for tokens, _ in oracle.waiting) == done - 1
+        assert oracle.runner.cache.length + sum(len(tokens) for tokens, _ in oracle.waiting) == done - 1
     assert done == len(PROMPT) + 40
     assert partly >= 6
 
@@ -213,10 +213,10 @@ def test_lookup_chances_count_answers_only():
     assert fit_lookup([never] * 50)[0] < 0.05
 
 
-def train(backbone, folder, steps=200, **changes):
+def train(backbone, folder, steps=200, start_from=None, **changes):
     generator = torch.Generator().manual_seed(1)
     texts = [Document((torch.randint(8, (30,), generator=generator) * 30).tolist(), "s") for _ in range(16)]
-    heads = HeadsConfig(kind="lookahead", head_layer_indices=[1, 3], draft_vocab=0, roll_out=2)
+    heads = HeadsConfig(kind="lookahead", head_layer_indices=[1, 3], draft_vocab=0, roll_out=2, start_from=start_from)
     config = TrainingConfig(output_dir=folder, max_steps=steps, batch_size=4, lr=3e-3, eval_every=steps, **changes)
     data = DataConfig(dataset_name="x", max_length=32)
     source = BackboneStates(backbone, [1, 3], texts, texts[:4], data, config)
@@ -251,6 +251,12 @@ def test_training_learns_and_leaves_a_head_that_drafts(tmp_path, tiny_backbone, 
     plain = generate(model, prompt, NoDrafter(), 20, mode="full").token_ids
     for made in (lookahead_drafter(model), auto_drafter(model, 0.9, 8, "auto")):
         assert generate(model, prompt, made, 20, mode="x", width=8).token_ids == plain
+
+
+def test_training_goes_on_from_an_earlier_head(tmp_path, tiny_backbone):
+    backbone = tiny_backbone("llama")
+    first = train(backbone, tmp_path / "first", steps=10)[0].run()
+    assert train(backbone, tmp_path / "second", start_from=tmp_path / "first")[0].evaluate() == first.last_agreement
 
 
 def test_it_joins_a_bundle_of_the_same_backbone_only(tmp_path, tiny_backbone):

@@ -324,7 +324,7 @@ def test_what_the_compiled_lookahead_says_of_itself_is_so(smollm2):
         other = runner.another()
         other.read([1, 2], [state[:2] for state in states])
         assert runner.choose(hidden) == (token, uncertainty)
-        assert runner.length == 5
+        assert runner.cache.length == 5
         assert torch.equal(runner.step(3, hidden, 1), runner.step(3, hidden, 1))
         runner.reset()
         assert torch.equal(runner.read([5, 6, 7, 8, 9], states), hidden)
@@ -341,12 +341,12 @@ def test_compiled_exit_heads_say_what_pytorchs_say(blocks, smollm2):
         agreed = 0
         for head, state in itertools.product(range(len(heads)), range(len(ids))):
             row = states[head][state : state + 1]
-            entropies = native.read(head, row), plain.read(head, row)
+            entropies = native.read(head, [row]), plain.read(head, [row])
             assert entropies[0] == pytest.approx(float(entropy(native.logits)), abs=1e-3)
             assert entropies[0] == pytest.approx(entropies[1], abs=0.3)
             assert native.token() == int(heads.draft_vocab[native.logits.argmax()])
             assert (native.logits - plain.logits).norm() < 0.05 * plain.logits.float().norm()
-            assert -native.read(head, row, "confidence") == pytest.approx(
+            assert -native.read(head, [row], "confidence") == pytest.approx(
                 float(native.logits.softmax(-1).max()), abs=1e-4
             )
             agreed += native.token() == plain.token()
@@ -362,7 +362,7 @@ def test_a_sampled_draft_of_a_compiled_exit_head_is_made_from_its_logits(smollm2
         sampler = Sampler(SamplingConfig(temperature=1.0, seed=seed))
         sampler.begin(smollm2.vocab_size, [1])
         with torch.inference_mode():
-            reader.read(0, state)
+            reader.read(0, [state])
             drawn.add(reader.token(sampler))
             assert drawn & {sampler.draft(reader.logits, heads.draft_vocab, [])}
     assert len(drawn) > 1

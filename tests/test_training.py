@@ -9,7 +9,7 @@ from early_exit_cli.config import DataConfig, HeadsConfig, TrainingConfig
 from early_exit_cli.data import Document, pack
 from early_exit_cli.distillation import Teacher, distillation_loss, draft_vocabulary, teach
 from early_exit_cli.engine import load_model
-from early_exit_cli.errors import CheckpointError, DataError
+from early_exit_cli.errors import BundleError, CheckpointError, DataError
 from early_exit_cli.heads import head_layers
 from early_exit_cli.states import BackboneStates, States, count_tokens, log_normalizer
 from early_exit_cli.training import MARKER, Lessons, Trainer, complete_checkpoints
@@ -27,6 +27,23 @@ def trainer(backbone, folder, draft_vocab=64, held_out=4, **changes):
     settings = dict(output_dir=folder, max_steps=12, batch_size=2, lr=3e-3, eval_every=6, save_every=6) | changes
     heads = HeadsConfig(head_layer_indices=[1, 4], rank=32, draft_vocab=draft_vocab)
     return make(backbone, heads, TrainingConfig(**settings), held_out=held_out)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "attention", "linear"])
+def test_training_goes_on_from_earlier_heads_of_the_same_kind_and_place(tmp_path, tiny_backbone, kind):
+    backbone = tiny_backbone("llama")
+    heads = HeadsConfig(kind=kind, head_layer_indices=[1, 4], rank=32, draft_vocab=64)
+    config = TrainingConfig(output_dir=tmp_path / "first", max_steps=12, batch_size=2, lr=3e-3)
+    first = make(backbone, heads, config).run()
+    config = config.model_copy(update={"output_dir": tmp_path / "second"})
+    again = heads.model_copy(update={"start_from": tmp_path / "first"})
+    assert make(backbone, again, config).evaluate() == first.last_agreement
+    for other, said in (
+        ({"head_layer_indices": [1, 3]}, r"it has heads after \[2, 5\] blocks, and these read after \[2, 4\]"),
+        ({"rank": 16} if kind != "linear" else {"kind": "adapter"}, rf"has {kind} heads of rank"),
+    ):
+        with pytest.raises(BundleError, match=said):
+            make(backbone, again.model_copy(update=other), config)
 
 
 def make(backbone, heads, config, train=None, held_out=4):

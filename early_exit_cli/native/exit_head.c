@@ -1,31 +1,41 @@
-/* An adapter head on a CPU with AVX512-BF16, as `heads.AdapterHead` computes it, with its products in int8: drafts may be
- * approximate.
+/* An exit head on a CPU with AVX512-BF16, as `heads.AdapterHead` and `heads.AttentionHead` compute it, with its products in
+ * int8: drafts may be approximate.
  */
 #include "kernels.h"
 
 typedef struct {
+    Attention attention; /* of no heads where there is none */
     Int8 down, up, lm_head;
-    const bf16 *norm, *final_norm; /* [hidden] */
+    const bf16 *attention_norm, *norm, *final_norm; /* [hidden] */
     float eps, final_eps;
 } ExitHead;
 
-/* A token's state [hidden] -> its logits [draft vocab], the best of these, their entropy in nats, and the best one's
- * probability. Returns 0, or 1 when there is no memory. */
-int eexit_read_head(const ExitHead *h, const bf16 *state, float *logits, int64_t *choice, float *entropy, float *confidence, int threads) {
-    int64_t hidden = h->down.in, rank = h->up.in, most = hidden > rank ? hidden : rank;
-    bf16 *inner = scratch_of(rank * sizeof(bf16)), *moved = scratch_of(hidden * sizeof(bf16));
-    bf16 *inputs = scratch_of(threads * most * sizeof(bf16));
-    int8_t *halves = scratch_of(threads * 2 * most);
-    int failed = !inner || !moved || !inputs || !halves;
+/* States [rows, hidden] at `position` -> of the last one: logits [draft vocab], the best of these, their entropy in nats, and
+ * the best one's probability. The others, and `memory`, are for the attention. Returns 0, or 1 when there is no memory. */
+int eexit_read_head(const ExitHead *h, const bf16 *states, int64_t rows, int64_t position, const Memory *memory, float *logits, int64_t *choice, float *entropy, float *confidence, int threads) {
+    int64_t hidden = h->down.in, rank = h->up.in, most = greatest(greatest(hidden, rank), h->attention.output.in);
+    int attends = h->attention.query_heads > 0;
+    bf16 *inner = scratch_of(rank * sizeof(bf16)), *state = scratch_of(hidden * sizeof(bf16)), *moved = scratch_of(hidden * sizeof(bf16));
+    bf16 *inputs = scratch_of(threads * rows * most * sizeof(bf16));
+    int8_t *halves = scratch_of(threads * 2 * rows * most);
+    float *steps = scratch_of(threads * rows * sizeof(float));
+    int32_t *sums_of = scratch_of(threads * rows * sizeof(int32_t));
+    Attending attending = {0};
+    if (attends) attending = attending_of(&h->attention, rows, position + rows, threads);
+    int failed = !inner || !state || !moved || !inputs || !halves || !steps || !sums_of || (attends && !is_whole(&attending));
     Meeting meeting = {0};
+    if (!failed) memcpy(state, states + (rows - 1) * hidden, hidden * sizeof(bf16));
     if (!failed)
 #pragma omp parallel num_threads(threads)
     {
         int thread = omp_get_thread_num();
-        float step;
-        int32_t sum;
-        Halves mine = {halves + thread * 2 * most, halves + (thread * 2 + 1) * most, &step, &sum};
-        bf16 *input = inputs + thread * most;
+        Halves mine = {halves + thread * 2 * rows * most, halves + (thread * 2 + 1) * rows * most, steps + thread * rows, sums_of + thread * rows};
+        bf16 *input = inputs + thread * rows * most;
+        if (attends) {
+            for (int64_t row = 0; row < rows; row++) rms_norm(states + row * hidden, h->attention_norm, input + row * hidden, hidden, h->eps);
+            attend_last(&h->attention, input, rows, position, memory, &attending, state, &mine, &meeting);
+            meet(&meeting);
+        }
         rms_norm(state, h->norm, input, hidden, h->eps);
         int8_product(&h->down, input, NULL, inner, 1, &mine);
         meet(&meeting);
@@ -36,6 +46,7 @@ int eexit_read_head(const ExitHead *h, const bf16 *state, float *logits, int64_t
         int8_logits(&h->lm_head, input, logits, &mine);
     }
     if (!failed) summary(logits, h->lm_head.out, choice, entropy, confidence);
-    free(inner), free(moved), free(inputs), free(halves);
+    free(inner), free(state), free(moved), free(inputs), free(halves), free(steps), free(sums_of);
+    forget(&attending);
     return failed;
 }

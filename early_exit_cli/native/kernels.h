@@ -83,6 +83,7 @@ INLINE void rms_norm(const bf16 *x, const bf16 *weight, bf16 *out, int64_t size,
     }
 
 INLINE int least(int64_t a, int64_t b) { return (int)(a < b ? a : b); }
+INLINE int64_t greatest(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /* A thread's share of `count` things: [from, to). */
 INLINE void share(int64_t count, int64_t *from, int64_t *to) {
@@ -318,3 +319,61 @@ SHARED void summary(const float *logits, int64_t count, int64_t *choice, float *
 }
 
 SHARED void *scratch_of(size_t bytes) { return aligned_alloc(64, (bytes + 63) & ~(size_t)63); }
+
+/* ---- a head's own attention ---- */
+
+typedef struct {
+    Int8 key_value, query, output;
+    int64_t query_heads, kv_heads, head_dim;
+    float scale;
+} Attention;
+
+/* A text's buffers, a KV cache for each key head, and the rotary tables of all positions, [capacity, head_dim]. */
+typedef struct {
+    bf16 *keys, *values;
+    const bf16 *cos, *sin;
+    int64_t capacity;
+} Memory;
+
+/* What the threads of `attend_last` share. */
+typedef struct {
+    bf16 *kv, *query, *attended;
+    float *scores;
+} Attending;
+
+SHARED Attending attending_of(const Attention *a, int64_t rows, int64_t end, int threads) {
+    int64_t width = a->query_heads * a->head_dim;
+    return (Attending){scratch_of(rows * 2 * a->kv_heads * a->head_dim * sizeof(bf16)), scratch_of(width * sizeof(bf16)),
+                       scratch_of(width * sizeof(bf16)), scratch_of(threads * (end + 32) * sizeof(float))};
+}
+
+SHARED int is_whole(const Attending *s) { return s->kv && s->query && s->attended && s->scores; }
+
+SHARED void forget(const Attending *s) { free(s->kv), free(s->query), free(s->attended), free(s->scores); }
+
+/* Normed rows [rows, key_value.in] at `position`: all leave keys and values, the last one attends over all of the text, and
+ * what it finds is added to its state `last` [hidden]. Every thread of a pass calls it; the sum is there after a meeting. */
+SHARED void attend_last(const Attention *a, const bf16 *rows_in, int64_t rows, int64_t position, const Memory *memory, const Attending *s, bf16 *last, Halves *mine, Meeting *meeting) {
+    int64_t size = a->head_dim, end = position + rows, from, to;
+    int8_product(&a->key_value, rows_in, NULL, s->kv, rows, mine);
+    int8_product(&a->query, rows_in + (rows - 1) * a->query.in, NULL, s->query, 1, mine);
+    meet(meeting);
+    share(a->kv_heads * rows, &from, &to);
+    for (int64_t unit = from; unit < to; unit++) {
+        int64_t head = unit / rows, row = unit % rows, place = position + row, start = head * memory->capacity * size;
+        const bf16 *key = s->kv + row * 2 * a->kv_heads * size + head * size;
+        bf16 turned[size];
+        rotate(key, NULL, memory->cos + place * size, memory->sin + place * size, turned, size, 0);
+        remember(turned, key + a->kv_heads * size, memory->keys + start, memory->values + start, place, size);
+    }
+    meet(meeting);
+    share(a->query_heads, &from, &to);
+    for (int64_t head = from; head < to; head++) {
+        int64_t start = head / (a->query_heads / a->kv_heads) * memory->capacity * size;
+        bf16 turned[size];
+        rotate(s->query + head * size, NULL, memory->cos + (end - 1) * size, memory->sin + (end - 1) * size, turned, size, 0);
+        attend(turned, memory->keys + start, memory->values + start, end - 1, 0, size, a->scale, 1, s->scores + omp_get_thread_num() * (end + 32), s->attended + head * size, size);
+    }
+    meet(meeting);
+    int8_product(&a->output, s->attended, last, last, 1, mine);
+}

@@ -1,0 +1,110 @@
+"""What attentions of the heads' own share: their shape, rotary tables, and a KV cache over one text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+GROWTH = 512
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Grouped-query attention with rotary positions."""
+
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    rope_theta: float
+
+    @property
+    def query_width(self) -> int:
+        """Of the queries of one token."""
+        return self.query_heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Of its keys, and of its values."""
+        return self.kv_heads * self.head_dim
+
+
+def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin, [positions, head_dim] float32 each (Su et al. 2021), for `rotate`."""
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    angles = positions[:, None].float() * frequencies.repeat(2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate [*, positions, head_dim] by the tables of `rotary`, first half against second."""
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), -1)
+    return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
+
+
+class HeadCache:
+    """Keys and values of one attention over one text: verified positions first, what is drafted behind them.
+
+    keys, values: [kv_heads, capacity, head_dim]. cos, sin: [capacity, 1, head_dim], sin with the sign of the turned half.
+    length: positions that are verified.
+    """
+
+    def __init__(self, shape: AttentionShape, like: Tensor) -> None:
+        self.shape, self.like = shape, like
+        self.keys = self.values = self.cos = self.sin = torch.empty(0)
+        self.length = 0
+
+    def another(self) -> HeadCache:
+        """An empty one for another text."""
+        return type(self)(self.shape, self.like)
+
+    def reserve(self, length: int) -> None:
+        """Make room for so many positions."""
+        if self.keys.numel() and length <= self.keys.shape[1]:
+            return
+        capacity, size = -(-length // GROWTH) * GROWTH, self.shape.head_dim
+        grown = [self.like.new_zeros(self.shape.kv_heads, capacity, size) for _ in range(2)]
+        for new, old in zip(grown, (self.keys, self.values), strict=True):
+            if old.numel():
+                new[:, : old.shape[1]] = old
+        self.keys, self.values = grown
+        cos, sin = rotary(torch.arange(capacity, device=self.like.device), size, self.shape.rope_theta)
+        sin = torch.cat((-sin[:, : size // 2], sin[:, size // 2 :]), -1)
+        self.cos, self.sin = cos.to(self.like.dtype)[:, None], sin.to(self.like.dtype)[:, None]
+
+    def attend(self, qkv: Tensor, position: int, queries: int) -> Tensor:
+        """Keep keys and values of rows at `position`, and attend from the last rows over all up to their own.
+
+        Args:
+            qkv: [rows, (query_heads + 2 kv_heads) * head_dim], queries, then keys, then values.
+            queries: how many of the last rows attend.
+
+        Returns:
+            [queries, query_heads * head_dim].
+        """
+        shape, rows = self.shape, qkv.shape[0]
+        end = position + rows
+        self.reserve(end)
+        heads = shape.query_heads + shape.kv_heads
+        split = qkv.view(rows, heads + shape.kv_heads, shape.head_dim)
+        qk = split[:, :heads]
+        qk = qk * self.cos[position:end] + qk.roll(shape.head_dim // 2, -1) * self.sin[position:end]
+        self.keys[:, position:end] = qk[:, shape.query_heads :].transpose(0, 1)
+        self.values[:, position:end] = split[:, heads:].transpose(0, 1)
+        group = shape.query_heads // shape.kv_heads
+        # Rows (token, query head) of one key head side by side: [kv_heads, queries * group, head_dim]
+        query = qk[-queries:, : shape.query_heads].reshape(queries, shape.kv_heads, group, shape.head_dim)
+        mask = None
+        if queries > 1:
+            places = torch.arange(end, device=qkv.device)
+            mask = (places <= places[end - queries :, None]).repeat_interleave(group, 0)
+        attended = F.scaled_dot_product_attention(
+            query.transpose(0, 1).reshape(1, shape.kv_heads, queries * group, shape.head_dim),
+            self.keys[None, :, :end],
+            self.values[None, :, :end],
+            attn_mask=mask,
+        )
+        return attended.view(shape.kv_heads, queries, -1).transpose(0, 1).reshape(queries, -1)
