@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from early_exit_cli.backbone import load_backbone
 from early_exit_cli.bundle import LOOKAHEAD_FILE, read_bundle_record
 from early_exit_cli.config import BackboneConfig, DataConfig
 from early_exit_cli.data import Document, batches, load_documents, pack, pad_token_id
+from early_exit_cli.loading import load_backbone
 from early_exit_cli.lookahead import LookaheadHead, load_lookahead
 from early_exit_cli.states import States, run_states
 

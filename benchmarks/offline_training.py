@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 
-from early_exit_cli.backbone import load_backbone
 from early_exit_cli.cache import Cache
 from early_exit_cli.cached_states import CachedStates
 from early_exit_cli.config import BackboneConfig, HeadsConfig, TrainingConfig
 from early_exit_cli.data import load_documents
 from early_exit_cli.distillation import distillation_loss, teach
+from early_exit_cli.loading import load_backbone
 from early_exit_cli.pupils import Pupil
 from early_exit_cli.states import BackboneStates
 from early_exit_cli.training import Lessons, Trainer

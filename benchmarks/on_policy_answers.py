@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from early_exit_cli.backbone import load_backbone
 from early_exit_cli.batched import answer_together
 from early_exit_cli.config import BackboneConfig
 from early_exit_cli.data import read_prompts
 from early_exit_cli.fused_blocks import FusedBlocks
+from early_exit_cli.loading import load_backbone
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("prompts", type=Path)

@@ -141,8 +141,8 @@ class _Transformers:
     """The library's own `generate` on the same 4-bit weights: plain, prompt lookup, or early exit."""
 
     def __init__(self, kind: str, setup: Setup) -> None:
-        from early_exit_cli.backbone import load_backbone
         from early_exit_cli.engine import bundle_folder, read_bundle_config
+        from early_exit_cli.loading import load_backbone
 
         self.backbone = load_backbone(setup.backbone)
         sampling = setup.sampling
@@ -187,7 +187,7 @@ class _Economize:
         import economize
         from economize.techniques.lookup import LookupConfig
 
-        from early_exit_cli.backbone import load_backbone
+        from early_exit_cli.loading import load_backbone
 
         self.backbone = load_backbone(setup.backbone)
         self.model = economize.apply(

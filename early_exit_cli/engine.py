@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from early_exit_cli.artifacts import atomic_files, fingerprint_differences, write_atomic, write_json
-from early_exit_cli.backbone import Backbone, load_backbone
+from early_exit_cli.backbone import Backbone
 from early_exit_cli.blocks import LARGEST_WIDTH, PREFILL_WIDTH, Blocks, KVCache, Part
 from early_exit_cli.bundle import (
     CALIBRATION_FILE,
@@ -34,6 +34,7 @@ from early_exit_cli.exit_reader import ExitReader, exit_reader
 from early_exit_cli.formats import FORMAT_VERSION, CalibrationBeside, CalibrationForm, read_form
 from early_exit_cli.gating import Thresholds, level_key
 from early_exit_cli.heads import ExitHeads, load_heads
+from early_exit_cli.loading import load_backbone
 from early_exit_cli.lookahead import LookaheadHead, load_lookahead
 from early_exit_cli.readout import Readout
 from early_exit_cli.runners import make_blocks

@@ -31,12 +31,12 @@ from transformers.generation import (
 from transformers.generation.streamers import BaseStreamer
 
 from early_exit_cli import decoding
-from early_exit_cli.backbone import adopt_backbone
 from early_exit_cli.config import SHIPPED_BUNDLE, SamplingConfig
 from early_exit_cli.decoding import Generation, StopsAfter
 from early_exit_cli.drafters import Drafter
 from early_exit_cli.engine import Engine, bundle_source, load_model, with_names_of_bundle
 from early_exit_cli.errors import ConfigError
+from early_exit_cli.loading import adopt_backbone
 from early_exit_cli.methods import HEADLESS, make_drafter
 from early_exit_cli.resolve import resolve
 from early_exit_cli.sampling import GREEDY, Chooser, Sampler

@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from early_exit_cli.artifacts import write_json
-from early_exit_cli.backbone import Backbone, load_backbone
+from early_exit_cli.backbone import Backbone
 from early_exit_cli.blocks import HFBlocks
 from early_exit_cli.cli.app import app
 from early_exit_cli.config import BackboneConfig
@@ -42,6 +42,7 @@ from early_exit_cli.engine import Engine, save_bundle
 from early_exit_cli.fused_blocks import FusedBlocks
 from early_exit_cli.gguf import embedded_gguf
 from early_exit_cli.heads import ExitHeads
+from early_exit_cli.loading import load_backbone
 from early_exit_cli.runners import measure_widths
 
 FAMILIES = (

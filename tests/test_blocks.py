@@ -4,10 +4,10 @@ import pytest
 import torch
 from conftest import FAMILIES, OTHER_FAMILIES
 
-from early_exit_cli.backbone import load_backbone
 from early_exit_cli.blocks import LARGEST_WIDTH, HFBlocks
 from early_exit_cli.config import BackboneConfig
 from early_exit_cli.fused_blocks import FusedBlocks, PackedNF4, merged_linear
+from early_exit_cli.loading import load_backbone
 from early_exit_cli.runners import make_blocks, measure_widths
 
 RUNNERS = {"hf": HFBlocks, "fused": FusedBlocks}

@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from early_exit_cli import cuda_graphs, fused_kernels, runners
-from early_exit_cli.backbone import load_backbone
 from early_exit_cli.blocks import Blocks, HFBlocks
 from early_exit_cli.config import BackboneConfig
 from early_exit_cli.cuda_graphs import Graphs, kv_bucket
@@ -30,6 +29,7 @@ from early_exit_cli.errors import ConfigError, NumericsError
 from early_exit_cli.fused_blocks import FusedBlocks
 from early_exit_cli.fused_kernels import fused_widths, nf4_products
 from early_exit_cli.lm_head import ExactArgmax, usable
+from early_exit_cli.loading import load_backbone
 from early_exit_cli.resolve import resolve
 from early_exit_cli.runners import device_identity, make_blocks, measure_widths, use_graphs
 

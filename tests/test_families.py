@@ -9,7 +9,6 @@ from conftest import FAMILIES, OTHER_FAMILIES, byte_tokenizer, family_config
 from test_decoding import PROMPT, ScriptedDrafter, thresholds_between, tokens_of
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, BloomConfig, Gemma3Config, OPTConfig, Phi3Config
 
-from early_exit_cli.backbone import load_backbone
 from early_exit_cli.batched import answerer
 from early_exit_cli.blocks import HFBlocks
 from early_exit_cli.cache import Cache
@@ -22,6 +21,7 @@ from early_exit_cli.engine import Engine
 from early_exit_cli.errors import BackboneError, UnsupportedBackboneError
 from early_exit_cli.families import FAMILIES as SUPPORTED
 from early_exit_cli.heads import ExitHeads
+from early_exit_cli.loading import load_backbone
 from early_exit_cli.lookahead import LookaheadHead
 from early_exit_cli.lookup import LookupDrafter
 from early_exit_cli.readout import LogitMap, logits_of
@@ -185,7 +185,7 @@ def test_heads_train_from_a_cache_and_decode_by_the_commands(tmp_path, tiny_fold
     hidden = torch.randn(4, 64, generator=torch.Generator().manual_seed(1))
     assert torch.equal(stored.final_norm(hidden), backbone.final_norm(hidden))
     assert torch.equal(logits_of(stored, hidden), logits_of(backbone, hidden))
-    with pytest.raises(UnsupportedBackboneError, match="lookahead head starts as a block of the Llama shape"):
+    with pytest.raises(UnsupportedBackboneError, match="starts from a block of the Llama shape"):
         _ = stored.last_block
 
 

@@ -10,7 +10,6 @@ from test_blocks import run_in_passes
 from transformers import AutoModelForCausalLM
 
 from early_exit_cli import native_code as native_module
-from early_exit_cli.backbone import load_backbone
 from early_exit_cli.batched import answer_side_by_side
 from early_exit_cli.blocks import Part
 from early_exit_cli.config import SHIPPED_BUNDLE, BackboneConfig, BundleConfig, SamplingConfig
@@ -23,6 +22,7 @@ from early_exit_cli.exit_reader import ExitReader, NativeExitReader, exit_reader
 from early_exit_cli.fused_blocks import FusedBlocks
 from early_exit_cli.gating import entropy
 from early_exit_cli.heads import ExitHeads
+from early_exit_cli.loading import load_backbone
 from early_exit_cli.lookahead_runner import LookaheadRunner
 from early_exit_cli.native_blocks import NativeBlocks, why_not_native
 from early_exit_cli.native_code import NoNativeCode, native_code

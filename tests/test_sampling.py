@@ -20,7 +20,6 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from early_exit_cli.backbone import load_backbone
 from early_exit_cli.config import BackboneConfig, SamplingConfig
 from early_exit_cli.data import Document, pack
 from early_exit_cli.decoding import decode, generate
@@ -28,6 +27,7 @@ from early_exit_cli.drafters import AutoDrafter, ExitDrafter, FixedDrafter, NoDr
 from early_exit_cli.engine import Engine
 from early_exit_cli.fused_blocks import FusedBlocks
 from early_exit_cli.heads import ExitHeads
+from early_exit_cli.loading import load_backbone
 from early_exit_cli.lookahead import LookaheadHead
 from early_exit_cli.lookahead_drafter import LookaheadDrafter, Survival
 from early_exit_cli.lookup import LookupDrafter

@@ -14,13 +14,13 @@ from early_exit_cli.resolve import Resolved
 @configured("bench", "bundle", "backbone", "sampling")
 def command(resolved: Resolved, as_json: bool) -> None:
     """Compare methods side by side on a set of prompts."""
-    from early_exit_cli.backbone import load_tokenizer
     from early_exit_cli.bench import run_bench, select_prompts, summarize
     from early_exit_cli.bench_methods import Setup, check_methods
     from early_exit_cli.cli.shared import backbone_of_bundle
     from early_exit_cli.data import read_prompts
     from early_exit_cli.engine import bundle_source
     from early_exit_cli.errors import ConfigError
+    from early_exit_cli.loading import load_tokenizer
 
     config = resolved.config.bench
     if config.costs:

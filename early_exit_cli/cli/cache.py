@@ -53,12 +53,12 @@ def verify(resolved: Resolved, as_json: bool) -> None:
 @configured("cache")
 def repair(resolved: Resolved, as_json: bool) -> None:
     """Compute damaged files of a cache again, and only those."""
-    from early_exit_cli.backbone import load_backbone
     from early_exit_cli.cache import damage_record
     from early_exit_cli.cache import verify as verify_files
     from early_exit_cli.cli.shared import load_text
     from early_exit_cli.config import BackboneConfig, CacheConfig
     from early_exit_cli.extraction import repair as repair_files
+    from early_exit_cli.loading import load_backbone
 
     cache = named_cache(resolved)
     damaged = verify_files(cache)
@@ -110,7 +110,6 @@ def find_or_extract(resolved: Resolved) -> Cache:
     """
     from accelerate import PartialState
 
-    from early_exit_cli.backbone import load_backbone, pick_device
     from early_exit_cli.cache import (
         MANIFEST,
         Cache,
@@ -124,6 +123,7 @@ def find_or_extract(resolved: Resolved) -> Cache:
     from early_exit_cli.data import read_records
     from early_exit_cli.extraction import extract as extract_states
     from early_exit_cli.heads import head_layers
+    from early_exit_cli.loading import load_backbone, pick_device
 
     config = resolved.config
     if config.data.dataset_name is None:

@@ -104,10 +104,10 @@ def show(result: TrainingResult, swept: str) -> None:
 
 def online_states(config: Config) -> StateSource:
     """The running backbone and the text."""
-    from early_exit_cli.backbone import load_backbone
     from early_exit_cli.cli.shared import load_text
     from early_exit_cli.data import read_records
     from early_exit_cli.heads import head_layers
+    from early_exit_cli.loading import load_backbone
     from early_exit_cli.states import BackboneStates
 
     read_records(config.data)  # refuse unreadable data before a model loads
@@ -119,10 +119,10 @@ def online_states(config: Config) -> StateSource:
 
 def offline_states(resolved: Resolved) -> CachedStates | None:
     """The cache, extracted first where it is missing or too short; None when `max_steps` says that this is all."""
-    from early_exit_cli.backbone import pick_device
     from early_exit_cli.cached_states import CachedStates
     from early_exit_cli.cli.cache import find_or_extract
     from early_exit_cli.heads import head_layers
+    from early_exit_cli.loading import pick_device
 
     config = resolved.config
     cache = find_or_extract(resolved)
