@@ -152,7 +152,7 @@ class Text:
             chooser.begin(model.backbone.vocab_size, prompt_ids)
             drafter.meet(model)
             drafter.begin(prompt_ids, chooser)
-            self.views = HeadViews(model) if trace else None
+            self.views = HeadViews(model, model.heads) if trace and model.heads is not None else None
             self.exit_layers = sorted({*drafter.exit_layers, *(self.views.exit_layers if self.views else ())})
             see = self.see if self.exit_layers else None
             self.cache = model.start(prompt_ids, max_new_tokens, self.exit_layers, see)

@@ -12,6 +12,7 @@ from early_exit_cli.drafters import Row, catch_up
 from early_exit_cli.engine import Engine
 from early_exit_cli.exit_reader import ExitReader
 from early_exit_cli.gating import entropy
+from early_exit_cli.heads import ExitHeads
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,10 @@ class HeadReading:
 class HeadViews:
     """All heads over one text."""
 
-    def __init__(self, model: Engine) -> None:
-        self.model, self.heads = model, model.heads
-        self.layers = [] if self.heads is None else self.heads.exit_layers
-        self.reader = None if self.heads is None else ExitReader(self.heads)
-        self.watched = self.reader.watched(range(len(self.layers))) if self.reader else []
+    def __init__(self, model: Engine, heads: ExitHeads) -> None:
+        self.model, self.heads, self.layers = model, heads, heads.exit_layers
+        self.reader = ExitReader(heads)
+        self.watched = self.reader.watched(range(len(heads)))
 
     @property
     def exit_layers(self) -> list[int]:
@@ -39,9 +39,8 @@ class HeadViews:
 
     def see(self, layers: Sequence[int], states: Sequence[Tensor]) -> None:
         """States of verified positions after `layers`, its own among them, [rows, hidden] each."""
-        if self.reader:
-            for head in self.watched:
-                self.reader.see(head, states[layers.index(self.layers[head])])
+        for head in self.watched:
+            self.reader.see(head, states[layers.index(self.layers[head])])
 
     def read(self, cache: KVCache, rows: list[Row], stops: Sequence[int] = ()) -> list[list[HeadReading]]:
         """What every head says for the rows of a round, a list a row; they go as deep as the deepest head.
@@ -50,8 +49,6 @@ class HeadViews:
             stops: layers whose states the rows should keep too.
         """
         readings: list[list[HeadReading]] = [[] for _ in rows]
-        if self.heads is None or self.reader is None:
-            return readings
         heads = {layer: head for head, layer in enumerate(self.layers)}
         for layer in sorted({*heads, *stops}):
             catch_up(self.model, cache, rows, layer)

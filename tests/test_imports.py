@@ -83,7 +83,7 @@ MAY_IMPORT = {
         "states",
         "thresholds",
     },
-    "head_views": {"blocks", "drafters", "engine", "exit_reader", "gating"},
+    "head_views": {"blocks", "drafters", "engine", "exit_reader", "gating", "heads"},
     "decoding": {"blocks", "engine", "drafters", "head_views", "sampling"},
     "together": {"blocks", "engine", "drafters", "decoding", "sampling"},
     "costs": {
