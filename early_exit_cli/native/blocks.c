@@ -11,7 +11,6 @@
 #define TILE 32     /* outputs that bitsandbytes packs together */
 #define BLOCK 64    /* inputs that share a scale */
 #define PIECE 64    /* rows of a product that are worked on at a time */
-#define QUERIES 4   /* rows that share the keys and values that attention reads */
 
 typedef struct {
     const uint8_t *weight; /* [out / 32, in / 2, 32] bytes: low halves for outputs 0..15, high ones for 16..31, two inputs each */
@@ -143,25 +142,35 @@ static void gated(const Product *p, const bf16 *x, bf16 *out, int64_t width, int
 
 /* ---- attention ---- */
 
-/* One query head over the rows of one text: queries [width, stride] (not rotated) -> out [width, out_stride]. */
-static void attend_head(const Model *m, const Block *block, const Part *part, int index, int64_t head, const bf16 *queries, int64_t stride, bf16 *out, int64_t out_stride, float *scores) {
-    int64_t size = m->head_dim, group = m->query_heads / m->kv_heads;
-    const bf16 *keys = part->keys[index] + head / group * part->capacity * size;
-    const bf16 *values = part->values[index] + head / group * part->capacity * size;
-    const bf16 *norm = block->qk_norm ? block->qk_norm + head * size : NULL;
-    for (int64_t row = 0; row < part->width; row += QUERIES) {
-        int rows = least(QUERIES, part->width - row);
-        bf16 turned[QUERIES * size];
-        for (int64_t r = 0; r < rows; r++)
-            rotate(queries + (row + r) * stride, norm, part->cos + (row + r) * size, part->sin + (row + r) * size, turned + r * size, size, m->eps);
-#define BODY(n) attend(turned, keys, values, part->position + row, block->window, size, m->scale, n, scores, out + row * out_stride, out_stride)
-        switch (rows) {
-        case 1: BODY(1); break;
-        case 2: BODY(2); break;
-        case 3: BODY(3); break;
-        default: BODY(4); break;
-        }
+/* Queries `first` .. + rows - 1 of one key head, of those of a text by row and then by query head: they read its keys together.
+ * qkv [width, stride] (not rotated) -> out [width, query heads * head_dim]. */
+static void attend_rows(const Model *m, const Block *block, const Part *part, int index, int64_t kv_head, int64_t first, int rows, const bf16 *qkv, int64_t stride, bf16 *out, float *scores) {
+    int64_t size = m->head_dim, group = m->query_heads / m->kv_heads, start = kv_head * part->capacity * size, end[ROWS];
+    bf16 turned[ROWS * size], *found[ROWS];
+    for (int r = 0; r < rows; r++) {
+        int64_t row = (first + r) / group, head = kv_head * group + (first + r) % group;
+        const bf16 *norm = block->qk_norm ? block->qk_norm + head * size : NULL;
+        rotate(qkv + row * stride + head * size, norm, part->cos + row * size, part->sin + row * size, turned + r * size, size, m->eps);
+        end[r] = part->position + row + 1;
+        found[r] = out + (row * m->query_heads + head) * size;
+    }
+#define BODY(n) attend(turned, end, part->keys[index] + start, part->values[index] + start, block->window, size, m->scale, n, scores, found)
+    FOR_ROWS(rows, BODY)
 #undef BODY
+}
+
+/* Attention of all texts, this thread's share of it: qkv [sum of widths, stride] -> out [sum of widths, query heads * head_dim].
+ * A share may end between two queries of one key head, so that threads have equal ones. */
+static void attend_texts(const Model *m, const Block *block, const Part *parts, int64_t count, int64_t width, int index, const bf16 *qkv, int64_t stride, bf16 *out, float *scores) {
+    int64_t from, to;
+    share(width * m->query_heads, &from, &to);
+    for (int64_t i = 0; i < count; i++) {
+        int64_t queries = parts[i].width * m->query_heads / m->kv_heads;
+        for (int64_t head = 0; head < m->kv_heads; head++, from -= queries, to -= queries)
+            for (int64_t first = greatest(from, 0); first < least(to, queries); first += ROWS)
+                attend_rows(m, block, parts + i, index, head, first, least(ROWS, least(to, queries) - first), qkv, stride, out, scores);
+        qkv += parts[i].width * stride;
+        out += parts[i].width * m->query_heads * m->head_dim;
     }
 }
 
@@ -193,7 +202,7 @@ int eexit_run(const Model *m, const int64_t *tokens, bf16 *hidden, const Part *p
     int64_t size = m->head_dim, queries = m->query_heads * size, stride = (m->query_heads + 2 * m->kv_heads) * size;
     bf16 *qkv = scratch_of(width * stride * sizeof(bf16)), *attended = scratch_of(width * queries * sizeof(bf16));
     bf16 *gate = scratch_of(width * m->inner * sizeof(bf16)), *normed = scratch_of(threads * width * m->hidden * sizeof(bf16));
-    int64_t row_of_scores = QUERIES * (keys + 32);
+    int64_t row_of_scores = ROWS * (keys + 32);
     float *scores = scratch_of(threads * row_of_scores * sizeof(float));
     float *outputs = scratch_of(threads * 2 * PIECE * TILE * sizeof(float));
     int failed = !qkv || !attended || !gate || !normed || !scores || !outputs;
@@ -215,12 +224,7 @@ int eexit_run(const Model *m, const int64_t *tokens, bf16 *hidden, const Part *p
             for (int64_t i = 0, row = 0; i < count; row += parts[i++].width)
                 remember_rows(m, block, parts + i, index, qkv + row * stride, stride);
             meet(&meeting);
-            int64_t from, to, done = 0;
-            share(count * m->query_heads, &from, &to);
-            for (int64_t i = 0, row = 0; i < count; row += parts[i++].width)
-                for (int64_t head = 0; head < m->query_heads; head++, done++)
-                    if (done >= from && done < to)
-                        attend_head(m, block, parts + i, index, head, qkv + row * stride + head * size, stride, attended + row * queries + head * size, queries, scores + thread * row_of_scores);
+            attend_texts(m, block, parts, count, width, index, qkv, stride, attended, scores + thread * row_of_scores);
             meet(&meeting);
             product(&block->output, attended, hidden, width, 1, output);
             meet(&meeting);
@@ -232,6 +236,7 @@ int eexit_run(const Model *m, const int64_t *tokens, bf16 *hidden, const Part *p
             meet(&meeting);
             for (int64_t i = 0; i < stops_count; i++)
                 if (stops[i] == index + 1) {
+                    int64_t from, to;
                     share(width, &from, &to); /* nobody changes them before two more meetings */
                     memcpy(kept[i] + from * m->hidden, hidden + from * m->hidden, (to - from) * m->hidden * sizeof(bf16));
                 }

@@ -190,22 +190,24 @@ INLINE void weigh(const bf16 *weights, int64_t stride, const bf16 *values, int64
     }
 }
 
-/* Attention of `rows` rotated queries of one head, [rows, size], the first at `position`, over its own and earlier keys, the
- * last `window` of them (0: all) -> out [rows, out_stride]. scores: [rows, position + rows + 32] of scratch. */
-INLINE void attend(const bf16 *queries, const bf16 *keys, const bf16 *values, int64_t position, int64_t window, int64_t size, float scale, const int rows, float *scores, bf16 *out, int64_t out_stride) {
-    int64_t end = position + rows, begin = window && position + 1 > window ? (position + 1 - window) & ~(int64_t)(KEY_TILE - 1) : 0;
-    int64_t count = (end - begin + KEY_TILE - 1) & ~(int64_t)(KEY_TILE - 1);
+/* Attention of `rows` rotated queries of one key head, [rows, size], row r over the keys before `end[r]` (ascending), the
+ * last `window` of them (0: all) -> out[r] [size]. scores: [rows, last end + 32] of scratch. */
+INLINE void attend(const bf16 *queries, const int64_t *end, const bf16 *keys, const bf16 *values, int64_t window, int64_t size, float scale, const int rows, float *scores, bf16 *const *out) {
+    int64_t last = end[rows - 1], begin = window && end[0] > window ? (end[0] - window) & ~(int64_t)(KEY_TILE - 1) : 0;
+    int64_t count = (last - begin + KEY_TILE - 1) & ~(int64_t)(KEY_TILE - 1), seen = (last - begin + 1) & ~(int64_t)1;
     float total[ROWS];
-    score(queries, keys, begin, end, size, scale, rows, scores, count);
-    for (int r = 0; r < rows; r++) {
-        int64_t own = position + r + 1;
-        total[r] = softmax(scores + r * count, begin, count, window && own > window ? own - window : 0, own);
-    }
+    score(queries, keys, begin, last, size, scale, rows, scores, count);
+    for (int r = 0; r < rows; r++)
+        total[r] = softmax(scores + r * count, begin, count, window && end[r] > window ? end[r] - window : 0, end[r]);
+    const bf16 *weights = (const bf16 *)scores;
+    const int half = rows < ROWS / 2 ? rows : ROWS / 2; /* whose sums fit into the registers */
     for (int64_t d = 0; d < size; d += 64) {
+        const bf16 *value = values + begin * size + 2 * d;
         __m512 found[ROWS][4];
-        weigh((const bf16 *)scores, 2 * count, values + begin * size + 2 * d, size, (end - begin + 1) & ~(int64_t)1, rows, found);
+        weigh(weights, 2 * count, value, size, seen, half, found);
+        if (rows > half) weigh(weights + half * 2 * count, 2 * count, value, size, seen, rows - half, found + half);
         for (int r = 0; r < rows; r++)
-            for (int i = 0; i < 4; i++) store16(out + r * out_stride + d + 16 * i, _mm512_div_ps(found[r][i], _mm512_set1_ps(total[r])));
+            for (int i = 0; i < 4; i++) store16(out[r] + d + 16 * i, _mm512_div_ps(found[r][i], _mm512_set1_ps(total[r])));
     }
 }
 
@@ -370,9 +372,9 @@ SHARED void attend_last(const Attention *a, const bf16 *rows_in, int64_t rows, i
     share(a->query_heads, &from, &to);
     for (int64_t head = from; head < to; head++) {
         int64_t start = head / (a->query_heads / a->kv_heads) * memory->capacity * size;
-        bf16 turned[size];
+        bf16 turned[size], *found = s->attended + head * size;
         rotate(s->query + head * size, NULL, memory->cos + (end - 1) * size, memory->sin + (end - 1) * size, turned, size, 0);
-        attend(turned, memory->keys + start, memory->values + start, end - 1, 0, size, a->scale, 1, s->scores + omp_get_thread_num() * (end + 32), s->attended + head * size, size);
+        attend(turned, &end, memory->keys + start, memory->values + start, 0, size, a->scale, 1, s->scores + omp_get_thread_num() * (end + 32), &found);
     }
     meet(meeting);
     int8_product(&a->output, s->attended, last, last, 1, mine);
