@@ -32,23 +32,21 @@ class AttentionShape:
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin, [positions, head_dim] float32 each (Su et al. 2021), for `rotate`."""
+    """cos and sin for `rotate`, [positions, head_dim] float32 each; sin with the sign of the turned half (Su et al. 2021)."""
     frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
-    angles = positions[:, None].float() * frequencies.repeat(2)
-    return angles.cos(), angles.sin()
+    angles = positions[:, None].float() * frequencies
+    return angles.cos().repeat(1, 2), torch.cat((-angles.sin(), angles.sin()), -1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate [*, positions, head_dim] by the tables of `rotary`, first half against second."""
-    half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), -1)
-    return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
+    """Rotate [*, head_dim] by the tables of `rotary`, first half against second."""
+    return x * cos.to(x.dtype) + x.roll(x.shape[-1] // 2, -1) * sin.to(x.dtype)
 
 
 class HeadCache:
     """Keys and values of one attention over one text: verified positions first, what is drafted behind them.
 
-    keys, values: [kv_heads, capacity, head_dim]. cos, sin: [capacity, 1, head_dim], sin with the sign of the turned half.
+    keys, values: [kv_heads, capacity, head_dim]. cos, sin: [capacity, 1, head_dim], the tables of `rotate`.
     length: positions that are verified.
     """
 
@@ -72,7 +70,6 @@ class HeadCache:
                 new[:, : old.shape[1]] = old
         self.keys, self.values = grown
         cos, sin = rotary(torch.arange(capacity, device=self.like.device), size, self.shape.rope_theta)
-        sin = torch.cat((-sin[:, : size // 2], sin[:, size // 2 :]), -1)
         self.cos, self.sin = cos.to(self.like.dtype)[:, None], sin.to(self.like.dtype)[:, None]
 
     def attend(self, qkv: Tensor, position: int, queries: int) -> Tensor:
@@ -90,8 +87,7 @@ class HeadCache:
         self.reserve(end)
         heads = shape.query_heads + shape.kv_heads
         split = qkv.view(rows, heads + shape.kv_heads, shape.head_dim)
-        qk = split[:, :heads]
-        qk = qk * self.cos[position:end] + qk.roll(shape.head_dim // 2, -1) * self.sin[position:end]
+        qk = rotate(split[:, :heads], self.cos[position:end], self.sin[position:end])
         self.keys[:, position:end] = qk[:, shape.query_heads :].transpose(0, 1)
         self.values[:, position:end] = split[:, heads:].transpose(0, 1)
         group = shape.query_heads // shape.kv_heads

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +44,13 @@ def converted_gguf(path: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            gguf_file=path.name,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-        )
+        with _progress_on_terminals():
+            model = AutoModelForCausalLM.from_pretrained(
+                path.parent,
+                gguf_file=path.name,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+            )
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # the GGUF reader raises whatever a damaged file provokes
         raise BackboneError(f"{path} is not a GGUF file that transformers reads: {error}") from error
@@ -63,3 +67,8 @@ def converted_gguf(path: Path) -> Path:
         fresh.to(torch.bfloat16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return target
+
+
+def _progress_on_terminals() -> contextlib.AbstractContextManager[Any]:
+    """The library draws a bar that its settings do not reach; it stays where somebody watches."""
+    return contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())

@@ -10,7 +10,6 @@
 
 #define TILE 32     /* outputs that bitsandbytes packs together */
 #define BLOCK 64    /* inputs that share a scale */
-#define PIECE 64    /* rows of a product that are worked on at a time */
 
 typedef struct {
     const uint8_t *weight; /* [out / 32, in / 2, 32] bytes: low halves for outputs 0..15, high ones for 16..31, two inputs each */

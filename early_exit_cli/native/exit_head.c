@@ -13,13 +13,13 @@ typedef struct {
 /* States [rows, hidden] at `position` -> of the last one: logits [draft vocab], the best of these, their entropy in nats, and
  * the best one's probability. The others, and `memory`, are for the attention. Returns 0, or 1 when there is no memory. */
 int eexit_read_head(const ExitHead *h, const bf16 *states, int64_t rows, int64_t position, const Memory *memory, float *logits, int64_t *choice, float *entropy, float *confidence, int threads) {
-    int64_t hidden = h->down.in, rank = h->up.in, most = greatest(greatest(hidden, rank), h->attention.output.in);
+    int64_t hidden = h->down.in, rank = h->up.in, most = greatest(greatest(hidden, rank), h->attention.output.in), near = least(rows, PIECE);
     int attends = h->attention.query_heads > 0;
     bf16 *inner = scratch_of(rank * sizeof(bf16)), *state = scratch_of(hidden * sizeof(bf16)), *moved = scratch_of(hidden * sizeof(bf16));
     bf16 *inputs = scratch_of(threads * rows * most * sizeof(bf16));
-    int8_t *halves = scratch_of(threads * 2 * rows * most);
-    float *steps = scratch_of(threads * rows * sizeof(float));
-    int32_t *sums_of = scratch_of(threads * rows * sizeof(int32_t));
+    int8_t *halves = scratch_of(threads * 2 * near * most);
+    float *steps = scratch_of(threads * near * sizeof(float));
+    int32_t *sums_of = scratch_of(threads * near * sizeof(int32_t));
     Attending attending = {0};
     if (attends) attending = attending_of(&h->attention, rows, position + rows, threads);
     int failed = !inner || !state || !moved || !inputs || !halves || !steps || !sums_of || (attends && !is_whole(&attending));
@@ -29,7 +29,7 @@ int eexit_read_head(const ExitHead *h, const bf16 *states, int64_t rows, int64_t
 #pragma omp parallel num_threads(threads)
     {
         int thread = omp_get_thread_num();
-        Halves mine = {halves + thread * 2 * rows * most, halves + (thread * 2 + 1) * rows * most, steps + thread * rows, sums_of + thread * rows};
+        Halves mine = {halves + thread * 2 * near * most, halves + (thread * 2 + 1) * near * most, steps + thread * near, sums_of + thread * near};
         bf16 *input = inputs + thread * rows * most;
         if (attends) {
             for (int64_t row = 0; row < rows; row++) rms_norm(states + row * hidden, h->attention_norm, input + row * hidden, hidden, h->eps);

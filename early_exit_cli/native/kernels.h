@@ -17,6 +17,7 @@ typedef uint16_t bf16;
 #define INLINE static inline __attribute__((always_inline, unused))
 #define SHARED static __attribute__((unused))
 #define ROWS 8        /* rows that share a weight that was read */
+#define PIECE 64      /* rows of a product that are worked on at a time, so that they stay in the caches */
 #define INT8_TILE 16  /* outputs that int8 rows are packed by */
 
 /* ---- numbers ---- */
@@ -264,6 +265,7 @@ INLINE void int8_tile(const Int8 *p, int64_t tile, const int8_t *high, const int
     }
 }
 
+/* Scratch for up to PIECE rows. */
 typedef struct {
     int8_t *high, *low;
     float *step;
@@ -272,19 +274,22 @@ typedef struct {
 
 /* out [rows, p->out] = x [rows, p->in] times the weights, this thread's share of the outputs, added to `base` if there. */
 SHARED void int8_product(const Int8 *p, const bf16 *x, const bf16 *base, bf16 *out, int64_t rows, Halves *own) {
-    for (int64_t row = 0; row < rows; row++) own->step[row] = halve(x + row * p->in, own->high + row * p->in, own->low + row * p->in, p->in, own->sum + row);
     int64_t from, to;
     share(p->out / INT8_TILE, &from, &to);
-    for (int64_t t = from; t < to; t++)
-        for (int64_t row = 0; row < rows; row += ROWS) {
-            __m512 found[ROWS];
-            int count = least(ROWS, rows - row);
-            int8_tile(p, t, own->high + row * p->in, own->low + row * p->in, own->step + row, own->sum + row, count, found);
-            for (int r = 0; r < count; r++) {
-                int64_t place = (row + r) * p->out + t * INT8_TILE;
-                store16(out + place, base ? _mm512_add_ps(load16(base + place), found[r]) : found[r]);
+    for (int64_t first = 0; first < rows; first += PIECE) {
+        int near = least(PIECE, rows - first);
+        for (int r = 0; r < near; r++) own->step[r] = halve(x + (first + r) * p->in, own->high + r * p->in, own->low + r * p->in, p->in, own->sum + r);
+        for (int64_t t = from; t < to; t++)
+            for (int row = 0; row < near; row += ROWS) {
+                __m512 found[ROWS];
+                int count = least(ROWS, near - row);
+                int8_tile(p, t, own->high + row * p->in, own->low + row * p->in, own->step + row, own->sum + row, count, found);
+                for (int r = 0; r < count; r++) {
+                    int64_t place = (first + row + r) * p->out + t * INT8_TILE;
+                    store16(out + place, base ? _mm512_add_ps(load16(base + place), found[r]) : found[r]);
+                }
             }
-        }
+    }
 }
 
 /* This thread's share of the logits of one state. */

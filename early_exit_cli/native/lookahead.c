@@ -22,13 +22,13 @@ typedef struct {
 int eexit_lookahead(const Lookahead *h, const bf16 *const *states, const bf16 *own, const int64_t *tokens, int64_t rows,
                     int64_t position, const Memory *memory, bf16 *state, float *logits, int64_t *choice, float *entropy, int threads) {
     int64_t hidden = h->hidden, wide = (h->exits + 1) * hidden;
-    int64_t most = greatest(greatest(wide, h->inner), h->attention.output.in);
+    int64_t most = greatest(greatest(wide, h->inner), h->attention.output.in), near = least(rows, PIECE);
     bf16 *joined = scratch_of(rows * wide * sizeof(bf16)), *fused = scratch_of(rows * hidden * sizeof(bf16));
     bf16 *inputs = scratch_of(threads * rows * 2 * hidden * sizeof(bf16)), *normed = scratch_of(threads * hidden * sizeof(bf16));
     bf16 *gated = scratch_of(3 * h->inner * sizeof(bf16));
-    int8_t *halves = scratch_of(threads * 2 * rows * most);
-    float *steps = scratch_of(threads * rows * sizeof(float));
-    int32_t *sums_of = scratch_of(threads * rows * sizeof(int32_t));
+    int8_t *halves = scratch_of(threads * 2 * near * most);
+    float *steps = scratch_of(threads * near * sizeof(float));
+    int32_t *sums_of = scratch_of(threads * near * sizeof(int32_t));
     Attending attending = attending_of(&h->attention, rows, position + rows, threads);
     int failed = !joined || !fused || !inputs || !normed || !gated || !halves || !steps || !sums_of || !is_whole(&attending);
     Meeting meeting = {0};
@@ -36,7 +36,7 @@ int eexit_lookahead(const Lookahead *h, const bf16 *const *states, const bf16 *o
 #pragma omp parallel num_threads(threads)
     {
         int thread = omp_get_thread_num();
-        Halves mine = {halves + thread * 2 * rows * most, halves + (thread * 2 + 1) * rows * most, steps + thread * rows, sums_of + thread * rows};
+        Halves mine = {halves + thread * 2 * near * most, halves + (thread * 2 + 1) * near * most, steps + thread * near, sums_of + thread * near};
         bf16 *input = inputs + thread * rows * 2 * hidden, *last = fused + (rows - 1) * hidden, *own_norm = normed + thread * hidden;
         int64_t from, to;
         if (states) {
