@@ -82,14 +82,14 @@ def test_unsuitable_weights_keep_the_full_product():
 
 
 @pytest.mark.slow
-def test_a_million_positions(smollm2):
-    """Normed states around real ones: 1,000,000 positions, exact argmax against the full product."""
+def test_a_quarter_of_a_million_positions(smollm2):
+    """Normed states around real ones: 250,000 positions, exact argmax against the full product."""
     weight = smollm2.lm_head.weight
     exact = ExactArgmax(weight)
     base = normed_states(smollm2, "The history of the lighthouse is the history of trade by sea. " * 30)
     generator = torch.Generator().manual_seed(0)
     wrong = seen = 0
-    while seen < 1_000_000:
+    while seen < 250_000:
         noise = torch.randn(base.shape, generator=generator) * base.float().std() * torch.rand(1, generator=generator)
         for rows in (base.float() + noise).to(torch.bfloat16).split(64):
             wrong += int((exact(rows)[0] != full_argmax(weight, rows)[0]).sum())
