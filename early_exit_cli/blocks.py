@@ -100,6 +100,8 @@ class Blocks(ABC):
 
     candidate_widths: ClassVar[tuple[int, ...]] = (1, 2, 3, 4, 5, 6, 8, 12, LARGEST_WIDTH)
     """Widths that are measured for invariance."""
+    prefill_width: ClassVar[int] = PREFILL_WIDTH
+    """Rows of a pass over a prompt."""
 
     def __init__(self, backbone: Backbone) -> None:
         config = backbone.config
@@ -116,6 +118,8 @@ class Blocks(ABC):
         self.exact_argmax: ExactArgmax | None = None
         self.any_length = False
         """Whether bits are the same at every length of the buffer: measured, see `runners.measure_widths`."""
+        self.without_kernels: str | None = None
+        """Why the passes are not our own kernels' although a GPU is there, see `runners`."""
         self.without_graphs: str | None = None
         """Why passes are not recorded here although they were to be, see `runners.use_graphs`."""
 

@@ -135,14 +135,16 @@ def measure_costs(model: Engine, widths: list[int]) -> Costs:
         if model.heads is not None:
             calls["head", 1] = (a_pass, _head_call(model.exit_reader.another(), blocks.embed(ids[:place])))
         if model.lookahead is not None:
-            read, step = _lookahead_calls(model.lookahead, near.limit)
+            read, step, chained = _lookahead_calls(model.lookahead, near.limit)
 
             def a_read() -> None:
                 a_pass()
                 read()
 
-            calls["read", 1], calls["step", 1] = (a_pass, read), (a_read, step)
+            calls["read", 1], calls["step", 1] = (a_pass, read), (a_pass if chained else a_read, step)
         times = fastest_in_turns(calls, model.backbone.device)
+        if model.lookahead is not None and chained:
+            times["step", 1] = max(times["step", 1] - times["read", 1], 0.0) / chained
 
     def table(kind: str, parts: int) -> dict[int, float]:
         return never_falling({width: times[kind, width] / parts for width in widths})
@@ -198,8 +200,11 @@ def _head_call(reader: ExitReader, states: Tensor) -> Call:
     return read
 
 
-def _lookahead_calls(head: LookaheadHead, length: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Reading two verified positions after `length` others, and a step of its own; each with its choice."""
+def _lookahead_calls(head: LookaheadHead, length: int) -> tuple[Call, Call, int]:
+    """Reading two verified positions after `length` others, and a step of its own; each with its choice.
+
+    Where steps run all at once, the second call is reading and some steps, as many as the third value says.
+    """
     runner = lookahead_runner(head)
     weight = head.fc.weight
     tokens = [0] * length
@@ -210,7 +215,13 @@ def _lookahead_calls(head: LookaheadHead, length: int) -> tuple[Callable[[], Any
         runner.cache.length = length
         runner.choose(runner.read(tokens[:2], [state[:2] for state in states]))
 
-    return read, lambda: runner.choose(runner.step(0, hidden, 1))
+    def chain(count: int) -> None:
+        runner.cache.length = length
+        runner.chain(tokens[:2], [state[:2] for state in states], count)
+
+    if runner.most_steps:
+        return functools.partial(chain, 1), functools.partial(chain, runner.most_steps), runner.most_steps - 1
+    return read, lambda: runner.choose(runner.step(0, hidden, 1)), 0
 
 
 def expected_rate(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from early_exit_cli.artifacts import atomic_files, fingerprint_differences, write_atomic, write_json
 from early_exit_cli.backbone import Backbone
-from early_exit_cli.blocks import LARGEST_WIDTH, PREFILL_WIDTH, Blocks, KVCache, Part
+from early_exit_cli.blocks import LARGEST_WIDTH, Blocks, KVCache, Part
 from early_exit_cli.bundle import (
     CALIBRATION_FILE,
     CONFIG_FILE,
@@ -76,8 +76,9 @@ class Engine:
         if outside:
             raise ConfigError(f"token {outside[0]} of the prompt is not in the vocabulary")
         cache = self.blocks.new_cache(len(prompt_ids) + max_new_tokens + LARGEST_WIDTH)
-        for position in range(0, len(prompt_ids) - 1, PREFILL_WIDTH):
-            tokens = prompt_ids[position : min(position + PREFILL_WIDTH, len(prompt_ids) - 1)]
+        rows = self.blocks.prefill_width
+        for position in range(0, len(prompt_ids) - 1, rows):
+            tokens = prompt_ids[position : min(position + rows, len(prompt_ids) - 1)]
             *deep, final = self.run_tokens(tokens, cache, position, [*exit_layers, self.blocks.num_blocks])
             if see:
                 following = prompt_ids[position + 1 : position + 1 + len(tokens)]

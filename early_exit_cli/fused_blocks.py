@@ -237,10 +237,10 @@ def merged_linear(modules: list[Any]) -> LinearMap:
         return lambda x: F.linear(x, weight, bias)
     if all(is_packed_nf4(module) for module in modules):
         return PackedNF4(modules, bias)
+    if all(is_plain_nf4(module) for module in modules):
+        return MergedNF4(modules, bias)
     if len(modules) == 1:
         return modules[0]
-    if all(_is_plain_nf4(module) for module in modules):
-        return _merged_nf4(modules, bias)
     return lambda x: torch.cat([module(x) for module in modules], -1)
 
 
@@ -254,7 +254,7 @@ def _joined(modules: list[Any]) -> Tensor:
     return weight
 
 
-def _is_plain_nf4(module: Any) -> bool:
+def is_plain_nf4(module: Any) -> bool:
     """NF4 in bitsandbytes' own layout (GPUs, and CPUs without AVX512-BF16), rows of whole quantization blocks."""
     state = getattr(getattr(module, "weight", None), "quant_state", None)
     return (
@@ -265,27 +265,36 @@ def _is_plain_nf4(module: Any) -> bool:
     )
 
 
-def _merged_nf4(modules: list[Any], bias: Tensor | None) -> LinearMap:
-    """One NF4 weight: packed rows and scales one after another; doubly quantized scales are unpacked once."""
-    import bitsandbytes
-    from bitsandbytes.functional import QuantState, dequantize_blockwise
+class MergedNF4:
+    """One NF4 weight in bitsandbytes' layout for GPUs: packed rows and scales one after another.
 
-    states = [module.weight.quant_state for module in modules]
-    scales = [
-        dequantize_blockwise(state.absmax, state.state2).float() + state.offset if state.nested else state.absmax
-        for state in states
-    ]
-    weight = _joined(modules)  # [rows * in / 2, 1] uint8
-    first = states[0]
-    merged = QuantState(
-        absmax=torch.cat(scales),
-        shape=torch.Size((sum(state.shape[0] for state in states), first.shape[1])),
-        code=first.code,
-        blocksize=first.blocksize,
-        quant_type=first.quant_type,
-        dtype=first.dtype,
-    )
-    return lambda x: bitsandbytes.matmul_4bit(x, weight.t(), quant_state=merged, bias=bias)
+    packed: [rows * in / 2, 1] uint8. scales: [rows * in / 64] float32; doubly quantized ones are unpacked once.
+    """
+
+    def __init__(self, modules: list[Any], bias: Tensor | None) -> None:
+        from bitsandbytes.functional import QuantState, dequantize_blockwise
+
+        states = [module.weight.quant_state for module in modules]
+        scales = [
+            dequantize_blockwise(state.absmax, state.state2).float() + state.offset if state.nested else state.absmax
+            for state in states
+        ]
+        first = states[0]
+        self.packed, self.scales, self.bias = _joined(modules), torch.cat(scales), bias
+        self.out_features, self.in_features = sum(int(state.shape[0]) for state in states), int(first.shape[1])
+        self.state = QuantState(
+            absmax=self.scales,
+            shape=torch.Size((self.out_features, self.in_features)),
+            code=first.code,
+            blocksize=first.blocksize,
+            quant_type=first.quant_type,
+            dtype=first.dtype,
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        import bitsandbytes
+
+        return bitsandbytes.matmul_4bit(x, self.packed.t(), quant_state=self.state, bias=self.bias)
 
 
 def is_packed_nf4(module: Any) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -90,6 +91,8 @@ class LookaheadHead(nn.Module):
         weight = readout.lm_head_weight.detach()
         self.lm_head_weight = weight if draft_vocab is None else weight[draft_vocab.to(weight.device)]
         self.embedding_weight = readout.embedding_weight.detach()
+        self.on_device: Any = None
+        """What runs it on a GPU, once made (`cuda_lookahead`)."""
 
     @property
     def block(self) -> Block:

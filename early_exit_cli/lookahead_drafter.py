@@ -129,7 +129,9 @@ class LookaheadDrafter(Drafter):
         if self.expected_rate(limit) * self.passes.beside(self.company)[1] <= NEED:
             self.hits, self.expected = self.hits * FORGETTING, self.expected * FORGETTING
             return Draft()
-        hidden = self._read()
+        if self.runner.most_steps and not self.chooser.reads_logits:
+            return self._propose_chain(limit, stop_ids)
+        hidden = self.runner.read(*self._waiting())
         tokens: list[int] = []
         reasons: list[Step] = []
         while True:
@@ -144,14 +146,38 @@ class LookaheadDrafter(Drafter):
                 return Draft(tokens=tokens[:best], reasons=list(reasons[:best]))
             hidden = self.runner.step(token, hidden, len(tokens))
 
-    def _read(self) -> Tensor:
-        """Take in all that was verified since the last time."""
+    def _propose_chain(self, limit: int, stop_ids: Container[int]) -> Draft:
+        """All steps at once, as many as promise the most before any is known; what is worth verifying when they are."""
+        count = self._chain_length(min(limit, self.runner.most_steps))
+        tokens, entropies = self.runner.chain(*self._waiting(), count)
+        end = next((place + 1 for place, token in enumerate(tokens) if token in stop_ids), len(tokens))
+        reasons = [Step(place + 1, found, self._chance(place, found)) for place, found in enumerate(entropies[:end])]
+        best = self._best_stop([reason.chance for reason in reasons], max(count, 1), end).length
+        if best == 0 and tokens:
+            self.guess = (tokens[0], reasons[0].chance)
+        return Draft(tokens=tokens[:best], reasons=list(reasons[:best]))
+
+    def _chain_length(self, limit: int) -> int:
+        """The chain of the highest expected tokens per millisecond, by the mean chances of its positions."""
+        passes = self.passes.beside(self.company)
+        best, best_rate = 1, 0.0
+        expected = survives = 1.0
+        for count in range(1, limit + 1):
+            survives *= self._chance(count - 1)
+            expected += survives
+            rate = expected / (passes[count + 1] + self.read_cost + (count - 1) * self.step_cost)
+            if rate > best_rate:
+                best, best_rate = count, rate
+        return best
+
+    def _waiting(self) -> tuple[list[int], list[Tensor]]:
+        """All that was verified since the last time: tokens, and states by layer."""
         (tokens, states), *more = self.waiting
         if more:
             tokens = [token for part, _ in self.waiting for token in part]
             states = [torch.cat(parts) for parts in zip(*(found for _, found in self.waiting), strict=True)]
         self.waiting = []
-        return self.runner.read(tokens, states)
+        return tokens, states
 
     def observe(self, draft: Draft, tokens: list[int], accepted: int) -> None:
         for reason in draft.reasons[: accepted + 1]:

@@ -38,6 +38,8 @@ class LookaheadRunner:
     """The head over one text: a KV cache of its own, true states first, its own steps behind them until they are verified."""
 
     cache_kind: ClassVar[type[HeadCache]] = HeadCache
+    most_steps: ClassVar[int] = 0
+    """Steps that can be run at once (`chain`); 0: only one after another."""
 
     def __init__(self, head: LookaheadHead) -> None:
         self.head = head
@@ -79,6 +81,10 @@ class LookaheadRunner:
     def step(self, token: int, hidden: Tensor, ahead: int) -> Tensor:
         """Roll forward from its own state: a token, [1, hidden], the steps before this one + 1 -> [1, hidden]."""
         return self._block([token], hidden, self.cache.length + ahead - 1)
+
+    def chain(self, tokens: list[int], states: Sequence[Tensor], count: int) -> tuple[list[int], list[float]]:
+        """`read`, then `count` greedy steps at once: their tokens and entropies (nats)."""
+        raise NotImplementedError
 
     def _block(self, tokens: list[int], hidden: Tensor, position: int) -> Tensor:
         head, block = self.head, self.head.block

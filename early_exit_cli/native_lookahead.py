@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from early_exit_cli.cuda_lookahead import cuda_lookahead
 from early_exit_cli.lookahead import LookaheadHead
 from early_exit_cli.lookahead_runner import LookaheadRunner
 from early_exit_cli.native_blocks import VOCAB_TILE, Held, NativeHeadCache
@@ -90,7 +91,9 @@ class NativeLookahead(LookaheadRunner):
 
 
 def lookahead_runner(head: LookaheadHead) -> LookaheadRunner:
-    """The runner for a head on its device: compiled code where it fits, else PyTorch."""
+    """The runner for a head on its device: compiled code or a GPU's kernels where they fit, else PyTorch."""
+    if head.fc.weight.device.type == "cuda":
+        return cuda_lookahead(head) or LookaheadRunner(head)
     return NativeLookahead(head) if _fits(head) else LookaheadRunner(head)
 
 

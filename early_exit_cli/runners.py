@@ -12,8 +12,9 @@ from torch import Tensor
 from early_exit_cli.artifacts import processor_name, sha256_of, user_cache_dir, versions, write_json
 from early_exit_cli.backbone import Backbone
 from early_exit_cli.blocks import KEY_STEP, LARGEST_WIDTH, Blocks, HFBlocks, KVCache
+from early_exit_cli.cuda_blocks import CudaBlocks
 from early_exit_cli.cuda_graphs import CudaRecorder, Graphs, Recorder
-from early_exit_cli.errors import BackboneError, BundleError
+from early_exit_cli.errors import BackboneError, BundleError, UnsupportedBackboneError
 from early_exit_cli.formats import WidthsForm, read_form
 from early_exit_cli.fused_blocks import FusedBlocks
 from early_exit_cli.fused_kernels import fused_widths
@@ -51,7 +52,9 @@ def make_blocks(backbone: Backbone, runner: str = "auto", cuda_graphs: str = "au
         write_json(path, {**measured, **identity})
     if blocks.argmax_widths:
         blocks.exact_argmax = ExactArgmax(backbone.lm_head.weight)
-    if isinstance(blocks, FusedBlocks) and backbone.device.type == "cuda" and cuda_graphs != "off":
+    if isinstance(blocks, CudaBlocks):
+        blocks.prepare()
+    elif isinstance(blocks, FusedBlocks) and backbone.device.type == "cuda" and cuda_graphs != "off":
         with torch.inference_mode():
             use_graphs(blocks, CudaRecorder(backbone.device))
         if cuda_graphs == "on" and blocks.without_graphs is not None:
@@ -60,11 +63,32 @@ def make_blocks(backbone: Backbone, runner: str = "auto", cuda_graphs: str = "au
 
 
 def _pick(backbone: Backbone, runner: str) -> Blocks:
+    if backbone.device.type == "cuda" and runner in ("auto", "native"):
+        return _on_gpu(backbone, runner)
     compiled = compiled_blocks(backbone) if runner in ("auto", "native") else None
     if compiled is not None or runner == "native":
         return compiled or NativeBlocks(backbone)  # which says why there is none
     is_fused = runner == "fused" or (runner == "auto" and backbone.has_llama_shape)
     return FusedBlocks(backbone) if is_fused else HFBlocks(backbone)
+
+
+def _on_gpu(backbone: Backbone, runner: str) -> Blocks:
+    """Our kernels; where they cannot be had or are found wrong on this card, PyTorch's, which say why."""
+    try:
+        ours = CudaBlocks(backbone)
+        with torch.inference_mode():
+            wrong = ours.check()
+        if wrong is None:
+            return ours
+    except (UnsupportedBackboneError, RuntimeError) as error:
+        if runner == "native":
+            raise
+        wrong = str(error)
+    if runner == "native":
+        raise UnsupportedBackboneError(f"{backbone.name}: {wrong}", hint="--runner auto")
+    blocks = FusedBlocks(backbone) if backbone.has_llama_shape else HFBlocks(backbone)
+    blocks.without_kernels = wrong
+    return blocks
 
 
 def use_graphs(blocks: FusedBlocks, record: Recorder) -> None:

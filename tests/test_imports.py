@@ -33,8 +33,15 @@ MAY_IMPORT = {
     "fused_kernels": {"blocks"},
     "native_code": {"artifacts"},
     "native_blocks": {"attention", "backbone", "blocks", "fused_blocks", "lm_head", "native_code"},
+    "cuda_code": {"artifacts"},
+    "cuda_kernels": {"blocks", "cuda_code"},
+    "reference_kernels": {"cuda_kernels"},
+    "device_pass": {"cuda_kernels"},
+    "cuda_blocks": {
+        *("backbone", "blocks", "cuda_code", "cuda_kernels", "device_pass", "fused_blocks", "reference_kernels"),
+    },
     "runners": {
-        *("backbone", "blocks", "cuda_graphs", "fused_blocks", "fused_kernels", "native_blocks", "lm_head"),
+        *("backbone", "blocks", "cuda_blocks", "cuda_graphs", "fused_blocks", "fused_kernels", "native_blocks", "lm_head"),
         *("artifacts", "formats"),
     },
     "heads": {"artifacts", "attention", "data", "readout", "states"},
@@ -68,7 +75,8 @@ MAY_IMPORT = {
     "corpus": set(),
     "lookup": {"blocks", "corpus", "engine", "drafters", "sampling"},
     "lookahead_runner": {"attention", "blocks", "gating", "lm_head", "lookahead", "sampling"},
-    "native_lookahead": {"lookahead", "lookahead_runner", "native_blocks", "native_code", "sampling"},
+    "cuda_lookahead": {"attention", "blocks", "cuda_code", "cuda_kernels", "lookahead", "lookahead_runner"},
+    "native_lookahead": {"cuda_lookahead", "lookahead", "lookahead_runner", "native_blocks", "native_code", "sampling"},
     "lookahead_drafter": {"blocks", "engine", "drafters", "lookahead", "native_lookahead", "sampling"},
     "policy": {
         "artifacts",
