@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from early_exit_cli import cuda_code
 from early_exit_cli.backbone import Backbone
-from early_exit_cli.blocks import LARGEST_WIDTH, Blocks, KVCache, Part, Rotary
+from early_exit_cli.blocks import LARGEST_WIDTH, KVCache, Part, Rotary
 from early_exit_cli.cuda_kernels import (
     PAIRS,
     QUANTIZED_TOGETHER,
@@ -128,8 +128,18 @@ class CudaBlocks(FusedBlocks):
             value, normed = torch.zeros(LARGEST_WIDTH, device=device), torch.empty_like(buffers.middle)
             for step in self._finish_steps(kernels, buffers.hidden[1], normed, token, value):
                 step()
-            found.append((buffers.qkv, buffers.attended, buffers.middle, buffers.gated, buffers.hidden[1], normed, value))
-        names = ("q, k and v", "attention", "the output product", "gate and up", "down", "the final norm", "the LM head")
+            found.append(
+                (buffers.qkv, buffers.attended, buffers.middle, buffers.gated, buffers.hidden[1], normed, value)
+            )
+        names = (
+            "q, k and v",
+            "attention",
+            "the output product",
+            "gate and up",
+            "down",
+            "the final norm",
+            "the LM head",
+        )
         for name, ours, theirs in zip(names, *found, strict=True):
             error = (ours.double() - theirs.double()).norm() / theirs.double().norm()
             if not error < TOLERANCE:
@@ -187,7 +197,9 @@ class CudaBlocks(FusedBlocks):
         if width > LARGEST_WIDTH or stops[-1] != self.num_blocks:
             return super().run_tokens(tokens, cache, position, stops)
         if min(tokens) < 0 or max(tokens) >= self.backbone.embedding.num_embeddings:
-            raise IndexError(f"tokens {min(tokens)} to {max(tokens)}, of which {self.backbone.embedding.num_embeddings} are embedded")
+            raise IndexError(
+                f"tokens {min(tokens)} to {max(tokens)}, of which {self.backbone.embedding.num_embeddings} are embedded"
+            )
         self._stand(cache, position, width, tokens)
         self._pass(width, 0, self.num_blocks, by_token=True)()
         return [self.buffers[width].hidden[stop].clone() for stop in stops]
@@ -238,7 +250,9 @@ class CudaBlocks(FusedBlocks):
             return super().choose(normed)
         token = torch.zeros(normed.shape[0], dtype=torch.int64, device=normed.device)
         value = torch.zeros(normed.shape[0], device=normed.device)
-        for step in self.kernels.choose(self.backbone.lm_head.weight.detach(), normed.contiguous(), token, value, None, None):
+        for step in self.kernels.choose(
+            self.backbone.lm_head.weight.detach(), normed.contiguous(), token, value, None, None
+        ):
             step()
         return token, value
 
@@ -295,7 +309,9 @@ class CudaBlocks(FusedBlocks):
             self.finishes[width] = (self.record(lambda: [step() for step in steps]), incoming, normed, token)
         return self.finishes[width]
 
-    def _finish_steps(self, kernels: Kernels, hidden: Tensor, normed: Tensor, token: Tensor, value: Tensor) -> list[Step]:
+    def _finish_steps(
+        self, kernels: Kernels, hidden: Tensor, normed: Tensor, token: Tensor, value: Tensor
+    ) -> list[Step]:
         weight = self.backbone.lm_head.weight.detach()
         norm = kernels.norm(hidden, self.last_norm, self.backbone.final_norm.eps, normed)
         return [norm, *kernels.choose(weight, normed, token, value, None, None)]

@@ -6,6 +6,7 @@ NVRTC, which comes with torch's CUDA builds, compiles; NVIDIA's `cuda-bindings`,
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 from collections.abc import Callable
@@ -107,11 +108,13 @@ def _kept(name: str, capability: tuple[int, int], card: str, options: tuple[str,
         return path.read_bytes()
     except OSError:
         code, _ = compiled(name, capability, options)
-    try:
-        write_atomic(path, lambda target: target.write_bytes(code))
-    except OSError:  # a folder that cannot be written: compiled again next time
-        pass
+    with contextlib.suppress(OSError):  # a folder that cannot be written: compiled again next time
+        write_atomic(path, functools.partial(_write, code))
     return code
+
+
+def _write(code: bytes, path: Path) -> None:
+    path.write_bytes(code)
 
 
 class Code:
@@ -128,7 +131,7 @@ class Code:
         import torch
 
         self.capability = torch.cuda.get_device_capability(device)
-        properties = torch.cuda.get_device_properties(device)
+        properties: Any = torch.cuda.get_device_properties(device)
         if self.capability < OLDEST:
             raise NoCudaCode(f"{properties.name} is older than compute capability {OLDEST[0]}.{OLDEST[1]}")
         self.driver = _bindings("driver")
@@ -136,7 +139,9 @@ class Code:
         self.warps, self.stages = shape_for(properties.shared_memory_per_block_optin)
         torch.cuda.synchronize(device)  # makes the device's context
         self.modules = [
-            self._checked(self.driver.cuModuleLoadData(_kept(name, self.capability, properties.name, self.options(name))))
+            self._checked(
+                self.driver.cuModuleLoadData(_kept(name, self.capability, properties.name, self.options(name)))
+            )
             for name in SOURCES
         ]
         self.functions: dict[tuple[str, int], Any] = {}

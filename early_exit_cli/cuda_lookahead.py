@@ -101,7 +101,7 @@ class CudaLookahead(LookaheadRunner):
         self.plan = AttentionPlan(
             *(0, shape.query_heads, shape.kv_heads, shape.head_dim, 0, shape.head_dim**-0.5, None, self.eps)
         )
-        self.norms = torch.stack([norm.weight.detach() for norm in head.fc_norm]).contiguous()  # type: ignore[misc]
+        self.norms = torch.stack([cast(Tensor, norm.weight).detach() for norm in head.fc_norm])
         self.lm_head_rows = head.lm_head_weight.detach().contiguous()
         # one row a step, and what comes back in one piece: tokens, then entropies
         self.places = [Place(device) for _ in range(MOST_STEPS)]
@@ -111,6 +111,7 @@ class CudaLookahead(LookaheadRunner):
         self.results = torch.zeros(2 * MOST_STEPS, dtype=torch.int64, device=device)
         self.tokens, self.entropies = self.results[:MOST_STEPS], self.results[MOST_STEPS:].view(torch.float32)
         self.values = torch.zeros(MOST_STEPS, device=device)
+        self.state = self._new(1, self.size)
         self.incoming = {width: self._new(self.parts, width, self.size) for width in READ_WIDTHS}
         record = record or recorder(device)
         self.chains: dict[tuple[int, int], Step] = {}
@@ -128,7 +129,6 @@ class CudaLookahead(LookaheadRunner):
     def _reading(self, width: int) -> list[Step]:
         """Rows that were verified, up to the first token and its entropy; their last state in `state`."""
         fused, hidden = self._new(width, self.parts * self.size), self._new(width, self.size)
-        self.state = self._new(1, self.size) if width == READ_WIDTHS[0] else self.state
         return [
             self.kernels.fuse(self.incoming[width], self.norms, self.eps, fused),
             self.kernels.product(self.nf4[0], fused, hidden),
@@ -186,7 +186,7 @@ class CudaLookahead(LookaheadRunner):
         for to, state in zip(self.incoming[width], states, strict=True):
             to[:rows].copy_(state)
         stands = [(position, rows, tokens), *((position + rows + ahead, 1, [0]) for ahead in range(MOST_STEPS - 1))]
-        for place, (at, count_of_rows, own) in zip(self.places, stands, strict=True):
+        for place, (at, count_of_rows, _) in zip(self.places, stands, strict=True):
             place.cache, place.position, place.rows = cache, at, count_of_rows
         words = [Place.words(cache, at, count_of_rows, own) for at, count_of_rows, own in stands]
         self.all_places.copy_(torch.tensor(words), non_blocking=True)
@@ -212,7 +212,11 @@ def cuda_lookahead(head: LookaheadHead) -> CudaLookahead | None:
     """The head in our kernels, where its card and its shape take them."""
     attention, mlp = head.block.self_attn, head.block.mlp
     sizes = (head.fc.weight.shape[0], mlp.down_proj.in_features, attention.shape.query_width, attention.shape.kv_width)
-    if head.fc.weight.dtype != torch.bfloat16 or head.lm_head_weight.dtype != torch.bfloat16 or mlp.activation_name != "silu":
+    if (
+        head.fc.weight.dtype != torch.bfloat16
+        or head.lm_head_weight.dtype != torch.bfloat16
+        or mlp.activation_name != "silu"
+    ):
         return None
     if attention.shape.head_dim not in (64, 128) or any(size % QUANTIZED_TOGETHER for size in sizes):
         return None

@@ -49,7 +49,11 @@ def in_nf4(model):
             for name, linear in list(parent.named_children()):
                 if type(linear) is torch.nn.Linear:
                     quantized = bitsandbytes.nn.Linear4bit(
-                        linear.in_features, linear.out_features, linear.bias is not None, torch.bfloat16, quant_type="nf4"
+                        linear.in_features,
+                        linear.out_features,
+                        linear.bias is not None,
+                        torch.bfloat16,
+                        quant_type="nf4",
                     )
                     quantized.weight = bitsandbytes.nn.Params4bit(linear.weight.data, False, quant_type="nf4").to("cpu")
                     if linear.bias is not None:
@@ -201,7 +205,9 @@ def test_a_prompt_longer_than_a_pass_goes_through_pytorch_in_large_pieces(backbo
     seen = []
     run = FusedBlocks.run
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FusedBlocks, "run", lambda self, hidden, *rest: seen.append(len(hidden)) or run(self, hidden, *rest))
+        patch.setattr(
+            FusedBlocks, "run", lambda self, hidden, *rest: seen.append(len(hidden)) or run(self, hidden, *rest)
+        )
         plain = answer(model, prompt=prompt, tokens=8)
     assert seen == [299]
     drafted = answer(model, Proposing([0] * 8), prompt=prompt, tokens=8)

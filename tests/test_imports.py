@@ -41,7 +41,16 @@ MAY_IMPORT = {
         *("backbone", "blocks", "cuda_code", "cuda_kernels", "device_pass", "fused_blocks", "reference_kernels"),
     },
     "runners": {
-        *("backbone", "blocks", "cuda_blocks", "cuda_graphs", "fused_blocks", "fused_kernels", "native_blocks", "lm_head"),
+        *(
+            "backbone",
+            "blocks",
+            "cuda_blocks",
+            "cuda_graphs",
+            "fused_blocks",
+            "fused_kernels",
+            "native_blocks",
+            "lm_head",
+        ),
         *("artifacts", "formats"),
     },
     "heads": {"artifacts", "attention", "data", "readout", "states"},
