@@ -28,6 +28,7 @@ from early_exit_cli.cuda_kernels import (
     Kernels,
     NF4Weight,
     Place,
+    Places,
     Step,
     recorder,
 )
@@ -70,7 +71,8 @@ class CudaBlocks(FusedBlocks):
         self.kernels, self.record = kernels, record
         self.weights = [self._weights(index) for index in range(self.num_blocks)]
         self.last_norm = backbone.final_norm.weight.detach()
-        self.place = Place(backbone.device)
+        self.places_of: dict[int, Places] = {}
+        self.place = self._places(1).of[0]
         self.buffers: dict[int, Buffers] = {}
         self.passes: dict[tuple[int, ...], Step] = {}
         self.finishes: dict[int, tuple[Step, Tensor, Tensor, Tensor]] = {}
@@ -118,10 +120,10 @@ class CudaBlocks(FusedBlocks):
         found = []
         for kernels in (self.kernels, ReferenceKernels()):
             cache = self.new_cache(SEGMENT + LARGEST_WIDTH)
-            place, size = Place(device), self.backbone.hidden_size
+            place, size = self.place, self.backbone.hidden_size
             buffers = Buffers(LARGEST_WIDTH, self.weights[:1], size, self.eps, device)
             for position in range(0, SEGMENT + 1, LARGEST_WIDTH):  # over two segments
-                place.set(cache, position, LARGEST_WIDTH, ids)
+                self._stand(cache, position, LARGEST_WIDTH, ids)
                 for step in self._steps(kernels, place, buffers, 0, 1, by_token=True):
                     step()
             token = torch.zeros(LARGEST_WIDTH, dtype=torch.int64, device=device)
@@ -211,11 +213,14 @@ class CudaBlocks(FusedBlocks):
             return super().run_together(hidden, parts, stops)
         buffers = self._buffers(width)
         ends = list(itertools.accumulate(part.width for part in parts))
-        texts = []
-        for part, end in zip(parts, ends, strict=True):
-            place = Place(self.backbone.device)
-            self._stand(part.cache, part.position, part.width, place=place)
-            texts.append((place, slice(end - part.width, end)))
+        places = self._places(len(parts))
+        for part in parts:
+            self._require_room(part.cache, part.position, part.width)
+        places.tell(
+            [place.set(part.cache, part.position, part.width) for place, part in zip(places.of, parts, strict=True)]
+        )
+        rows = [slice(end - part.width, end) for part, end in zip(parts, ends, strict=True)]
+        texts = list(zip(places.of, rows, strict=True))
         buffers.incoming.copy_(hidden)
         for step in self._steps(self.kernels, self.place, buffers, 0, stops[-1], by_token=False, texts=texts):
             step()
@@ -256,14 +261,20 @@ class CudaBlocks(FusedBlocks):
             step()
         return token, value
 
-    def _stand(
-        self, cache: KVCache, position: int, width: int, tokens: list[int] | None = None, place: Place | None = None
-    ) -> None:
+    def _stand(self, cache: KVCache, position: int, width: int, tokens: Sequence[int] = ()) -> None:
+        self._require_room(cache, position, width)
+        self._places(1).tell([self.place.set(cache, position, width, tokens)])
+
+    def _places(self, count: int) -> Places:
+        if count not in self.places_of:
+            self.places_of[count] = Places(count, self.backbone.device)
+        return self.places_of[count]
+
+    def _require_room(self, cache: KVCache, position: int, width: int) -> None:
         if position + width > cache.capacity:
             raise IndexError(f"rows up to {position + width} in a KV cache of {cache.capacity}")
         if cache.addresses is None or not cache.addresses.are_of(cache):
             cache.addresses = Addresses(cache, self.partial)
-        (place or self.place).set(cache, position, width, tokens)
 
     def _buffers(self, width: int) -> Buffers:
         if width not in self.buffers:

@@ -7,7 +7,7 @@ comparison at load and for machines without a card.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -95,23 +95,47 @@ class Place:
 
     FIELDS = 8
 
-    def __init__(self, device: torch.device) -> None:
-        self.numbers = torch.zeros(self.FIELDS + LARGEST_WIDTH, dtype=torch.int64, device=device)
+    def __init__(self, numbers: Tensor) -> None:
+        self.numbers = numbers
         self.position, self.rows = 0, 0
         self.cache: Any = None
-        self.tokens: list[int] = []
 
-    def set(self, cache: Any, position: int, rows: int, tokens: list[int] | None = None) -> None:
-        """Before a pass. Does not wait for the device: what is copied from here was taken along by then."""
-        self.cache, self.position, self.rows, self.tokens = cache, position, rows, tokens or []
-        self.numbers.copy_(torch.tensor(self.words(cache, position, rows, self.tokens)), non_blocking=True)
-
-    @classmethod
-    def words(cls, cache: Any, position: int, rows: int, tokens: list[int]) -> list[int]:
-        """The numbers of a place."""
-        addresses = cache.addresses
-        padding = [0] * (LARGEST_WIDTH - len(tokens))
+    def set(self, cache: Any, position: int, rows: int, tokens: Sequence[int] = ()) -> list[int]:
+        """Stand there from now on -> the numbers that say so, for the device."""
+        self.cache, self.position, self.rows = cache, position, rows
+        addresses, padding = cache.addresses, [0] * (LARGEST_WIDTH - len(tokens))
         return [position, rows, *addresses[:2], cache.capacity, *addresses[2:], *tokens, *padding]
+
+
+class Places:
+    """Some places, told to the device in one copy that waits for nothing.
+
+    A copy reads its host memory when the device gets to it: so there are SLOTS of it in turns, and one is written again only
+    when its copy is over.
+    """
+
+    SLOTS = 16
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self.is_gpu = device.type == "cuda"
+        shape = (count, Place.FIELDS + LARGEST_WIDTH)
+        self.numbers = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.of = [Place(row) for row in self.numbers.unbind()]
+        self.slots = torch.zeros(self.SLOTS, *shape, dtype=torch.int64, pin_memory=self.is_gpu).unbind()
+        self.written = [slot.numpy() for slot in self.slots]
+        self.copied = [torch.cuda.Event() for _ in self.slots] if self.is_gpu else []
+        self.turn = 0
+
+    def tell(self, words: list[list[int]]) -> None:
+        """What `Place.set` gave, for the first so many places."""
+        self.turn = (self.turn + 1) % self.SLOTS
+        if self.is_gpu:
+            self.copied[self.turn].synchronize()
+        count = len(words)
+        self.written[self.turn][:count] = words
+        self.numbers[:count].copy_(self.slots[self.turn][:count], non_blocking=True)
+        if self.is_gpu:
+            self.copied[self.turn].record()
 
 
 class Kernels(Protocol):

@@ -27,6 +27,7 @@ from early_exit_cli.cuda_kernels import (
     NF4Weight,
     Normed,
     Place,
+    Places,
     Step,
     recorder,
 )
@@ -102,12 +103,10 @@ class CudaLookahead(LookaheadRunner):
             *(0, shape.query_heads, shape.kv_heads, shape.head_dim, 0, shape.head_dim**-0.5, None, self.eps)
         )
         self.norms = torch.stack([cast(Tensor, norm.weight).detach() for norm in head.fc_norm])
+        self.vocab = None if head.draft_vocab is None else head.draft_vocab.long().contiguous()
         self.lm_head_rows = head.lm_head_weight.detach().contiguous()
-        # one row a step, and what comes back in one piece: tokens, then entropies
-        self.places = [Place(device) for _ in range(MOST_STEPS)]
-        self.all_places = torch.zeros(MOST_STEPS, Place.FIELDS + LARGEST_WIDTH, dtype=torch.int64, device=device)
-        for place, row in zip(self.places, self.all_places, strict=True):
-            place.numbers = row
+        self.places = Places(MOST_STEPS, device)
+        # what comes back, in one piece: tokens, then entropies
         self.results = torch.zeros(2 * MOST_STEPS, dtype=torch.int64, device=device)
         self.tokens, self.entropies = self.results[:MOST_STEPS], self.results[MOST_STEPS:].view(torch.float32)
         self.values = torch.zeros(MOST_STEPS, device=device)
@@ -132,12 +131,12 @@ class CudaLookahead(LookaheadRunner):
         return [
             self.kernels.fuse(self.incoming[width], self.norms, self.eps, fused),
             self.kernels.product(self.nf4[0], fused, hidden),
-            *self._block_steps(self.places[0], hidden, None, 0),
+            *self._block_steps(self.places.of[0], hidden, None, 0),
         ]
 
     def _step(self, number: int) -> list[Step]:
         """A step of its own, from the state and the token of the one before."""
-        return self._block_steps(self.places[number], self.state, self.tokens[number - 1 : number], number)
+        return self._block_steps(self.places.of[number], self.state, self.tokens[number - 1 : number], number)
 
     def _block_steps(self, place: Place, hidden: Tensor, token: Tensor | None, number: int) -> list[Step]:
         head, kernels, width = self.head, self.kernels, hidden.shape[0]
@@ -160,7 +159,7 @@ class CudaLookahead(LookaheadRunner):
             kernels.norm(last, last_norm, self.eps, self.state, last_of=place),
             *kernels.choose(
                 *(self.lm_head_rows, self.state, self.tokens[one], self.values[one], self.entropies[one]),
-                head.draft_vocab,
+                self.vocab,
             ),
         ]
 
@@ -186,10 +185,7 @@ class CudaLookahead(LookaheadRunner):
         for to, state in zip(self.incoming[width], states, strict=True):
             to[:rows].copy_(state)
         stands = [(position, rows, tokens), *((position + rows + ahead, 1, [0]) for ahead in range(MOST_STEPS - 1))]
-        for place, (at, count_of_rows, _) in zip(self.places, stands, strict=True):
-            place.cache, place.position, place.rows = cache, at, count_of_rows
-        words = [Place.words(cache, at, count_of_rows, own) for at, count_of_rows, own in stands]
-        self.all_places.copy_(torch.tensor(words), non_blocking=True)
+        self.places.tell([place.set(cache, *stand) for place, stand in zip(self.places.of, stands, strict=True)])
         self.chains[width, count]()
         cache.length += rows
         found = self.results.cpu()  # the one time that a chain waits for the device

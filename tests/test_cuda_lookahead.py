@@ -62,7 +62,7 @@ def test_a_chain_is_reading_and_single_steps(head, rows, monkeypatch):
             for ahead in range(MOST_STEPS):
                 logits = single.lm_head(hidden)[0].float()
                 column = (head.draft_vocab == found[ahead]).nonzero().item()
-                assert logits[column] > logits.max() - 0.1  # the best one, or what bfloat16 cannot tell from it
+                assert logits[column] > logits.max() - 0.3  # the best one, or what bfloat16 cannot tell from it
                 assert entropies[ahead] == pytest.approx(single.choose(hidden)[1], abs=0.1)
                 hidden = single.step(found[ahead], hidden, ahead + 1)
             assert chained.cache.length == single.cache.length == seed * rows
