@@ -161,7 +161,7 @@ def large_lookahead(head: LookaheadHead, small: Backbone, large: Backbone, shape
     found = LookaheadHead(large, [layer - 1 for layer in head.exit_layers], head.draft_vocab)
     weights = {}
     for name, weight in head.state_dict().items():
-        part = name.split(".")[-2]
+        part = name.split(".")[-2] if "." in name else ""
         if weight.dtype == torch.int64:
             weights[name] = weight
         elif weight.ndim == 1:

@@ -335,6 +335,10 @@ def recorder(device: torch.device) -> Callable[[Step], Step]:
                 step()
             finally:
                 graph.capture_end()
-        return graph.replay
+
+        def replay(held: Step = step) -> None:  # its buffers, which a graph knows by address only
+            graph.replay()
+
+        return replay
 
     return record
