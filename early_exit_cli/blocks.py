@@ -20,7 +20,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -100,8 +100,6 @@ class Blocks(ABC):
 
     candidate_widths: ClassVar[tuple[int, ...]] = (1, 2, 3, 4, 5, 6, 8, 12, LARGEST_WIDTH)
     """Widths that are measured for invariance."""
-    prefill_width: ClassVar[int] = PREFILL_WIDTH
-    """Rows of a pass over a prompt."""
 
     def __init__(self, backbone: Backbone) -> None:
         config = backbone.config
@@ -155,6 +153,11 @@ class Blocks(ABC):
             self.run_through(piece, part.cache, part.position, stops) for piece, part in zip(pieces, parts, strict=True)
         ]
         return [torch.cat(states) for states in zip(*outputs, strict=True)]
+
+    def prompt_pieces(self, length: int) -> Iterator[slice]:
+        """How a prompt of so many tokens is cut into passes: by its length alone, so that its bits are its own."""
+        for start in range(0, length, PREFILL_WIDTH):
+            yield slice(start, min(start + PREFILL_WIDTH, length))
 
     def keys_read(self, cache: KVCache, end: int, width: int) -> int:
         """How many keys a pass of `width` rows up to position `end` reads."""

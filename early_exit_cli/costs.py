@@ -340,14 +340,15 @@ def auto_drafter(model: Engine, level: float, width: int, read_heads: str, corpu
         width: rows of a pass at most, for the exit heads; the others weigh all widths.
         corpus: as for `lookup_drafter`.
     """
-    choices: list[tuple[Drafter, int]] = [(lookup_drafter(model, corpus), LARGEST_WIDTH - 1)]
+    lookup = lookup_drafter(model, corpus)
+    choices: list[tuple[Drafter, int]] = [(lookup, LARGEST_WIDTH - 1)]
     if model.lookahead is not None and policy_of(model.record).lookahead:
         choices.append((lookahead_drafter(model), LARGEST_WIDTH - 1))
     elif model.thresholds is not None:
         exits = exit_drafter(model, level, width, read_heads)
         if exits.active != []:
             choices.append((exits, width - 1))
-    return AutoDrafter(choices)
+    return AutoDrafter(choices, lookup.passes.beside(0)[1])
 
 
 def exit_drafter(model: Engine, level: float, width: int, read_heads: str) -> ExitDrafter:

@@ -104,10 +104,13 @@ def decode(
     width = checked_width(model, width)
     text = Text(model, prompt_ids, drafter, chooser, max_new_tokens, stop_ids, stops_after, trace)
     while not text.ended:
+        started = time.perf_counter()
         with torch.inference_mode():
             draft = text.draft(width - 1)
             deep, states, choices, readings = verify(model, text, draft)
-        yield text.commit(draft, deep, states, choices, readings, keep_states)
+        decided = text.commit(draft, deep, states, choices, readings, keep_states)
+        drafter.timed(draft, (time.perf_counter() - started) * 1000)
+        yield decided
 
 
 def checked_width(model: Engine, width: int) -> int:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import ClassVar
 
 import torch
@@ -107,6 +109,37 @@ def catch_up(model: Engine, cache: KVCache, rows: list[Row], layer: int) -> None
                 row[target] = state
 
 
+class RoundTimes:
+    """How much longer rounds take than their parts were measured to, by who drafted; "" where nobody did.
+
+    On a GPU a round is also what the host does between two waits for it, which no measurement of a part holds: learned as
+    rounds run, the median of the last ones.
+    """
+
+    KEPT = 9
+    NEEDED = 3
+    """Rounds without a draft that come first in a process, and rounds after which a drafter is judged."""
+
+    def __init__(self) -> None:
+        self.beyond: dict[str, deque[float]] = {}
+
+    def observe(self, kind: str, milliseconds: float, expected: float) -> None:
+        """A round is over that was expected to take `expected` milliseconds."""
+        self.beyond.setdefault(kind, deque(maxlen=self.KEPT)).append(milliseconds - expected)
+
+    @property
+    def knows_plain(self) -> bool:
+        """Whether enough rounds without a draft were seen to compare with."""
+        return len(self.beyond.get("", ())) >= self.NEEDED
+
+    def extra(self, kind: str) -> float:
+        """Milliseconds to add to what a draft costs, in steps of 0.01; 0 until enough is known."""
+        found = self.beyond.get(kind, ())
+        if not self.knows_plain or len(found) < self.NEEDED:
+            return 0.0
+        return round(max(0.0, median(found) - median(self.beyond[""])), 2)
+
+
 class Drafter(ABC):
     """Proposes tokens that follow `pending`, which stands at `cache.length` and has not been run yet."""
 
@@ -119,8 +152,14 @@ class Drafter(ABC):
     company: int = 0
     """Other texts that have a row in the same passes."""
 
-    def meet(self, model: Engine) -> None:  # noqa: B027 (most read nothing of it before they draft)
+    times: RoundTimes | None = None
+    """What rounds take here beyond their parts, where that is learned: on a GPU."""
+
+    def meet(self, model: Engine) -> None:
         """The model that the next text is decoded by; called before `exit_layers` is asked for."""
+        if model.backbone.device.type == "cuda":
+            model.round_times = model.round_times or RoundTimes()
+            self.times = model.round_times
 
     def begin(self, prompt_ids: list[int], chooser: Chooser = GREEDY) -> None:
         """A new text starts with these tokens."""
@@ -152,6 +191,10 @@ class Drafter(ABC):
 
     def observe(self, draft: Draft, tokens: list[int], accepted: int) -> None:  # noqa: B027
         """A round is over: `tokens` were committed, the first `accepted` of them from the draft."""
+
+    def timed(self, draft: Draft, milliseconds: float) -> bool:
+        """What the round took, drafting included, where one text was decoded; whether this one spent time on the draft."""
+        return False
 
 
 def share_of_pass(pass_cost: Callable[[int], float], rows: int, company: int) -> float:
@@ -219,6 +262,7 @@ class ExitDrafter(Drafter):
     """The active heads whose attention looks at the text."""
 
     def meet(self, model: Engine) -> None:
+        super().meet(model)
         if model.heads is None or not self._active():
             return
         self.reader = model.exit_reader.another()
@@ -292,14 +336,17 @@ class AutoDrafter(Drafter):
 
     Args:
         choices: drafters in order of preference, each with the most tokens it may draft.
+        plain_cost: milliseconds of a pass without a draft.
     """
 
     name = "auto"
 
-    def __init__(self, choices: list[tuple[Drafter, int]]) -> None:
+    def __init__(self, choices: list[tuple[Drafter, int]], plain_cost: float = 0.0) -> None:
         self.choices = choices
+        self.plain_cost = plain_cost
 
     def meet(self, model: Engine) -> None:
+        super().meet(model)
         for drafter, _ in self.choices:
             drafter.meet(model)
         self.exit_layers = sorted({layer for drafter, _ in self.choices for layer in drafter.exit_layers})
@@ -309,7 +356,7 @@ class AutoDrafter(Drafter):
             drafter.begin(prompt_ids, chooser)
 
     def another(self) -> Drafter:
-        return AutoDrafter([(drafter.another(), longest) for drafter, longest in self.choices])
+        return AutoDrafter([(drafter.another(), longest) for drafter, longest in self.choices], self.plain_cost)
 
     def join(self, company: int) -> None:
         for drafter, _ in self.choices:
@@ -321,6 +368,8 @@ class AutoDrafter(Drafter):
 
     def propose(self, model: Engine, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]) -> Draft:
         draft = Draft()
+        if self.times is not None and not self.times.knows_plain:
+            return draft
         for drafter, longest in sorted(
             self.choices, key=lambda choice: -choice[0].expected_rate(min(limit, choice[1]))
         ):
@@ -332,3 +381,9 @@ class AutoDrafter(Drafter):
     def observe(self, draft: Draft, tokens: list[int], accepted: int) -> None:
         for drafter, _ in self.choices:
             drafter.observe(draft, tokens, accepted)
+
+    def timed(self, draft: Draft, milliseconds: float) -> bool:
+        claimed = [drafter.timed(draft, milliseconds) for drafter, _ in self.choices]
+        if self.times is not None and not any(claimed) and not draft.tokens:
+            self.times.observe("", milliseconds, self.plain_cost)
+        return any(claimed)

@@ -52,6 +52,8 @@ class Engine:
     thresholds: Thresholds | None = None
     lookahead: LookaheadHead | None = None
     record: dict[str, Any] = field(default_factory=dict)
+    round_times: Any = None
+    """What rounds take here beyond their parts (`drafters.RoundTimes`), learned while it decodes."""
 
     @functools.cached_property
     def exit_reader(self) -> ExitReader:
@@ -76,12 +78,11 @@ class Engine:
         if outside:
             raise ConfigError(f"token {outside[0]} of the prompt is not in the vocabulary")
         cache = self.blocks.new_cache(len(prompt_ids) + max_new_tokens + LARGEST_WIDTH)
-        rows = self.blocks.prefill_width
-        for position in range(0, len(prompt_ids) - 1, rows):
-            tokens = prompt_ids[position : min(position + rows, len(prompt_ids) - 1)]
-            *deep, final = self.run_tokens(tokens, cache, position, [*exit_layers, self.blocks.num_blocks])
+        for piece in self.blocks.prompt_pieces(len(prompt_ids) - 1):
+            stops = [*exit_layers, self.blocks.num_blocks]
+            *deep, final = self.run_tokens(prompt_ids[piece], cache, piece.start, stops)
             if see:
-                following = prompt_ids[position + 1 : position + 1 + len(tokens)]
+                following = prompt_ids[piece.start + 1 : piece.stop + 1]
                 see(following, [*deep, self.blocks.final_norm(final)])
         cache.length = len(prompt_ids) - 1
         return cache

@@ -27,6 +27,8 @@ STRENGTH = 4.0
 """Drafted tokens that the calibrated probabilities count for against what this text has shown."""
 NEED = 1.03
 """A draft must be expected to beat plain decoding by this factor."""
+FORTUNES = 20
+"""Steps of a text's fortune that a promise tells apart."""
 LOOKED_AHEAD = 8
 """Tokens of a draft that a promise looks at."""
 FORGETTING = 0.97
@@ -92,7 +94,9 @@ class LookaheadDrafter(Drafter):
         self.hits = self.expected = 0.0
         self.guess: tuple[int, float] | None = None
         """A first token that was not worth drafting, and its chance: the text will tell whether it was right."""
-        self.promises: dict[tuple[int, int, int], float] = {}
+        self.promises: dict[tuple[int, int, int, float], float] = {}
+        self.spent: float | None = None
+        """Milliseconds that this round's drafting was expected to take; none where nothing was asked of the head."""
 
     def begin(self, prompt_ids: list[int], chooser: Chooser = GREEDY) -> None:
         self.chooser = chooser
@@ -117,7 +121,7 @@ class LookaheadDrafter(Drafter):
         """
         if limit < 1 or not self.waiting:
             return 0.0
-        key = (round(100 * self._fortune), min(limit, LOOKED_AHEAD), self.company)
+        key = (round(FORTUNES * self._fortune), min(limit, LOOKED_AHEAD), self.company, self._reading)
         if key not in self.promises:
             chances = [self._chance(0, uncertainty) for uncertainty in self._at(0).entropies] or [self._chance(0)]
             stops = [self._best_stop([chance], 1, key[1]) for chance in chances]
@@ -125,7 +129,7 @@ class LookaheadDrafter(Drafter):
         return self.promises[key]
 
     def propose(self, model: Engine, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]) -> Draft:
-        self.guess = None
+        self.guess = self.spent = None
         if self.expected_rate(limit) * self.passes.beside(self.company)[1] <= NEED:
             self.hits, self.expected = self.hits * FORGETTING, self.expected * FORGETTING
             return Draft()
@@ -149,6 +153,7 @@ class LookaheadDrafter(Drafter):
     def _propose_chain(self, limit: int, stop_ids: Container[int]) -> Draft:
         """All steps at once, as many as promise the most before any is known; what is worth verifying when they are."""
         count = self._chain_length(min(limit, self.runner.most_steps))
+        self.spent = self.read_cost + (count - 1) * self.step_cost
         tokens, entropies = self.runner.chain(*self._waiting(), count)
         end = next((place + 1 for place, token in enumerate(tokens) if token in stop_ids), len(tokens))
         reasons = [Step(place + 1, found, self._chance(place, found)) for place, found in enumerate(entropies[:end])]
@@ -165,7 +170,7 @@ class LookaheadDrafter(Drafter):
         for count in range(1, limit + 1):
             survives *= self._chance(count - 1)
             expected += survives
-            rate = expected / (passes[count + 1] + self.read_cost + (count - 1) * self.step_cost)
+            rate = expected / (passes[count + 1] + self._reading + (count - 1) * self.step_cost)
             if rate > best_rate:
                 best, best_rate = count, rate
         return best
@@ -189,6 +194,19 @@ class LookaheadDrafter(Drafter):
             self.expected += self.guess[1]
             self.hits += self.guess[0] == tokens[0]
 
+    def timed(self, draft: Draft, milliseconds: float) -> bool:
+        if self.spent is None:
+            return False
+        if self.times is not None:
+            expected = self.passes.beside(0)[len(draft.tokens) + 1] + self.spent
+            self.times.observe(self.name, milliseconds, expected)
+        return True
+
+    @property
+    def _reading(self) -> float:
+        """Milliseconds until the first token is known, what the host adds included."""
+        return self.read_cost + (0.0 if self.times is None else self.times.extra(self.name))
+
     @property
     def _fortune(self) -> float:
         """How the calibrated chances have fared on this text: right tokens over expected ones."""
@@ -211,7 +229,7 @@ class LookaheadDrafter(Drafter):
             made: draft steps that are spent already, at least one.
         """
         passes = self.passes.beside(self.company)
-        drafting = self.read_cost + (made - 1) * self.step_cost
+        drafting = self._reading + (made - 1) * self.step_cost
         best = _Stop(0, 1.0, passes[1] + drafting)
         to_beat = NEED * best.rate
         expected = survives = 1.0

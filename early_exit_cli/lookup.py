@@ -189,6 +189,12 @@ class LookupDrafter(Drafter):
                 break
         return Draft(tokens=tokens, reasons=[Match(self.drafting.matcher.match_length)] * len(tokens))
 
+    def timed(self, draft: Draft, milliseconds: float) -> bool:
+        is_ours = bool(draft.tokens) and isinstance(draft.reasons[0], Match)
+        if is_ours and self.times is not None:
+            self.times.observe(self.name, milliseconds, self.passes.beside(0)[len(draft.tokens) + 1])
+        return is_ours
+
     def observe(self, draft: Draft, tokens: list[int], accepted: int) -> None:
         if self.drafting is not None and draft.tokens and isinstance(draft.reasons[0], Match):
             self.drafting.count(len(draft.tokens), accepted)
@@ -208,13 +214,13 @@ class LookupDrafter(Drafter):
 
     def _best_length(self, chance: float, limit: int) -> tuple[int, float]:
         """The best draft length for tokens that are each right with this chance, and its rate."""
-        passes = self.passes.beside(self.company)
+        passes, extra = self.passes.beside(self.company), 0.0 if self.times is None else self.times.extra(self.name)
         best, best_rate = 0, 1 / passes[1]
         expected = survives = 1.0
         for count in range(1, limit + 1):
             survives *= chance
             expected += survives
-            rate = expected / passes[count + 1]
+            rate = expected / (passes[count + 1] + extra)
             if rate > best_rate:
                 best, best_rate = count, rate
         return best, best_rate
