@@ -239,16 +239,20 @@ def commit() -> str | None:
     return result.stdout.strip()
 
 
-def environment() -> dict[str, Any]:
-    """What a measurement was made on and with."""
-    return {"processor": processor_name(), "versions": versions(), "commit": commit()}
+def environment(processor: str | None = None) -> dict[str, Any]:
+    """What a measurement was made on and with.
+
+    Args:
+        processor: the name of what computed, by default this machine's own.
+    """
+    return {"processor": processor or processor_name(), "versions": versions(), "commit": commit()}
 
 
-def run_record(settings: list[tuple[str, Any, str]], **extra: Any) -> dict[str, Any]:
-    """What `run.json` holds: command, settings with origins, versions, commit, hardware, and `extra`."""
+def run_record(settings: list[tuple[str, Any, str]], processor: str | None = None, **extra: Any) -> dict[str, Any]:
+    """What `run.json` holds: command, settings with origins, versions, commit, hardware (`environment`), and `extra`."""
     return {
         "command": ["eexit", *sys.argv[1:]],
         "settings": {key: {"value": value, "origin": origin} for key, value, origin in settings},
-        **environment(),
+        **environment(processor),
         **extra,
     }

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from early_exit_cli.artifacts import sha256_of
+from early_exit_cli.artifacts import processor_name, sha256_of
 from early_exit_cli.config import Quantization
 from early_exit_cli.families import FAMILIES, Family
 from early_exit_cli.readout import FinalNorm, LastBlock, LogitMap, no_last_block
@@ -43,6 +43,11 @@ class Backbone:
     @property
     def device(self) -> torch.device:
         return self.embedding.weight.device
+
+    @property
+    def device_name(self) -> str:
+        """What computes, as a person knows it."""
+        return device_name(self.device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -264,6 +269,11 @@ class Backbone:
         if len(masks) == 1:
             return next(iter(masks.values()))
         return {"full_attention" if window is None else "sliding_attention": mask for window, mask in masks.items()}
+
+
+def device_name(device: torch.device) -> str:
+    """A GPU by its own name, else the processor by its."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
 
 
 def dense_weight(module: nn.Linear) -> Tensor:

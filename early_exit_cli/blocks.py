@@ -116,6 +116,8 @@ class Blocks(ABC):
         self.exact_argmax: ExactArgmax | None = None
         self.any_length = False
         """Whether bits are the same at every length of the buffer: measured, see `runners.measure_widths`."""
+        self.recording_seconds = 0.0
+        """What recording passes has taken."""
         self.without_kernels: str | None = None
         """Why the passes are not our own kernels' although a GPU is there, see `runners`."""
         self.without_graphs: str | None = None
@@ -153,6 +155,9 @@ class Blocks(ABC):
             self.run_through(piece, part.cache, part.position, stops) for piece, part in zip(pieces, parts, strict=True)
         ]
         return [torch.cat(states) for states in zip(*outputs, strict=True)]
+
+    def prepare_parts(self, stops: Sequence[int]) -> None:  # noqa: B027
+        """Drafting will pause after these numbers of blocks: what can be made beforehand is made."""
 
     def prompt_pieces(self, length: int) -> Iterator[slice]:
         """How a prompt of so many tokens is cut into passes: by its length alone, so that its bits are its own."""

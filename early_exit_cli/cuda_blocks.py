@@ -49,7 +49,8 @@ class CudaBlocks(FusedBlocks):
     """`FusedBlocks` whose decoding passes, final norm, logits and choices are our own kernels', with bits of their own.
 
     Args:
-        kernels: by default those of the backbone's card. record: makes of a step what repeats it.
+        kernels: by default those of the backbone's card. record: makes of a step what repeats it, by default a CUDA graph.
+        is_recorded: whether passes are recorded at all.
 
     Raises:
         UnsupportedBackboneError: not this backbone, or not on this machine; the message says why.
@@ -58,12 +59,18 @@ class CudaBlocks(FusedBlocks):
     candidate_widths = (1, 2, 4, 6, 8, 12, LARGEST_WIDTH)
 
     def __init__(
-        self, backbone: Backbone, kernels: Kernels | None = None, record: Callable[[Step], Step] | None = None
+        self,
+        backbone: Backbone,
+        kernels: Kernels | None = None,
+        record: Callable[[Step], Step] | None = None,
+        *,
+        is_recorded: bool = True,
     ) -> None:
         reason = why_not_ours(backbone)
         if reason is None and kernels is None:
             try:
-                kernels, record = CudaKernels(backbone.device), recorder(backbone.device)
+                kernels = CudaKernels(backbone.device)
+                record = recorder(backbone.device) if is_recorded else (lambda step: step)
             except cuda_code.NoCudaCode as error:
                 reason = str(error)
         if reason is not None or kernels is None or record is None:
@@ -79,7 +86,6 @@ class CudaBlocks(FusedBlocks):
         self.finishes: dict[int, tuple[Step, Tensor, Tensor, Tensor]] = {}
         self.tables: Rotary = {}
         self.partial = torch.zeros(0, device=backbone.device)
-        self.recording_seconds = 0.0
 
     @property
     def name(self) -> str:
@@ -110,7 +116,7 @@ class CudaBlocks(FusedBlocks):
         self.recording_seconds += time.perf_counter() - started
 
     def prepare_parts(self, stops: Sequence[int]) -> None:
-        """Record the parts between `stops`, where drafting pauses and verification goes on, for a drafter that reads there."""
+        """Record the parts between them, each once: early exits run one part, verification the rest."""
         started = time.perf_counter()
         for first, last in itertools.combinations([0, *stops, self.num_blocks], 2):
             for width in self.widths:

@@ -168,6 +168,13 @@ class CudaLookahead(LookaheadRunner):
         other.cache = self.cache.another()
         return other
 
+    def warm_up(self) -> None:
+        """Let the library load what reading a prompt needs, and run a chain once, so that no answer waits for that."""
+        rows = 2 * LARGEST_WIDTH
+        states = [self._new(rows, self.size) for _ in range(self.parts)]
+        with torch.inference_mode():
+            self.chain([0] * rows, states, 1)
+
     def chain(self, tokens: list[int], states: Sequence[Tensor], count: int) -> tuple[list[int], list[float]]:
         """Take in verified positions (`read`), and roll `count` steps forward, MOST_STEPS at most.
 
@@ -222,6 +229,7 @@ def cuda_lookahead(head: LookaheadHead) -> CudaLookahead | None:
         try:
             with torch.inference_mode(False):
                 head.on_device = CudaLookahead(head)
+            head.on_device.another().warm_up()
         except cuda_code.NoCudaCode:
             return None
     return cast(CudaLookahead, head.on_device.another())

@@ -250,6 +250,8 @@ class Stats:
     partly_rejected_drafts: int
     exit_distribution: dict[str, int]
     average_exit_layer: float
+    peak_gpu_memory_gb: float | None = None
+    """The most that tensors have held on the GPU since this process began, 10^9 bytes; none on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -370,7 +372,7 @@ def collect_stats(model: Engine, mode: str, rounds: list[Round], seconds: float,
     reasons = [reason for step in rounds for reason in step.decided_by]
     distribution = {str(head): 0 for head in range(len(model.heads) if model.heads is not None else 0)}
     distribution["full"] = 0
-    depth = model.blocks.num_blocks
+    depth, device = model.blocks.num_blocks, model.backbone.device
     layers = 0
     for reason in reasons:
         name = "full" if reason is None else str(reason.head) if isinstance(reason, Exit) else reason.decider
@@ -391,6 +393,7 @@ def collect_stats(model: Engine, mode: str, rounds: list[Round], seconds: float,
         partly_rejected_drafts=sum(0 < step.accepted < step.drafted for step in rounds),
         exit_distribution=distribution,
         average_exit_layer=layers / tokens,
+        peak_gpu_memory_gb=None if device.type == "cpu" else torch.cuda.max_memory_allocated(device) / 1e9,
     )
 
 

@@ -268,6 +268,7 @@ class ExitDrafter(Drafter):
         self.reader = model.exit_reader.another()
         self.watched = self.reader.watched(self._active())
         self.exit_layers = [model.heads.exit_layers[head] for head in self.watched]
+        model.blocks.prepare_parts([model.heads.exit_layers[head] for head in self._active()])
 
     def see(self, tokens: list[int], states: list[Tensor]) -> None:
         if self.reader is not None:

@@ -29,6 +29,7 @@ from early_exit_cli.bundle import (
     read_bundle_record,
 )
 from early_exit_cli.config import HUB_ID, SHIPPED_BUNDLE, BackboneConfig, BundleConfig, HubConfig
+from early_exit_cli.cuda_lookahead import cuda_lookahead
 from early_exit_cli.errors import BundleError, ConfigError, HubError, NumericsError, shown
 from early_exit_cli.exit_reader import ExitReader, exit_reader
 from early_exit_cli.formats import FORMAT_VERSION, CalibrationBeside, CalibrationForm, read_form
@@ -315,6 +316,8 @@ def load_model(
     if "lookahead" in model.record:
         layers = lookahead_layers(model.record, folder, backbone.num_blocks)
         model.lookahead = load_lookahead(folder / LOOKAHEAD_FILE, backbone, layers)
+        if backbone.device.type == "cuda":
+            cuda_lookahead(model.lookahead)  # recorded now, not inside an answer
     calibration = bundle.calibration_path or folder / CALIBRATION_FILE
     if with_thresholds and (bundle.calibration_path or calibration.exists()):
         model.thresholds = read_thresholds(calibration, config["num_heads"])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from early_exit_cli.artifacts import processor_name, sha256_of, user_cache_dir, versions, write_json
+from early_exit_cli.artifacts import sha256_of, user_cache_dir, versions, write_json
 from early_exit_cli.backbone import Backbone
 from early_exit_cli.blocks import KEY_STEP, LARGEST_WIDTH, Blocks, HFBlocks, KVCache
 from early_exit_cli.cuda_blocks import CudaBlocks
@@ -29,7 +29,7 @@ def make_blocks(backbone: Backbone, runner: str = "auto", cuda_graphs: str = "au
         UnsupportedBackboneError: the native or fused runner asked for, and it cannot run these blocks here.
         BackboneError: `cuda_graphs` is "on" and they cannot be used.
     """
-    blocks = _pick(backbone, runner)
+    blocks = _pick(backbone, runner, cuda_graphs)
     if cuda_graphs == "on" and not isinstance(blocks, FusedBlocks):
         raise BackboneError("no CUDA graphs here: they record the fused runner's passes", hint="--cuda-graphs auto")
     identity = device_identity(blocks)
@@ -62,9 +62,9 @@ def make_blocks(backbone: Backbone, runner: str = "auto", cuda_graphs: str = "au
     return blocks
 
 
-def _pick(backbone: Backbone, runner: str) -> Blocks:
+def _pick(backbone: Backbone, runner: str, cuda_graphs: str) -> Blocks:
     if backbone.device.type == "cuda" and runner in ("auto", "native"):
-        return _on_gpu(backbone, runner)
+        return _on_gpu(backbone, runner, cuda_graphs)
     compiled = compiled_blocks(backbone) if runner in ("auto", "native") else None
     if compiled is not None or runner == "native":
         return compiled or NativeBlocks(backbone)  # which says why there is none
@@ -72,10 +72,10 @@ def _pick(backbone: Backbone, runner: str) -> Blocks:
     return FusedBlocks(backbone) if is_fused else HFBlocks(backbone)
 
 
-def _on_gpu(backbone: Backbone, runner: str) -> Blocks:
+def _on_gpu(backbone: Backbone, runner: str, cuda_graphs: str) -> Blocks:
     """Our kernels; where they cannot be had or are found wrong on this card, PyTorch's, which say why."""
     try:
-        ours = CudaBlocks(backbone)
+        ours = CudaBlocks(backbone, is_recorded=cuda_graphs != "off")
         with torch.inference_mode():
             wrong = ours.check()
         if wrong is None:
@@ -127,7 +127,7 @@ def device_identity(blocks: Blocks) -> dict[str, Any]:
     backbone = blocks.backbone
     return {
         "fingerprint": backbone.fingerprint,
-        "device": processor_name() if backbone.device.type == "cpu" else torch.cuda.get_device_name(backbone.device),
+        "device": backbone.device_name,
         "dtype": str(backbone.dtype),
         "runner": blocks.name,
         "threads": torch.get_num_threads(),

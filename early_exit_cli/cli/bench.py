@@ -14,13 +14,14 @@ from early_exit_cli.resolve import Resolved
 @configured("bench", "bundle", "backbone", "sampling")
 def command(resolved: Resolved, as_json: bool) -> None:
     """Compare methods side by side on a set of prompts."""
+    from early_exit_cli.backbone import device_name
     from early_exit_cli.bench import run_bench, select_prompts, summarize
     from early_exit_cli.bench_methods import Setup, check_methods
     from early_exit_cli.cli.shared import backbone_of_bundle
     from early_exit_cli.data import read_prompts
     from early_exit_cli.engine import bundle_source
     from early_exit_cli.errors import ConfigError
-    from early_exit_cli.loading import load_tokenizer
+    from early_exit_cli.loading import load_tokenizer, pick_device
 
     config = resolved.config.bench
     if config.costs:
@@ -40,9 +41,10 @@ def command(resolved: Resolved, as_json: bool) -> None:
     with console.progress("measuring", total) as ticker:
         records, start_up = run_bench(config, setup, prompts, encode, ticker.update)
     report = summarize(records, start_up, config, setup)
-    report["environment"]["bundle"] = source.record()
+    processor = device_name(pick_device(backbone.device))
+    report["environment"] |= {"processor": processor, "bundle": source.record()}
     write_json(config.output_dir / "report.json", report)
-    write_json(config.output_dir / "run.json", run_record(resolved.rows(), bundle=report["environment"]["bundle"]))
+    write_json(config.output_dir / "run.json", run_record(resolved.rows(), processor, bundle=source.record()))
     if plots.available():
         plots.draw_bench(report, records, config.output_dir / "bench.png")
     if as_json:
@@ -63,7 +65,13 @@ def show_costs(resolved: Resolved, as_json: bool) -> None:
     model = load_model(backbone_of_bundle(resolved), resolved.config.bundle, with_thresholds=False)
     costs = cost_table(model, refresh=True)
     if as_json:
-        console.emit_json({"costs": asdict(costs), "widths": model.blocks.widths, "environment": environment()})
+        console.emit_json(
+            {
+                "costs": asdict(costs),
+                "widths": model.blocks.widths,
+                "environment": environment(model.backbone.device_name),
+            }
+        )
         return
     depth = model.blocks.num_blocks
     rows = []
@@ -81,7 +89,7 @@ def show_costs(resolved: Resolved, as_json: bool) -> None:
             )
         )
     console.table(
-        f"{model.backbone.name}, {model.backbone.quantization}; ms on {environment()['processor']}; "
+        f"{model.backbone.name}, {model.backbone.quantization}; ms on {model.backbone.device_name}; "
         f"invariant: {model.blocks.is_invariant}; reading a head: {costs.head:.2f} ms"
         + (
             f"; the lookahead head: {costs.lookahead_read:.2f} ms for a first token, {costs.lookahead_step:.2f} for a next"

@@ -78,8 +78,7 @@ def prepare(resolved: Resolved, as_json: bool) -> Job:
     if kind == "all" and resolved.is_default("inference.read_heads"):
         settings = settings.model_copy(update={"read_heads": "all"})
     model = load(resolved, kind)
-    if model.blocks.without_graphs:
-        console.note(f"CUDA graphs off: {model.blocks.without_graphs}")
+    say_how_it_runs(model)
     drafter, width = make_drafter(model, settings, kind)
     say_what_is_not_read(model, drafter)
     coloured = console.wants_colour(settings.color) and not as_json
@@ -176,6 +175,20 @@ def load(resolved: Resolved, kind: str) -> Engine:
     if kind in HEADLESS and resolved.is_default("bundle.bundle") and not resolved.is_default("backbone.model_name"):
         return load_model(config.backbone, None)
     return load_model(backbone_of_bundle(resolved), config.bundle, with_thresholds=kind not in ("none", "lookup"))
+
+
+def say_how_it_runs(model: Engine) -> None:
+    """On stderr, on a GPU: what was recorded, or why the passes are the library's."""
+    blocks = model.blocks
+    if blocks.without_kernels:
+        console.note(f"{model.backbone.device_name}: the library's kernels, since {blocks.without_kernels}")
+    if blocks.without_graphs:
+        console.note(f"CUDA graphs off: {blocks.without_graphs}")
+    if blocks.recording_seconds:
+        widths = ", ".join(map(str, blocks.widths))
+        console.note(
+            f"{model.backbone.device_name}: passes of {widths} rows recorded in {blocks.recording_seconds:.1f} s"
+        )
 
 
 def say_what_is_not_read(model: Engine, drafter: Drafter) -> None:

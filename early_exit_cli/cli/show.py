@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from early_exit_cli import console
-from early_exit_cli.artifacts import processor_name, versions, write_text
+from early_exit_cli.artifacts import versions, write_text
 from early_exit_cli.errors import EexitError
 from early_exit_cli.html_page import render_page
 from early_exit_cli.palette import decider_of
@@ -64,6 +64,7 @@ def distribution(stats: Stats) -> str:
 
 def stats_rows(stats: Stats) -> list[tuple[str, str]]:
     """Statistics of one answer for a person."""
+    memory = [] if stats.peak_gpu_memory_gb is None else [("peak GPU memory", f"{stats.peak_gpu_memory_gb:.1f} GB")]
     return [
         ("tokens", str(stats.total_tokens_generated)),
         ("tokens/s", f"{stats.tokens_per_second:.1f}"),
@@ -75,6 +76,7 @@ def stats_rows(stats: Stats) -> list[tuple[str, str]]:
         ),
         ("average exit layer", f"{stats.average_exit_layer:.1f}"),
         ("decided by", distribution(stats)),
+        *memory,
     ]
 
 
@@ -139,7 +141,7 @@ def write_page(
         "shown": shown.stats.mode,
         "rounds": round_records(model, shown, prompt_tokens),
         "methods": methods,
-        "processor": processor_name(),
+        "processor": model.backbone.device_name,
         "version": versions()["eexit"],
     }
     try:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 @configured("backbone", "heads", "data", "cache", "training", sweeps=True)
 def command(variants: list[Resolved], as_json: bool) -> None:
     """Train exit heads on hidden states, of the running backbone or from a cache."""
+    from early_exit_cli.backbone import device_name
     from early_exit_cli.training import (
         Lessons,
         Trainer,
@@ -55,7 +56,7 @@ def command(variants: list[Resolved], as_json: bool) -> None:
         if trainer.step:
             console.note(f"resuming at step {trainer.step}")
         if trainer.accelerator.is_main_process:
-            record = run_record(variant.rows(), device=str(source.readout.device))
+            record = run_record(variant.rows(), device_name(source.readout.device), device=str(source.readout.device))
             write_json(trainer.config.output_dir / "run.json", record)
     rank, world = first.place
     kind = variants[0].config.heads.kind
