@@ -223,6 +223,37 @@ def rate(found: list[Generation]) -> float:
     return sum(a.stats.total_tokens_generated for a in found) / sum(a.stats.total_time_seconds for a in found)
 
 
+def first_tokens(model: Engine, lengths: list[int]) -> list[dict[str, float]]:
+    """Milliseconds to the first token behind a prompt of some lengths: ours, and `transformers.generate`'s; medians of five."""
+    text = model.backbone.encode_prompt(" ".join(PROMPTS))
+    rows = []
+    for length in lengths:
+        ids = (text * length)[:length]
+        inputs = torch.tensor([ids], device=model.backbone.device)
+        drafter, width = make_drafter(model, InferenceConfig(), "none")
+        calls = {
+            "ours": partial(generate, model, ids, drafter, 1, mode="full", width=width),
+            "transformers": partial(
+                *(model.backbone.model.generate, inputs),
+                attention_mask=torch.ones_like(inputs),
+                max_new_tokens=1,
+                do_sample=False,
+            ),
+        }
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for turn in range(6):
+            for name, call in calls.items():
+                synchronize(model.backbone.device)
+                started = time.perf_counter()
+                with torch.inference_mode():
+                    call()
+                synchronize(model.backbone.device)
+                if turn:
+                    times[name].append((time.perf_counter() - started) * 1000)
+        rows.append({"prompt_tokens": length, **{name: statistics.median(found) for name, found in times.items()}})
+    return rows
+
+
 def by_library(model: Engine, prompts: list[list[int]], tokens: int) -> dict[str, float]:
     """`transformers.generate` on the same weights."""
     library, counts, seconds, firsts = model.backbone.model, 0, 0.0, []
@@ -270,6 +301,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--library-prompts", type=int, default=3)
+    parser.add_argument("--prompt-lengths", type=int, nargs="*", default=[100, 500, 1500], help="for the first token")
     parser.add_argument("--output", type=Path, default=Path("gpu.json"))
     arguments = parser.parse_args()
     started = time.perf_counter()
@@ -315,6 +347,9 @@ def main() -> None:
         "step": costs.lookahead_step,
     }
     print(f"lookahead: read {costs.lookahead_read:.3f} ms, step {costs.lookahead_step:.3f} ms", flush=True)
+    record["first_tokens"] = first_tokens(model, arguments.prompt_lengths)
+    for row in record["first_tokens"]:
+        print("first token", {key: round(value, 1) for key, value in row.items()}, flush=True)
     record["answers"] = answers(model, prompts, arguments.tokens, arguments.repeats)
     for name, row in record["answers"].items():
         print(name, {key: round(value, 2) for key, value in row.items()}, flush=True)

@@ -69,10 +69,10 @@ template <int DIM>
 __device__ __forceinline__ void attention(const Attention &p)
 {
     constexpr int STRIDE = DIM + 8, WEIGHTED = DIM + 4;  // of rows in shared memory, so that several ask different banks
-    __shared__ u16 queries[PAIRS * STRIDE], fresh_keys[MOST_ROWS * STRIDE], fresh_values[MOST_ROWS * STRIDE];
+    __shared__ __align__(16) u16 queries[PAIRS * STRIDE], fresh_keys[MOST_ROWS * STRIDE], fresh_values[MOST_ROWS * STRIDE];
     __shared__ float maxima[WARPS][PAIRS], totals[WARPS][PAIRS];
     __shared__ int is_last;
-    extern __shared__ float weighted[];  // [warps, pairs, WEIGHTED]
+    extern __shared__ __align__(16) float weighted[];  // [warps, pairs, WEIGHTED]
 
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane >> 2, t = lane & 3;
     const int head = blockIdx.y, group = p.query_heads / p.kv_heads, first_pair = blockIdx.z * PAIRS;

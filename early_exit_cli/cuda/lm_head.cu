@@ -107,7 +107,7 @@ __device__ __forceinline__ void accumulate(float (&sum)[COLUMNS][4], const Rows 
 template <int COLUMNS>
 __device__ __forceinline__ void lm_head(const LMHead &p)
 {
-    __shared__ float sums[WARPS * COLUMNS * 128];
+    __shared__ __align__(16) float sums[WARPS * COLUMNS * 128];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane >> 2, t = lane & 3;
     const int blocks = p.inputs / 64, tiles = p.vocab / 16;
     const int first = warp * blocks / WARPS, last = (warp + 1) * blocks / WARPS;
