@@ -322,7 +322,7 @@ class CudaBlocks(FusedBlocks):
         source = self.backbone.embedding_weight.detach() if by_token else buffers.incoming
         norm = self.weights[first].input_norm
         return [
-            kernels.enter(place, source, by_token, norm, buffers.hidden[first], buffers.entered),
+            kernels.enter(place, source, by_token, norm, buffers.hidden[first], buffers.normed),
             *block_steps(kernels, self.weights, self.last_norm, buffers, texts or [(place, slice(None))], first, last),
         ]
 

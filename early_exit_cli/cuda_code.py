@@ -84,8 +84,15 @@ def _bindings(name: str) -> Any:
 
 
 def shape_for(shared_memory: int) -> tuple[int, int]:
-    """(warps of a product's block of threads, stages of their rings) for a card whose blocks may have so much shared memory."""
-    return next(shape for shape in SHAPES if product_bytes(*shape, 2, 2) <= shared_memory)
+    """(warps of a product's block of threads, stages of their rings) for a card whose blocks may have so much shared memory.
+
+    Raises:
+        NoCudaCode: too little for any.
+    """
+    for shape in SHAPES:
+        if product_bytes(*shape, 2, 2) <= shared_memory:
+            return shape
+    raise NoCudaCode(f"its blocks of threads have {shared_memory} bytes of shared memory, too few for a product")
 
 
 def product_bytes(warps: int, stages: int, sets: int, columns: int) -> int:
@@ -137,15 +144,20 @@ class Code:
         self.driver = _bindings("driver")
         self.multiprocessors = properties.multi_processor_count
         self.warps, self.stages = shape_for(properties.shared_memory_per_block_optin)
-        torch.cuda.synchronize(device)  # makes the device's context
-        self.modules = [
-            self._checked(
-                self.driver.cuModuleLoadData(_kept(name, self.capability, properties.name, self.options(name)))
-            )
-            for name in SOURCES
-        ]
+        self.guard = lambda: torch.cuda.device(device)
+        with self.guard():
+            torch.cuda.synchronize()  # makes the device's context
+            self.modules = [self._module(name, properties.name) for name in SOURCES]
         self.functions: dict[tuple[str, int], Any] = {}
         self.current_stream = lambda: torch.cuda.current_stream(device).cuda_stream
+
+    def _module(self, name: str, card: str) -> Any:
+        """A source's machine code, loaded; what was kept and cannot be loaded is compiled again."""
+        options = self.options(name)
+        try:
+            return self._checked(self.driver.cuModuleLoadData(_kept(name, self.capability, card, options)))
+        except RuntimeError:
+            return self._checked(self.driver.cuModuleLoadData(compiled(name, self.capability, options)[0]))
 
     def _checked(self, result: tuple[Any, ...]) -> Any:
         error, *values = result
@@ -200,8 +212,9 @@ class Code:
         address = ctypes.addressof(pointers)
 
         def step(held: Any = (arguments, pointers, held)) -> None:
-            config.hStream = driver.CUstream(self.current_stream())
-            (error,) = driver.cuLaunchKernelEx(config, function, address, 0)
+            with self.guard():
+                config.hStream = driver.CUstream(self.current_stream())
+                (error,) = driver.cuLaunchKernelEx(config, function, address, 0)
             if int(error):
                 raise RuntimeError(f"CUDA: {name}: {error.name}")
 

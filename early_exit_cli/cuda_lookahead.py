@@ -199,6 +199,9 @@ class CudaLookahead(LookaheadRunner):
         said = found[:count].tolist()
         uncertain = found[MOST_STEPS:].view(torch.float32)[:count].tolist()
         end = next((place for place, token in enumerate(said) if token < 0), count)
+        if end < count:  # what is not finite must not stay: it would come back as padding
+            for rows_of_all in self.incoming.values():
+                rows_of_all.zero_()
         return said[:end], uncertain[:end]
 
 
@@ -230,6 +233,6 @@ def cuda_lookahead(head: LookaheadHead) -> CudaLookahead | None:
             with torch.inference_mode(False):
                 head.on_device = CudaLookahead(head)
             head.on_device.another().warm_up()
-        except cuda_code.NoCudaCode:
+        except (cuda_code.NoCudaCode, RuntimeError):  # PyTorch steps one after another
             return None
     return cast(CudaLookahead, head.on_device.another())

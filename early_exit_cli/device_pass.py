@@ -46,9 +46,7 @@ class Buffers:
         self.qkv = new(width, blocks[0].qkv.outputs)
         self.attended = new(width, plan.query_heads * plan.head_dim)
         self.gated = new(width, blocks[0].down.inputs)
-        scaled = new(width, size)
-        self.entered = Normed(scaled, new(width, 1, dtype=torch.float32), eps)
-        self.normed = Normed(scaled, new(width, size // TILE, dtype=torch.float32), eps)
+        self.normed = Normed(new(width, size), new(width, size // TILE, dtype=torch.float32), eps)
 
 
 def block_steps(
@@ -67,14 +65,13 @@ def block_steps(
         texts: the rows of each, and where it stands.
     """
     steps = []
-    normed = buffers.entered
+    normed = buffers.normed
     for number in range(first, last):
         block, states = blocks[number], buffers.hidden[number]
         following = blocks[number + 1].input_norm if number + 1 < len(blocks) else last_norm
         steps.append(kernels.product(block.qkv, normed, buffers.qkv))
         for place, rows in texts:
             steps.append(kernels.attention(place, block.attention, buffers.qkv[rows], buffers.attended[rows]))
-        normed = buffers.normed
         steps += [
             kernels.added(block.output, buffers.attended, states, buffers.middle, block.mlp_norm, normed),
             kernels.gated(block.gate_up, normed, buffers.gated),

@@ -39,7 +39,7 @@ class ReferenceKernels:
             tokens = place.numbers[place.FIELDS : place.FIELDS + len(hidden)]
             hidden.copy_(source[tokens] if by_token else source)
             out.scaled.copy_(hidden.double() * norm.double())
-            out.squares.copy_(hidden.double().square().sum(-1, keepdim=True))
+            out.squares.copy_(hidden.double().square().unflatten(-1, (-1, TILE)).sum(-1))
 
         return step
 

@@ -107,6 +107,14 @@ __device__ __forceinline__ float warp_sum(float value)
     return value;
 }
 
+// Of 16 threads in a row, all of which call it.
+__device__ __forceinline__ float sum_of_16(float value)
+{
+    for (int step = 8; step; step /= 2)
+        value += __shfl_xor_sync(0xffffu << (threadIdx.x & 16), value, step);
+    return value;
+}
+
 // Of a block of 256 threads, in warp order; `scratch` holds 8 floats.
 __device__ __forceinline__ float block_sum(float value, float *scratch)
 {

@@ -268,9 +268,7 @@ __device__ __forceinline__ void product(const Product &p)
                 const float whole = rounded(widen(p.residual[where]) + rounded(total[set]));
                 p.out[where] = narrow(whole);
                 p.scaled[where] = narrow(whole * widen(p.next_norm[output]));
-                float square = whole * whole;
-                for (int step = 8; step; step /= 2)
-                    square += __shfl_xor_sync(0xffffu << (lane & 16), square, step);
+                const float square = sum_of_16(whole * whole);
                 if (n == 0)
                     p.squares_out[row * (p.outputs / 16) + output / 16] = square;
             }

@@ -24,27 +24,24 @@ struct Enter {
     const u16 *from;          // the embedding [vocab, size], or the rows' states [rows, size] where by_token is 0
     const u16 *norm;          // [size], of the norm that reads them
     u16 *hidden, *scaled;     // [rows, size]: the states, and these times the norm's weight
-    float *squares;           // [rows, 1]
+    float *squares;           // [rows, size / 16]: as a product leaves them, so that who wrote the states makes no difference
     int size, by_token;
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS) enter_rows(const __grid_constant__ Enter p)
 {
-    __shared__ float scratch[8];
     const int row = blockIdx.x;
     wait_for_predecessor();
     let_successor_start();
     const u16 *from = p.from + (p.by_token ? p.place->tokens[row] : row) * p.size;
-    float square = 0.f;
-    for (int i = threadIdx.x; i < p.size; i += THREADS) {
+    for (int i = threadIdx.x; i < p.size; i += THREADS) {  // whole half warps: size is a multiple of 16
         const u16 value = from[i];
         p.hidden[(long long)row * p.size + i] = value;
         p.scaled[(long long)row * p.size + i] = narrow(widen(value) * widen(p.norm[i]));
-        square += widen(value) * widen(value);
+        const float square = sum_of_16(widen(value) * widen(value));
+        if (i % 16 == 0)
+            p.squares[(long long)row * (p.size / 16) + i / 16] = square;
     }
-    square = block_sum(square, scratch);
-    if (threadIdx.x == 0)
-        p.squares[row] = square;
 }
 
 struct Norm {
