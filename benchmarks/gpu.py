@@ -25,7 +25,8 @@ from large_body import large_backbone, large_exits, large_lookahead
 from torch import Tensor
 
 from early_exit_cli.artifacts import environment
-from early_exit_cli.config import BackboneConfig, BundleConfig, InferenceConfig
+from early_exit_cli.bench import select_prompts
+from early_exit_cli.config import BackboneConfig, BenchConfig, BundleConfig, InferenceConfig
 from early_exit_cli.costs import cost_table
 from early_exit_cli.data import read_prompts
 from early_exit_cli.decoding import Generation, generate
@@ -179,14 +180,16 @@ def passes(model: Engine, context: int = 256) -> list[dict[str, Any]]:
     return rows
 
 
-def answers(model: Engine, prompts: list[list[int]], tokens: int, repeats: int) -> dict[str, Any]:
+def answers(
+    model: Engine, prompts: list[list[int]], methods: dict[str, str], tokens: int, repeats: int
+) -> dict[str, Any]:
     """Every method over all prompts: the first round apart, then `repeats` rounds in turns, compared with `full`."""
     settings = InferenceConfig()
-    rounds: dict[str, list[list[Generation]]] = {name: [] for name in METHODS}
+    rounds: dict[str, list[list[Generation]]] = {name: [] for name in methods}
     known: list[Generation] = []
-    same: dict[str, list[tuple[bool, bool]]] = {name: [] for name in METHODS}
+    same: dict[str, list[tuple[bool, bool]]] = {name: [] for name in methods}
     for _ in range(1 + repeats):
-        for name, kind in METHODS.items():
+        for name, kind in methods.items():
             found = []
             for place, ids in enumerate(prompts):
                 drafter, width = make_drafter(model, settings, kind)
@@ -213,6 +216,7 @@ def answers(model: Engine, prompts: list[list[int]], tokens: int, repeats: int) 
             answer.stats.tokens_per_second / plain.stats.tokens_per_second
             for answer, plain in zip((steady or [first])[-1], rounds["full"][-1], strict=True)
         ]
+        summary[name]["over_full_by_answer"] = [round(ratio, 3) for ratio in ratios]
         summary[name]["over_full_mean"] = statistics.mean(ratios)
         summary[name]["over_full_worst"] = min(ratios)
     return summary
@@ -296,8 +300,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--body", choices=("8b", "smollm2"), default="8b")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--prompts", type=Path, help="JSONL with prompts, and their sources as `source` or `category`")
-    parser.add_argument("--limit", type=int, default=2, help="prompts of each source")
+    parser.add_argument("--prompts", type=Path, help="JSONL with `prompt`, or Spec-Bench's `turns`, a line")
+    parser.add_argument("--limit", type=int, default=2, help="prompts of each category")
+    parser.add_argument(
+        "--methods", default=",".join(METHODS), help="of these, with commas between; `full` must be first"
+    )
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--library-prompts", type=int, default=3)
@@ -310,7 +317,7 @@ def main() -> None:
     device = torch.cuda.get_device_name() if on_gpu else "CPU"
     record: dict[str, Any] = {
         "device": device,
-        "environment": environment(),
+        "environment": environment(model.backbone.device_name),
         "body": arguments.body,
         "runner": model.blocks.name,
         "without_kernels": model.blocks.without_kernels,
@@ -321,12 +328,8 @@ def main() -> None:
     print(f"{device}, {arguments.body}, {model.blocks.name}; loaded in {seconds}", flush=True)
     texts = list(PROMPTS)
     if arguments.prompts:
-        texts, seen = [], dict[str, int]()
-        for row in read_prompts(arguments.prompts):
-            source = row.get("source") or row.get("category") or ""
-            seen[source] = seen.get(source, 0) + 1
-            if seen[source] <= arguments.limit:
-                texts.append(row["prompt"])
+        rows = select_prompts(read_prompts(arguments.prompts), BenchConfig(limit=arguments.limit))
+        texts = [row["prompt"] for row in rows]
     prompts = [model.backbone.encode_prompt(text) for text in texts]
     if on_gpu and hasattr(model.blocks, "kernels"):
         record["products"] = products(model.blocks.kernels)
@@ -350,9 +353,10 @@ def main() -> None:
     record["first_tokens"] = first_tokens(model, arguments.prompt_lengths)
     for row in record["first_tokens"]:
         print("first token", {key: round(value, 1) for key, value in row.items()}, flush=True)
-    record["answers"] = answers(model, prompts, arguments.tokens, arguments.repeats)
+    methods = {name: METHODS[name] for name in arguments.methods.split(",")}
+    record["answers"] = answers(model, prompts, methods, arguments.tokens, arguments.repeats)
     for name, row in record["answers"].items():
-        print(name, {key: round(value, 2) for key, value in row.items()}, flush=True)
+        print(name, {key: round(value, 2) for key, value in row.items() if not isinstance(value, list)}, flush=True)
     if arguments.library_prompts:
         record["transformers"] = by_library(model, prompts[: arguments.library_prompts], arguments.tokens)
         print("transformers", record["transformers"])

@@ -1,9 +1,9 @@
 """Answering many prompts together, for training data.
 
 Texts advance together, a token at a time; those that have ended are dropped. Compiled passes take each with a KV cache of
-its own. Elsewhere prompts of like length stand side by side, padded on the left: there only the number of tokens per second
-counts, a token's bits may differ from those of decoding one text. Blocks of other shapes than Llama's are left to the
-library's own `generate`.
+its own. Elsewhere prompts of like length stand side by side, padded on the left (`padded_rows`), on a GPU by the hundreds and
+in recorded steps (`recorded_answers`): there only the number of tokens per second counts, a token's bits may differ from
+those of decoding one text. Blocks of other shapes than Llama's are left to the library's own `generate`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from early_exit_cli.backbone import Backbone
 from early_exit_cli.blocks import PREFILL_WIDTH, Part
 from early_exit_cli.fused_blocks import FusedBlocks
 from early_exit_cli.native_blocks import NativeBlocks, compiled_blocks
+from early_exit_cli.padded_rows import PaddedRows
+from early_exit_cli.recorded_answers import MOST_ROWS, RecordedAnswers
 
 Answer = Callable[[list[list[int]], int, float | None, torch.Generator], list[list[int]]]
 """(prompts, most new tokens, temperature, its randomness) -> new tokens for each, as `answer_together`."""
@@ -28,70 +29,8 @@ KEPT_SHARE = 0.8
 """Ended rows are dropped when fewer than this share still go on."""
 
 
-class _Rows:
-    """The prompts in work: where each begins, and keys and values [rows, kv_heads, capacity, head_dim] per block."""
-
-    def __init__(self, blocks: FusedBlocks, starts: Tensor, capacity: int) -> None:
-        backbone = blocks.backbone
-        shape = (starts.numel(), blocks.kv_heads, capacity, blocks.head_dim)
-        self.blocks = blocks
-        self.starts = starts
-        self.keys = [torch.zeros(shape, dtype=backbone.dtype, device=backbone.device) for _ in range(blocks.num_blocks)]
-        self.values = [
-            torch.zeros(shape, dtype=backbone.dtype, device=backbone.device) for _ in range(blocks.num_blocks)
-        ]
-        self.cos, self.sin = blocks.rotary_tables(capacity)[None]
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop all but `rows`."""
-        self.starts = self.starts[rows]
-        for block in range(len(self.keys)):
-            self.keys[block], self.values[block] = self.keys[block][rows], self.values[block][rows]
-
-    def run(self, ids: Tensor, position: int) -> Tensor:
-        """All blocks over [rows, count] token ids at `position`; the last token's states, [rows, hidden]."""
-        blocks = self.blocks
-        count, width = ids.shape
-        end = position + width
-        heads, group = blocks.query_heads + blocks.kv_heads, blocks.query_heads // blocks.kv_heads
-        half = blocks.head_dim // 2
-        cos, sin = self.cos[position:end], self.sin[position:end]
-        masks = {window: self._mask(position, end, window) for window in set(blocks.windows)}
-        hidden = blocks.embed(ids.flatten())
-        shape = (hidden.shape[-1],)
-        for block, layer in enumerate(blocks.layers):
-            qkv = layer.qkv(layer.input_norm * F.rms_norm(hidden, shape, None, blocks.eps)).view(count, width, -1)
-            qk = qkv[..., : heads * blocks.head_dim].view(count, width, heads, blocks.head_dim)
-            if layer.qk_norm is not None:
-                qk = layer.qk_norm * F.rms_norm(qk, (blocks.head_dim,), None, blocks.eps)
-            qk = qk * cos + qk.roll(half, -1) * sin
-            keys, values = self.keys[block], self.values[block]
-            keys[:, :, position:end] = qk[:, :, blocks.query_heads :].transpose(1, 2)
-            new_values = qkv[..., heads * blocks.head_dim :]
-            values[:, :, position:end] = new_values.view(count, width, blocks.kv_heads, -1).transpose(1, 2)
-            query = qk[:, :, : blocks.query_heads].unflatten(2, (blocks.kv_heads, group)).permute(0, 2, 1, 3, 4)
-            attended = F.scaled_dot_product_attention(
-                query.flatten(2, 3),  # [rows, kv_heads, width * group, head_dim]
-                keys[:, :, :end],
-                values[:, :, :end],
-                attn_mask=masks[blocks.windows[block]],
-                scale=blocks.scale,
-            )
-            attended = attended.view(count, blocks.kv_heads, width, -1).transpose(1, 2).reshape(count * width, -1)
-            hidden = hidden + layer.output(attended)
-            gate_up = layer.gate_up(layer.mlp_norm * F.rms_norm(hidden, shape, None, blocks.eps))
-            hidden = hidden + layer.down(blocks.activation(gate_up[:, : layer.inner]) * gate_up[:, layer.inner :])
-        return hidden.view(count, width, -1)[:, -1]
-
-    def _mask(self, position: int, end: int, window: int | None) -> Tensor:
-        """[rows, 1, width * group, end] bool: causal, from the row's start on; padding sees itself, to stay finite."""
-        row = torch.arange(position, end, device=self.starts.device)[:, None]
-        key = torch.arange(end, device=self.starts.device)
-        seen = key <= row
-        if window is not None:
-            seen &= key > row - window
-        seen = (seen & (key >= self.starts[:, None, None])) | (key == row)
-        return seen.repeat_interleave(self.blocks.query_heads // self.blocks.kv_heads, 1)[:, None]
+GROUP = 48
+"""Prompts answered together on a CPU; the least number of like kind, greedy or sampled, anywhere."""
 
 
 def answerer(backbone: Backbone) -> Answer:
@@ -101,7 +40,14 @@ def answerer(backbone: Backbone) -> Answer:
     compiled = compiled_blocks(backbone)
     if compiled is not None:
         return partial(answer_side_by_side, compiled)
+    if backbone.device.type == "cuda":
+        return RecordedAnswers(FusedBlocks(backbone))
     return partial(answer_together, FusedBlocks(backbone))
+
+
+def groups_together(backbone: Backbone) -> int:
+    """How many groups of GROUP prompts `answerer` is best given at once; it takes what the memory holds."""
+    return MOST_ROWS // GROUP if backbone.device.type == "cuda" and backbone.has_llama_shape else 1
 
 
 def answer_by_library(
@@ -207,7 +153,7 @@ def answer_together(
     answers: list[list[int]] = [[] for _ in prompts]
     owners = list(range(len(prompts)))  # the prompt that each row answers; -1 when it has ended
     with torch.inference_mode():
-        rows = _Rows(blocks, starts, longest + max_new_tokens)
+        rows = PaddedRows.allocate(blocks, blocks.layers, starts, longest + max_new_tokens)
         step = max(1, PREFILL_ROWS // len(prompts))
         for position in range(0, longest, step):
             states = rows.run(ids[:, position : position + step], position)
@@ -224,7 +170,7 @@ def answer_together(
                 break
             if len(going) < KEPT_SHARE * len(owners):
                 kept = torch.tensor(going, device=backbone.device)
-                rows.keep(kept)
+                rows = rows.part(kept)
                 chosen, owners = chosen[kept], [owners[row] for row in going]
             states = rows.run(chosen[:, None], position)
     return answers

@@ -23,6 +23,7 @@ DEFAULT_ACCURACY_LEVELS = [0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.99]
 Quantization = Literal["4bit", "8bit", "none"]
 UncertaintyMetric = Literal["entropy", "confidence"]
 ThresholdRule = Literal["conditional", "independent"]
+KeptKind = Literal["models", "weights", "bundles", "measurements", "code", "answers", "states"]
 
 
 def is_unicode(text: str) -> bool:
@@ -80,12 +81,17 @@ class BackboneConfig(Section):
     device: str = setting("auto", "auto takes a GPU where there is one; otherwise cpu, cuda, cuda:1 ...")
     runner: Literal["auto", "native", "fused", "hf"] = setting(
         "auto",
-        "Block runner: native is compiled code for CPUs with AVX512-BF16 and a C compiler, fused our lean path for the "
-        "Llama shape, hf the library's own modules; auto takes the first that fits.",
+        "Block runner: native is compiled code for CPUs with AVX512-BF16 and a C compiler, and our own kernels on NVIDIA "
+        "GPUs; fused our lean PyTorch path for the Llama shape, hf the library's own modules; auto takes the first that fits.",
     )
     cuda_graphs: Literal["auto", "on", "off"] = setting(
         "auto",
         "Replay recorded passes on a GPU. auto: where a check at load finds the same bits; on: refuse to run without.",
+    )
+    weight_cache: bool = setting(
+        True,
+        "Keep a copy of weights that were quantized to 4bit in the user's cache folder, so that the next start only reads "
+        "it; --no-weight-cache does without.",
     )
 
     @model_validator(mode="after")
@@ -170,7 +176,9 @@ class DataConfig(Section):
         0.5, "On-policy: share of answers that are sampled instead of greedy.", ge=0.0, le=1.0
     )
     temperature: float = setting(0.8, "On-policy: temperature of the sampled answers.", gt=0.0)
-    answer_batch: int = setting(48, "On-policy: prompts answered together.", ge=1)
+    answer_batch: int | None = setting(
+        None, "On-policy: prompts answered together. Default: 48; on a GPU what half of its free memory holds.", ge=1
+    )
     data_seed: int = setting(0, "Seed of the split, the sample and the sampled answers.")
 
 
@@ -190,6 +198,18 @@ class CacheConfig(Section):
     )
     shard_tokens: int = setting(16384, "Tokens of one shard file, about.", ge=1)
     held_out_rows: int = setting(64, "Sequences of held-out text kept for evaluation.", ge=1)
+
+
+class ClearConfig(Section):
+    """What to remove from the user's cache folder."""
+
+    kind: KeptKind | None = setting(
+        None,
+        "models: converted from GGUF files. weights: 4-bit copies of backbones. bundles: converted from DSSD's. "
+        "measurements: widths and costs of passes. code: compiled here. answers, states: of training, and only by name. "
+        "Default: all but those two.",
+    )
+    dry_run: bool = setting(False, "Say what would go, remove nothing.")
 
 
 class TrainingConfig(Section):
@@ -491,6 +511,7 @@ class Config(Section):
     heads: HeadsConfig = Field(default_factory=HeadsConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     cache: CacheConfig = Field(default_factory=CacheConfig)
+    clear: ClearConfig = Field(default_factory=ClearConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     calibration: CalibrationConfig = Field(default_factory=CalibrationConfig)
     bundle: BundleConfig = Field(default_factory=BundleConfig)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from early_exit_cli.artifacts import parse_json, sha256_of, user_cache_dir
 from early_exit_cli.backbone import Backbone
-from early_exit_cli.batched import Answer, answerer
+from early_exit_cli.batched import GROUP, Answer, answerer, groups_together
 from early_exit_cli.config import DataConfig
 from early_exit_cli.errors import BundleError, DataError
 from early_exit_cli.formats import AnswerForm, require_form
@@ -309,7 +309,7 @@ def answer_prompts(
     key = sha256_of(
         json.dumps(backbone.fingerprint, sort_keys=True),
         json.dumps([ids for _, ids in prompts]),
-        f"{config.answer_tokens} {config.sampled_share} {config.temperature} {config.answer_batch} {config.data_seed}",
+        f"{config.answer_tokens} {config.sampled_share} {config.temperature} {config.answer_batch or GROUP} {config.data_seed}",
     )
     path = user_cache_dir() / "answers" / f"{key[:24]}.jsonl"
     answers = _read_answers(path, len(prompts), backbone.vocab_size)
@@ -317,11 +317,11 @@ def answer_prompts(
     path.parent.mkdir(parents=True, exist_ok=True)
     made = 0
     with open(path, "a", encoding="utf-8") as file:
-        for number, chunk in enumerate(_chunks_of_like_length(prompts, config.answer_batch)):
+        together = 1 if config.answer_batch else groups_together(backbone)
+        for number, is_greedy, chunk in _batches_to_answer(prompts, config, together):
             if all(index in answers for index in chunk):
                 continue  # a batch is answered whole or again: sampling depends on all of it
             answer_chunk = answer_chunk or answerer(backbone)
-            is_greedy = random.Random(f"{config.data_seed} {number}").random() >= config.sampled_share
             found = answer_chunk(
                 [prompts[index][1] for index in chunk],
                 config.answer_tokens,
@@ -356,6 +356,25 @@ def _read_answers(path: Path, prompts: int, vocab_size: int) -> dict[int, list[i
                     answers[record["index"]] = record["answer"]
         file.truncate(whole)
     return answers
+
+
+def _batches_to_answer(
+    prompts: list[tuple[str, list[int]]], config: DataConfig, together: int
+) -> list[tuple[int, bool, list[int]]]:
+    """(number, whether greedy, indices of prompts) of each batch: `together` groups of one kind, in order of length.
+
+    A group is greedy or sampled by its number, whatever the device, so that large batches leave both kinds at any length.
+    """
+    kinds: dict[bool, list[tuple[int, list[int]]]] = {True: [], False: []}
+    for number, group in enumerate(_chunks_of_like_length(prompts, config.answer_batch or GROUP)):
+        is_greedy = random.Random(f"{config.data_seed} {number}").random() >= config.sampled_share
+        kinds[is_greedy].append((number, group))
+    found = []
+    for is_greedy, own in kinds.items():
+        for start in range(0, len(own), together):
+            part = own[start : start + together]
+            found.append((part[0][0], is_greedy, [index for _, group in part for index in group]))
+    return sorted(found)
 
 
 def _chunks_of_like_length(prompts: list[tuple[str, list[int]]], size: int) -> list[list[int]]:

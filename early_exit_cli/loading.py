@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -21,6 +22,7 @@ from early_exit_cli.errors import BackboneError, ConfigError, EexitError, Numeri
 from early_exit_cli.families import FAMILIES, refusal
 from early_exit_cli.gguf import converted_gguf, embedded_gguf
 from early_exit_cli.quantization import quantization_of, saved_in, settings_for
+from early_exit_cli.weight_cache import WeightCopy
 
 COMPILED_PRODUCTS = "16"
 
@@ -61,8 +63,34 @@ def load_backbone(config: BackboneConfig) -> Backbone:
         dtype = torch.float32
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    quantization = settings_for(config.quantization, dtype, plain) if saved is None else None
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except Exception as error:  # the library raises whatever a damaged file provokes
+        raise _load_error(config.model_name, error) from error
+
+    def ready(model: Any) -> Backbone:
+        model.eval().requires_grad_(False)
+        backbone = Backbone(
+            model=model,
+            tokenizer=tokenizer,
+            name=config.model_name,
+            quantization=saved or config.quantization,
+            revision=getattr(model.config, "_commit_hash", None) or config.revision,
+        )
+        _preflight(backbone)
+        _return_freed_memory()
+        return backbone
+
+    kept = None
+    if config.weight_cache and config.quantization == "4bit" and saved is None:
+        kept = WeightCopy(source, revision, settings, quantization, dtype, device)
+        model = kept.read()
+        if model is not None:
+            with contextlib.suppress(BackboneError, NumericsError):  # a damaged copy; the original has the last word
+                return ready(model)
+            del model
+    try:
         model = AutoModelForCausalLM.from_pretrained(
             source,
             config=settings,
@@ -70,21 +98,12 @@ def load_backbone(config: BackboneConfig) -> Backbone:
             trust_remote_code=False,
             dtype=dtype,
             device_map={"": device},
-            quantization_config=settings_for(config.quantization, dtype, plain) if saved is None else None,
+            quantization_config=quantization,
         )
     except Exception as error:  # the library raises whatever a damaged file provokes
         raise _load_error(config.model_name, error) from error
-    model.eval().requires_grad_(False)
-    backbone = Backbone(
-        model=model,
-        tokenizer=tokenizer,
-        name=config.model_name,
-        quantization=saved or config.quantization,
-        revision=getattr(model.config, "_commit_hash", None) or config.revision,
-    )
-    _preflight(backbone)
-    _return_freed_memory()
-    return backbone
+    with kept.keeping(model) if kept is not None else contextlib.nullcontext():
+        return ready(model)
 
 
 def adopt_backbone(model: Any, tokenizer: Any = None) -> Backbone:

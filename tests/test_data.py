@@ -162,6 +162,38 @@ def test_on_policy_text_is_the_backbones_own_answer_and_is_made_once(tmp_path, t
     assert again == documents
 
 
+def test_large_batches_are_groups_of_one_kind(tmp_path, tiny_backbone, monkeypatch):
+    """On a GPU: which prompts are answered greedily is decided by group as on a CPU, and the answers are kept for both."""
+    monkeypatch.setenv("EEXIT_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(data, "GROUP", 3)
+    backbone = tiny_backbone("llama")
+    path = write_lines(tmp_path / "p.jsonl", [{"prompt": "q" * (1 + i % 40)} for i in range(50)])
+    config = DataConfig(dataset_name=str(path), on_policy=True, answer_tokens=2)
+    batches = []
+
+    def fake(prompts, tokens, temperature, generator):
+        batches.append(([len(prompt) for prompt in prompts], temperature))
+        return [[len(prompt)] for prompt in prompts]
+
+    monkeypatch.setattr(data, "answerer", lambda _: fake)
+    kinds = {}
+    for together in (1, 4):
+        monkeypatch.setattr(data, "groups_together", lambda _, together=together: together)
+        monkeypatch.setenv("EEXIT_HOME", str(tmp_path / str(together)))
+        batches.clear()
+        load_documents(config, backbone, "train")
+        kinds[together] = sorted((length, temperature or 0) for lengths, temperature in batches for length in lengths)
+        assert max(len(lengths) for lengths, _ in batches) == 3 * together
+        assert [lengths[0] for lengths, _ in batches] == sorted(lengths[0] for lengths, _ in batches)
+    assert kinds[1] == kinds[4]
+    assert {temperature for _, temperature in kinds[1]} == {0, config.temperature}
+    assert len(kinds[1]) == 50
+    monkeypatch.setattr(data, "groups_together", lambda _: 1)
+    batches.clear()
+    load_documents(config, backbone, "train")
+    assert not batches
+
+
 def test_an_interrupted_answering_goes_on_where_it_was(tmp_path, tiny_backbone, monkeypatch):
     monkeypatch.setenv("EEXIT_HOME", str(tmp_path / "home"))
     backbone = tiny_backbone("llama")

@@ -37,12 +37,19 @@ app.command("pull", help="Download a bundle from the Hub.")(hub.pull)
 app.command("import", help="Make a bundle of heads that DSSD's own program trained.")(hub.import_)
 
 states = typer.Typer(
-    help="Hidden states on disk: extract once, train many times.", no_args_is_help=True, rich_markup_mode=None
+    help="Hidden states on disk: extract once, train many times. And what else is kept.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 states.command("extract", help="Run the backbone over text once and keep its hidden states.")(cache.extract)
-states.command("info", help="What a cache holds and what it costs.")(cache.info)
+states.command("info", help="What a cache holds and what it costs; without --cache-dir, what is kept by kind.")(
+    cache.info
+)
 states.command("verify", help="Check every file of a cache.")(cache.verify)
 states.command("repair", help="Compute damaged files of a cache again.")(cache.repair)
+states.command(
+    "clear", help="Remove what is kept in the user's cache folder: converted models, copies, measurements, code."
+)(cache.clear)
 app.add_typer(states, name="cache")
 
 

@@ -1,4 +1,4 @@
-"""`eexit cache`: extract hidden states once, look at them, check and mend them."""
+"""`eexit cache`: extract hidden states once, look at them, check and mend them; and what is kept in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from early_exit_cli.resolve import Resolved
 if TYPE_CHECKING:
     from early_exit_cli.cache import Cache
     from early_exit_cli.extraction import Estimate
+    from early_exit_cli.kept_files import Kept
 
 
 @configured("backbone", "heads", "data", "cache")
@@ -25,8 +26,29 @@ def extract(resolved: Resolved, as_json: bool) -> None:
 
 @configured("cache")
 def info(resolved: Resolved, as_json: bool) -> None:
-    """What a cache holds and what it costs."""
-    show(named_cache(resolved), as_json)
+    """What a cache holds and what it costs; without --cache-dir, what the user's cache folder does."""
+    if resolved.config.cache.cache_dir is not None:
+        show(named_cache(resolved), as_json)
+        return
+    from early_exit_cli.kept_files import kept
+
+    show_kept(kept(), as_json)
+
+
+@configured("clear", argument="clear.kind")
+def clear(resolved: Resolved, as_json: bool) -> None:
+    """Remove what is kept in the user's cache folder, and say what; it is made again when it is needed."""
+    from early_exit_cli.kept_files import clear as remove
+    from early_exit_cli.kept_files import cleared, kept
+
+    config = resolved.config.clear
+    found = kept(cleared(config.kind))
+    show_kept(found, as_json)
+    if not config.dry_run:
+        for one in found:
+            remove(one)
+    if not as_json:
+        console.note("nothing was removed" if config.dry_run else "removed")
 
 
 @configured("cache")
@@ -180,6 +202,18 @@ def existing_cache(resolved: Resolved) -> Cache:
                 f"the cache in {cache.folder} was made otherwise (backbone.{name}: {made!r} there, {asked!r} asked for)"
             )
     return cache
+
+
+def show_kept(found: list[Kept], as_json: bool) -> None:
+    """What is kept, by kind."""
+    from early_exit_cli.artifacts import user_cache_dir
+
+    if as_json:
+        kinds = {one.kind: {"files": one.files, "bytes": one.bytes} for one in found}
+        console.emit_json({"folder": str(user_cache_dir()), "kinds": kinds, "bytes": sum(one.bytes for one in found)})
+        return
+    rows = [(one.kind, f"{one.files:,}", f"{one.bytes / 1e6:,.1f} MB", one.meaning) for one in found]
+    console.table(str(user_cache_dir()), ["kind", "files", "size", "what"], rows, result=True)
 
 
 def show_plan(folder: Path, estimate: Estimate) -> None:
