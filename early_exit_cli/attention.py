@@ -97,10 +97,13 @@ class HeadCache:
         if queries > 1:
             places = torch.arange(end, device=qkv.device)
             mask = (places <= places[end - queries :, None]).repeat_interleave(group, 0)
-        attended = F.scaled_dot_product_attention(
-            query.transpose(0, 1).reshape(1, shape.kv_heads, queries * group, shape.head_dim),
-            self.keys[None, :, :end],
-            self.values[None, :, :end],
-            attn_mask=mask,
-        )
+        query = query.transpose(0, 1).reshape(1, shape.kv_heads, queries * group, shape.head_dim)
+        keys, values = self.keys[None, :, :end], self.values[None, :, :end]
+        if query.device.type == "cuda":  # the library plans its kernel anew for every length, in 50 ms
+            scores = query @ keys.transpose(2, 3) * shape.head_dim**-0.5
+            if mask is not None:
+                scores = scores.masked_fill(~mask, float("-inf"))
+            attended = torch.softmax(scores, -1, dtype=torch.float32).to(values.dtype) @ values
+        else:
+            attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
         return attended.view(shape.kv_heads, queries, -1).transpose(0, 1).reshape(queries, -1)

@@ -38,7 +38,7 @@ from early_exit_cli.fused_blocks import FusedBlocks, MergedNF4, is_plain_nf4
 from early_exit_cli.reference_kernels import ReferenceKernels
 
 HEAD_SIZES = (64, 128)
-PREFILL_ROWS = 1024
+PREFILL_ROWS = 2048
 SHORT_PROMPT = 128
 """Tokens up to which a prompt is read sooner in passes of 16 rows than by unpacking the weights (an H100, 8B: 23 ms)."""
 TOLERANCE = 0.01

@@ -35,6 +35,8 @@ from early_exit_cli.lookahead import LookaheadHead
 from early_exit_cli.lookahead_runner import LookaheadRunner
 
 MOST_STEPS = 8
+SHORT_READ = 8 * LARGEST_WIDTH
+"""Verified positions that are read in recorded passes; what comes before them, of a long prompt, in PyTorch."""
 READ_WIDTHS = (8, LARGEST_WIDTH)
 """Rows that a chain reads; those that are not there are padding."""
 
@@ -170,7 +172,7 @@ class CudaLookahead(LookaheadRunner):
 
     def warm_up(self) -> None:
         """Let the library load what reading a prompt needs, and run a chain once, so that no answer waits for that."""
-        rows = 2 * LARGEST_WIDTH
+        rows = SHORT_READ + LARGEST_WIDTH
         states = [self._new(rows, self.size) for _ in range(self.parts)]
         with torch.inference_mode():
             self.chain([0] * rows, states, 1)
@@ -181,11 +183,26 @@ class CudaLookahead(LookaheadRunner):
         Returns:
             The tokens, up to the first that is not finite, and their entropies (nats).
         """
-        cache: Any = self.cache
-        if len(tokens) > LARGEST_WIDTH:
-            early = len(tokens) - LARGEST_WIDTH
+        early = len(tokens) - SHORT_READ
+        if early > 0:
             self.read(tokens[:early], [state[:early] for state in states])
             tokens, states = tokens[early:], [state[early:] for state in states]
+        while len(tokens) > LARGEST_WIDTH:
+            self._run(tokens[:LARGEST_WIDTH], [state[:LARGEST_WIDTH] for state in states], 1)
+            tokens, states = tokens[LARGEST_WIDTH:], [state[LARGEST_WIDTH:] for state in states]
+        self._run(tokens, states, count)
+        found = self.results.cpu()  # the one time that a chain waits for the device
+        said = found[:count].tolist()
+        uncertain = found[MOST_STEPS:].view(torch.float32)[:count].tolist()
+        end = next((place for place, token in enumerate(said) if token < 0), count)
+        if end < count:  # what is not finite must not stay: it would come back as padding
+            for rows_of_all in self.incoming.values():
+                rows_of_all.zero_()
+        return said[:end], uncertain[:end]
+
+    def _run(self, tokens: list[int], states: Sequence[Tensor], count: int) -> None:
+        """Read at most LARGEST_WIDTH verified positions, and say `count` tokens, on the device."""
+        cache: Any = self.cache
         rows, position = len(tokens), cache.length
         width = next(width for width in READ_WIDTHS if width >= rows)
         cache.reserve(position + LARGEST_WIDTH + MOST_STEPS)
@@ -195,14 +212,6 @@ class CudaLookahead(LookaheadRunner):
         self.places.tell([place.set(cache, *stand) for place, stand in zip(self.places.of, stands, strict=True)])
         self.chains[width, count]()
         cache.length += rows
-        found = self.results.cpu()  # the one time that a chain waits for the device
-        said = found[:count].tolist()
-        uncertain = found[MOST_STEPS:].view(torch.float32)[:count].tolist()
-        end = next((place for place, token in enumerate(said) if token < 0), count)
-        if end < count:  # what is not finite must not stay: it would come back as padding
-            for rows_of_all in self.incoming.values():
-                rows_of_all.zero_()
-        return said[:end], uncertain[:end]
 
 
 def in_nf4(weight: Tensor) -> NF4Weight:

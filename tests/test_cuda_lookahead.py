@@ -49,7 +49,7 @@ def states_of(head, count, seed):
     return [torch.randn(count, head.fc.weight.shape[0]).to(torch.bfloat16) for _ in range(3)]
 
 
-@pytest.mark.parametrize("rows", [1, 5, 8, 13, 40])
+@pytest.mark.parametrize("rows", [1, 8, 13, 40, 150])
 def test_a_chain_is_reading_and_single_steps(head, rows, monkeypatch):
     whole = "early_exit_cli.lookahead_runner.draft_linear"  # in int8 on a CPU, where this is about the chain
     monkeypatch.setattr(whole, lambda weights: functools.partial(F.linear, weight=torch.cat(weights)))
@@ -62,8 +62,8 @@ def test_a_chain_is_reading_and_single_steps(head, rows, monkeypatch):
             for ahead in range(MOST_STEPS):
                 logits = single.lm_head(hidden)[0].float()
                 column = (head.draft_vocab == found[ahead]).nonzero().item()
-                assert logits[column] > logits.max() - 0.3  # the best one, or what bfloat16 cannot tell from it
-                assert entropies[ahead] == pytest.approx(single.choose(hidden)[1], abs=0.1)
+                assert logits[column] > logits.max() - 0.7  # the best, but for eight steps of rounding
+                assert entropies[ahead] == pytest.approx(single.choose(hidden)[1], abs=0.15)
                 hidden = single.step(found[ahead], hidden, ahead + 1)
             assert chained.cache.length == single.cache.length == seed * rows
 
