@@ -16,6 +16,7 @@ from early_exit_cli.blocks import Part
 from early_exit_cli.cuda_blocks import CudaBlocks, why_not_ours
 from early_exit_cli.drafters import ExitDrafter
 from early_exit_cli.engine import Engine
+from early_exit_cli.errors import UnsupportedBackboneError
 from early_exit_cli.fused_blocks import FusedBlocks
 from early_exit_cli.heads import ExitHeads
 from early_exit_cli.reference_kernels import ReferenceKernels
@@ -197,6 +198,21 @@ def test_what_the_kernels_do_not_take_is_said(backbone, tiny_backbone):
     assert why_not_ours(backbone()) is None
     assert "4 bit" in why_not_ours(tiny_backbone("llama"))
     assert "Llama shape" in why_not_ours(tiny_backbone("gpt2"))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (dict(hidden_act="gelu"), "activation silu"),
+        (dict(rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}), "length of the text"),
+    ],
+)
+def test_what_they_do_not_know_of_a_model_is_said(backbone, monkeypatch, change, reason):
+    for name, value in change.items():
+        monkeypatch.setattr(backbone().config, name, value)
+    assert reason in why_not_ours(backbone())
+    with pytest.raises(UnsupportedBackboneError, match=reason):
+        on_reference(backbone())
 
 
 def test_a_prompt_longer_than_a_pass_goes_through_pytorch_in_large_pieces(backbone):
