@@ -391,6 +391,4 @@ def why_not_ours(backbone: Backbone) -> str | None:
         return "its LM head has another form"
     if len({backbone.rotary_kind(block) for block in range(backbone.num_blocks)}) > 1:
         return "its blocks read several rotary tables"
-    if (getattr(backbone.config, "rope_parameters", None) or {}).get("rope_type") == "dynamic":
-        return "its rotary embedding depends on the length of the text"
     return None

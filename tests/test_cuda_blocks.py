@@ -200,18 +200,10 @@ def test_what_the_kernels_do_not_take_is_said(backbone, tiny_backbone):
     assert "Llama shape" in why_not_ours(tiny_backbone("gpt2"))
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (dict(hidden_act="gelu"), "activation silu"),
-        (dict(rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}), "length of the text"),
-    ],
-)
-def test_what_they_do_not_know_of_a_model_is_said(backbone, monkeypatch, change, reason):
-    for name, value in change.items():
-        monkeypatch.setattr(backbone().config, name, value)
-    assert reason in why_not_ours(backbone())
-    with pytest.raises(UnsupportedBackboneError, match=reason):
+def test_what_they_do_not_know_of_a_model_is_said(backbone, monkeypatch):
+    monkeypatch.setattr(backbone().config, "hidden_act", "gelu")
+    assert "activation silu" in why_not_ours(backbone())
+    with pytest.raises(UnsupportedBackboneError, match="activation silu"):
         on_reference(backbone())
 
 
