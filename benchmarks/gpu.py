@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from large_body import large_backbone, large_exits, large_lookahead
+from on_policy_answers import answers_per_second
 from torch import Tensor
 
 from early_exit_cli.artifacts import environment
@@ -278,6 +281,14 @@ def by_library(model: Engine, prompts: list[list[int]], tokens: int) -> dict[str
     return {"tokens_per_second": counts / seconds, "time_to_first_token_ms": statistics.median(firsts[1:])}
 
 
+def kernel_tests() -> str:
+    """What the tests on a card say of the kernels, in a process of their own: their last line."""
+    tests = Path(__file__).parent.parent / "tests" / "test_cuda_kernels.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(tests)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tests.parent.parent)
+    return (done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["they did not run"])[-1]
+
+
 def load(body: str, device: str) -> tuple[Engine, dict[str, float]]:
     """SmolLM2 with the shipped heads, or carried into a large body with them; and the seconds that it took."""
     started = time.perf_counter()
@@ -309,6 +320,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--library-prompts", type=int, default=3)
     parser.add_argument("--prompt-lengths", type=int, nargs="*", default=[100, 500, 1500], help="for the first token")
+    parser.add_argument("--answers", type=int, default=0, help="texts answered together, as for training; 1024, say")
+    parser.add_argument("--no-tests", dest="tests", action="store_false", help="leave the kernels' own tests out")
     parser.add_argument("--output", type=Path, default=Path("gpu.json"))
     arguments = parser.parse_args()
     started = time.perf_counter()
@@ -331,6 +344,9 @@ def main() -> None:
         rows = select_prompts(read_prompts(arguments.prompts), BenchConfig(limit=arguments.limit))
         texts = [row["prompt"] for row in rows]
     prompts = [model.backbone.encode_prompt(text) for text in texts]
+    if on_gpu and arguments.tests:
+        record["kernel_tests"] = kernel_tests()
+        print(f"kernel tests: {record['kernel_tests']}", flush=True)
     if on_gpu and hasattr(model.blocks, "kernels"):
         record["products"] = products(model.blocks.kernels)
         for row in record["products"]:
@@ -360,6 +376,10 @@ def main() -> None:
     if arguments.library_prompts:
         record["transformers"] = by_library(model, prompts[: arguments.library_prompts], arguments.tokens)
         print("transformers", record["transformers"])
+    if arguments.answers:
+        many = (prompts * arguments.answers)[: arguments.answers]
+        record["training_answers_per_second"] = answers_per_second(model.backbone, many, arguments.tokens)
+        print(f"training answers: {record['training_answers_per_second']:.0f} new tokens/s", flush=True)
     if on_gpu:
         record["peak_gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     record["seconds"] = time.perf_counter() - started

@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
 @pytest.mark.slow
 def test_it_compares_every_method_and_says_what_it_ran_on(tmp_path):
     record = tmp_path / "gpu.json"
-    short = ["--tokens", "4", "--repeats", "0", "--library-prompts", "1", "--prompt-lengths", "20"]
+    short = ["--tokens", "4", "--repeats", "0", "--library-prompts", "1", "--prompt-lengths", "20", "--answers", "4"]
     command = [sys.executable, str(SCRIPT), "--body", "smollm2", "--device", "cpu", *short, "--output", str(record)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -24,4 +24,5 @@ def test_it_compares_every_method_and_says_what_it_ran_on(tmp_path):
         assert row["same_words"] == row["same_bits"] == row["answers"] == 6
         assert row["tokens_per_second"] > 0
     assert found["transformers"]["tokens_per_second"] > 0
+    assert found["training_answers_per_second"] > 0
     assert [row["prompt_tokens"] for row in found["first_tokens"]] == [20]
