@@ -34,7 +34,7 @@ from early_exit_cli.cuda_kernels import (
 )
 from early_exit_cli.device_pass import BlockWeights, Buffers, block_steps
 from early_exit_cli.errors import UnsupportedBackboneError
-from early_exit_cli.fused_blocks import FusedBlocks, MergedNF4, is_plain_nf4
+from early_exit_cli.fused_blocks import FusedBlocks, MergedNF4, is_plain_nf4, why_not_nf4
 from early_exit_cli.reference_kernels import ReferenceKernels
 
 HEAD_SIZES = (64, 128)
@@ -370,25 +370,14 @@ def nf4_weight(product: MergedNF4) -> NF4Weight:
 
 def why_not_ours(backbone: Backbone) -> str | None:
     """Why our kernels cannot run this backbone's passes; None where they can, given a card that takes them."""
-    if not backbone.has_llama_shape:
-        return f"they are for blocks of the Llama shape, and {backbone.config.model_type} has others"
+    reason = why_not_nf4(backbone, is_plain_nf4, "on a GPU")
+    if reason is not None:
+        return reason
     products = [module for module in backbone.blocks.modules() if isinstance(module, nn.Linear)]
-    if not all(map(is_plain_nf4, products)):
-        return "they are for weights in 4 bit (NF4) on a GPU"
-    if any(cast(Any, module).weight.quant_state.blocksize != QUANTIZED_TOGETHER for module in products):
-        return f"they are for weights of which {QUANTIZED_TOGETHER} share a scale"
-    if backbone.config.hidden_act != "silu":
-        return f"they know the activation silu, not {backbone.config.hidden_act}"
-    head, block = backbone.lm_head, cast(Any, backbone.blocks[0])
-    norms = (block.input_layernorm.weight, backbone.final_norm.weight)
-    if {backbone.dtype, backbone.embedding_weight.dtype, *(norm.dtype for norm in norms)} != {torch.bfloat16}:
-        return "they compute in bfloat16"
     sizes = {size for module in products for size in (module.in_features, module.out_features)}
-    head_dim = int(block.self_attn.head_dim)
+    head_dim = int(cast(Any, backbone.blocks[0]).self_attn.head_dim)
     if head_dim not in HEAD_SIZES or any(size % QUANTIZED_TOGETHER for size in sizes):
         return f"their tiles do not fit head_dim {head_dim} and products of {sorted(sizes)}"
-    if head.bias is not None or head.weight.dtype != torch.bfloat16 or head.weight.shape[0] % TILE:
-        return "its LM head has another form"
     if len({backbone.rotary_kind(block) for block in range(backbone.num_blocks)}) > 1:
         return "its blocks read several rotary tables"
     return None

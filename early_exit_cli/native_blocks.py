@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from early_exit_cli.attention import AttentionShape, HeadCache
 from early_exit_cli.backbone import Backbone
 from early_exit_cli.blocks import LARGEST_WIDTH, Blocks, KVCache, Part, Rotary
 from early_exit_cli.errors import UnsupportedBackboneError
-from early_exit_cli.fused_blocks import FusedBlocks, is_packed_nf4
+from early_exit_cli.fused_blocks import VOCAB_TILE, FusedBlocks, is_packed_nf4, why_not_nf4
 from early_exit_cli.lm_head import int8_rows
 from early_exit_cli.native_code import (
     Attention,
@@ -34,8 +34,6 @@ from early_exit_cli.native_code import (
 from early_exit_cli.native_code import Part as NativePart
 
 TILE = 32
-VOCAB_TILE = 16
-SCALED_TOGETHER = 64
 ROWS_TOGETHER = 64
 
 
@@ -250,24 +248,13 @@ def compiled_blocks(backbone: Backbone) -> NativeBlocks | None:
 
 def why_not_native(backbone: Backbone) -> str | None:
     """Why this backbone's passes cannot be compiled code's on this machine; None where they can."""
-    if not backbone.has_llama_shape:
-        return f"they are for blocks of the Llama shape, and {backbone.config.model_type} has others"
-    products = [module for module in backbone.blocks.modules() if isinstance(module, nn.Linear)]
-    if not all(map(is_packed_nf4, products)):
-        return "they are for weights in 4 bit on a CPU with AVX512-BF16"
-    if any(cast(Any, module).weight.quant_state.blocksize != SCALED_TOGETHER for module in products):
-        return f"they are for weights of which {SCALED_TOGETHER} share a scale"
-    if backbone.config.hidden_act != "silu":
-        return f"they know the activation silu, not {backbone.config.hidden_act}"
-    head, block = backbone.lm_head, cast(Any, backbone.blocks[0])
-    norms = (block.input_layernorm.weight, backbone.final_norm.weight)
-    if {backbone.dtype, backbone.embedding_weight.dtype, *(norm.dtype for norm in norms)} != {torch.bfloat16}:
-        return "they compute in bfloat16"
+    reason = why_not_nf4(backbone, is_packed_nf4, "on a CPU with AVX512-BF16")
+    if reason is not None:
+        return reason
+    block = cast(Any, backbone.blocks[0])
     head_dim, inner = int(block.self_attn.head_dim), int(block.mlp.down_proj.in_features)
     if head_dim % 64 or inner % TILE or block.self_attn.o_proj.in_features % TILE:
         return f"their tiles do not fit head_dim {head_dim} and intermediate_size {inner}"
-    if head.bias is not None or head.weight.dtype != torch.bfloat16 or head.weight.shape[0] % VOCAB_TILE:
-        return "its LM head has another form"
     try:
         native_code()
     except NoNativeCode as error:
