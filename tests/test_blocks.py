@@ -90,7 +90,7 @@ def test_rolled_back_rows_leave_no_trace(tiny_backbone, runner):
     assert torch.equal(torch.cat(rows), clean)
 
 
-@pytest.mark.parametrize("runner", [*RUNNERS, "native"])
+@pytest.mark.parametrize("runner", [pytest.param("hf", marks=pytest.mark.slow), "fused", "native"])
 def test_nf4_results_do_not_depend_on_width_row_or_neighbours(smollm2, runner):
     """The promise everything stands on, on the real 4-bit model: logits compared bit for bit."""
     blocks = make_blocks(smollm2, runner)

@@ -64,7 +64,14 @@ def dynamic_shared(kernel, warps, stages):
     return 8 * PAIRS * (int(rest[0]) + 4) * 4 if kind == "attention" else 0
 
 
-@pytest.mark.parametrize("capability", MOST_SHARED, ids=lambda capability: "sm_{}{}".format(*capability))
+COMPILED_ALWAYS = ((8, 0), (9, 0), (12, 0))
+
+
+@pytest.mark.parametrize(
+    "capability",
+    [pytest.param(found, marks=() if found in COMPILED_ALWAYS else pytest.mark.slow) for found in MOST_SHARED],
+    ids=lambda capability: "sm_{}{}".format(*capability),
+)
 def test_every_kernel_compiles_and_fits_the_card(architectures, capability):
     if capability[0] * 10 + capability[1] not in architectures:
         pytest.skip(f"this compiler knows no sm_{capability[0]}{capability[1]}")

@@ -44,7 +44,7 @@ def test_dynamic_early_exit_drafts_by_gates_and_says_what_full_says(base, full, 
     assert [token["token_id"] for token in json.loads((tmp_path / "trace.json").read_text())] == answer["token_ids"]
 
 
-@pytest.mark.parametrize("drafter", ["exit", "lookup"])
+@pytest.mark.parametrize("drafter", [pytest.param("exit", marks=pytest.mark.slow), "lookup"])
 def test_sampled_words_are_those_of_the_seed_whoever_drafts(base, full, drafter):
     sampled = ["--temperature", 0.9, "--top-p", 0.95, "--seed", 5, "--json"]
     drafting = ["--drafter", drafter, "--accuracy-level", 0.6, "--read-heads", "all", "--mode", "compare"]
@@ -60,7 +60,10 @@ def test_sampled_words_are_those_of_the_seed_whoever_drafts(base, full, drafter)
     assert json.loads(out)["full"]["token_ids"] != record["full"]["token_ids"]
 
 
-@pytest.mark.parametrize("extra", [[], ["--temperature", 0.8]], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "extra",
+    [pytest.param([], id="greedy"), pytest.param(["--temperature", 0.8], id="sampled", marks=pytest.mark.slow)],
+)
 def test_a_batch_answers_each_prompt_as_alone(tiny_bundle, tmp_path, extra):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"number {i} " * (i + 1)}) + "\n" for i in range(5)))

@@ -17,7 +17,7 @@ def test_the_bundle_is_complete_and_under_20_mb():
     assert sum(path.stat().st_size for path in BUNDLE.iterdir()) < 20_000_000
 
 
-@pytest.mark.parametrize("level", ["0.60", "0.80", "0.99"])
+@pytest.mark.parametrize("level", ["0.60", pytest.param("0.80", marks=pytest.mark.slow), "0.99"])
 def test_adaptive_answers_are_the_plain_ones_bit_for_bit(level):
     code, out, err = eexit(
         "infer", "--mode", "compare", "--repeats", "1", "--max-tokens", "64", "--accuracy-level", level, "--json",
