@@ -27,7 +27,6 @@ struct Place {
 };
 
 __device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 __device__ __forceinline__ float widen(u16 value) { return __uint_as_float((u32)value << 16); }
 
 __device__ __forceinline__ u32 pack(float first, float second)
@@ -80,23 +79,11 @@ __device__ __forceinline__ void wait_for_predecessor()
 }
 
 // Weights are read once a pass: past the first cache.
-__device__ __forceinline__ uint2 stream8(const void *address)
-{
-    uint2 v;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address));
-    return v;
-}
 __device__ __forceinline__ uint4 stream16(const void *address)
 {
     uint4 v;
     asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
-    return v;
-}
-__device__ __forceinline__ float constant4(const float *address)
-{
-    float v;
-    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(address));
     return v;
 }
 
