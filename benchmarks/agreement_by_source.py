@@ -17,12 +17,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from early_exit_cli.bundle import LOOKAHEAD_FILE, read_bundle_record
+from early_exit_cli.backbone.load import load_backbone
+from early_exit_cli.bundle.files import LOOKAHEAD_FILE, read_bundle_record
 from early_exit_cli.config import BackboneConfig, DataConfig
-from early_exit_cli.data import Document, batches, load_documents, pack, pad_token_id
-from early_exit_cli.loading import load_backbone
-from early_exit_cli.lookahead import LookaheadHead, load_lookahead
-from early_exit_cli.states import States, run_states
+from early_exit_cli.data.documents import Document
+from early_exit_cli.data.load import load_documents
+from early_exit_cli.data.packing import batches, pack
+from early_exit_cli.heads.lookahead import LookaheadHead, load_lookahead
+from early_exit_cli.hidden_states.live import run_states
+from early_exit_cli.hidden_states.states import States
 
 STEPS = 3
 
@@ -84,7 +87,7 @@ def main() -> None:
     choices: dict[str, list[torch.Tensor]] = {}
     with torch.no_grad():
         for source, documents in sorted(by_source.items()):
-            rows = pack(documents, data.max_length, pad_token_id(backbone))
+            rows = pack(documents, data.max_length, backbone.pad_token_id)
             states[source] = [
                 run_states(backbone, batch, [layer + 1 for layer in layers]) for batch in batches(rows, 4)
             ]

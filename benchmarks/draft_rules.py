@@ -14,14 +14,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from early_exit_cli.bundle.load import load_model
 from early_exit_cli.config import BackboneConfig, BundleConfig, DataConfig
-from early_exit_cli.costs import Costs, auto_drafter, cost_table, lookahead_drafter, lookup_drafter, pass_costs
-from early_exit_cli.data import read_records
-from early_exit_cli.decoding import DEFAULT_WIDTH, accepted_length, generate
-from early_exit_cli.drafters import Drafter, NoDrafter
-from early_exit_cli.engine import Engine, load_model
-from early_exit_cli.lookahead_drafter import LookaheadDrafter
-from early_exit_cli.native_lookahead import lookahead_runner
+from early_exit_cli.data.rows import read_records
+from early_exit_cli.decoding.answer import generate
+from early_exit_cli.decoding.loop import accepted_length
+from early_exit_cli.drafting.choose import auto_drafter, lookahead_drafter, lookup_drafter
+from early_exit_cli.drafting.costs import Costs, cost_table, pass_costs
+from early_exit_cli.drafting.drafter import Drafter, NoDrafter
+from early_exit_cli.drafting.lookahead import LookaheadDrafter
+from early_exit_cli.engine import DEFAULT_WIDTH, Engine
+from early_exit_cli.heads.native_lookahead import lookahead_runner
 
 STEPS = DEFAULT_WIDTH - 1
 

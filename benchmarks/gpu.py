@@ -27,15 +27,17 @@ from large_body import large_backbone, large_exits, large_lookahead
 from on_policy_answers import answers_per_second
 from torch import Tensor
 
-from early_exit_cli.artifacts import environment
-from early_exit_cli.bench import select_prompts
+from early_exit_cli.bundle.load import load_model
 from early_exit_cli.config import BackboneConfig, BenchConfig, BundleConfig, InferenceConfig
-from early_exit_cli.costs import cost_table
-from early_exit_cli.data import read_prompts
-from early_exit_cli.decoding import Generation, generate
-from early_exit_cli.engine import Engine, load_model, synchronize
-from early_exit_cli.methods import make_drafter
-from early_exit_cli.runners import make_blocks
+from early_exit_cli.data.rows import read_prompts
+from early_exit_cli.decoding.answer import Generation, generate
+from early_exit_cli.drafting.choose import make_drafter
+from early_exit_cli.drafting.costs import cost_table
+from early_exit_cli.engine import Engine
+from early_exit_cli.evaluation.bench import select_prompts
+from early_exit_cli.files.environment import environment
+from early_exit_cli.numerics import synchronize
+from early_exit_cli.runtime.select import make_blocks
 
 PROMPTS = (
     "Why is the sky blue?",
@@ -86,7 +88,7 @@ def product(kernels: Any, name: str, outputs: int, inputs: int) -> list[dict[str
     """One of them."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    from early_exit_cli.cuda_kernels import NF4Weight
+    from early_exit_cli.runtime.cuda_kernels import NF4Weight
 
     copies = max(2, int(2e8 / (outputs * inputs / 2)))
     weights, dense, ours = [], [], []
@@ -139,7 +141,7 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
 
 def timed_product(kernels: Any, name: str, weight: Any, x: Tensor) -> Callable[[], Any]:
     """A product as a pass makes it: norm folded in, gated, or added to the residual."""
-    from early_exit_cli.cuda_kernels import Normed
+    from early_exit_cli.runtime.cuda_kernels import Normed
 
     width = x.shape[0]
 

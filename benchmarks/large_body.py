@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from early_exit_cli.backbone import Backbone, dense_weight
-from early_exit_cli.heads import ExitHeads
-from early_exit_cli.lookahead import LookaheadHead
+from early_exit_cli.backbone.backbone import Backbone, dense_weight
+from early_exit_cli.heads.exit_heads import ExitHeads
+from early_exit_cli.heads.lookahead import LookaheadHead
 
 
 @dataclass(frozen=True)

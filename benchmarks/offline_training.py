@@ -17,15 +17,15 @@ from pathlib import Path
 
 import torch
 
-from early_exit_cli.cache import Cache
-from early_exit_cli.cached_states import CachedStates
+from early_exit_cli.backbone.load import load_backbone
 from early_exit_cli.config import BackboneConfig, HeadsConfig, TrainingConfig
-from early_exit_cli.data import load_documents
-from early_exit_cli.distillation import distillation_loss, teach
-from early_exit_cli.loading import load_backbone
-from early_exit_cli.pupils import Pupil
-from early_exit_cli.states import BackboneStates
-from early_exit_cli.training import Lessons, Trainer
+from early_exit_cli.data.load import load_documents
+from early_exit_cli.hidden_states.cache import Cache
+from early_exit_cli.hidden_states.cached import CachedStates
+from early_exit_cli.hidden_states.live import BackboneStates
+from early_exit_cli.training.distillation import distillation_loss, teach
+from early_exit_cli.training.students import Pupil
+from early_exit_cli.training.trainer import Lessons, Trainer
 
 
 class InMemory(CachedStates):

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from early_exit_cli.backbone import Backbone
-from early_exit_cli.batched import GROUP, Answer, answer_together, answerer, groups_together
+from early_exit_cli.backbone.backbone import Backbone
+from early_exit_cli.backbone.load import load_backbone
 from early_exit_cli.config import EMBEDDED_MODEL, BackboneConfig
-from early_exit_cli.data import read_prompts
-from early_exit_cli.fused_blocks import FusedBlocks
-from early_exit_cli.loading import load_backbone
+from early_exit_cli.data.answers import GROUP, Answer, answer_together, answerer, groups_together
+from early_exit_cli.data.rows import read_prompts
+from early_exit_cli.runtime.fused_blocks import FusedBlocks
 
 
 def answers_per_second(

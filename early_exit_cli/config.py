@@ -7,64 +7,23 @@ the reference page and validation all derive from it. `cli.options` turns a fiel
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
+
+from early_exit_cli.config_fields import FloatList, IntList, NameList, RepoId, Section, setting
 
 EMBEDDED_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SHIPPED_BUNDLE = "smollm2-135m"
 DYNAMIC_LENGTH = 10
 """Tokens of a draft of dynamic_early_exit, at most, as in the seed."""
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 DEFAULT_ACCURACY_LEVELS = [0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.99]
 
 Quantization = Literal["4bit", "8bit", "none"]
 UncertaintyMetric = Literal["entropy", "confidence"]
 ThresholdRule = Literal["conditional", "independent"]
 KeptKind = Literal["models", "weights", "bundles", "measurements", "code", "answers", "states"]
-
-
-def is_unicode(text: str) -> bool:
-    """Whether a text can be written: bytes of a terminal that are no UTF-8 come as halves of surrogate pairs."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def setting(default: Any, help: str, *, aliases: tuple[str, ...] = (), **bounds: Any) -> Any:
-    """A configuration field: default, help text, extra flag spellings, and pydantic bounds (ge, le, gt, lt)."""
-    extra: Any = {"aliases": list(aliases)}
-    if isinstance(default, list):
-        return Field(default_factory=lambda: list(default), description=help, json_schema_extra=extra, **bounds)
-    return Field(default, description=help, json_schema_extra=extra, **bounds)
-
-
-def split_numbers(value: Any) -> Any:
-    """A list given on the command line: numbers separated by commas or spaces."""
-    return value.replace(",", " ").split() if isinstance(value, str) else value
-
-
-FloatList = Annotated[list[float], BeforeValidator(split_numbers)]
-IntList = Annotated[list[int], BeforeValidator(split_numbers)]
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are refused, defaults are validated too, numbers are finite, and no text holds
-    what no file name and no terminal takes."""
-
-    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False, protected_namespaces=())
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _plain_text(cls, value: Any) -> Any:
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and ("\0" in text or not is_unicode(text)):
-                raise ValueError("a null byte, or bytes that are no text")
-        return value
 
 
 class BackboneConfig(Section):
@@ -420,13 +379,6 @@ class EvaluationConfig(Section):
     output_path: Path | None = setting(None, "Write the JSON record to this file too.")
 
 
-def _names(value: Any) -> Any:
-    return [name for name in value.replace(",", " ").split() if name] if isinstance(value, str) else value
-
-
-NameList = Annotated[list[str], BeforeValidator(_names)]
-
-
 class BenchConfig(Section):
     """Methods side by side on one prompt set."""
 
@@ -456,15 +408,6 @@ class ExportConfig(Section):
     )
     output_dir: Path = setting(Path("runs/export"), "New folder to write.")
     draft_tokens: int = setting(3, "Tokens of one draft that the configuration asks of an engine.", ge=1)
-
-
-def _repo_id(value: str) -> str:
-    if HUB_ID.fullmatch(value) is None:
-        raise ValueError("write it as ORG/NAME; a revision goes into --revision")
-    return value
-
-
-RepoId = Annotated[str, AfterValidator(_repo_id)]
 
 
 class HubConfig(Section):

@@ -5,41 +5,22 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from early_exit_cli.artifacts import atomic_files, fingerprint_differences, write_atomic, write_json
-from early_exit_cli.backbone import Backbone
-from early_exit_cli.blocks import LARGEST_WIDTH, Blocks, KVCache, Part
-from early_exit_cli.bundle import (
-    CALIBRATION_FILE,
-    CONFIG_FILE,
-    DSSD_HEADS_FILE,
-    HEADS_FILE,
-    LOOKAHEAD_FILE,
-    RECORD_FILE,
-    BundleSource,
-    applied_quantization,
-    kind_of_heads,
-    lookahead_layers,
-    read_bundle_config,
-    read_bundle_record,
-)
-from early_exit_cli.config import HUB_ID, SHIPPED_BUNDLE, BackboneConfig, BundleConfig, HubConfig
-from early_exit_cli.cuda_lookahead import cuda_lookahead
-from early_exit_cli.errors import BundleError, ConfigError, HubError, NumericsError, shown
-from early_exit_cli.exit_reader import ExitReader, exit_reader
-from early_exit_cli.formats import FORMAT_VERSION, CalibrationBeside, CalibrationForm, read_form
-from early_exit_cli.gating import Thresholds, level_key
-from early_exit_cli.heads import ExitHeads, load_heads
-from early_exit_cli.loading import load_backbone
-from early_exit_cli.lookahead import LookaheadHead, load_lookahead
-from early_exit_cli.readout import Readout
-from early_exit_cli.runners import make_blocks
+from early_exit_cli.backbone.backbone import Backbone
+from early_exit_cli.errors import BundleError, ConfigError
+from early_exit_cli.heads.exit_heads import ExitHeads
+from early_exit_cli.heads.exit_runner import ExitReader, exit_reader
+from early_exit_cli.heads.lookahead import LookaheadHead
+from early_exit_cli.heads.uncertainty import Thresholds
+from early_exit_cli.numerics import not_finite, require_finite
+from early_exit_cli.runtime.blocks import LARGEST_WIDTH, Blocks, Part
+from early_exit_cli.runtime.kv_cache import KVCache
 
+DEFAULT_WIDTH = 8
 See = Callable[[list[int], list[Tensor]], None]
 
 
@@ -175,7 +156,7 @@ class Engine:
         normed, choices = self.blocks.finish(self._padded(hidden))
         choices = choices[:rows].cpu()  # the one time that a pass waits for the device
         if min(choices.tolist()) < 0:
-            raise _not_finite()
+            raise not_finite()
         return normed[:rows], choices
 
     def read_out(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,245 +175,6 @@ class Engine:
         return normed[:rows], logits
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for a GPU, so that a clock read after it counts finished work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def require_finite(best_logits: Tensor) -> None:
-    """Refuse a row whose best logit is NaN or infinite: argmax would silently say token 0.
-
-    Raises:
-        NumericsError
-    """
-    if not torch.isfinite(best_logits).all():
-        raise _not_finite()
-
-
-def _not_finite() -> NumericsError:
-    return NumericsError(
-        "the backbone's logits are NaN or infinite",
-        hint="check the model file and the text, or --quantization none",
-    )
-
-
-def bundle_source(config: BundleConfig) -> BundleSource:
-    """Where the bundle of a setting is: an existing folder or its config.json, the shipped bundle, or a Hub id.
-
-    A Hub id is downloaded once a process, so that all who ask see the same commit.
-
-    Raises:
-        BundleError: nothing there.
-        HubError: a Hub id that cannot be had.
-    """
-    path = Path(config.bundle).expanduser()
-    if path.name == CONFIG_FILE:
-        path = path.parent
-    if path.is_dir():
-        return BundleSource(path)
-    shipped = Path(__file__).parent / "bundles" / config.bundle
-    if config.bundle == SHIPPED_BUNDLE and shipped.is_dir():
-        return BundleSource(shipped)
-    repo_id, _, revision = config.bundle.partition("@")
-    if HUB_ID.fullmatch(repo_id):
-        try:
-            return _from_hub(repo_id, revision or None)
-        except HubError as error:
-            raise HubError(f"no folder {config.bundle}, and as a Hub id: {error.message}", hint=error.hint) from error
-    raise BundleError(f"no bundle at {config.bundle}", hint="make one with eexit train")
-
-
-@functools.cache
-def _from_hub(repo_id: str, revision: str | None) -> BundleSource:
-    from early_exit_cli.pull import pull  # the Hub's client is loaded only where a Hub id is named
-
-    return pull(HubConfig(repo_id=repo_id, revision=revision))
-
-
-def bundle_folder(config: BundleConfig) -> Path:
-    """The folder of `bundle_source`."""
-    return bundle_source(config).folder
-
-
-def read_thresholds(path: Path, num_heads: int) -> Thresholds:
-    """calibration.json's thresholds.
-
-    Raises:
-        BundleError: an unknown metric, a level without its block, a head without its number.
-    """
-    record = read_form(path, CalibrationForm)
-    found: dict[str, list[float]] = {}
-    for level in record["accuracy_levels"]:
-        block = record["thresholds"].get(level_key(level))
-        if block is None:
-            raise BundleError(f"{path}: level {level!r} has no thresholds")
-        missing = [head for head in range(num_heads) if str(head) not in block]
-        if missing:
-            raise BundleError(f"{path}: level {level_key(level)}, head {missing[0]}: no threshold")
-        found[level_key(level)] = [float(block[str(head)]) for head in range(num_heads)]
-    return Thresholds(found, record.get("uncertainty_metric", "entropy"))
-
-
-def calibration_record_path(folder: Path, calibration: Path) -> Path:
-    """Where the record of a calibration stands: the bundle's eexit.json for its own, else NAME.eexit.json beside it."""
-    own = calibration.resolve() == (folder / CALIBRATION_FILE).resolve()
-    return folder / RECORD_FILE if own else calibration.with_suffix(f".{RECORD_FILE}")
-
-
-def with_names_of_bundle(config: BackboneConfig, folder: Path) -> BackboneConfig:
-    """The backbone section, with name and quantization taken from the bundle unless somebody set them."""
-    known = read_bundle_config(folder)
-    changes = {name: known[name] for name in ("model_name", "quantization") if name not in config.model_fields_set}
-    return BackboneConfig.model_validate(config.model_dump() | changes)
-
-
-def load_model(
-    backbone_config: BackboneConfig,
-    bundle: BundleConfig | None,
-    *,
-    with_thresholds: bool = True,
-    backbone: Backbone | None = None,
-) -> Engine:
-    """Load a backbone and, with `bundle`, its heads and thresholds.
-
-    Args:
-        backbone: one that is loaded already, to take instead.
-
-    Raises:
-        BundleError: damaged bundle, or heads that were made for another backbone (both values are named).
-    """
-    folder = bundle_folder(bundle) if bundle else None
-    config = read_bundle_config(folder) if folder else None
-    backbone = backbone or load_backbone(backbone_config)
-    model = Engine(backbone, make_blocks(backbone, backbone_config.runner, backbone_config.cuda_graphs))
-    if folder is None or config is None or bundle is None:
-        return model
-    model.record = read_bundle_record(folder)
-    check_fingerprint(config, model.record, backbone, folder)
-    if config["num_heads"]:
-        kind, rank = kind_of_heads(model.record, folder)
-        model.heads = load_heads(folder / HEADS_FILE, backbone, kind, config["head_layer_indices"], rank)
-    if "lookahead" in model.record:
-        layers = lookahead_layers(model.record, folder, backbone.num_blocks)
-        model.lookahead = load_lookahead(folder / LOOKAHEAD_FILE, backbone, layers)
-        if backbone.device.type == "cuda":
-            cuda_lookahead(model.lookahead)  # recorded now, not inside an answer
-    calibration = bundle.calibration_path or folder / CALIBRATION_FILE
-    if with_thresholds and (bundle.calibration_path or calibration.exists()):
-        model.thresholds = read_thresholds(calibration, config["num_heads"])
-        beside = calibration_record_path(folder, calibration)
-        record = read_form(beside, CalibrationBeside) if beside.exists() else {}
-        model.record["calibration"] = calibration_of(record, config["num_heads"], beside)
-    return model
-
-
-def calibration_of(record: dict[str, Any], num_heads: int, path: Path) -> dict[str, Any]:
-    """The calibration in a record read from `path`; empty where there is none.
-
-    Raises:
-        BundleError: of another number of heads.
-    """
-    calibration = record.get("calibration", {})
-    if calibration.get("heads") and len(calibration["heads"]) != num_heads:
-        raise BundleError(
-            f"{path}: the calibration is of {len(calibration['heads'])} heads, the bundle has {num_heads}",
-            hint="eexit calibrate",
-        )
-    return calibration
-
-
-def check_fingerprint(config: dict[str, Any], record: dict[str, Any], backbone: Backbone, folder: Path) -> None:
-    """Refuse heads of another backbone, naming the field and both values."""
-    found = backbone.fingerprint
-    declared = {key: config[key] for key in ("hidden_size", "vocab_size", "num_hidden_layers", "quantization")}
-    applied = {**found, "quantization": applied_quantization(backbone.quantization)}
-    differences = fingerprint_differences(declared, applied) or fingerprint_differences(record["fingerprint"], found)
-    if differences:
-        named = "; ".join(f"{key}: heads {shown(theirs)}, backbone {ours!r}" for key, theirs, ours in differences)
-        raise BundleError(
-            f"the heads in {folder} were made for another backbone than {backbone.name} ({named})",
-            hint=f"their backbone is {config['model_name']} in {config['quantization']}",
-        )
-
-
-def save_bundle(
-    folder: Path,
-    readout: Readout,
-    heads: ExitHeads,
-    training_config: dict[str, Any],
-    record: dict[str, Any],
-) -> None:
-    """Write heads, config.json and eexit.json together; a calibration of other heads is removed.
-
-    A lookahead head of the same backbone that is there stays. A failure leaves the bundle that was there.
-    """
-    before = read_bundle_record(folder) if (folder / RECORD_FILE).exists() else {}
-    if "lookahead" in before and before.get("fingerprint") == readout.fingerprint:
-        record = {**record, "lookahead": before["lookahead"]}
-    described = {
-        "format_version": FORMAT_VERSION,
-        "fingerprint": readout.fingerprint,
-        "heads": {
-            "kind": heads.kind,
-            "rank": heads.rank,
-            "draft_vocab": 0 if heads.draft_vocab is None else int(heads.draft_vocab.numel()),
-        },
-        **record,
-    }
-    with atomic_files(folder, (CALIBRATION_FILE, DSSD_HEADS_FILE, HEADS_FILE, CONFIG_FILE, RECORD_FILE)) as temporary:
-        heads.save(temporary / HEADS_FILE, readout.dtype)
-        if heads.kind == "linear":
-            weights = heads.dssd_state_dict(readout.dtype)
-            write_atomic(temporary / DSSD_HEADS_FILE, lambda path: torch.save(weights, path))
-        write_json(temporary / CONFIG_FILE, bundle_config(readout, heads.layers, training_config))
-        write_json(temporary / RECORD_FILE, described)
-
-
-def save_lookahead(
-    folder: Path, readout: Readout, head: LookaheadHead, training_config: dict[str, Any], record: dict[str, Any]
-) -> None:
-    """Add a lookahead head to the bundle in `folder`, or begin one without exit heads.
-
-    Raises:
-        BundleError: the bundle there was made for another backbone.
-    """
-    if (folder / RECORD_FILE).exists():
-        bundle = read_bundle_record(folder)
-        differences = fingerprint_differences(bundle.get("fingerprint", {}), readout.fingerprint)
-        if differences:
-            key, theirs, ours = differences[0]
-            raise BundleError(
-                f"the bundle in {folder} was made for another backbone ({key}: {theirs!r} there, {ours!r} here)",
-                hint="use another --output-dir",
-            )
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / CONFIG_FILE, bundle_config(readout, [], training_config))
-        bundle = {"format_version": FORMAT_VERSION, "fingerprint": readout.fingerprint}
-    head.save(folder / LOOKAHEAD_FILE, readout.dtype)
-    bundle["lookahead"] = {
-        "exit_layers": head.exit_layers,
-        "draft_vocab": 0 if head.draft_vocab is None else int(head.draft_vocab.numel()),
-        **record,
-    }
-    write_json(folder / RECORD_FILE, bundle)
-
-
-def bundle_config(readout: Readout, layers: list[int], training_config: dict[str, Any]) -> dict[str, Any]:
-    """config.json, with the keys that DSSD's loader requires."""
-    return {
-        "model_name": readout.name,
-        "num_heads": len(layers),
-        "head_layer_indices": layers,
-        "quantization": applied_quantization(readout.quantization),
-        "hidden_size": readout.hidden_size,
-        "vocab_size": readout.vocab_size,
-        "num_hidden_layers": readout.num_blocks,
-        "training_config": training_config,
-    }
-
-
 def require_heads(model: Engine) -> ExitHeads:
     """The model's heads.
 
@@ -442,3 +184,19 @@ def require_heads(model: Engine) -> ExitHeads:
     if model.heads is None:
         raise BundleError("this needs trained heads", hint="name a bundle with --bundle")
     return model.heads
+
+
+def default_width(engine: Engine) -> int:
+    """Rows of a verifying pass when nobody asks for another number: 8, or the largest invariant width below."""
+    return min(DEFAULT_WIDTH, engine.blocks.widths[-1])
+
+
+def checked_width(engine: Engine, width: int) -> int:
+    """A width that was asked for, cut to what the device has.
+
+    Raises:
+        ConfigError: out of range.
+    """
+    if not 1 <= width <= LARGEST_WIDTH:
+        raise ConfigError(f"width {width} is out of range", hint=f"--width takes 2 to {LARGEST_WIDTH}")
+    return min(width, engine.blocks.widths[-1])

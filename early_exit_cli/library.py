@@ -30,17 +30,18 @@ from transformers.generation import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from early_exit_cli import decoding
+from early_exit_cli.backbone.load import adopt_backbone
+from early_exit_cli.bundle.load import bundle_source, load_model, with_names_of_bundle
 from early_exit_cli.config import SHIPPED_BUNDLE, SamplingConfig
-from early_exit_cli.decoding import Generation, StopsAfter
-from early_exit_cli.drafters import Drafter
-from early_exit_cli.engine import Engine, bundle_source, load_model, with_names_of_bundle
+from early_exit_cli.decoding.answer import Generation, generate
+from early_exit_cli.decoding.batch import Request, generate_together
+from early_exit_cli.decoding.loop import StopsAfter
+from early_exit_cli.drafting.choose import HEADLESS, make_drafter
+from early_exit_cli.drafting.drafter import Drafter
+from early_exit_cli.engine import Engine
 from early_exit_cli.errors import ConfigError
-from early_exit_cli.loading import adopt_backbone
-from early_exit_cli.methods import HEADLESS, make_drafter
 from early_exit_cli.resolve import resolve
 from early_exit_cli.sampling import GREEDY, Chooser, Sampler
-from early_exit_cli.together import Request, generate_together
 
 HARMLESS: dict[str, Any] = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), 1),
@@ -233,7 +234,7 @@ class EarlyExitModel:
             requests.append(Request(prompt, chooser, other_stops(stopping_criteria, row, max_new_tokens)))
         if len(requests) == 1:
             (request,) = requests
-            answer = decoding.generate(
+            answer = generate(
                 self.engine,
                 request.prompt_ids,
                 self.drafter,

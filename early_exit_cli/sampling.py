@@ -25,7 +25,6 @@ from early_exit_cli.config import SamplingConfig
 
 Processors = Callable[[Tensor, Tensor], Tensor]
 """(token ids so far [1, length], scores [1, vocab] float32) -> scores [1, vocab]: transformers' LogitsProcessor."""
-
 LIKELY = 1024
 """Tokens among which a nucleus is looked for before the whole vocabulary is sorted."""
 

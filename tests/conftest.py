@@ -33,17 +33,18 @@ from transformers import (
     SmolLM3Config,
 )
 
-from early_exit_cli.artifacts import write_json
-from early_exit_cli.backbone import Backbone
-from early_exit_cli.blocks import HFBlocks
+from early_exit_cli.backbone.backbone import Backbone
+from early_exit_cli.backbone.gguf import embedded_gguf
+from early_exit_cli.backbone.load import load_backbone
+from early_exit_cli.bundle.save import save_bundle
 from early_exit_cli.cli.app import app
 from early_exit_cli.config import BackboneConfig
-from early_exit_cli.engine import Engine, save_bundle
-from early_exit_cli.fused_blocks import FusedBlocks
-from early_exit_cli.gguf import embedded_gguf
-from early_exit_cli.heads import ExitHeads
-from early_exit_cli.loading import load_backbone
-from early_exit_cli.runners import measure_widths
+from early_exit_cli.engine import Engine
+from early_exit_cli.files.atomic import write_json
+from early_exit_cli.heads.exit_heads import ExitHeads
+from early_exit_cli.runtime.fused_blocks import FusedBlocks
+from early_exit_cli.runtime.hf_blocks import HFBlocks
+from early_exit_cli.runtime.invariant_widths import measure_widths
 
 FAMILIES = (
     "llama",
@@ -252,7 +253,7 @@ def smollm2():
 def _own_cache_folder(tmp_path_factory):
     """Measurements of tests stay out of the user's cache; the converted GGUF, which takes long, is shared."""
     if "EEXIT_HOME" not in os.environ:
-        from early_exit_cli.artifacts import user_cache_dir
+        from early_exit_cli.files.environment import user_cache_dir
 
         shared = user_cache_dir() / "gguf"
         shared.mkdir(parents=True, exist_ok=True)

@@ -26,8 +26,8 @@ from typing import Any
 
 import yaml
 
-from early_exit_cli import console
 from early_exit_cli.errors import EexitError
+from early_exit_cli.report import console
 
 SECONDS = 10.0
 """A load may take so long; damaged files are as small as the whole ones."""

@@ -3,12 +3,14 @@
 import pytest
 import torch
 
-from early_exit_cli.acceptance import explain_acceptance
-from early_exit_cli.data import Document, pack
-from early_exit_cli.decoding import generate
-from early_exit_cli.drafters import ExitDrafter, NoDrafter
-from early_exit_cli.evaluation import agreement_by
-from early_exit_cli.readings import Readings, join_readings, read_batch
+from early_exit_cli.calibration.head_outputs import Readings, join_readings, read_batch
+from early_exit_cli.data.documents import Document
+from early_exit_cli.data.packing import pack
+from early_exit_cli.decoding.answer import generate
+from early_exit_cli.drafting.drafter import NoDrafter
+from early_exit_cli.drafting.exit import ExitDrafter
+from early_exit_cli.evaluation.acceptance import explain_acceptance
+from early_exit_cli.evaluation.agreement import agreement_by
 
 SURE, UNSURE = 0.1, 0.9
 

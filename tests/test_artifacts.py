@@ -2,16 +2,16 @@ import json
 
 import pytest
 
-from early_exit_cli.artifacts import (
+from early_exit_cli.errors import BundleError
+from early_exit_cli.files.atomic import (
     atomic_folder,
     fingerprint_differences,
     read_json,
-    run_record,
     sha256_of,
     write_atomic,
     write_json,
 )
-from early_exit_cli.errors import BundleError
+from early_exit_cli.files.environment import run_record
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):

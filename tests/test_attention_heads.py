@@ -8,19 +8,22 @@ import torch
 from typer.testing import CliRunner
 
 from early_exit_cli.cli.app import app
-from early_exit_cli.costs import measure_costs
-from early_exit_cli.data import Document, pack
-from early_exit_cli.decoding import generate
-from early_exit_cli.drafters import AutoDrafter, ExitDrafter, FixedDrafter, NoDrafter
+from early_exit_cli.data.documents import Document
+from early_exit_cli.data.packing import pack
+from early_exit_cli.decoding.answer import generate
+from early_exit_cli.decoding.batch import Request, generate_together
+from early_exit_cli.drafting.auto import AutoDrafter
+from early_exit_cli.drafting.costs import measure_costs
+from early_exit_cli.drafting.drafter import NoDrafter
+from early_exit_cli.drafting.exit import ExitDrafter, FixedDrafter
+from early_exit_cli.drafting.lookup import LookupDrafter
 from early_exit_cli.engine import Engine
 from early_exit_cli.errors import BundleError, UnsupportedBackboneError
-from early_exit_cli.exit_reader import ExitReader, NativeExitReader, exit_reader
-from early_exit_cli.gating import entropy
-from early_exit_cli.heads import ExitHeads, load_heads, read_heads
-from early_exit_cli.lookup import LookupDrafter
-from early_exit_cli.native_code import has_native_code
-from early_exit_cli.states import run_states
-from early_exit_cli.together import Request, generate_together
+from early_exit_cli.heads.exit_heads import ExitHeads, load_heads, read_heads
+from early_exit_cli.heads.exit_runner import ExitReader, NativeExitReader, exit_reader
+from early_exit_cli.heads.uncertainty import entropy
+from early_exit_cli.hidden_states.live import run_states
+from early_exit_cli.runtime.native_code import has_native_code
 
 PROMPT = list(range(20, 40))
 OTHER = [7, 9, 7, 9, 7, 9, 30]

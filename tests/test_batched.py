@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import FAMILIES
 
-from early_exit_cli.batched import answer_together
-from early_exit_cli.fused_blocks import FusedBlocks
+from early_exit_cli.data.answers import answer_together
+from early_exit_cli.runtime.fused_blocks import FusedBlocks
 
 
 def prompts(count=9):

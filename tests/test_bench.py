@@ -2,11 +2,11 @@
 
 import pytest
 
-from early_exit_cli import plots
-from early_exit_cli.bench import category_of, compare_with_baseline, select_prompts, summarize
-from early_exit_cli.bench_methods import Setup, check_methods
 from early_exit_cli.config import BackboneConfig, BenchConfig, BundleConfig, SamplingConfig
 from early_exit_cli.errors import ConfigError, DataError
+from early_exit_cli.evaluation.bench import category_of, compare_with_baseline, select_prompts, summarize
+from early_exit_cli.evaluation.bench_methods import Setup, check_methods
+from early_exit_cli.report import plots
 
 SETUP = Setup(BackboneConfig(), BundleConfig(), SamplingConfig(), 0.9, "auto")
 
@@ -112,7 +112,7 @@ def test_unknown_methods_are_refused(name):
 
 
 def test_repeats_count_each_token_once():
-    from early_exit_cli.bench import repeated_tokens
+    from early_exit_cli.evaluation.bench import repeated_tokens
 
     line = list(range(20))
     assert repeated_tokens(line * 2) == 20

@@ -4,11 +4,14 @@ import pytest
 import torch
 from conftest import FAMILIES, OTHER_FAMILIES
 
-from early_exit_cli.blocks import LARGEST_WIDTH, HFBlocks
+from early_exit_cli.backbone.load import load_backbone
 from early_exit_cli.config import BackboneConfig
-from early_exit_cli.fused_blocks import FusedBlocks, PackedNF4, merged_linear
-from early_exit_cli.loading import load_backbone
-from early_exit_cli.runners import make_blocks, measure_widths
+from early_exit_cli.runtime.blocks import LARGEST_WIDTH
+from early_exit_cli.runtime.fused_blocks import FusedBlocks
+from early_exit_cli.runtime.hf_blocks import HFBlocks
+from early_exit_cli.runtime.invariant_widths import measure_widths
+from early_exit_cli.runtime.nf4_linear import PackedNF4, merged_linear
+from early_exit_cli.runtime.select import make_blocks
 
 RUNNERS = {"hf": HFBlocks, "fused": FusedBlocks}
 

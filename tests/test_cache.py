@@ -10,16 +10,17 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 
-from early_exit_cli import extraction
-from early_exit_cli.artifacts import file_sha256
-from early_exit_cli.cache import Cache, bytes_per_token, check_request, info, measured_positions, verify
-from early_exit_cli.cached_states import CachedStates
 from early_exit_cli.config import BackboneConfig, CacheConfig, DataConfig, HeadsConfig, TrainingConfig
-from early_exit_cli.data import Document, batches, pack
+from early_exit_cli.data.documents import Document
+from early_exit_cli.data.packing import batches, pack
 from early_exit_cli.errors import CacheError, NumericsError
-from early_exit_cli.extraction import extract, repair
-from early_exit_cli.states import run_states
-from early_exit_cli.training import Lessons, Trainer, train_together
+from early_exit_cli.files.atomic import file_sha256
+from early_exit_cli.hidden_states import extract as extraction
+from early_exit_cli.hidden_states.cache import Cache, bytes_per_token, check_request, info, measured_positions, verify
+from early_exit_cli.hidden_states.cached import CachedStates
+from early_exit_cli.hidden_states.extract import extract, repair
+from early_exit_cli.hidden_states.live import run_states
+from early_exit_cli.training.trainer import Lessons, Trainer, train_together
 
 LAYERS = [1, 4]
 DATA = DataConfig(dataset_name="x", max_length=32)
@@ -354,7 +355,7 @@ def test_heads_ask_only_for_blocks_that_were_kept(cache):
 
 
 def test_a_backbone_of_another_request_has_another_folder():
-    from early_exit_cli.cache import cache_request, default_folder
+    from early_exit_cli.hidden_states.cache import cache_request, default_folder
 
     one = cache_request(BackboneConfig(), HeadsConfig(), DATA, CacheConfig())
     other = cache_request(BackboneConfig(quantization="8bit"), HeadsConfig(), DATA, CacheConfig())

@@ -4,23 +4,24 @@ from dataclasses import replace
 import pytest
 import torch
 
-from early_exit_cli.calibration import (
+from early_exit_cli.bundle.load import read_thresholds
+from early_exit_cli.calibration.calibrate import (
     calibrate,
     calibrate_samples,
     calibration_json,
     calibration_record,
     save_calibration,
 )
+from early_exit_cli.calibration.head_outputs import join_readings, read_batch
+from early_exit_cli.calibration.intervals import lower_bound
+from early_exit_cli.calibration.thresholds import Sample
 from early_exit_cli.config import CalibrationConfig
-from early_exit_cli.costs import exit_drafter
-from early_exit_cli.data import Document, pack
-from early_exit_cli.decoding import generate
-from early_exit_cli.drafters import NoDrafter
-from early_exit_cli.engine import read_thresholds
+from early_exit_cli.data.documents import Document
+from early_exit_cli.data.packing import pack
+from early_exit_cli.decoding.answer import generate
+from early_exit_cli.drafting.choose import exit_drafter
+from early_exit_cli.drafting.drafter import NoDrafter
 from early_exit_cli.errors import BundleError
-from early_exit_cli.readings import join_readings, read_batch
-from early_exit_cli.reliability import lower_bound
-from early_exit_cli.thresholds import Sample
 
 TOKENS = 8
 #                     exit at 0.75: 0 1 2         left: 3 .. 7
@@ -67,13 +68,13 @@ def test_the_check_reads_the_heads_in_order_on_the_second_text():
 
 
 def test_promises_are_judged_where_many_tokens_exit(monkeypatch):
-    monkeypatch.setattr("early_exit_cli.calibration.ENOUGH_CHECKED", 2)
+    monkeypatch.setattr("early_exit_cli.calibration.calibrate.ENOUGH_CHECKED", 2)
     calibration = calibrated_by_hand()
     assert calibration.kept("conditional") == (1, 2)  # 3 of 3 at the shallow head, 2 of 3 at the deep one
     assert calibration.kept("independent") == (2, 2)  # 3 of 3, and 3 of 4 in order
     assert calibrated_by_hand(margin=0.1).kept("conditional") == (2, 2)
     assert "level 0.75, head 1: 66.7% reached on 3 tokens of the second text" in calibration.faults()
-    monkeypatch.setattr("early_exit_cli.calibration.ENOUGH_CHECKED", 3)
+    monkeypatch.setattr("early_exit_cli.calibration.calibrate.ENOUGH_CHECKED", 3)
     assert calibration.kept("conditional") == (0, 0)
     assert calibration.kept("independent") == (1, 1)
 

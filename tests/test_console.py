@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from early_exit_cli import console, palette
+from early_exit_cli.report import console, palette
 
 DECIDERS = ["head 0", "head 1", "head 2", "lookup", "lookahead", "backbone"]
 ESCAPE = re.compile(r"\x1b\[[0-9;]*m")

@@ -4,10 +4,10 @@ import random
 
 import pytest
 
-from early_exit_cli.corpus import LONGEST, Corpus, CorpusCursor
-from early_exit_cli.decoding import generate
-from early_exit_cli.drafters import NoDrafter
-from early_exit_cli.lookup import LookupDrafter
+from early_exit_cli.decoding.answer import generate
+from early_exit_cli.drafting.corpus import LONGEST, Corpus, CorpusCursor
+from early_exit_cli.drafting.drafter import NoDrafter
+from early_exit_cli.drafting.lookup import LookupDrafter
 
 
 def longest_end(text, corpus):

@@ -7,17 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from early_exit_cli.costs import (
-    Costs,
-    HeadSet,
-    choose_heads,
-    cost_table,
-    expected_rate,
-    fastest_in_turns,
-    measure_costs,
-    never_falling,
-)
-from early_exit_cli.thresholds import count_head_sets
+from early_exit_cli.calibration.thresholds import count_head_sets
+from early_exit_cli.drafting.choose import HeadSet, choose_heads, expected_rate
+from early_exit_cli.drafting.costs import Costs, cost_table, fastest_in_turns, measure_costs, never_falling
 
 WIDTHS = [2, 4, 8]
 COSTS = Costs(
@@ -133,7 +125,7 @@ def test_a_spoilt_moment_spoils_one_entry_at_most():
 
 def test_runs_take_turns_and_the_first_only_warms_up(monkeypatch):
     clock, happened = [0.0], []
-    monkeypatch.setattr("early_exit_cli.costs.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("early_exit_cli.drafting.costs.time.perf_counter", lambda: clock[0])
     seconds = {"a": iter([9.0, 0.5, *[0.3] * 5, 0.2]), "b": iter([1.0, *[2.0] * 7])}
 
     def call(name):

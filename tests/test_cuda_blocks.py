@@ -11,15 +11,15 @@ from conftest import END, VOCAB, byte_tokenizer
 from test_cuda_graphs import Proposing, answer, ids_of
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from early_exit_cli.backbone import Backbone
-from early_exit_cli.blocks import Part
-from early_exit_cli.cuda_blocks import CudaBlocks, why_not_ours
-from early_exit_cli.drafters import ExitDrafter
+from early_exit_cli.backbone.backbone import Backbone
+from early_exit_cli.drafting.exit import ExitDrafter
 from early_exit_cli.engine import Engine
 from early_exit_cli.errors import UnsupportedBackboneError
-from early_exit_cli.fused_blocks import FusedBlocks
-from early_exit_cli.heads import ExitHeads
-from early_exit_cli.reference_kernels import ReferenceKernels
+from early_exit_cli.heads.exit_heads import ExitHeads
+from early_exit_cli.runtime.blocks import Part
+from early_exit_cli.runtime.cuda_blocks import CudaBlocks, why_not_ours
+from early_exit_cli.runtime.fused_blocks import FusedBlocks
+from early_exit_cli.runtime.reference_kernels import ReferenceKernels
 
 SIZES = dict(
     vocab_size=VOCAB,

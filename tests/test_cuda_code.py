@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from early_exit_cli import cuda_code, cuda_kernels
-from early_exit_cli.blocks import LARGEST_WIDTH
-from early_exit_cli.cuda_code import NoCudaCode, compiled, options_for, product_bytes, shape_for
-from early_exit_cli.cuda_kernels import NF4_VALUES, PAIRS, SEGMENT, NF4Weight, Place, Places
+from early_exit_cli.runtime import cuda_code, cuda_kernels
+from early_exit_cli.runtime.blocks import LARGEST_WIDTH
+from early_exit_cli.runtime.cuda_code import NoCudaCode, compiled, options_for, product_bytes, shape_for
+from early_exit_cli.runtime.cuda_kernels import NF4_VALUES, PAIRS, SEGMENT, NF4Weight, Place, Places
 
 MOST_SHARED = {(8, 0): 166912, (8, 6): 101376, (9, 0): 232448, (10, 0): 232448, (12, 0): 101376}
 """Compute capability -> bytes of shared memory that a block may have there. 8.9 is as 8.6 in all that matters here."""

@@ -18,20 +18,26 @@ from conftest import FAMILIES
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from early_exit_cli import cuda_graphs, fused_kernels, runners
-from early_exit_cli.blocks import Blocks, HFBlocks
+from early_exit_cli.backbone.load import load_backbone
 from early_exit_cli.config import BackboneConfig
-from early_exit_cli.cuda_graphs import Graphs, kv_bucket
-from early_exit_cli.decoding import decode, generate
-from early_exit_cli.drafters import Draft, Drafter, ExitDrafter, NoDrafter
+from early_exit_cli.decoding.answer import generate
+from early_exit_cli.decoding.loop import decode
+from early_exit_cli.drafting.drafter import Draft, Drafter, NoDrafter
+from early_exit_cli.drafting.exit import ExitDrafter
 from early_exit_cli.engine import Engine
 from early_exit_cli.errors import ConfigError, NumericsError
-from early_exit_cli.fused_blocks import FusedBlocks
-from early_exit_cli.fused_kernels import fused_widths, nf4_products
-from early_exit_cli.lm_head import ExactArgmax, usable
-from early_exit_cli.loading import load_backbone
 from early_exit_cli.resolve import resolve
-from early_exit_cli.runners import device_identity, make_blocks, measure_widths, use_graphs
+from early_exit_cli.runtime import cuda_graphs, invariant_widths
+from early_exit_cli.runtime import nf4_widths as fused_kernels
+from early_exit_cli.runtime.blocks import Blocks
+from early_exit_cli.runtime.cuda_graphs import Graphs, kv_bucket
+from early_exit_cli.runtime.exact_argmax import ExactArgmax, usable
+from early_exit_cli.runtime.fused_blocks import FusedBlocks
+from early_exit_cli.runtime.hf_blocks import HFBlocks
+from early_exit_cli.runtime.invariant_widths import measure_widths
+from early_exit_cli.runtime.measurements import device_identity
+from early_exit_cli.runtime.nf4_widths import fused_widths, nf4_products
+from early_exit_cli.runtime.select import make_blocks, use_graphs
 
 PROMPT = [72, 101, 108, 108, 111, 32, 119, 111, 114, 108, 100]
 HOST_READS = {
@@ -513,7 +519,7 @@ def test_the_products_asked_about_are_those_that_a_block_makes(tiny_folder):
 
 def test_drafts_wider_than_the_widest_pass_are_verified_in_parts(tiny_model, monkeypatch):
     """A device whose fused kernels end at 4 rows: the same text and states at every width asked for."""
-    monkeypatch.setattr(runners, "fused_widths", lambda _blocks, _candidates: (1, 2, 3, 4))
+    monkeypatch.setattr(invariant_widths, "fused_widths", lambda _blocks, _candidates: (1, 2, 3, 4))
     model = tiny_model("llama")
     assert model.blocks.is_invariant
     assert model.blocks.widths[-1] == 4
@@ -527,7 +533,7 @@ def test_drafts_wider_than_the_widest_pass_are_verified_in_parts(tiny_model, mon
 
 
 def test_the_measurement_compares_with_the_widest_fused_width(tiny_backbone, monkeypatch):
-    monkeypatch.setattr(runners, "fused_widths", lambda _blocks, _candidates: (1, 4, 8))
+    monkeypatch.setattr(invariant_widths, "fused_widths", lambda _blocks, _candidates: (1, 4, 8))
     blocks = FusedBlocks(tiny_backbone("llama"))
     with torch.inference_mode():
         measure_widths(blocks)

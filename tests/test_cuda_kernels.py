@@ -12,10 +12,19 @@ import torch
 from test_cuda_graphs import answer, ids_of, same
 from test_decoding import tokens_of
 
-from early_exit_cli.blocks import LARGEST_WIDTH
+from early_exit_cli.bundle.load import load_model
 from early_exit_cli.config import BackboneConfig, BundleConfig, InferenceConfig
-from early_exit_cli.cuda_blocks import CudaBlocks
-from early_exit_cli.cuda_kernels import (
+from early_exit_cli.decoding.batch import Request, decode_together, generate_together
+from early_exit_cli.decoding.loop import decode
+from early_exit_cli.drafting.chances import Survival
+from early_exit_cli.drafting.choose import make_drafter
+from early_exit_cli.drafting.drafter import Draft, Drafter, NoDrafter
+from early_exit_cli.drafting.lookahead import LookaheadDrafter
+from early_exit_cli.drafting.lookup import LookupDrafter
+from early_exit_cli.heads.cuda_lookahead import CudaLookahead
+from early_exit_cli.runtime.blocks import LARGEST_WIDTH
+from early_exit_cli.runtime.cuda_blocks import CudaBlocks
+from early_exit_cli.runtime.cuda_kernels import (
     NF4_VALUES,
     SEGMENT,
     TILE,
@@ -26,16 +35,8 @@ from early_exit_cli.cuda_kernels import (
     Places,
     recorder,
 )
-from early_exit_cli.cuda_lookahead import CudaLookahead
-from early_exit_cli.decoding import decode
-from early_exit_cli.device_pass import Buffers
-from early_exit_cli.drafters import Draft, Drafter, NoDrafter
-from early_exit_cli.engine import load_model
-from early_exit_cli.lookahead_drafter import LookaheadDrafter, Survival
-from early_exit_cli.lookup import LookupDrafter
-from early_exit_cli.methods import make_drafter
-from early_exit_cli.reference_kernels import ReferenceKernels
-from early_exit_cli.together import Request, decode_together, generate_together
+from early_exit_cli.runtime.device_pass import Buffers
+from early_exit_cli.runtime.reference_kernels import ReferenceKernels
 
 pytestmark = pytest.mark.gpu
 

@@ -9,12 +9,13 @@ from conftest import VOCAB
 from test_cuda_blocks import answer, backbone, on_reference  # noqa: F401 (a fixture)
 from test_cuda_graphs import ids_of
 
-from early_exit_cli.cuda_lookahead import MOST_STEPS, CudaLookahead
+from early_exit_cli.drafting.chances import Survival
+from early_exit_cli.drafting.lookahead import LookaheadDrafter
 from early_exit_cli.engine import Engine
-from early_exit_cli.lookahead import LookaheadHead
-from early_exit_cli.lookahead_drafter import LookaheadDrafter, Survival
-from early_exit_cli.lookahead_runner import LookaheadRunner
-from early_exit_cli.reference_kernels import ReferenceKernels
+from early_exit_cli.heads.cuda_lookahead import MOST_STEPS, CudaLookahead
+from early_exit_cli.heads.lookahead import LookaheadHead
+from early_exit_cli.heads.lookahead_runner import LookaheadRunner
+from early_exit_cli.runtime.reference_kernels import ReferenceKernels
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def states_of(head, count, seed):
 
 @pytest.mark.parametrize("rows", [1, 8, 13, 40, 150])
 def test_a_chain_is_reading_and_single_steps(head, rows, monkeypatch):
-    whole = "early_exit_cli.lookahead_runner.draft_linear"  # in int8 on a CPU, where this is about the chain
+    whole = "early_exit_cli.heads.lookahead_runner.draft_linear"  # in int8 on a CPU, where this is about the chain
     monkeypatch.setattr(whole, lambda weights: functools.partial(F.linear, weight=torch.cat(weights)))
     chained, single = CudaLookahead(head, ReferenceKernels(), lambda step: step), LookaheadRunner(head)
     with torch.inference_mode():
@@ -91,7 +92,7 @@ def test_drafting_in_chains_leaves_the_words(head, backbone):  # noqa: F811
     head.on_device = CudaLookahead(head, ReferenceKernels(), lambda step: step)
     plain = answer(model)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("early_exit_cli.lookahead_drafter.lookahead_runner", lambda head: head.on_device.another())
+        patch.setattr("early_exit_cli.drafting.lookahead.lookahead_runner", lambda head: head.on_device.another())
         for chance in (0.9, 0.5):
             drafter = LookaheadDrafter(head, [Survival(2.0, -0.5, chance)], lambda rows: 1.0 + 0.01 * rows, 0.05, 0.02)
             drafted = answer(model, drafter)
@@ -103,7 +104,7 @@ def test_drafting_in_chains_leaves_the_words(head, backbone):  # noqa: F811
 def test_a_chain_is_as_long_as_its_chances_pay_for(head):
     head.on_device = CudaLookahead(head, ReferenceKernels(), lambda step: step)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("early_exit_cli.lookahead_drafter.lookahead_runner", lambda head: head.on_device.another())
+        patch.setattr("early_exit_cli.drafting.lookahead.lookahead_runner", lambda head: head.on_device.another())
         lengths = [
             LookaheadDrafter(head, [Survival(0, 0, chance)], lambda rows: 1.0, 0.05, step)._chain_length(MOST_STEPS)
             for chance, step in ((0.95, 0.02), (0.7, 0.02), (0.7, 0.2), (0.3, 0.2))

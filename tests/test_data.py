@@ -4,9 +4,12 @@ import random
 import pytest
 import torch
 
-from early_exit_cli import data
 from early_exit_cli.config import DataConfig
-from early_exit_cli.data import Document, load_documents, pack, read_prompts, read_records, split_documents
+from early_exit_cli.data import on_policy
+from early_exit_cli.data.documents import Document, split_documents
+from early_exit_cli.data.load import load_documents
+from early_exit_cli.data.packing import pack
+from early_exit_cli.data.rows import read_prompts, read_records
 from early_exit_cli.errors import DataError
 
 
@@ -157,7 +160,7 @@ def test_on_policy_text_is_the_backbones_own_answer_and_is_made_once(tmp_path, t
     def forbidden(*_):
         raise AssertionError("answered again")
 
-    monkeypatch.setattr(data, "answerer", forbidden)
+    monkeypatch.setattr(on_policy, "answerer", forbidden)
     again = [d for split in ("train", "eval", "calibrate") for d in load_documents(config, backbone, split)]
     assert again == documents
 
@@ -165,7 +168,7 @@ def test_on_policy_text_is_the_backbones_own_answer_and_is_made_once(tmp_path, t
 def test_large_batches_are_groups_of_one_kind(tmp_path, tiny_backbone, monkeypatch):
     """On a GPU: which prompts are answered greedily is decided by group as on a CPU, and the answers are kept for both."""
     monkeypatch.setenv("EEXIT_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(data, "GROUP", 3)
+    monkeypatch.setattr(on_policy, "GROUP", 3)
     backbone = tiny_backbone("llama")
     path = write_lines(tmp_path / "p.jsonl", [{"prompt": "q" * (1 + i % 40)} for i in range(50)])
     config = DataConfig(dataset_name=str(path), on_policy=True, answer_tokens=2)
@@ -175,10 +178,10 @@ def test_large_batches_are_groups_of_one_kind(tmp_path, tiny_backbone, monkeypat
         batches.append(([len(prompt) for prompt in prompts], temperature))
         return [[len(prompt)] for prompt in prompts]
 
-    monkeypatch.setattr(data, "answerer", lambda _: fake)
+    monkeypatch.setattr(on_policy, "answerer", lambda _: fake)
     kinds = {}
     for together in (1, 4):
-        monkeypatch.setattr(data, "groups_together", lambda _, together=together: together)
+        monkeypatch.setattr(on_policy, "groups_together", lambda _, together=together: together)
         monkeypatch.setenv("EEXIT_HOME", str(tmp_path / str(together)))
         batches.clear()
         load_documents(config, backbone, "train")
@@ -188,7 +191,7 @@ def test_large_batches_are_groups_of_one_kind(tmp_path, tiny_backbone, monkeypat
     assert kinds[1] == kinds[4]
     assert {temperature for _, temperature in kinds[1]} == {0, config.temperature}
     assert len(kinds[1]) == 50
-    monkeypatch.setattr(data, "groups_together", lambda _: 1)
+    monkeypatch.setattr(on_policy, "groups_together", lambda _: 1)
     batches.clear()
     load_documents(config, backbone, "train")
     assert not batches
@@ -199,7 +202,7 @@ def test_an_interrupted_answering_goes_on_where_it_was(tmp_path, tiny_backbone, 
     backbone = tiny_backbone("llama")
     path = write_lines(tmp_path / "p.jsonl", [{"prompt": f"question {i}"} for i in range(12)])
     config = DataConfig(dataset_name=str(path), on_policy=True, answer_tokens=5, sampled_share=0.5, answer_batch=4)
-    real, calls = data.answerer(backbone), []
+    real, calls = on_policy.answerer(backbone), []
 
     def dies_at_the_third(*arguments):
         calls.append(1)
@@ -207,7 +210,7 @@ def test_an_interrupted_answering_goes_on_where_it_was(tmp_path, tiny_backbone, 
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(data, "answerer", lambda _: dies_at_the_third)
+    monkeypatch.setattr(on_policy, "answerer", lambda _: dies_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         load_documents(config, backbone, "train")
     answers = next((tmp_path / "home" / "answers").iterdir())

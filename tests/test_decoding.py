@@ -4,8 +4,11 @@ import pytest
 import torch
 from conftest import END, FAMILIES
 
-from early_exit_cli.decoding import TextStream, accepted_length, cut_at_stop, decode, generate, trace_records
-from early_exit_cli.drafters import Draft, Drafter, ExitDrafter, NoDrafter
+from early_exit_cli.decoding.answer import TextStream, generate
+from early_exit_cli.decoding.loop import accepted_length, cut_at_stop, decode
+from early_exit_cli.decoding.records import trace_records
+from early_exit_cli.drafting.drafter import Draft, Drafter, NoDrafter
+from early_exit_cli.drafting.exit import ExitDrafter
 from early_exit_cli.errors import ConfigError, NumericsError
 
 PROMPT = [72, 101, 108, 108, 111, 32, 119, 111, 114, 108, 100]
@@ -157,8 +160,8 @@ def test_states_of_adaptive_decoding_are_the_plain_ones_bit_for_bit(smollm2_mode
 @pytest.fixture(scope="module")
 def smollm2_model(smollm2):
     from early_exit_cli.engine import Engine
-    from early_exit_cli.heads import ExitHeads
-    from early_exit_cli.runners import make_blocks
+    from early_exit_cli.heads.exit_heads import ExitHeads
+    from early_exit_cli.runtime.select import make_blocks
 
     torch.manual_seed(0)
     heads = ExitHeads(smollm2, "adapter", [7, 15, 22], 16, torch.arange(8192))

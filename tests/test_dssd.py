@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from early_exit_cli.bundle.load import load_model
+from early_exit_cli.bundle.push import import_dssd
 from early_exit_cli.cli.app import app
 from early_exit_cli.config import BackboneConfig, BundleConfig
-from early_exit_cli.engine import load_model
 from early_exit_cli.errors import BundleError, ConfigError
-from early_exit_cli.hub import import_dssd
 
 DSSD_FILES = ("aux_heads.pt", "config.json", "calibration.json")
 

@@ -9,23 +9,26 @@ from conftest import FAMILIES, OTHER_FAMILIES, byte_tokenizer, family_config
 from test_decoding import PROMPT, ScriptedDrafter, thresholds_between, tokens_of
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, BloomConfig, Gemma3Config, OPTConfig, Phi3Config
 
-from early_exit_cli.batched import answerer
-from early_exit_cli.blocks import HFBlocks
-from early_exit_cli.cache import Cache
+from early_exit_cli.backbone.families import FAMILIES as SUPPORTED
+from early_exit_cli.backbone.load import load_backbone
+from early_exit_cli.backbone.output import LogitMap, logits_of
 from early_exit_cli.cli.app import app
 from early_exit_cli.config import BackboneConfig
-from early_exit_cli.data import Document, pack
-from early_exit_cli.decoding import decode, generate
-from early_exit_cli.drafters import ExitDrafter, NoDrafter
+from early_exit_cli.data.answers import answerer
+from early_exit_cli.data.documents import Document
+from early_exit_cli.data.packing import pack
+from early_exit_cli.decoding.answer import generate
+from early_exit_cli.decoding.loop import decode
+from early_exit_cli.drafting.drafter import NoDrafter
+from early_exit_cli.drafting.exit import ExitDrafter
+from early_exit_cli.drafting.lookup import LookupDrafter
 from early_exit_cli.engine import Engine
 from early_exit_cli.errors import BackboneError, UnsupportedBackboneError
-from early_exit_cli.families import FAMILIES as SUPPORTED
-from early_exit_cli.heads import ExitHeads
-from early_exit_cli.loading import load_backbone
-from early_exit_cli.lookahead import LookaheadHead
-from early_exit_cli.lookup import LookupDrafter
-from early_exit_cli.readout import LogitMap, logits_of
-from early_exit_cli.runners import make_blocks
+from early_exit_cli.heads.exit_heads import ExitHeads
+from early_exit_cli.heads.lookahead import LookaheadHead
+from early_exit_cli.hidden_states.cache import Cache
+from early_exit_cli.runtime.hf_blocks import HFBlocks
+from early_exit_cli.runtime.select import make_blocks
 
 NF4_FAMILIES = ("llama", "gemma2", "gpt2", "gpt_neox", "qwen2_moe")
 """Decoded in 4 bit too, as tiny models; SmolLM2 is a real one."""

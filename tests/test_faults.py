@@ -24,13 +24,14 @@ from test_cache import make
 from test_cache_commands import content
 from test_commands import eexit
 
-from early_exit_cli.artifacts import file_sha256
+from early_exit_cli.backbone.load import load_backbone
+from early_exit_cli.bundle.load import load_model
+from early_exit_cli.bundle.save import save_bundle
 from early_exit_cli.cli import app
 from early_exit_cli.config import BackboneConfig, BundleConfig
-from early_exit_cli.engine import load_model, save_bundle
 from early_exit_cli.errors import BackboneError, CacheError, UnsupportedBackboneError
-from early_exit_cli.heads import ExitHeads
-from early_exit_cli.loading import load_backbone
+from early_exit_cli.files.atomic import file_sha256
+from early_exit_cli.heads.exit_heads import ExitHeads
 
 DOCS = Path(__file__).parent.parent / "docs" / "faults.md"
 

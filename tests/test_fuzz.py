@@ -26,10 +26,9 @@ from fuzzing import (
     mutated_yaml,
 )
 
-from early_exit_cli import costs, data, dssd, engine, runners
-from early_exit_cli.artifacts import file_sha256
-from early_exit_cli.cache import Cache, damage_record, foreign_files, info, verify
-from early_exit_cli.cached_states import CachedStates
+from early_exit_cli.bundle import dssd
+from early_exit_cli.bundle import load as bundle_load
+from early_exit_cli.bundle.push import check_bundle, write_card
 from early_exit_cli.cli.app import app
 from early_exit_cli.cli.shared import data_of_bundle
 from early_exit_cli.config import (
@@ -41,15 +40,21 @@ from early_exit_cli.config import (
     PushConfig,
     TrainingConfig,
 )
-from early_exit_cli.data import Document
-from early_exit_cli.decoding import decode
-from early_exit_cli.drafters import NoDrafter
+from early_exit_cli.data import on_policy
+from early_exit_cli.data.documents import Document
+from early_exit_cli.decoding.loop import decode
+from early_exit_cli.drafting import choose, costs
+from early_exit_cli.drafting.drafter import NoDrafter
+from early_exit_cli.engine import Engine
 from early_exit_cli.errors import EexitError
-from early_exit_cli.extraction import _is_done, _recorded_shards, extract
-from early_exit_cli.hub import check_bundle, write_card
-from early_exit_cli.pupils import make_pupil
+from early_exit_cli.files.atomic import file_sha256
+from early_exit_cli.hidden_states.cache import Cache, damage_record, foreign_files, info, verify
+from early_exit_cli.hidden_states.cached import CachedStates
+from early_exit_cli.hidden_states.extract import _is_done, _recorded_shards, extract
 from early_exit_cli.resolve import resolve
-from early_exit_cli.runners import make_blocks
+from early_exit_cli.runtime import select
+from early_exit_cli.runtime.select import make_blocks
+from early_exit_cli.training.students import make_pupil
 
 FEW, MANY = 200, 2400
 """Mutants of each kind of file: in every run (of those that are used to draft, a third of it), and in the slow one."""
@@ -100,33 +105,33 @@ def world(tiny_model, tiny_backbone):
         blocks.widths, blocks.is_invariant = widths, True
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "load_backbone", lambda config: model.backbone)
-        patch.setattr(engine, "make_blocks", lambda *_: model.blocks)
-        patch.setattr(runners, "measure_widths", as_measured)
+        patch.setattr(bundle_load, "load_backbone", lambda config: model.backbone)
+        patch.setattr(bundle_load, "make_blocks", lambda *_: model.blocks)
+        patch.setattr(select, "measure_widths", as_measured)
         patch.setattr(costs, "measure_costs", lambda *_: measured)
         yield model
 
 
 def use_bundle(folder: Path) -> None:
     """All that commands do with a bundle: load it, draft with all it has, find its text, check and describe it."""
-    model = engine.load_model(BackboneConfig(), BundleConfig(bundle=str(folder)))
+    model = bundle_load.load_model(BackboneConfig(), BundleConfig(bundle=str(folder)))
     data_of_bundle(resolve({}), model.record)
     draft_with(model)
     write_card(check_bundle(folder), "org/heads", PushConfig())
 
 
-def draft_with(model: engine.Engine) -> None:
+def draft_with(model: Engine) -> None:
     levels = [float(key) for key in model.thresholds.levels] if model.thresholds else []
-    drafters = [costs.lookup_drafter(model), *(costs.auto_drafter(model, level, 8, "auto") for level in levels[:1])]
-    drafters += [costs.exit_drafter(model, level, 8, "auto") for level in levels[-1:]]
+    drafters = [choose.lookup_drafter(model), *(choose.auto_drafter(model, level, 8, "auto") for level in levels[:1])]
+    drafters += [choose.exit_drafter(model, level, 8, "auto") for level in levels[-1:]]
     if model.lookahead is not None:
-        drafters.append(costs.lookahead_drafter(model))
+        drafters.append(choose.lookahead_drafter(model))
     expected = plain_tokens(model)
     for drafter in drafters:
         assert [t for step in decode(model, PROMPT, drafter, 4, stop_ids=()) for t in step.tokens] == expected
 
 
-def plain_tokens(model: engine.Engine) -> list[int]:
+def plain_tokens(model: Engine) -> list[int]:
     if not hasattr(plain_tokens, "kept"):
         plain_tokens.kept = [t for step in decode(model, PROMPT, NoDrafter(), 4, stop_ids=()) for t in step.tokens]
     return plain_tokens.kept
@@ -239,7 +244,7 @@ def prompts(tmp_path, world, **_) -> Target:
     ]
 
     def load():
-        for row in data.read_prompts(path):
+        for row in rows.read_prompts(path):
             world.backbone.encode_prompt(row["prompt"])
             json.dumps(row, ensure_ascii=False).encode()
 
@@ -259,7 +264,7 @@ def texts(suffix: str) -> Callable[..., Target]:
         mutate = mutated_lines if suffix == ".jsonl" else mutated_json
 
         def load():
-            records = data.read_records(DataConfig(dataset_name=str(path)))
+            records = rows.read_records(DataConfig(dataset_name=str(path)))
             world.backbone.tokenizer([record["text"] for record in records])
 
         return Target(path, [whole[suffix].encode()], mutate, load)
@@ -273,7 +278,7 @@ def answers(tmp_path, world, **_) -> Target:
     rows = [{"index": i, "answer": [i, 2, 3]} for i in range(4)]
 
     def load():
-        found = data._read_answers(path, 4, world.backbone.vocab_size)
+        found = on_policy._read_answers(path, 4, world.backbone.vocab_size)
         assert all(0 <= index < 4 for index in found)
         assert all(0 <= token < 320 for answer in found.values() for token in answer)
         if len(found) < 4:
@@ -317,7 +322,7 @@ def measured(kind: str) -> Callable[..., Target]:
 
 def dssd_file(name: str, canary: Path | None = None) -> Callable[..., Target]:
     def target(tmp_path, linear_bundle, **_) -> Target:
-        from early_exit_cli.hub import import_dssd
+        from early_exit_cli.bundle.push import import_dssd
 
         folder, made = tmp_path / "dssd", tmp_path / "made"
         folder.mkdir()
@@ -350,7 +355,7 @@ def marker(tmp_path, tiny_backbone, **_) -> Target:
     """What a checkpoint says of itself."""
     from test_training import trainer
 
-    from early_exit_cli.training import resumable
+    from early_exit_cli.training.checkpoints import resumable
 
     training = trainer(tiny_backbone("llama"), tmp_path / "run", max_steps=1)
     training.run()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from early_exit_cli.errors import ConfigError
-from early_exit_cli.gating import NEVER, Thresholds, entropy, may_exit, uncertainty
+from early_exit_cli.heads.uncertainty import NEVER, Thresholds, entropy, may_exit, uncertainty
 
 
 def test_entropy_is_in_nats_and_float32():

@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
-from early_exit_cli.gguf import converted_gguf, embedded_gguf
+from early_exit_cli.backbone.gguf import converted_gguf, embedded_gguf
 
 
 def test_the_embedded_file_is_converted_once_and_in_silence(tmp_path, monkeypatch, capfd):

@@ -2,10 +2,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from early_exit_cli.backbone import Backbone
+from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.config import HeadsConfig
 from early_exit_cli.errors import BundleError, ConfigError
-from early_exit_cli.heads import ExitHeads, default_placement, head_layers, load_heads
+from early_exit_cli.heads.exit_heads import ExitHeads, default_placement, head_layers, load_heads
 
 
 def test_default_placement_is_the_seeds():

@@ -2,7 +2,7 @@
 
 from html.parser import HTMLParser
 
-from early_exit_cli.html_page import render_page
+from early_exit_cli.report.html_page import render_page
 
 NASTY = "</script><script>alert(\"1\")</script> & 'quotes' <b>$body</b>\r\n\0"
 

@@ -10,11 +10,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import early_exit_cli
-from early_exit_cli.artifacts import file_sha256
+from early_exit_cli.bundle.push import check_bundle, push, staged, write_card
 from early_exit_cli.cli.app import app
 from early_exit_cli.config import HubConfig, PushConfig
 from early_exit_cli.errors import BundleError, ConfigError
-from early_exit_cli.hub import check_bundle, push, staged, write_card
+from early_exit_cli.files.atomic import file_sha256
 
 SHIPPED = Path(early_exit_cli.__file__).parent / "bundles" / "smollm2-135m"
 

@@ -13,9 +13,9 @@ from large_body import Shape, large_backbone, large_exits, large_lookahead
 from test_cuda_blocks import backbone, distance  # noqa: F401 (a fixture)
 from test_cuda_graphs import ids_of
 
-from early_exit_cli.heads import ExitHeads
-from early_exit_cli.lookahead import LookaheadHead
-from early_exit_cli.lookahead_runner import LookaheadRunner
+from early_exit_cli.heads.exit_heads import ExitHeads
+from early_exit_cli.heads.lookahead import LookaheadHead
+from early_exit_cli.heads.lookahead_runner import LookaheadRunner
 
 SHAPE = Shape(hidden=512, inner=320, blocks=6, query_heads=16, kv_heads=4, head_dim=128, vocab=384)
 

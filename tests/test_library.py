@@ -20,7 +20,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from early_exit_cli import EarlyExitModel
-from early_exit_cli.drafters import ExitDrafter, NoDrafter
+from early_exit_cli.drafting.drafter import NoDrafter
+from early_exit_cli.drafting.exit import ExitDrafter
 from early_exit_cli.errors import BackboneError, BundleError, ConfigError, UnsupportedBackboneError
 
 PROMPT = torch.tensor([list(b"one two three")])

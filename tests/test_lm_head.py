@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from early_exit_cli import lm_head
-from early_exit_cli.lm_head import ExactArgmax, full_argmax, usable
+from early_exit_cli.runtime import exact_argmax as lm_head
+from early_exit_cli.runtime.exact_argmax import ExactArgmax, full_argmax, usable
 
 
 def normed_states(backbone, text):

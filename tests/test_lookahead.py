@@ -4,20 +4,25 @@ import pytest
 import torch
 from conftest import FAMILIES
 
+from early_exit_cli.bundle.load import load_model
+from early_exit_cli.calibration.draft_chances import fit_lookahead, fit_lookup, fit_survival, roll_out
 from early_exit_cli.config import BackboneConfig, BundleConfig, DataConfig, HeadsConfig, TrainingConfig
-from early_exit_cli.costs import auto_drafter, lookahead_drafter
-from early_exit_cli.data import Document, pack
-from early_exit_cli.decoding import decode, generate
-from early_exit_cli.drafters import Draft, NoDrafter, Step
-from early_exit_cli.engine import Engine, load_model
+from early_exit_cli.data.documents import Document
+from early_exit_cli.data.packing import pack
+from early_exit_cli.decoding.answer import generate
+from early_exit_cli.decoding.loop import decode
+from early_exit_cli.drafting.chances import Survival, policy_of
+from early_exit_cli.drafting.choose import auto_drafter, lookahead_drafter
+from early_exit_cli.drafting.drafter import Draft, NoDrafter
+from early_exit_cli.drafting.lookahead import LookaheadDrafter
+from early_exit_cli.drafting.reasons import Step
+from early_exit_cli.engine import Engine
 from early_exit_cli.errors import BundleError
-from early_exit_cli.lookahead import LookaheadHead
-from early_exit_cli.lookahead_drafter import LookaheadDrafter, Survival
-from early_exit_cli.lookahead_runner import LookaheadRunner, draft_linear
-from early_exit_cli.policy import fit_lookahead, fit_lookup, fit_survival, policy_of, roll_out
+from early_exit_cli.heads.lookahead import LookaheadHead
+from early_exit_cli.heads.lookahead_runner import LookaheadRunner, draft_linear
+from early_exit_cli.hidden_states.live import BackboneStates, run_states
 from early_exit_cli.sampling import GREEDY
-from early_exit_cli.states import BackboneStates, run_states
-from early_exit_cli.training import Lessons, Trainer
+from early_exit_cli.training.trainer import Lessons, Trainer
 
 PROMPT = [72, 101, 108, 108, 111, 32, 119, 111, 114, 108, 100]
 CERTAIN = [Survival(30.0, 0.0, 1.0)]  # whatever the entropy: every draft is worth its time
@@ -266,7 +271,7 @@ def test_it_joins_a_bundle_of_the_same_backbone_only(tmp_path, tiny_backbone):
     exit_trainer(backbone, tmp_path, max_steps=1).run()
     train(backbone, tmp_path, steps=1)[0].run()
     exit_trainer(backbone, tmp_path, max_steps=1).run()  # training exit heads again leaves it
-    from early_exit_cli.artifacts import read_json
+    from early_exit_cli.files.atomic import read_json
 
     record = read_json(tmp_path / "eexit.json")
     assert record["heads"]["kind"] == "adapter"
@@ -297,8 +302,8 @@ def test_a_bundle_without_one_says_how_to_get_one(tiny_model):
 def test_an_exported_checkpoint_holds_the_head_and_what_it_borrows(tmp_path, tiny_backbone):
     from safetensors.torch import load_file
 
-    from early_exit_cli.artifacts import read_json
-    from early_exit_cli.speculators_export import export_lookahead
+    from early_exit_cli.files.atomic import read_json
+    from early_exit_cli.heads.export_speculators import export_lookahead
 
     backbone = tiny_backbone("llama")
     vocab = torch.tensor([3, 7, 8, 200])

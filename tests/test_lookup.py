@@ -5,9 +5,10 @@ from collections import Counter
 
 import pytest
 
-from early_exit_cli.decoding import generate
-from early_exit_cli.drafters import NoDrafter
-from early_exit_cli.lookup import LookupDrafter, SuffixAutomaton
+from early_exit_cli.decoding.answer import generate
+from early_exit_cli.drafting.drafter import NoDrafter
+from early_exit_cli.drafting.lookup import LookupDrafter
+from early_exit_cli.drafting.suffix_automaton import SuffixAutomaton
 
 
 def longest_earlier(tokens):
@@ -98,7 +99,7 @@ def test_lookup_gives_the_words_of_plain_decoding(tiny_model, family):
 
 def test_lookup_is_bit_exact_in_four_bit(smollm2):
     from early_exit_cli.engine import Engine
-    from early_exit_cli.runners import make_blocks
+    from early_exit_cli.runtime.select import make_blocks
 
     model = Engine(smollm2, make_blocks(smollm2))
     prompt = smollm2.encode_prompt("Repeat this list three times: apple, pear, plum, fig, grape, lemon.")
@@ -113,7 +114,8 @@ def test_lookup_is_bit_exact_in_four_bit(smollm2):
 
 
 def test_auto_asks_the_heads_where_the_text_does_not_repeat(tiny_model):
-    from early_exit_cli.drafters import AutoDrafter, ExitDrafter
+    from early_exit_cli.drafting.auto import AutoDrafter
+    from early_exit_cli.drafting.exit import ExitDrafter
 
     model = tiny_model("llama")
     decided = Counter()

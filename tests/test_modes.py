@@ -9,11 +9,13 @@ from conftest import END, byte_tokenizer
 from test_decoding import thresholds_between
 
 from early_exit_cli.cli import show
-from early_exit_cli.comprehensive import DRAFT_LENGTHS, all_methods, run_all
-from early_exit_cli.decoding import generate, round_records
-from early_exit_cli.drafters import DynamicDrafter, FixedDrafter, NoDrafter
+from early_exit_cli.decoding.answer import generate
+from early_exit_cli.decoding.records import round_records
+from early_exit_cli.drafting.drafter import NoDrafter
+from early_exit_cli.drafting.exit import DynamicDrafter, FixedDrafter
 from early_exit_cli.errors import BundleError
-from early_exit_cli.gating import Thresholds
+from early_exit_cli.evaluation.comprehensive import DRAFT_LENGTHS, all_methods, run_all
+from early_exit_cli.heads.uncertainty import Thresholds
 
 PROMPT = byte_tokenizer()("one two three")["input_ids"]
 NEW = 40

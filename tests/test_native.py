@@ -9,26 +9,28 @@ from conftest import byte_tokenizer, family_config
 from test_blocks import run_in_passes
 from transformers import AutoModelForCausalLM
 
-from early_exit_cli import native_code as native_module
-from early_exit_cli.batched import answer_side_by_side
-from early_exit_cli.blocks import Part
+from early_exit_cli.backbone.load import load_backbone
+from early_exit_cli.backbone.output import LogitMap
+from early_exit_cli.bundle.load import load_model
 from early_exit_cli.config import SHIPPED_BUNDLE, BackboneConfig, BundleConfig, SamplingConfig
-from early_exit_cli.data import Document, pack, stacked
-from early_exit_cli.decoding import generate
-from early_exit_cli.drafters import NoDrafter
-from early_exit_cli.engine import Engine, load_model
+from early_exit_cli.data.answers import answer_side_by_side
+from early_exit_cli.data.documents import Document
+from early_exit_cli.data.packing import pack, stacked
+from early_exit_cli.decoding.answer import generate
+from early_exit_cli.drafting.drafter import NoDrafter
+from early_exit_cli.engine import Engine
 from early_exit_cli.errors import UnsupportedBackboneError
-from early_exit_cli.exit_reader import ExitReader, NativeExitReader, exit_reader
-from early_exit_cli.fused_blocks import FusedBlocks
-from early_exit_cli.gating import entropy
-from early_exit_cli.heads import ExitHeads
-from early_exit_cli.loading import load_backbone
-from early_exit_cli.lookahead_runner import LookaheadRunner
-from early_exit_cli.native_blocks import NativeBlocks, why_not_native
-from early_exit_cli.native_code import NoNativeCode, native_code
-from early_exit_cli.native_lookahead import NativeLookahead, lookahead_runner
-from early_exit_cli.readout import LogitMap
-from early_exit_cli.runners import make_blocks
+from early_exit_cli.heads.exit_heads import ExitHeads
+from early_exit_cli.heads.exit_runner import ExitReader, NativeExitReader, exit_reader
+from early_exit_cli.heads.lookahead_runner import LookaheadRunner
+from early_exit_cli.heads.native_lookahead import NativeLookahead, lookahead_runner
+from early_exit_cli.heads.uncertainty import entropy
+from early_exit_cli.runtime import native_code as native_module
+from early_exit_cli.runtime.blocks import Part
+from early_exit_cli.runtime.fused_blocks import FusedBlocks
+from early_exit_cli.runtime.native_blocks import NativeBlocks, why_not_native
+from early_exit_cli.runtime.native_code import NoNativeCode, native_code
+from early_exit_cli.runtime.select import make_blocks
 from early_exit_cli.sampling import Sampler
 
 SHAPES = ("llama", "llama3-rope", "mistral-window", "qwen2", "qwen2-window", "qwen3")

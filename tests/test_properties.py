@@ -15,17 +15,22 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from early_exit_cli.backbone import Backbone
-from early_exit_cli.blocks import HFBlocks
-from early_exit_cli.decoding import Round, collect_stats, decode
-from early_exit_cli.drafters import AutoDrafter, Draft, Drafter, ExitDrafter, FixedDrafter, Match, NoDrafter
+from early_exit_cli.backbone.backbone import Backbone
+from early_exit_cli.decoding.answer import collect_stats
+from early_exit_cli.decoding.loop import Round, decode
+from early_exit_cli.drafting.auto import AutoDrafter
+from early_exit_cli.drafting.chances import Survival
+from early_exit_cli.drafting.drafter import Draft, Drafter, NoDrafter
+from early_exit_cli.drafting.exit import ExitDrafter, FixedDrafter
+from early_exit_cli.drafting.lookahead import LookaheadDrafter
+from early_exit_cli.drafting.lookup import LookupDrafter
+from early_exit_cli.drafting.reasons import Match
 from early_exit_cli.engine import Engine
-from early_exit_cli.fused_blocks import FusedBlocks
-from early_exit_cli.heads import ExitHeads
-from early_exit_cli.lookahead import LookaheadHead
-from early_exit_cli.lookahead_drafter import LookaheadDrafter, Survival
-from early_exit_cli.lookup import LookupDrafter
-from early_exit_cli.runners import measure_widths
+from early_exit_cli.heads.exit_heads import ExitHeads
+from early_exit_cli.heads.lookahead import LookaheadHead
+from early_exit_cli.runtime.fused_blocks import FusedBlocks
+from early_exit_cli.runtime.hf_blocks import HFBlocks
+from early_exit_cli.runtime.invariant_widths import measure_widths
 
 VOCAB = 24
 FEW, MANY = 250, int(os.environ.get("EEXIT_PROPERTIES", "10000"))

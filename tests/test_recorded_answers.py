@@ -10,12 +10,13 @@ import torch
 from conftest import FAMILIES
 from test_cuda_graphs import HOST_READS, Tape, record_on_tape
 
-from early_exit_cli import padded_rows, recorded_answers
-from early_exit_cli.batched import answer_together
-from early_exit_cli.cuda_graphs import CudaRecorder
-from early_exit_cli.fused_blocks import FusedBlocks
-from early_exit_cli.padded_rows import dense_bytes, dense_layers, unpacked
-from early_exit_cli.recorded_answers import LOOK_EVERY, RecordedAnswers, rows_of
+from early_exit_cli.data import recorded_answers
+from early_exit_cli.data.answers import answer_together
+from early_exit_cli.data.recorded_answers import LOOK_EVERY, RecordedAnswers, rows_of
+from early_exit_cli.runtime import padded as padded_rows
+from early_exit_cli.runtime.cuda_graphs import CudaRecorder
+from early_exit_cli.runtime.fused_blocks import FusedBlocks
+from early_exit_cli.runtime.padded import dense_bytes, dense_layers, unpacked
 
 COMMON = {7, 19, 44, 101, 180, 200, 222, 256}
 """End tokens frequent enough to end rows at different steps."""

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from early_exit_cli.reliability import independent_tokens, lower_bound, tokens_missing
+from early_exit_cli.calibration.intervals import independent_tokens, lower_bound, tokens_missing
 
 
 def share(right, tokens):

@@ -2,10 +2,14 @@
 
 import pytest
 
-from early_exit_cli.decoding import generate
-from early_exit_cli.drafters import AutoDrafter, Draft, Match, NoDrafter, RoundTimes
-from early_exit_cli.lookahead_drafter import LookaheadDrafter, Survival
-from early_exit_cli.lookup import LookupDrafter
+from early_exit_cli.decoding.answer import generate
+from early_exit_cli.drafting.auto import AutoDrafter
+from early_exit_cli.drafting.chances import Survival
+from early_exit_cli.drafting.drafter import Draft, NoDrafter
+from early_exit_cli.drafting.lookahead import LookaheadDrafter
+from early_exit_cli.drafting.lookup import LookupDrafter
+from early_exit_cli.drafting.reasons import Match
+from early_exit_cli.drafting.round_costs import RoundTimes
 
 PROMPT = [1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3, 4, 5, 6]
 
@@ -64,7 +68,7 @@ def test_auto_begins_plainly_where_it_learns_and_counts_rounds_by_who_drafted():
 
 
 def test_the_lookahead_head_pays_for_a_chain_that_was_not_worth_verifying(monkeypatch):
-    monkeypatch.setattr("early_exit_cli.lookahead_drafter.lookahead_runner", lambda head: None)
+    monkeypatch.setattr("early_exit_cli.drafting.lookahead.lookahead_runner", lambda head: None)
 
     class Head:
         exit_layers = (1,)

@@ -20,19 +20,24 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from early_exit_cli.backbone.load import load_backbone
+from early_exit_cli.calibration.draft_chances import TEMPERATURES, fit_temperatures, overlap
 from early_exit_cli.config import BackboneConfig, SamplingConfig
-from early_exit_cli.data import Document, pack
-from early_exit_cli.decoding import decode, generate
-from early_exit_cli.drafters import AutoDrafter, ExitDrafter, FixedDrafter, NoDrafter
+from early_exit_cli.data.documents import Document
+from early_exit_cli.data.packing import pack
+from early_exit_cli.decoding.answer import generate
+from early_exit_cli.decoding.loop import decode
+from early_exit_cli.drafting.auto import AutoDrafter
+from early_exit_cli.drafting.chances import Survival
+from early_exit_cli.drafting.drafter import NoDrafter
+from early_exit_cli.drafting.exit import ExitDrafter, FixedDrafter
+from early_exit_cli.drafting.lookahead import LookaheadDrafter
+from early_exit_cli.drafting.lookup import LookupDrafter
 from early_exit_cli.engine import Engine
-from early_exit_cli.fused_blocks import FusedBlocks
-from early_exit_cli.heads import ExitHeads
-from early_exit_cli.loading import load_backbone
-from early_exit_cli.lookahead import LookaheadHead
-from early_exit_cli.lookahead_drafter import LookaheadDrafter, Survival
-from early_exit_cli.lookup import LookupDrafter
-from early_exit_cli.policy import TEMPERATURES, fit_temperatures, overlap
-from early_exit_cli.runners import measure_widths
+from early_exit_cli.heads.exit_heads import ExitHeads
+from early_exit_cli.heads.lookahead import LookaheadHead
+from early_exit_cli.runtime.fused_blocks import FusedBlocks
+from early_exit_cli.runtime.invariant_widths import measure_widths
 from early_exit_cli.sampling import GREEDY, Sampler, make_chooser, nucleus, penalized, truncated
 
 PROMPT = [72, 101, 108, 108, 111, 32, 72, 101, 108, 108, 111, 32]

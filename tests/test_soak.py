@@ -9,14 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from early_exit_cli.bundle.load import load_model
 from early_exit_cli.config import SHIPPED_BUNDLE, BackboneConfig, BundleConfig
-from early_exit_cli.costs import auto_drafter, exit_drafter, lookahead_drafter, lookup_drafter
-from early_exit_cli.decoding import generate
-from early_exit_cli.drafters import Drafter, ExitDrafter, FixedDrafter, NoDrafter
-from early_exit_cli.engine import Engine, load_model
-from early_exit_cli.lookahead import LookaheadHead
-from early_exit_cli.lookahead_drafter import LookaheadDrafter, Survival
-from early_exit_cli.lookup import LookupDrafter
+from early_exit_cli.decoding.answer import generate
+from early_exit_cli.drafting.chances import Survival
+from early_exit_cli.drafting.choose import auto_drafter, exit_drafter, lookahead_drafter, lookup_drafter
+from early_exit_cli.drafting.drafter import Drafter, NoDrafter
+from early_exit_cli.drafting.exit import ExitDrafter, FixedDrafter
+from early_exit_cli.drafting.lookahead import LookaheadDrafter
+from early_exit_cli.drafting.lookup import LookupDrafter
+from early_exit_cli.engine import Engine
+from early_exit_cli.heads.lookahead import LookaheadHead
 
 PROMPTS, SETTLED = int(os.environ.get("EEXIT_SOAK", "2000")), 100
 ALLOWED = 16 << 20

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_lookahead import some_head
 
-from early_exit_cli.data import Document, pack
-from early_exit_cli.speculators_export import export_lookahead
-from early_exit_cli.states import run_states
+from early_exit_cli.data.documents import Document
+from early_exit_cli.data.packing import pack
+from early_exit_cli.heads.export_speculators import export_lookahead
+from early_exit_cli.hidden_states.live import run_states
 
 PACKAGES = ["torch", "transformers<=5.19.0", "loguru", "pydantic-settings", "psutil", "protobuf", "openai", "aiohttp"]
 PACKAGES += ["datasets", "typer", "rich", "httpx", "click", "tqdm"]

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from early_exit_cli.calibration.thresholds import Sample, exits_in_order, fit_thresholds, threshold_for
 from early_exit_cli.config import CalibrationConfig
-from early_exit_cli.thresholds import Sample, exits_in_order, fit_thresholds, threshold_for
 
 ENTROPIES = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
 #            cumulative accuracy   1    1/2  2/3  3/4  3/5  1/2

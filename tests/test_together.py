@@ -5,13 +5,14 @@ import torch
 from test_decoding import tokens_of
 from test_sampling import make_drafter
 
-from early_exit_cli.blocks import Part
 from early_exit_cli.config import SamplingConfig
-from early_exit_cli.decoding import decode
-from early_exit_cli.drafters import NoDrafter, share_of_pass
+from early_exit_cli.decoding.batch import Request, decode_together, generate_together
+from early_exit_cli.decoding.loop import decode
+from early_exit_cli.drafting.drafter import NoDrafter
+from early_exit_cli.drafting.round_costs import share_of_pass
 from early_exit_cli.errors import ConfigError
+from early_exit_cli.runtime.blocks import Part
 from early_exit_cli.sampling import make_chooser
-from early_exit_cli.together import Request, decode_together, generate_together
 
 PROMPTS = [
     list(b"Hello Hello "),
@@ -146,9 +147,9 @@ def test_the_share_of_a_pass_adds_up():
 
 def test_the_shipped_model_answers_together_as_alone(smollm2):
     """NF4 in bfloat16, with its heads: bits do not depend on who else is in the pass."""
+    from early_exit_cli.bundle.load import load_model
     from early_exit_cli.config import BackboneConfig, BundleConfig
-    from early_exit_cli.costs import auto_drafter
-    from early_exit_cli.engine import load_model
+    from early_exit_cli.drafting.choose import auto_drafter
 
     model = load_model(BackboneConfig(), BundleConfig())
     prompts = [

@@ -5,14 +5,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from early_exit_cli.bundle.load import load_model
 from early_exit_cli.config import DataConfig, HeadsConfig, TrainingConfig
-from early_exit_cli.data import Document, pack
-from early_exit_cli.distillation import Teacher, distillation_loss, draft_vocabulary, teach
-from early_exit_cli.engine import load_model
+from early_exit_cli.data.documents import Document
+from early_exit_cli.data.packing import pack
 from early_exit_cli.errors import BundleError, CheckpointError, DataError
-from early_exit_cli.heads import head_layers
-from early_exit_cli.states import BackboneStates, States, count_tokens, log_normalizer
-from early_exit_cli.training import MARKER, Lessons, Trainer, complete_checkpoints
+from early_exit_cli.heads.exit_heads import head_layers
+from early_exit_cli.hidden_states.live import BackboneStates
+from early_exit_cli.hidden_states.states import States, count_tokens, log_normalizer
+from early_exit_cli.training.checkpoints import MARKER, complete_checkpoints
+from early_exit_cli.training.distillation import Teacher, distillation_loss, draft_vocabulary, teach
+from early_exit_cli.training.trainer import Lessons, Trainer
 
 DATA = DataConfig(dataset_name="x", max_length=32)
 
@@ -55,7 +58,7 @@ def make(backbone, heads, config, train=None, held_out=4):
 
 @pytest.mark.parametrize("variation", [0.0, 0.7, 1.0])
 def test_the_loss_is_kl_and_total_variation_and_so_is_its_gradient(monkeypatch, variation):
-    monkeypatch.setattr("early_exit_cli.distillation.ROWS_AT_ONCE", 4)  # of six: the last ones are fewer
+    monkeypatch.setattr("early_exit_cli.training.distillation.ROWS_AT_ONCE", 4)  # of six: the last ones are fewer
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, 10, generator=generator).requires_grad_()
     p = torch.randn(6, 10, generator=generator).softmax(-1)

@@ -13,15 +13,15 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from early_exit_cli import weight_cache
-from early_exit_cli.artifacts import file_sha256
+from early_exit_cli.backbone import weight_cache
+from early_exit_cli.backbone.load import load_backbone
+from early_exit_cli.backbone.quantization import settings_for
+from early_exit_cli.backbone.weight_cache import load_copy, save_copy, weights_folder
 from early_exit_cli.cli.app import app
 from early_exit_cli.config import BackboneConfig, KeptKind
 from early_exit_cli.errors import BackboneError
-from early_exit_cli.kept_files import KINDS
-from early_exit_cli.loading import load_backbone
-from early_exit_cli.quantization import settings_for
-from early_exit_cli.weight_cache import load_copy, save_copy, weights_folder
+from early_exit_cli.files.atomic import file_sha256
+from early_exit_cli.files.kept import KINDS
 
 COMMIT = "a" * 40
 

@@ -10,9 +10,10 @@ import sys
 
 import typer
 
-from early_exit_cli import __version__, console
+from early_exit_cli import __version__
 from early_exit_cli.cli import bench, cache, calibrate, evaluate, export, hub, infer, train
 from early_exit_cli.errors import EexitError
+from early_exit_cli.report import console
 
 app = typer.Typer(
     name="eexit",

@@ -5,23 +5,24 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from early_exit_cli import console, plots
-from early_exit_cli.artifacts import environment, run_record, write_json
 from early_exit_cli.cli.options import configured
+from early_exit_cli.files.atomic import write_json
+from early_exit_cli.files.environment import environment, run_record
+from early_exit_cli.report import console, plots
 from early_exit_cli.resolve import Resolved
 
 
 @configured("bench", "bundle", "backbone", "sampling")
 def command(resolved: Resolved, as_json: bool) -> None:
     """Compare methods side by side on a set of prompts."""
-    from early_exit_cli.backbone import device_name
-    from early_exit_cli.bench import run_bench, select_prompts, summarize
-    from early_exit_cli.bench_methods import Setup, check_methods
+    from early_exit_cli.backbone.backbone import device_name
+    from early_exit_cli.backbone.load import load_tokenizer, pick_device
+    from early_exit_cli.bundle.load import bundle_source
     from early_exit_cli.cli.shared import backbone_of_bundle
-    from early_exit_cli.data import read_prompts
-    from early_exit_cli.engine import bundle_source
+    from early_exit_cli.data.rows import read_prompts
     from early_exit_cli.errors import ConfigError
-    from early_exit_cli.loading import load_tokenizer, pick_device
+    from early_exit_cli.evaluation.bench import run_bench, select_prompts, summarize
+    from early_exit_cli.evaluation.bench_methods import Setup, check_methods
 
     config = resolved.config.bench
     if config.costs:
@@ -58,9 +59,9 @@ def command(resolved: Resolved, as_json: bool) -> None:
 
 def show_costs(resolved: Resolved, as_json: bool) -> None:
     """Measure the cost table of this device, keep it, show it."""
+    from early_exit_cli.bundle.load import load_model
     from early_exit_cli.cli.shared import backbone_of_bundle
-    from early_exit_cli.costs import CONTEXT, FAR_CONTEXT, cost_table
-    from early_exit_cli.engine import load_model
+    from early_exit_cli.drafting.costs import CONTEXT, FAR_CONTEXT, cost_table
 
     model = load_model(backbone_of_bundle(resolved), resolved.config.bundle, with_thresholds=False)
     costs = cost_table(model, refresh=True)

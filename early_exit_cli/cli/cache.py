@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from early_exit_cli import console
 from early_exit_cli.cli.options import configured
 from early_exit_cli.errors import CacheError, ConfigError
+from early_exit_cli.report import console
 from early_exit_cli.resolve import Resolved
 
 if TYPE_CHECKING:
-    from early_exit_cli.cache import Cache
-    from early_exit_cli.extraction import Estimate
-    from early_exit_cli.kept_files import Kept
+    from early_exit_cli.files.kept import Kept
+    from early_exit_cli.hidden_states.cache import Cache
+    from early_exit_cli.hidden_states.extract import Estimate
 
 
 @configured("backbone", "heads", "data", "cache")
@@ -30,7 +30,7 @@ def info(resolved: Resolved, as_json: bool) -> None:
     if resolved.config.cache.cache_dir is not None:
         show(named_cache(resolved), as_json)
         return
-    from early_exit_cli.kept_files import kept
+    from early_exit_cli.files.kept import kept
 
     show_kept(kept(), as_json)
 
@@ -38,8 +38,8 @@ def info(resolved: Resolved, as_json: bool) -> None:
 @configured("clear", argument="clear.kind")
 def clear(resolved: Resolved, as_json: bool) -> None:
     """Remove what is kept in the user's cache folder, and say what; it is made again when it is needed."""
-    from early_exit_cli.kept_files import clear as remove
-    from early_exit_cli.kept_files import cleared, kept
+    from early_exit_cli.files.kept import clear as remove
+    from early_exit_cli.files.kept import cleared, kept
 
     config = resolved.config.clear
     found = kept(cleared(config.kind))
@@ -54,8 +54,8 @@ def clear(resolved: Resolved, as_json: bool) -> None:
 @configured("cache")
 def verify(resolved: Resolved, as_json: bool) -> None:
     """Check every file of a cache against its manifest; exit code 1 when one is damaged."""
-    from early_exit_cli.cache import damage_record, foreign_files
-    from early_exit_cli.cache import verify as verify_files
+    from early_exit_cli.hidden_states.cache import damage_record, foreign_files
+    from early_exit_cli.hidden_states.cache import verify as verify_files
 
     cache = named_cache(resolved)
     with console.progress("checking shards", len(cache.shards)) as ticker:
@@ -75,12 +75,12 @@ def verify(resolved: Resolved, as_json: bool) -> None:
 @configured("cache")
 def repair(resolved: Resolved, as_json: bool) -> None:
     """Compute damaged files of a cache again, and only those."""
-    from early_exit_cli.cache import damage_record
-    from early_exit_cli.cache import verify as verify_files
+    from early_exit_cli.backbone.load import load_backbone
     from early_exit_cli.cli.shared import load_text
     from early_exit_cli.config import BackboneConfig, CacheConfig
-    from early_exit_cli.extraction import repair as repair_files
-    from early_exit_cli.loading import load_backbone
+    from early_exit_cli.hidden_states.cache import damage_record
+    from early_exit_cli.hidden_states.cache import verify as verify_files
+    from early_exit_cli.hidden_states.extract import repair as repair_files
 
     cache = named_cache(resolved)
     damaged = verify_files(cache)
@@ -115,7 +115,7 @@ def repair(resolved: Resolved, as_json: bool) -> None:
 
 def named_cache(resolved: Resolved) -> Cache:
     """The cache that --cache-dir names."""
-    from early_exit_cli.cache import Cache
+    from early_exit_cli.hidden_states.cache import Cache
 
     folder = resolved.config.cache.cache_dir
     if folder is None:
@@ -132,7 +132,11 @@ def find_or_extract(resolved: Resolved) -> Cache:
     """
     from accelerate import PartialState
 
-    from early_exit_cli.cache import (
+    from early_exit_cli.backbone.load import load_backbone, pick_device
+    from early_exit_cli.cli.shared import load_text
+    from early_exit_cli.data.rows import read_records
+    from early_exit_cli.heads.exit_heads import head_layers
+    from early_exit_cli.hidden_states.cache import (
         MANIFEST,
         Cache,
         bytes_per_token,
@@ -141,11 +145,7 @@ def find_or_extract(resolved: Resolved) -> Cache:
         default_folder,
         wanted_sequences,
     )
-    from early_exit_cli.cli.shared import load_text
-    from early_exit_cli.data import read_records
-    from early_exit_cli.extraction import extract as extract_states
-    from early_exit_cli.heads import head_layers
-    from early_exit_cli.loading import load_backbone, pick_device
+    from early_exit_cli.hidden_states.extract import extract as extract_states
 
     config = resolved.config
     if config.data.dataset_name is None:
@@ -206,7 +206,7 @@ def existing_cache(resolved: Resolved) -> Cache:
 
 def show_kept(found: list[Kept], as_json: bool) -> None:
     """What is kept, by kind."""
-    from early_exit_cli.artifacts import user_cache_dir
+    from early_exit_cli.files.environment import user_cache_dir
 
     if as_json:
         kinds = {one.kind: {"files": one.files, "bytes": one.bytes} for one in found}
@@ -228,7 +228,7 @@ def show_plan(folder: Path, estimate: Estimate) -> None:
 
 def show(cache: Cache, as_json: bool) -> None:
     """The facts of a cache."""
-    from early_exit_cli.cache import info as facts_of
+    from early_exit_cli.hidden_states.cache import info as facts_of
 
     facts = facts_of(cache)
     if as_json:

@@ -5,26 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from early_exit_cli import console, plots
 from early_exit_cli.cli.options import configured
 from early_exit_cli.errors import ConfigError, TargetMissedError
+from early_exit_cli.report import console, plots
 from early_exit_cli.resolve import Resolved
 
 if TYPE_CHECKING:
-    from early_exit_cli.calibration import Calibration
+    from early_exit_cli.calibration.calibrate import Calibration
     from early_exit_cli.cli.shared import HeldOut
     from early_exit_cli.config import ThresholdRule
+    from early_exit_cli.drafting.chances import Policy
     from early_exit_cli.engine import Engine
-    from early_exit_cli.policy import Policy
 
 
 @configured("bundle", "backbone", "data", "calibration")
 def command(resolved: Resolved, as_json: bool) -> None:
     """Fit thresholds for each head and target accuracy on held-out text, and check them on other held-out text."""
-    from early_exit_cli.calibration import calibrate, calibration_json, calibration_record, save_calibration
+    from early_exit_cli.bundle.files import CALIBRATION_FILE
+    from early_exit_cli.bundle.load import bundle_source, load_model
+    from early_exit_cli.calibration.calibrate import calibrate, calibration_json, calibration_record, save_calibration
     from early_exit_cli.cli.shared import backbone_of_bundle, data_of_bundle, dataset_label, held_out_text
-    from early_exit_cli.engine import CALIBRATION_FILE, bundle_source, load_model
-    from early_exit_cli.policy import save_policy
+    from early_exit_cli.drafting.chances import save_policy
 
     config = resolved.config
     source = bundle_source(config.bundle)
@@ -65,7 +66,8 @@ def command(resolved: Resolved, as_json: bool) -> None:
 def fit_policy(model: Engine, fit: HeldOut, check: HeldOut) -> Policy:
     """How likely drafts of lookup and of the lookahead head survive, with the latter looked at on the second text too, and
     at which temperature sampled drafts do best."""
-    from early_exit_cli.policy import Policy, fit_lookahead, fit_lookup, fit_temperatures, roll_out
+    from early_exit_cli.calibration.draft_chances import fit_lookahead, fit_lookup, fit_temperatures, roll_out
+    from early_exit_cli.drafting.chances import Policy
 
     lookup = fit_lookup(fit.documents)
     temperatures = fit_temperatures(model, fit.batches)
@@ -79,7 +81,7 @@ def fit_policy(model: Engine, fit: HeldOut, check: HeldOut) -> Policy:
 
 def print_policy(policy: Policy, as_json: bool) -> None:
     """What drafts are worth, by kind of match and by draft position."""
-    from early_exit_cli.lookup import SHORTEST
+    from early_exit_cli.drafting.suffix_automaton import SHORTEST
 
     if as_json:
         return
@@ -108,8 +110,8 @@ def print_policy(policy: Policy, as_json: bool) -> None:
 
 def print_calibration(result: Calibration, depth: int) -> None:
     """A table for each head, then how both rules kept their promises."""
-    from early_exit_cli.calibration import ENOUGH_CHECKED
-    from early_exit_cli.reliability import SURE
+    from early_exit_cli.calibration.calibrate import ENOUGH_CHECKED
+    from early_exit_cli.calibration.intervals import SURE
 
     other: ThresholdRule = "independent" if result.rule == "conditional" else "conditional"
     fitted = f"level,{result.metric} threshold,coverage,agreement,at least ({SURE:.0%}),tokens missing"
@@ -149,7 +151,7 @@ def _share(value: float | None) -> str | None:
 
 def print_warnings(result: Calibration) -> None:
     """Levels that cannot be reached, and how many tokens are missing to be sure of the others."""
-    from early_exit_cli.reliability import SURE
+    from early_exit_cli.calibration.intervals import SURE
 
     for level in result.levels:
         missed = [str(head) for found, head, cell in result.cells() if found == level and not cell.reachable]

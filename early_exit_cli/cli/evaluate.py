@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from early_exit_cli import console
-from early_exit_cli.artifacts import write_json
 from early_exit_cli.cli.options import configured
+from early_exit_cli.files.atomic import write_json
+from early_exit_cli.report import console
 from early_exit_cli.resolve import Resolved
 
 if TYPE_CHECKING:
-    from early_exit_cli.acceptance import Acceptance
-    from early_exit_cli.evaluation import Evaluation
+    from early_exit_cli.evaluation.acceptance import Acceptance
+    from early_exit_cli.evaluation.agreement import Evaluation
 
 
 @configured("bundle", "backbone", "data", "evaluation")
 def command(resolved: Resolved, as_json: bool) -> None:
     """Measure each head against the text and against the backbone, and say why drafts are not accepted."""
+    from early_exit_cli.bundle.load import bundle_source, load_model
     from early_exit_cli.cli.shared import backbone_of_bundle, data_of_bundle, dataset_label, held_out_text
-    from early_exit_cli.engine import bundle_source, load_model
-    from early_exit_cli.evaluation import evaluate
+    from early_exit_cli.evaluation.agreement import evaluate
 
     config = resolved.config
     model = load_model(backbone_of_bundle(resolved), config.bundle)
@@ -88,7 +88,7 @@ def print_groups(result: Evaluation) -> None:
 
 def print_acceptance(found: Acceptance) -> None:
     """What became of the tokens asked for."""
-    from early_exit_cli.acceptance import REASONS
+    from early_exit_cli.evaluation.acceptance import REASONS
 
     record = found.record()
     rate = record["acceptance_rate"]

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from early_exit_cli import console
 from early_exit_cli.cli.options import configured
 from early_exit_cli.errors import BundleError, ConfigError
+from early_exit_cli.report import console
 from early_exit_cli.resolve import Resolved
 
 
 @configured("bundle", "backbone", "export")
 def command(resolved: Resolved, as_json: bool) -> None:
     """Write a bundle's lookahead head in a format that serving engines load."""
+    from early_exit_cli.bundle.load import load_model
     from early_exit_cli.cli.shared import backbone_of_bundle
-    from early_exit_cli.engine import load_model
-    from early_exit_cli.speculators_export import export_lookahead
+    from early_exit_cli.heads.export_speculators import export_lookahead
 
     settings = resolved.config.export
     if settings.output_dir.exists():

@@ -5,21 +5,21 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from early_exit_cli import console
 from early_exit_cli.cli.options import configured
 from early_exit_cli.errors import ConfigError
+from early_exit_cli.report import console
 from early_exit_cli.resolve import Resolved
 
 if TYPE_CHECKING:
-    from early_exit_cli.hub import Bundle
+    from early_exit_cli.bundle.push import Bundle
 
 
 @configured("hub", "bundle", "push", argument="bundle.bundle")
 def push(resolved: Resolved, as_json: bool) -> None:
     """Upload a bundle to the Hub, in one commit, with a model card made from its records."""
-    from early_exit_cli.engine import bundle_folder
-    from early_exit_cli.hub import check_bundle, staged, write_card
-    from early_exit_cli.hub import push as push_files
+    from early_exit_cli.bundle.load import bundle_folder
+    from early_exit_cli.bundle.push import check_bundle, staged, write_card
+    from early_exit_cli.bundle.push import push as push_files
 
     config = resolved.config
     if config.hub.repo_id is None:
@@ -51,9 +51,9 @@ def push(resolved: Resolved, as_json: bool) -> None:
 @configured("hub", "pull", argument="hub.repo_id")
 def pull(resolved: Resolved, as_json: bool) -> None:
     """Download a bundle from the Hub."""
-    from early_exit_cli.hub import check_bundle
-    from early_exit_cli.pull import copy_bundle
-    from early_exit_cli.pull import pull as pull_bundle
+    from early_exit_cli.bundle.pull import copy_bundle
+    from early_exit_cli.bundle.pull import pull as pull_bundle
+    from early_exit_cli.bundle.push import check_bundle
 
     config = resolved.config
     source = pull_bundle(config.hub)
@@ -71,7 +71,7 @@ def pull(resolved: Resolved, as_json: bool) -> None:
 @configured("dssd", argument="dssd.folder")
 def import_(resolved: Resolved, as_json: bool) -> None:
     """Make a bundle of heads that DSSD's own program trained."""
-    from early_exit_cli.hub import import_dssd
+    from early_exit_cli.bundle.push import import_dssd
 
     config = resolved.config.dssd
     if config.folder is None or config.output_dir is None:

@@ -8,17 +8,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from early_exit_cli import console
-from early_exit_cli.artifacts import read_text, write_json
 from early_exit_cli.cli import show
 from early_exit_cli.cli.options import configured
-from early_exit_cli.config import DYNAMIC_LENGTH, InferenceConfig, is_unicode
+from early_exit_cli.config import DYNAMIC_LENGTH, InferenceConfig
+from early_exit_cli.config_fields import is_unicode
 from early_exit_cli.errors import ConfigError, DataError
+from early_exit_cli.files.atomic import read_text, write_json
+from early_exit_cli.report import console
 from early_exit_cli.resolve import Resolved
 
 if TYPE_CHECKING:
-    from early_exit_cli.decoding import Generation
-    from early_exit_cli.drafters import Drafter
+    from early_exit_cli.decoding.answer import Generation
+    from early_exit_cli.drafting.drafter import Drafter
     from early_exit_cli.engine import Engine
     from early_exit_cli.sampling import Chooser
 
@@ -70,7 +71,7 @@ class Job:
 
 def prepare(resolved: Resolved, as_json: bool) -> Job:
     """Load the model and make the drafter of the mode."""
-    from early_exit_cli.methods import make_drafter
+    from early_exit_cli.drafting.choose import make_drafter
     from early_exit_cli.sampling import make_chooser
 
     settings = resolved.config.inference
@@ -115,7 +116,8 @@ def check_combinations(resolved: Resolved) -> None:
             faults.append(f"--lookup-corpus is for the drafters lookup and auto, and this is {kind}")
         read_text(settings.lookup_corpus)
     if settings.mode == "fixed_layerskip":
-        from early_exit_cli.engine import bundle_folder, read_bundle_config
+        from early_exit_cli.bundle.files import read_bundle_config
+        from early_exit_cli.bundle.load import bundle_folder
 
         heads = read_bundle_config(bundle_folder(resolved.config.bundle))["num_heads"]
         if settings.fixed_head >= heads:
@@ -144,7 +146,7 @@ def gather_prompts(settings: InferenceConfig) -> list[dict[str, Any]]:
     if len(given) > 1:
         raise ConfigError(f"several prompts given: {', '.join('--' + name.replace('_', '-') for name in given)}")
     if settings.prompts:
-        from early_exit_cli.data import read_prompts
+        from early_exit_cli.data.rows import read_prompts
 
         return read_prompts(settings.prompts)[: settings.limit]
     if settings.prompt_file:
@@ -167,9 +169,9 @@ def gather_prompts(settings: InferenceConfig) -> list[dict[str, Any]]:
 
 def load(resolved: Resolved, kind: str) -> Engine:
     """The model; a backbone that was named without a bundle is loaded alone where no head must be read."""
+    from early_exit_cli.bundle.load import load_model
     from early_exit_cli.cli.shared import backbone_of_bundle
-    from early_exit_cli.engine import load_model
-    from early_exit_cli.methods import HEADLESS
+    from early_exit_cli.drafting.choose import HEADLESS
 
     config = resolved.config
     if kind in HEADLESS and resolved.is_default("bundle.bundle") and not resolved.is_default("backbone.model_name"):
@@ -193,7 +195,8 @@ def say_how_it_runs(model: Engine) -> None:
 
 def say_what_is_not_read(model: Engine, drafter: Drafter) -> None:
     """On stderr: which of the bundle's heads are left unread, and why."""
-    from early_exit_cli.drafters import AutoDrafter, ExitDrafter
+    from early_exit_cli.drafting.auto import AutoDrafter
+    from early_exit_cli.drafting.exit import ExitDrafter
 
     if isinstance(drafter, AutoDrafter) and model.heads is not None and model.thresholds is None:
         console.note("the bundle is not calibrated: its heads are not read (eexit calibrate)")
@@ -213,7 +216,8 @@ def encode(model: Engine, settings: InferenceConfig, prompt: str) -> list[int]:
 
 def answer_one(job: Job, prompt: str, ids: list[int]) -> None:
     """One prompt, one method, streamed."""
-    from early_exit_cli.decoding import generate, trace_records
+    from early_exit_cli.decoding.answer import generate
+    from early_exit_cli.decoding.records import trace_records
 
     settings = job.settings
     result = generate(
@@ -242,7 +246,7 @@ def answer_one(job: Job, prompt: str, ids: list[int]) -> None:
 
 def warm_up(job: Job, ids: list[int], drafter: Drafter) -> None:
     """A few tokens that nobody sees, so that a timed run does not pay for what is made once."""
-    from early_exit_cli.decoding import generate
+    from early_exit_cli.decoding.answer import generate
 
     tokens = min(8, job.settings.max_tokens)
     generate(job.model, ids, drafter, tokens, mode="warm-up", width=job.width, chooser=job.chooser)
@@ -250,8 +254,8 @@ def warm_up(job: Job, ids: list[int], drafter: Drafter) -> None:
 
 def answer_compare(job: Job, prompt: str, ids: list[int]) -> None:
     """Both methods on one prompt, after a warm-up that is not counted."""
-    from early_exit_cli.drafters import NoDrafter
-    from early_exit_cli.evaluation import compare
+    from early_exit_cli.drafting.drafter import NoDrafter
+    from early_exit_cli.evaluation.compare import compare
 
     settings = job.settings
     for warm in (job.drafter, NoDrafter()):
@@ -279,7 +283,7 @@ def answer_compare(job: Job, prompt: str, ids: list[int]) -> None:
 
 def answer_comprehensive(job: Job, prompt: str, ids: list[int]) -> None:
     """Full, fixed drafts of every head, every calibrated level; the page shows the fastest that drafts."""
-    from early_exit_cli.comprehensive import all_methods, run_all
+    from early_exit_cli.evaluation.comprehensive import all_methods, run_all
 
     settings = job.settings
     methods = all_methods(job.model, job.width, settings.read_heads)
@@ -334,8 +338,8 @@ def answer_many(job: Job, prompts: list[dict[str, Any]], encoded: list[list[int]
 
 def answer_in_turn(job: Job, encoded: list[list[int]], on_answer: Callable[[int], None]) -> list[dict[str, Any]]:
     """One prompt after another."""
-    from early_exit_cli.decoding import generate
-    from early_exit_cli.evaluation import compare
+    from early_exit_cli.decoding.answer import generate
+    from early_exit_cli.evaluation.compare import compare
 
     settings, records = job.settings, []
     for ids in encoded:
@@ -367,7 +371,7 @@ def answer_in_turn(job: Job, encoded: list[list[int]], on_answer: Callable[[int]
 
 def answer_together(job: Job, encoded: list[list[int]], on_answer: Callable[[int], None]) -> list[dict[str, Any]]:
     """`--batch` prompts at a time in the same passes."""
-    from early_exit_cli.together import Request, generate_together
+    from early_exit_cli.decoding.batch import Request, generate_together
 
     requests = [Request(ids, job.chooser.another()) for ids in encoded]
     runs = generate_together(

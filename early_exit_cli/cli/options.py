@@ -19,8 +19,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
-from early_exit_cli import console
 from early_exit_cli.errors import ConfigError
+from early_exit_cli.report import console
 from early_exit_cli.resolve import Resolved, parse_yaml, resolve, sections
 
 Command = Callable[..., None]

@@ -7,19 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from early_exit_cli import console
 from early_exit_cli.config import BackboneConfig, DataConfig
+from early_exit_cli.report import console
 from early_exit_cli.resolve import Resolved
 
 if TYPE_CHECKING:
-    from early_exit_cli.backbone import Backbone
-    from early_exit_cli.data import Batch, Document, Split
+    from early_exit_cli.backbone.backbone import Backbone
+    from early_exit_cli.data.documents import Document, Split
+    from early_exit_cli.data.packing import Batch
     from early_exit_cli.engine import Engine
 
 
 def backbone_of_bundle(resolved: Resolved) -> BackboneConfig:
     """The backbone section, with name and quantization taken from the bundle unless somebody set them."""
-    from early_exit_cli.engine import bundle_source, with_names_of_bundle
+    from early_exit_cli.bundle.load import bundle_source, with_names_of_bundle
 
     source = bundle_source(resolved.config.bundle)
     if source.commit:
@@ -44,7 +45,7 @@ def load_text(data: DataConfig, backbone: Backbone) -> tuple[list[Document], lis
     """Training and evaluation text; the first process answers prompts, the others then read what it wrote."""
     from accelerate import PartialState
 
-    from early_exit_cli.data import load_documents
+    from early_exit_cli.data.load import load_documents
 
     processes = PartialState(cpu=backbone.device.type == "cpu")
     with processes.main_process_first(), console.progress("answering prompts", 1) as ticker:
@@ -77,10 +78,11 @@ class HeldOut:
 
 def held_out_text(config: DataConfig, model: Engine, split: Split, limit: int, batch_size: int = 4) -> HeldOut:
     """At most `limit` sequences of a held-out split."""
-    from early_exit_cli.data import batches, load_documents, pack, pad_token_id
+    from early_exit_cli.data.load import load_documents
+    from early_exit_cli.data.packing import batches, pack
 
     documents = load_documents(config, model.backbone, split)
-    rows = pack(documents, config.max_length, pad_token_id(model.backbone))[:limit]
+    rows = pack(documents, config.max_length, model.backbone.pad_token_id)[:limit]
     return HeldOut(list(batches(rows, batch_size)), documents)
 
 

@@ -6,17 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from early_exit_cli import console
-from early_exit_cli.artifacts import versions, write_text
 from early_exit_cli.errors import EexitError
-from early_exit_cli.html_page import render_page
-from early_exit_cli.palette import decider_of
+from early_exit_cli.files.atomic import write_text
+from early_exit_cli.files.environment import versions
+from early_exit_cli.report import console
+from early_exit_cli.report.html_page import render_page
+from early_exit_cli.report.palette import decider_of
 
 if TYPE_CHECKING:
-    from early_exit_cli.comprehensive import MethodRun
-    from early_exit_cli.decoding import Generation, Stats
+    from early_exit_cli.decoding.answer import Generation, Stats
     from early_exit_cli.engine import Engine
-    from early_exit_cli.evaluation import Comparison
+    from early_exit_cli.evaluation.compare import Comparison
+    from early_exit_cli.evaluation.comprehensive import MethodRun
 
 
 def writer(coloured: bool) -> Callable[[str, str], None]:
@@ -26,7 +27,7 @@ def writer(coloured: bool) -> Callable[[str, str], None]:
 
 def finished_answer(model: Engine, run: Generation, coloured: bool) -> None:
     """An answer that was not streamed."""
-    from early_exit_cli.decoding import round_records
+    from early_exit_cli.decoding.records import round_records
 
     if coloured:
         for step in round_records(model, run, 0):
@@ -127,7 +128,7 @@ def write_page(
     Args:
         shown: the run whose tokens are drawn; its mode is a key of `methods`.
     """
-    from early_exit_cli.decoding import round_records
+    from early_exit_cli.decoding.records import round_records
 
     name = model.backbone.name
     record = {

@@ -4,31 +4,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from early_exit_cli import console
-from early_exit_cli.artifacts import run_record, write_json
 from early_exit_cli.cli.options import configured
 from early_exit_cli.config import Config
+from early_exit_cli.files.atomic import write_json
+from early_exit_cli.files.environment import run_record
+from early_exit_cli.report import console
 from early_exit_cli.resolve import Resolved
 
 if TYPE_CHECKING:
-    from early_exit_cli.cached_states import CachedStates
-    from early_exit_cli.states import StateSource
-    from early_exit_cli.training import StepReport, TrainingResult
+    from early_exit_cli.hidden_states.cached import CachedStates
+    from early_exit_cli.hidden_states.states import StateSource
+    from early_exit_cli.training.trainer import StepReport, TrainingResult
 
 
 @configured("backbone", "heads", "data", "cache", "training", sweeps=True)
 def command(variants: list[Resolved], as_json: bool) -> None:
     """Train exit heads on hidden states, of the running backbone or from a cache."""
-    from early_exit_cli.backbone import device_name
-    from early_exit_cli.training import (
-        Lessons,
-        Trainer,
-        check_launcher,
-        check_tracker,
-        half_written_checkpoints,
-        result_record,
-        train_together,
-    )
+    from early_exit_cli.backbone.backbone import device_name
+    from early_exit_cli.training.checkpoints import half_written_checkpoints
+    from early_exit_cli.training.launch import check_launcher, check_tracker
+    from early_exit_cli.training.trainer import Lessons, Trainer, result_record, train_together
 
     config = variants[0].config
     check_tracker(config.training.report_to)
@@ -105,11 +100,11 @@ def show(result: TrainingResult, swept: str) -> None:
 
 def online_states(config: Config) -> StateSource:
     """The running backbone and the text."""
+    from early_exit_cli.backbone.load import load_backbone
     from early_exit_cli.cli.shared import load_text
-    from early_exit_cli.data import read_records
-    from early_exit_cli.heads import head_layers
-    from early_exit_cli.loading import load_backbone
-    from early_exit_cli.states import BackboneStates
+    from early_exit_cli.data.rows import read_records
+    from early_exit_cli.heads.exit_heads import head_layers
+    from early_exit_cli.hidden_states.live import BackboneStates
 
     read_records(config.data)  # refuse unreadable data before a model loads
     backbone = load_backbone(config.backbone)
@@ -120,10 +115,10 @@ def online_states(config: Config) -> StateSource:
 
 def offline_states(resolved: Resolved) -> CachedStates | None:
     """The cache, extracted first where it is missing or too short; None when `max_steps` says that this is all."""
-    from early_exit_cli.cached_states import CachedStates
+    from early_exit_cli.backbone.load import pick_device
     from early_exit_cli.cli.cache import find_or_extract
-    from early_exit_cli.heads import head_layers
-    from early_exit_cli.loading import pick_device
+    from early_exit_cli.heads.exit_heads import head_layers
+    from early_exit_cli.hidden_states.cached import CachedStates
 
     config = resolved.config
     cache = find_or_extract(resolved)

@@ -11,7 +11,7 @@ import time
 import pytest
 from test_commands import eexit
 
-from early_exit_cli.artifacts import file_sha256
+from early_exit_cli.files.atomic import file_sha256
 
 SETTINGS = ["--quantization", "none", "--num_heads", 2, "--max_length", 64, "--holdout", 0.2]
 

@@ -10,7 +10,7 @@ from hub_server import HubServer
 from test_dssd import dssd_folder
 from test_hub_commands import Terminal
 
-from early_exit_cli.artifacts import user_cache_dir
+from early_exit_cli.files.environment import user_cache_dir
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = ["README.md", "docs/train-your-own.md", "docs/how-it-stays-exact.md", "docs/hub.md"]

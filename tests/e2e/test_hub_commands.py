@@ -15,8 +15,8 @@ from hub_server import READER, WRITER, Fault, HubServer
 from test_dssd import Touch, dssd_folder
 
 import early_exit_cli
-from early_exit_cli.artifacts import file_sha256
-from early_exit_cli.heads import load_heads
+from early_exit_cli.files.atomic import file_sha256
+from early_exit_cli.heads.exit_heads import load_heads
 
 SHIPPED = Path(early_exit_cli.__file__).parent / "bundles" / "smollm2-135m"
 FILES = {"aux_heads.pt", "heads.safetensors", "config.json", "calibration.json", "eexit.json", "README.md"}

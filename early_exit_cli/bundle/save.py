@@ -1,0 +1,102 @@
+"""Heads written as a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from early_exit_cli.backbone.output import Readout
+from early_exit_cli.bundle.files import (
+    CALIBRATION_FILE,
+    CONFIG_FILE,
+    DSSD_HEADS_FILE,
+    HEADS_FILE,
+    LOOKAHEAD_FILE,
+    RECORD_FILE,
+    applied_quantization,
+    read_bundle_record,
+)
+from early_exit_cli.errors import BundleError
+from early_exit_cli.files.atomic import atomic_files, fingerprint_differences, write_atomic, write_json
+from early_exit_cli.files.schemas import FORMAT_VERSION
+from early_exit_cli.heads.exit_heads import ExitHeads
+from early_exit_cli.heads.lookahead import LookaheadHead
+
+
+def save_bundle(
+    folder: Path,
+    readout: Readout,
+    heads: ExitHeads,
+    training_config: dict[str, Any],
+    record: dict[str, Any],
+) -> None:
+    """Write heads, config.json and eexit.json together; a calibration of other heads is removed.
+
+    A lookahead head of the same backbone that is there stays. A failure leaves the bundle that was there.
+    """
+    before = read_bundle_record(folder) if (folder / RECORD_FILE).exists() else {}
+    if "lookahead" in before and before.get("fingerprint") == readout.fingerprint:
+        record = {**record, "lookahead": before["lookahead"]}
+    described = {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": readout.fingerprint,
+        "heads": {
+            "kind": heads.kind,
+            "rank": heads.rank,
+            "draft_vocab": 0 if heads.draft_vocab is None else int(heads.draft_vocab.numel()),
+        },
+        **record,
+    }
+    with atomic_files(folder, (CALIBRATION_FILE, DSSD_HEADS_FILE, HEADS_FILE, CONFIG_FILE, RECORD_FILE)) as temporary:
+        heads.save(temporary / HEADS_FILE, readout.dtype)
+        if heads.kind == "linear":
+            weights = heads.dssd_state_dict(readout.dtype)
+            write_atomic(temporary / DSSD_HEADS_FILE, lambda path: torch.save(weights, path))
+        write_json(temporary / CONFIG_FILE, bundle_config(readout, heads.layers, training_config))
+        write_json(temporary / RECORD_FILE, described)
+
+
+def save_lookahead(
+    folder: Path, readout: Readout, head: LookaheadHead, training_config: dict[str, Any], record: dict[str, Any]
+) -> None:
+    """Add a lookahead head to the bundle in `folder`, or begin one without exit heads.
+
+    Raises:
+        BundleError: the bundle there was made for another backbone.
+    """
+    if (folder / RECORD_FILE).exists():
+        bundle = read_bundle_record(folder)
+        differences = fingerprint_differences(bundle.get("fingerprint", {}), readout.fingerprint)
+        if differences:
+            key, theirs, ours = differences[0]
+            raise BundleError(
+                f"the bundle in {folder} was made for another backbone ({key}: {theirs!r} there, {ours!r} here)",
+                hint="use another --output-dir",
+            )
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / CONFIG_FILE, bundle_config(readout, [], training_config))
+        bundle = {"format_version": FORMAT_VERSION, "fingerprint": readout.fingerprint}
+    head.save(folder / LOOKAHEAD_FILE, readout.dtype)
+    bundle["lookahead"] = {
+        "exit_layers": head.exit_layers,
+        "draft_vocab": 0 if head.draft_vocab is None else int(head.draft_vocab.numel()),
+        **record,
+    }
+    write_json(folder / RECORD_FILE, bundle)
+
+
+def bundle_config(readout: Readout, layers: list[int], training_config: dict[str, Any]) -> dict[str, Any]:
+    """config.json, with the keys that DSSD's loader requires."""
+    return {
+        "model_name": readout.name,
+        "num_heads": len(layers),
+        "head_layer_indices": layers,
+        "quantization": applied_quantization(readout.quantization),
+        "hidden_size": readout.hidden_size,
+        "vocab_size": readout.vocab_size,
+        "num_hidden_layers": readout.num_blocks,
+        "training_config": training_config,
+    }

@@ -1,0 +1,1 @@
+"""Thresholds and chances from held-out text."""

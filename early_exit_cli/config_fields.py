@@ -1,0 +1,67 @@
+"""What a setting is made of: a field with its default, bounds and help, the kinds of lists and names, and a section."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written: bytes of a terminal that are no UTF-8 come as halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def setting(default: Any, help: str, *, aliases: tuple[str, ...] = (), **bounds: Any) -> Any:
+    """A configuration field: default, help text, extra flag spellings, and pydantic bounds (ge, le, gt, lt)."""
+    extra: Any = {"aliases": list(aliases)}
+    if isinstance(default, list):
+        return Field(default_factory=lambda: list(default), description=help, json_schema_extra=extra, **bounds)
+    return Field(default, description=help, json_schema_extra=extra, **bounds)
+
+
+def split_numbers(value: Any) -> Any:
+    """A list given on the command line: numbers separated by commas or spaces."""
+    return value.replace(",", " ").split() if isinstance(value, str) else value
+
+
+FloatList = Annotated[list[float], BeforeValidator(split_numbers)]
+IntList = Annotated[list[int], BeforeValidator(split_numbers)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are refused, defaults are validated too, numbers are finite, and no text holds
+    what no file name and no terminal takes."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain_text(cls, value: Any) -> Any:
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and ("\0" in text or not is_unicode(text)):
+                raise ValueError("a null byte, or bytes that are no text")
+        return value
+
+
+def _names(value: Any) -> Any:
+    return [name for name in value.replace(",", " ").split() if name] if isinstance(value, str) else value
+
+
+NameList = Annotated[list[str], BeforeValidator(_names)]
+
+
+def _repo_id(value: str) -> str:
+    if HUB_ID.fullmatch(value) is None:
+        raise ValueError("write it as ORG/NAME; a revision goes into --revision")
+    return value
+
+
+RepoId = Annotated[str, AfterValidator(_repo_id)]

@@ -1,0 +1,186 @@
+"""One answer: decoded to the end, as text and as counts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Container
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from tokenizers.decoders import DecodeStream
+from torch import Tensor
+
+from early_exit_cli.decoding.loop import Round, StopsAfter, decode
+from early_exit_cli.drafting.drafter import Drafter
+from early_exit_cli.drafting.reasons import Exit, Reason, decider
+from early_exit_cli.engine import DEFAULT_WIDTH, Engine
+from early_exit_cli.numerics import synchronize
+from early_exit_cli.sampling import GREEDY, Chooser
+
+REPLACEMENT = "\ufffd"
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Counts and times of one answer, named as formats of other programs name them."""
+
+    mode: str
+    total_tokens_generated: int
+    total_time_seconds: float
+    tokens_per_second: float
+    time_to_first_token_seconds: float
+    draft_attempts: int
+    tokens_drafted: int
+    tokens_accepted: int
+    acceptance_rate: float | None
+    average_draft_length: float | None
+    accept_length: float
+    partly_rejected_drafts: int
+    exit_distribution: dict[str, int]
+    average_exit_layer: float
+    peak_gpu_memory_gb: float | None = None
+    """The most that tensors have held on the GPU since this process began, 10^9 bytes; none on a CPU."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer. states: [tokens, hidden], the final state that decided each token, when they were kept."""
+
+    text: str
+    token_ids: list[int]
+    stats: Stats
+    rounds: list[Round]
+    states: Tensor | None = None
+
+    def record(self) -> dict[str, Any]:
+        """The answer as JSON."""
+        return {
+            "text": self.text,
+            "token_ids": self.token_ids,
+            "stats": asdict(self.stats),
+        }
+
+
+class TextStream:
+    """Token ids to text, piece by piece; never half a character, and the pieces joined are the final text."""
+
+    def __init__(self, model: Engine) -> None:
+        self.tokenizer = model.backbone.tokenizer
+        self.known = len(self.tokenizer)
+        self.stream = DecodeStream(skip_special_tokens=True)
+        self.ids: list[int] = []
+        self.text = ""
+
+    def push(self, tokens: list[int]) -> str:
+        """Text that became certain with these tokens."""
+        pieces = []
+        for token in tokens:
+            self.ids.append(token)
+            if token < self.known:  # padded vocabularies hold rows without a token
+                pieces.append(self.stream.step(self.tokenizer.backend_tokenizer, token) or "")
+        piece = "".join(pieces)
+        self.text += piece
+        return piece
+
+    def finish(self) -> str:
+        """What is left; a character whose bytes never became complete is dropped."""
+        whole = self.tokenizer.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        rest = whole[len(self.text) :].rstrip(REPLACEMENT) if whole.startswith(self.text) else ""
+        self.text += rest
+        return rest
+
+
+def generate(
+    model: Engine,
+    prompt_ids: list[int],
+    drafter: Drafter,
+    max_new_tokens: int,
+    *,
+    mode: str,
+    width: int = DEFAULT_WIDTH,
+    chooser: Chooser = GREEDY,
+    stop_ids: Container[int] | None = None,
+    stops_after: StopsAfter | None = None,
+    keep_states: bool = False,
+    trace: bool = False,
+    on_text: Callable[[str, str], None] | None = None,
+    on_token: Callable[[int], None] | None = None,
+) -> Generation:
+    """Decode to the end, timed from before the prompt is run to after the last token.
+
+    Args:
+        stop_ids, stops_after: as for `decode`.
+        on_text: called with each piece of text as its token is committed, and with who decided that token (a character
+            of several tokens belongs to the last one).
+        on_token: called with each committed token.
+    """
+    stream = TextStream(model)
+    rounds: list[Round] = []
+    first_token = 0.0
+    synchronize(model.backbone.device)
+    reason: Reason | None = None
+    steps = decode(
+        model,
+        prompt_ids,
+        drafter,
+        max_new_tokens,
+        width=width,
+        chooser=chooser,
+        stop_ids=stop_ids,
+        stops_after=stops_after,
+        keep_states=keep_states,
+        trace=trace,
+    )
+    started = time.perf_counter()
+    for step in steps:
+        rounds.append(step)
+        first_token = first_token or time.perf_counter() - started
+        for token, reason in zip(step.tokens, step.decided_by, strict=True):
+            piece = stream.push([token])
+            if on_token:
+                on_token(token)
+            if on_text and piece:
+                on_text(piece, decider(reason))
+    synchronize(model.backbone.device)
+    seconds = time.perf_counter() - started
+    rest = stream.finish()
+    if on_text and rest:
+        on_text(rest, decider(reason))
+    states = torch.cat([step.states for step in rounds if step.states is not None]) if keep_states else None
+    stats = collect_stats(model, mode, rounds, seconds, first_token)
+    return Generation(stream.text, stream.ids, stats, rounds, states)
+
+
+def collect_stats(model: Engine, mode: str, rounds: list[Round], seconds: float, first_token: float) -> Stats:
+    """The one place where tokens, drafts and exits are counted; committed tokens only."""
+    tokens = sum(len(step.tokens) for step in rounds)
+    drafted = sum(step.drafted for step in rounds)
+    accepted = sum(step.accepted for step in rounds)
+    attempts = sum(step.drafted > 0 for step in rounds)
+    reasons = [reason for step in rounds for reason in step.decided_by]
+    distribution = {str(head): 0 for head in range(len(model.heads) if model.heads is not None else 0)}
+    distribution["full"] = 0
+    depth, device = model.blocks.num_blocks, model.backbone.device
+    layers = 0
+    for reason in reasons:
+        name = "full" if reason is None else str(reason.head) if isinstance(reason, Exit) else reason.decider
+        distribution[name] = distribution.get(name, 0) + 1
+        layers += depth if reason is None else reason.exit_layer if isinstance(reason, Exit) else 0
+    return Stats(
+        mode=mode,
+        total_tokens_generated=tokens,
+        total_time_seconds=seconds,
+        tokens_per_second=tokens / seconds,
+        time_to_first_token_seconds=first_token,
+        draft_attempts=attempts,
+        tokens_drafted=drafted,
+        tokens_accepted=accepted,
+        acceptance_rate=accepted / drafted if drafted else None,
+        average_draft_length=drafted / attempts if attempts else None,
+        accept_length=tokens / len(rounds),
+        partly_rejected_drafts=sum(0 < step.accepted < step.drafted for step in rounds),
+        exit_distribution=distribution,
+        average_exit_layer=layers / tokens,
+        peak_gpu_memory_gb=None if device.type == "cpu" else torch.cuda.max_memory_allocated(device) / 1e9,
+    )

@@ -1,0 +1,170 @@
+"""Several texts in one pass of the backbone, each with its own drafter, accept length and end.
+
+A pass reads the weights once for all its rows, and the rows of a pass do not see each other's bits (`blocks.py`), so
+every text is what it would be alone, token for token and bit for bit. A text that ends makes room for the next one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from early_exit_cli.decoding.answer import Generation, TextStream, collect_stats
+from early_exit_cli.decoding.loop import Round, StopsAfter, Text, states_after
+from early_exit_cli.drafting.drafter import Draft, Drafter
+from early_exit_cli.engine import Engine
+from early_exit_cli.numerics import synchronize
+from early_exit_cli.runtime.blocks import LARGEST_WIDTH
+from early_exit_cli.sampling import GREEDY, Chooser
+
+
+@dataclass(frozen=True)
+class Request:
+    """One text to be: its prompt, how its tokens are chosen, and a further rule that ends it."""
+
+    prompt_ids: list[int]
+    chooser: Chooser = GREEDY
+    stops_after: StopsAfter | None = None
+
+
+@dataclass(frozen=True)
+class _Verified:
+    """What `decoding.verify` says of one text."""
+
+    deep: list[Tensor]
+    states: Tensor
+    choices: list[int]
+
+
+def generate_together(
+    model: Engine,
+    requests: Sequence[Request],
+    drafter: Drafter,
+    max_new_tokens: int,
+    *,
+    mode: str,
+    batch: int,
+    width: int,
+    stop_ids: Container[int] | None = None,
+    on_end: Callable[[int], None] | None = None,
+) -> list[Generation]:
+    """`decode_together` to the end. A text's seconds count from the start of all, so they hold its wait.
+
+    Args:
+        on_end: called with the number of texts that have ended.
+    """
+    streams = [TextStream(model) for _ in requests]
+    rounds: list[list[Round]] = [[] for _ in requests]
+    first: list[float] = [0.0] * len(requests)
+    last: list[float] = [0.0] * len(requests)
+    synchronize(model.backbone.device)
+    started = time.perf_counter()
+    ended = 0
+    for number, step, is_last in decode_together(
+        model, requests, drafter, max_new_tokens, batch=batch, width=width, stop_ids=stop_ids
+    ):
+        last[number] = time.perf_counter() - started
+        first[number] = first[number] or last[number]
+        rounds[number].append(step)
+        streams[number].push(step.tokens)
+        ended += is_last
+        if is_last and on_end:
+            on_end(ended)
+    results = []
+    for stream, own, seconds, first_token in zip(streams, rounds, last, first, strict=True):
+        stream.finish()
+        results.append(Generation(stream.text, stream.ids, collect_stats(model, mode, own, seconds, first_token), own))
+    return results
+
+
+def decode_together(
+    model: Engine,
+    requests: Sequence[Request],
+    drafter: Drafter,
+    max_new_tokens: int,
+    *,
+    batch: int,
+    width: int,
+    stop_ids: Container[int] | None = None,
+    keep_states: bool = False,
+) -> Iterator[tuple[int, Round, bool]]:
+    """Decode all texts, at most `batch` at a time.
+
+    Args:
+        drafter: every text gets `another` one of it.
+        width: rows of one text in a pass, at most; fewer where the texts would not all fit into one pass.
+        stop_ids: tokens that end a text; the backbone's by default.
+
+    Returns:
+        (number of the request, one Round of it, whether it was the last), as they come.
+
+    Raises:
+        ConfigError: an empty prompt, or one beyond the context.
+        NumericsError: the backbone's logits are not finite.
+    """
+    waiting = deque(enumerate(requests))
+    live: list[tuple[int, Text]] = []
+    room = model.blocks.rows_together
+    while waiting or live:
+        while waiting and len(live) < batch:
+            number, asked = waiting.popleft()
+            own = (drafter.another(), asked.chooser, max_new_tokens, stop_ids, asked.stops_after)
+            live.append((number, Text(model, asked.prompt_ids, *own)))
+        limit = min(width, max(1, room // len(live))) - 1
+        with torch.inference_mode():
+            drafts = []
+            for _, text in live:
+                text.drafter.join(len(live) - 1)
+                drafts.append(text.draft(limit))
+            found = _verify(model, [text for _, text in live], drafts)
+        for (number, text), draft, said in zip(live, drafts, found, strict=True):
+            step = text.commit(draft, said.deep, said.states, said.choices, [], keep_states)
+            yield number, step, text.ended
+        live = [(number, text) for number, text in live if not text.ended]
+
+
+def _verify(model: Engine, texts: list[Text], drafts: list[Draft]) -> list[_Verified]:
+    """`decoding.verify` for all texts; drafts whose rows have run already are finished each by itself."""
+    depth = model.blocks.num_blocks
+    layers = [[*text.exit_layers, depth] for text in texts]
+    every: list[list[Tensor]] = [[] for _ in texts]
+    for place, draft in enumerate(drafts):
+        if draft.rows:
+            every[place] = states_after(model, texts[place].cache, draft.rows, layers[place])
+    fresh = [place for place, draft in enumerate(drafts) if not draft.rows]
+    if fresh:
+        stops = sorted({layer for place in fresh for layer in layers[place]})
+        tokens = [[texts[place].pending, *drafts[place].tokens] for place in fresh]
+        found = model.run_together(
+            list(model.embed([token for own in tokens for token in own]).split([len(own) for own in tokens])),
+            [texts[place].cache for place in fresh],
+            [texts[place].cache.length for place in fresh],
+            stops,
+        )
+        for place, states in zip(fresh, found, strict=True):
+            every[place] = [states[stops.index(layer)] for layer in layers[place]]
+    return _decide(model, texts, drafts, every)
+
+
+def _decide(model: Engine, texts: list[Text], drafts: list[Draft], every: list[list[Tensor]]) -> list[_Verified]:
+    """Final norm and LM head over the rows of all texts, then each text's own choices.
+
+    Args:
+        every: for each text its states after its drafter's exit layers and after the last block.
+    """
+    hidden = torch.cat([states[-1] for states in every])
+    reads_logits = any(text.chooser.reads_logits for text in texts)
+    read = model.read_out if reads_logits else model.finish
+    parts = [read(part) for part in hidden.split(max(LARGEST_WIDTH, model.blocks.rows_together))]
+    sizes = [states[-1].shape[0] for states in every]
+    normed, said = (torch.cat(found).split(sizes) for found in zip(*parts, strict=True))
+    verified = []
+    for text, draft, states, own_normed, own in zip(texts, drafts, every, normed, said, strict=True):
+        best = own.argmax(-1) if reads_logits and not text.chooser.reads_logits else own
+        verified.append(_Verified(states[:-1], own_normed, text.chooser.choose(best, draft.tokens)))
+    return verified

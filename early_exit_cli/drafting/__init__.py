@@ -1,0 +1,1 @@
+"""Who proposes tokens, and whether that pays."""

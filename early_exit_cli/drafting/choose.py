@@ -1,0 +1,196 @@
+"""From the name of a way of decoding to its drafter; and which exit heads pay here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from early_exit_cli.config import DYNAMIC_LENGTH, InferenceConfig
+from early_exit_cli.drafting.auto import AutoDrafter
+from early_exit_cli.drafting.chances import policy_of
+from early_exit_cli.drafting.corpus import Corpus
+from early_exit_cli.drafting.costs import Costs, cost_table, pass_costs
+from early_exit_cli.drafting.drafter import Drafter, NoDrafter
+from early_exit_cli.drafting.exit import DynamicDrafter, ExitDrafter, FixedDrafter
+from early_exit_cli.drafting.lookahead import LookaheadDrafter
+from early_exit_cli.drafting.lookup import LookupDrafter
+from early_exit_cli.engine import Engine, default_width
+from early_exit_cli.errors import BundleError, ConfigError
+from early_exit_cli.files.atomic import read_text
+from early_exit_cli.heads.uncertainty import level_key
+from early_exit_cli.runtime.blocks import LARGEST_WIDTH
+
+NEED = 1.02
+"""A set of heads must be expected to beat plain decoding by this factor: exits come in runs, the model takes them as
+independent, and ties should fall to the simpler side."""
+
+
+@dataclass(frozen=True)
+class HeadSet:
+    """A set of heads at one level: for each, the share of tokens that exit there (after those before it in the set
+    declined) and how many of these agree with the backbone."""
+
+    heads: list[int]
+    exit_share: list[float]
+    agreement: list[float]
+
+
+def expected_rate(
+    costs: Costs, choice: HeadSet, exit_layers: list[int], num_blocks: int, widths: list[int], width: int
+) -> float:
+    """Expected tokens per millisecond when the heads of `choice` are read and at most width - 1 tokens are drafted.
+
+    Tokens exit and agree independently of each other in this model. A round drafts k tokens with probability
+    p^k (1 - p), or p^K at the cap K = width - 1, where p is the sum of exit shares; draft i counts when all before it
+    agree, a^i; one more token is the backbone's own (Leviathan et al. 2023, section 3.1, with a gate in front).
+    """
+    base = min(widths)
+    layers = [exit_layers[head] for head in choice.heads]
+    p = sum(choice.exit_share)
+    a = sum(s * r for s, r in zip(choice.exit_share, choice.agreement, strict=True)) / p if p else 0.0
+    block = costs.per_block[base]
+    # One drafting step: blocks up to the layer that decides, and a reading of every head on the way.
+    exits = sum(
+        share * (layer * block + (number + 1) * costs.head)
+        for number, (layer, share) in enumerate(zip(layers, choice.exit_share, strict=True))
+    )
+    declined = layers[-1] * block + len(layers) * costs.head
+    step_exit = exits / p if p else 0.0
+    cap = width - 1
+    tokens = time_spent = 0.0
+    for k in range(cap + 1):
+        chance = p**k * (1 - p) if k < cap else p**k
+        rows = next(w for w in widths if w >= k + 1)
+        last_step = declined if k < cap else layers[0] * block
+        begin = layers[0] if k else layers[-1]
+        verify = (num_blocks - begin) * costs.per_block[rows] + costs.finish[rows]
+        tokens += chance * (1 + sum(a**i for i in range(1, k + 1)))
+        time_spent += chance * (k * step_exit + last_step + verify)
+    return tokens / time_spent
+
+
+def choose_heads(model: Engine, level: float, width: int, costs: Costs | None = None) -> list[int]:
+    """The heads to read at a level on this device; none when no set is expected to beat plain decoding.
+
+    A bundle whose calibration counted no sets (one made elsewhere) has all its heads read.
+    """
+    if model.heads is None:
+        return []
+    counted = model.record.get("calibration", {}).get("head_sets", {}).get(level_key(level))
+    if not counted:
+        return list(range(len(model.heads)))
+    width = min(width, model.blocks.widths[-1])
+    widths = [w for w in model.blocks.widths if w <= max(width, min(model.blocks.widths))]
+    widths = widths if widths[-1] >= width else [*widths, model.blocks.pass_width(width)]
+    costs = costs or cost_table(model)
+    best, best_rate = [], NEED / costs.plain(model.blocks.num_blocks, min(widths))
+    for entry in counted:
+        choice = HeadSet(entry["heads"], entry["exit_share"], entry["agreement"])
+        rate = expected_rate(costs, choice, model.heads.exit_layers, model.blocks.num_blocks, widths, width)
+        if rate > best_rate:
+            best, best_rate = choice.heads, rate
+    return best
+
+
+def lookup_drafter(model: Engine, corpus: Path | None = None) -> LookupDrafter:
+    """Prompt lookup with the pass costs of this device and the bundle's calibrated chances.
+
+    Args:
+        corpus: a text file to draft from as well.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    text = None if corpus is None else Corpus(model.backbone.tokenizer(read_text(corpus))["input_ids"])
+    return LookupDrafter(pass_costs(cost_table(model), model.blocks), policy_of(model.record).lookup, text)
+
+
+def lookahead_drafter(model: Engine) -> LookaheadDrafter:
+    """The bundle's lookahead head, with its calibrated chances and the costs of this device.
+
+    Raises:
+        BundleError: no such head, or not calibrated.
+    """
+    if model.lookahead is None:
+        raise BundleError("the bundle has no lookahead head", hint="eexit train --head lookahead --output-dir BUNDLE")
+    policy = policy_of(model.record)
+    if not policy.lookahead:
+        raise BundleError("the lookahead head is not calibrated", hint="eexit calibrate --bundle FOLDER")
+    costs = cost_table(model)
+    passes = pass_costs(costs, model.blocks)
+    return LookaheadDrafter(
+        model.lookahead,
+        policy.lookahead,
+        passes,
+        costs.lookahead_read,
+        costs.lookahead_step,
+        policy.lookahead_temperature,
+    )
+
+
+def auto_drafter(model: Engine, level: float, width: int, read_heads: str, corpus: Path | None = None) -> AutoDrafter:
+    """Lookup or the lookahead head, whichever promises more; without a calibrated one, lookup and the exits that pay.
+
+    Args:
+        width: rows of a pass at most, for the exit heads; the others weigh all widths.
+        corpus: as for `lookup_drafter`.
+    """
+    lookup = lookup_drafter(model, corpus)
+    choices: list[tuple[Drafter, int]] = [(lookup, LARGEST_WIDTH - 1)]
+    if model.lookahead is not None and policy_of(model.record).lookahead:
+        choices.append((lookahead_drafter(model), LARGEST_WIDTH - 1))
+    elif model.thresholds is not None:
+        exits = exit_drafter(model, level, width, read_heads)
+        if exits.active != []:
+            choices.append((exits, width - 1))
+    return AutoDrafter(choices, lookup.passes.beside(0)[1])
+
+
+def exit_drafter(model: Engine, level: float, width: int, read_heads: str) -> ExitDrafter:
+    """Early exit at a calibrated level, reading the heads that are worth it (`auto`) or `all`.
+
+    Raises:
+        BundleError: no calibration.
+        ConfigError: a level that was not calibrated, or a width out of range.
+    """
+    if model.thresholds is None:
+        raise BundleError("the bundle is not calibrated", hint="eexit calibrate --bundle FOLDER")
+    thresholds = model.thresholds.at(level)
+    if not 2 <= width <= LARGEST_WIDTH:
+        raise ConfigError(f"width {width} is out of range", hint=f"--width takes 2 to {LARGEST_WIDTH}")
+    active = choose_heads(model, level, width) if read_heads == "auto" else None
+    return ExitDrafter(thresholds, active, model.thresholds.metric, policy_of(model.record).exit_temperature)
+
+
+HEADLESS = ("none", "lookup", "auto")
+"""Kinds that a backbone without a bundle can have."""
+
+
+def make_drafter(model: Engine, settings: InferenceConfig, kind: str) -> tuple[Drafter, int]:
+    """The drafter of a kind, and the width of its passes.
+
+    Args:
+        kind: none, exit, lookahead, lookup, auto; fixed and dynamic, the seed's.
+
+    Raises:
+        BundleError: the bundle lacks what the kind drafts with, or is not calibrated.
+        ConfigError: a level that was not calibrated, or a width out of range.
+        DataError: the lookup corpus cannot be read.
+    """
+    level, read_heads = settings.accuracy_level, settings.read_heads
+    width = settings.width or default_width(model)
+    widest = settings.width or LARGEST_WIDTH  # for those that weigh draft lengths at every width
+    if kind == "fixed":
+        return FixedDrafter(settings.fixed_head), settings.draft_length + 1
+    if kind == "dynamic":
+        exits = exit_drafter(model, level, DYNAMIC_LENGTH + 1, "all")
+        return DynamicDrafter(exits.thresholds, None, exits.metric, exits.temperature), DYNAMIC_LENGTH + 1
+    if kind == "exit":
+        return exit_drafter(model, level, width, read_heads), width
+    if kind == "lookup":
+        return lookup_drafter(model, settings.lookup_corpus), widest
+    if kind == "lookahead":
+        return lookahead_drafter(model), widest
+    if kind == "auto":
+        return auto_drafter(model, level, width, read_heads, settings.lookup_corpus), widest
+    return NoDrafter(), width

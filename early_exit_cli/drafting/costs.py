@@ -1,0 +1,221 @@
+"""What a pass costs on this device, and which heads are worth reading.
+
+Early exit earns what it skips and costs what it reads. Both differ between machines, so the costs are measured where the
+model runs, and combined with how often each head exits and how often it is right, which calibration has counted for every
+set of heads. The set with the highest expected tokens per second is read; where even the best set is below plain
+decoding, nothing is drafted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from early_exit_cli.engine import Engine
+from early_exit_cli.errors import BundleError
+from early_exit_cli.files.atomic import write_json
+from early_exit_cli.files.schemas import CostsForm, read_form
+from early_exit_cli.heads.exit_runner import ExitReader
+from early_exit_cli.heads.lookahead import LookaheadHead
+from early_exit_cli.heads.native_lookahead import lookahead_runner
+from early_exit_cli.numerics import synchronize
+from early_exit_cli.runtime.blocks import Blocks
+from early_exit_cli.runtime.kv_cache import KVCache
+from early_exit_cli.runtime.measurements import device_identity, measurement_path
+
+REPEATS = 7
+PROTOCOL = 5
+"""Of the measurement: costs that were measured in another way are not taken."""
+CONTEXT, FAR_CONTEXT = 256, 1024
+SAMPLE_TEXT = "The history of the lighthouse is the history of trade by sea, and of those who waited for it. "
+Call = Callable[[], Any]
+Key = TypeVar("Key")
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Milliseconds on this device, by width: one block over CONTEXT keys and over FAR_CONTEXT, final norm and LM head;
+    for reading one head of one row; and of the lookahead head, for reading what a pass verified and for a step of its own,
+    each with its choice. All is timed where it runs: the finish after the blocks, whose weights have driven the LM head's out
+    of the caches, reading right after a pass, a step after reading, which has brought the head's weights into them."""
+
+    per_block: dict[int, float]
+    per_block_far: dict[int, float]
+    finish: dict[int, float]
+    head: float
+    lookahead_read: float = 0.0
+    lookahead_step: float = 0.0
+
+    def plain(self, num_blocks: int, width: int) -> float:
+        """A pass through the whole backbone."""
+        return self.per_block[width] * num_blocks + self.finish[width]
+
+
+BY_WIDTH = ("per_block", "per_block_far", "finish")
+"""The fields of `Costs` that are tables."""
+
+
+def cost_table(model: Engine, *, refresh: bool = False) -> Costs:
+    """The costs of the invariant widths, and of width 1 for comparison; measured once on a device, then remembered.
+
+    Args:
+        refresh: measure again.
+    """
+    heads = model.heads
+    identity = {
+        **device_identity(model.blocks),
+        "protocol": PROTOCOL,
+        "heads": heads
+        and [heads.kind, len(heads), heads.rank, 0 if heads.draft_vocab is None else len(heads.draft_vocab)],
+        "lookahead": model.lookahead and list(model.lookahead.lm_head_weight.shape),
+    }
+    path = measurement_path("costs", identity)
+    widths = sorted({1, *model.blocks.widths})
+    if not refresh:
+        with contextlib.suppress(BundleError, KeyError):  # nothing there, or damaged: measured again
+            found = read_form(path, CostsForm)["costs"]
+            by_width = {name: {width: found[name][str(width)] for width in widths} for name in BY_WIDTH}
+            return Costs(**{**found, **by_width})
+    costs = measure_costs(model, widths)
+    write_json(path, {"costs": asdict(costs), **identity})
+    return costs
+
+
+def measure_costs(model: Engine, widths: list[int]) -> Costs:
+    """Milliseconds of each part on this device (`fastest_in_turns`)."""
+    blocks = model.blocks
+    far_context = min(FAR_CONTEXT, model.backbone.context_length)
+    near, far = (blocks.new_cache(keys) for keys in (min(CONTEXT, far_context), far_context))
+    words = model.backbone.tokenizer(SAMPLE_TEXT)["input_ids"]
+    ids = torch.tensor((words * CONTEXT)[: near.limit], device=model.backbone.device)
+    place = near.limit - max(widths)
+
+    def run(width: int, cache: KVCache) -> Tensor:
+        hidden = blocks.embed(ids[place : place + width])
+        return blocks.run(hidden, cache, cache.limit - max(widths), 0, blocks.num_blocks)
+
+    def a_pass() -> None:
+        blocks.finish(run(min(widths), near))
+
+    calls: dict[tuple[str, int], tuple[Call, Call]] = {}
+    with torch.inference_mode():  # states of real text: what the exact argmax takes depends on them
+        blocks.run(blocks.embed(ids[:place]), near, 0, 0, blocks.num_blocks)
+        for width in widths:
+            final = run(width, near)
+            calls["near", width] = (lambda: None, functools.partial(run, width, near))
+            calls["far", width] = (lambda: None, functools.partial(run, width, far))
+            calls["finish", width] = (functools.partial(run, width, near), functools.partial(blocks.finish, final))
+        if model.heads is not None:
+            calls["head", 1] = (a_pass, _head_call(model.exit_reader.another(), blocks.embed(ids[:place])))
+        if model.lookahead is not None:
+            read, step, chained = _lookahead_calls(model.lookahead, near.limit)
+
+            def a_read() -> None:
+                a_pass()
+                read()
+
+            calls["read", 1], calls["step", 1] = (a_pass, read), (a_pass if chained else a_read, step)
+        times = fastest_in_turns(calls, model.backbone.device)
+        if model.lookahead is not None and chained:
+            times["step", 1] = max(times["step", 1] - times["read", 1], 0.0) / chained
+
+    def table(kind: str, parts: int) -> dict[int, float]:
+        return never_falling({width: times[kind, width] / parts for width in widths})
+
+    return Costs(
+        *(table("near", blocks.num_blocks), table("far", blocks.num_blocks), table("finish", 1)),
+        *(times.get((kind, 1), 0.0) for kind in ("head", "read", "step")),
+    )
+
+
+def fastest_in_turns(calls: dict[Key, tuple[Call, Call]], device: torch.device) -> dict[Key, float]:
+    """Milliseconds of calls, the fastest of some runs each, since whatever else the machine does only adds.
+
+    The runs of all calls take turns: a busy moment falls on one run of several calls, not on all runs of one.
+
+    Args:
+        calls: for each, what comes before it untimed, and the call.
+    """
+    times = dict.fromkeys(calls, math.inf)
+    for turn in range(REPEATS + 1):
+        for key, (before, call) in calls.items():
+            before()
+            synchronize(device)
+            started = time.perf_counter()
+            call()
+            synchronize(device)
+            if turn:  # the first one warms up
+                times[key] = min(times[key], (time.perf_counter() - started) * 1000)
+    return times
+
+
+def never_falling(table: dict[int, float]) -> dict[int, float]:
+    """Milliseconds by width, where a narrow pass costs no more than a wider one: padded, it could be that one. So a moment
+    in which the machine did something else spoils one entry at most.
+    """
+    found: dict[int, float] = {}
+    for width in sorted(table, reverse=True):
+        found[width] = min(table[width], min(found.values(), default=table[width]))
+    return dict(sorted(found.items()))
+
+
+def _head_call(reader: ExitReader, states: Tensor) -> Call:
+    """Reading the first head over one token behind [length, hidden] states."""
+    watched = reader.watched([0])
+    for head in watched:
+        reader.see(head, states)
+
+    def read() -> None:
+        for head in watched:
+            reader.see(head, states[:1])
+        reader.read(0, [states[:1]])
+
+    return read
+
+
+def _lookahead_calls(head: LookaheadHead, length: int) -> tuple[Call, Call, int]:
+    """Reading two verified positions after `length` others, and a step of its own; each with its choice.
+
+    Where steps run all at once, the second call is reading and some steps, as many as the third value says.
+    """
+    runner = lookahead_runner(head)
+    weight = head.fc.weight
+    tokens = [0] * length
+    states = [weight.new_zeros(length, weight.shape[0]) for _ in range(len(head.exit_layers) + 1)]
+    hidden = runner.read(tokens, states)
+
+    def read() -> None:
+        runner.cache.length = length
+        runner.choose(runner.read(tokens[:2], [state[:2] for state in states]))
+
+    def chain(count: int) -> None:
+        runner.cache.length = length
+        runner.chain(tokens[:2], [state[:2] for state in states], count)
+
+    if runner.most_steps:
+        return functools.partial(chain, 1), functools.partial(chain, runner.most_steps), runner.most_steps - 1
+    return read, lambda: runner.choose(runner.step(0, hidden, 1)), 0
+
+
+def pass_costs(costs: Costs, blocks: Blocks) -> Callable[[int], float]:
+    """rows -> milliseconds of a pass of the whole backbone on this device; beyond the measured widths, as from one to the
+    next of the last two."""
+    *_, last = widths = blocks.widths
+    before = widths[-2] if len(widths) > 1 else last
+
+    @functools.cache
+    def cost(rows: int) -> float:
+        known = costs.plain(blocks.num_blocks, blocks.pass_width(rows))
+        if rows <= last or blocks.rows_together <= last:
+            return known
+        return known + (rows - last) * (known - costs.plain(blocks.num_blocks, before)) / (last - before)
+
+    return cost

@@ -1,0 +1,229 @@
+"""Drafting with the lookahead head: roll forward while another token is worth its time.
+
+How far a draft goes is decided token by token: calibration has measured, for each draft position, how probable it is at what
+entropy that the backbone will say the same, given that it agreed so far; the pass and step costs of this device are
+measured; the draft of the highest expected tokens per millisecond is proposed, and none where plain decoding has it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Container
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from early_exit_cli.drafting.chances import Survival
+from early_exit_cli.drafting.drafter import Draft, Drafter
+from early_exit_cli.drafting.reasons import Step
+from early_exit_cli.drafting.round_costs import PassShares
+from early_exit_cli.engine import Engine
+from early_exit_cli.heads.lookahead import LookaheadHead
+from early_exit_cli.heads.native_lookahead import lookahead_runner
+from early_exit_cli.runtime.kv_cache import KVCache
+from early_exit_cli.sampling import GREEDY, Chooser
+
+STRENGTH = 4.0
+"""Drafted tokens that the calibrated probabilities count for against what this text has shown."""
+NEED = 1.03
+"""A draft must be expected to beat plain decoding by this factor."""
+FORTUNES = 20
+"""Steps of a text's fortune that a promise tells apart."""
+LOOKED_AHEAD = 8
+"""Tokens of a draft that a promise looks at."""
+FORGETTING = 0.97
+"""What is left of the text's own evidence after a round without a draft, so that drafting is tried again."""
+
+
+class _Stop(NamedTuple):
+    """A draft length, the tokens that a round with it is expected to commit, and its milliseconds."""
+
+    length: int
+    tokens: float
+    milliseconds: float
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.milliseconds
+
+
+class LookaheadDrafter(Drafter):
+    """Proposes what the lookahead head says, as far as it pays.
+
+    Args:
+        survival: by draft position; the last one stands for all later ones.
+        pass_cost: rows -> milliseconds of a pass of the backbone over so many rows.
+        read_cost: milliseconds until the first token is known. step_cost: of each further one.
+        temperature: of the head's distribution, where tokens are sampled.
+    """
+
+    name = "lookahead"
+
+    def __init__(
+        self,
+        head: LookaheadHead,
+        survival: list[Survival],
+        pass_cost: Callable[[int], float],
+        read_cost: float,
+        step_cost: float,
+        temperature: float = 1.0,
+    ) -> None:
+        self.runner = lookahead_runner(head)
+        self.exit_layers = head.exit_layers
+        self.survival, self.passes = survival, PassShares(pass_cost)
+        self.read_cost, self.step_cost = read_cost, step_cost
+        self.temperature = temperature
+        self.waiting: list[tuple[list[int], list[Tensor]]] = []
+        self.hits = self.expected = 0.0
+        self.guess: tuple[int, float] | None = None
+        """A first token that was not worth drafting, and its chance: the text will tell whether it was right."""
+        self.promises: dict[tuple[int, int, int, float], float] = {}
+        self.spent: float | None = None
+        """Milliseconds that this round's drafting was expected to take; none where nothing was asked of the head."""
+
+    def begin(self, prompt_ids: list[int], chooser: Chooser = GREEDY) -> None:
+        self.chooser = chooser
+        self.runner.reset()
+        self.waiting = []
+        self.hits = self.expected = 0.0
+        self.guess = None
+
+    def another(self) -> Drafter:
+        other = copy.copy(self)
+        other.runner = self.runner.another()
+        return other
+
+    def see(self, tokens: list[int], states: list[Tensor]) -> None:
+        self.waiting.append((tokens, states))
+
+    def expected_rate(self, limit: int) -> float:
+        """Tokens per millisecond that reading the head promises, before its first token is known; 0 where it cannot.
+
+        The entropy will say whether a draft is worth verifying: the promise is the mean over the entropies to be met, of
+        tokens and of time (a renewal's rate). Where calibration kept none, the mean chance stands for all.
+        """
+        if limit < 1 or not self.waiting:
+            return 0.0
+        key = (round(FORTUNES * self._fortune), min(limit, LOOKED_AHEAD), self.company, self._reading)
+        if key not in self.promises:
+            chances = [self._chance(0, uncertainty) for uncertainty in self._at(0).entropies] or [self._chance(0)]
+            stops = [self._best_stop([chance], 1, key[1]) for chance in chances]
+            self.promises[key] = sum(stop.tokens for stop in stops) / sum(stop.milliseconds for stop in stops)
+        return self.promises[key]
+
+    def propose(self, model: Engine, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]) -> Draft:
+        self.guess = self.spent = None
+        if self.expected_rate(limit) * self.passes.beside(self.company)[1] <= NEED:
+            self.hits, self.expected = self.hits * FORGETTING, self.expected * FORGETTING
+            return Draft()
+        if self.runner.most_steps and not self.chooser.reads_logits:
+            return self._propose_chain(limit, stop_ids)
+        hidden = self.runner.read(*self._waiting())
+        tokens: list[int] = []
+        reasons: list[Step] = []
+        while True:
+            token, uncertainty = self.runner.choose(hidden, self.chooser, tokens, self.temperature)
+            tokens.append(token)
+            reasons.append(Step(len(tokens), uncertainty, self._chance(len(tokens) - 1, uncertainty)))
+            best = self._best_stop([reason.chance for reason in reasons], len(tokens), limit).length
+            if best <= len(tokens) or token in stop_ids:
+                best = min(best, len(tokens))
+                if best == 0:
+                    self.guess = (tokens[0], reasons[0].chance)
+                return Draft(tokens=tokens[:best], reasons=list(reasons[:best]))
+            hidden = self.runner.step(token, hidden, len(tokens))
+
+    def _propose_chain(self, limit: int, stop_ids: Container[int]) -> Draft:
+        """All steps at once, as many as promise the most before any is known; what is worth verifying when they are."""
+        count = self._chain_length(min(limit, self.runner.most_steps))
+        self.spent = self.read_cost + (count - 1) * self.step_cost
+        tokens, entropies = self.runner.chain(*self._waiting(), count)
+        end = next((place + 1 for place, token in enumerate(tokens) if token in stop_ids), len(tokens))
+        reasons = [Step(place + 1, found, self._chance(place, found)) for place, found in enumerate(entropies[:end])]
+        best = self._best_stop([reason.chance for reason in reasons], max(count, 1), end).length
+        if best == 0 and tokens:
+            self.guess = (tokens[0], reasons[0].chance)
+        return Draft(tokens=tokens[:best], reasons=list(reasons[:best]))
+
+    def _chain_length(self, limit: int) -> int:
+        """The chain of the highest expected tokens per millisecond, by the mean chances of its positions."""
+        passes = self.passes.beside(self.company)
+        best, best_rate = 1, 0.0
+        expected = survives = 1.0
+        for count in range(1, limit + 1):
+            survives *= self._chance(count - 1)
+            expected += survives
+            rate = expected / (passes[count + 1] + self._reading + (count - 1) * self.step_cost)
+            if rate > best_rate:
+                best, best_rate = count, rate
+        return best
+
+    def _waiting(self) -> tuple[list[int], list[Tensor]]:
+        """All that was verified since the last time: tokens, and states by layer."""
+        (tokens, states), *more = self.waiting
+        if more:
+            tokens = [token for part, _ in self.waiting for token in part]
+            states = [torch.cat(parts) for parts in zip(*(found for _, found in self.waiting), strict=True)]
+        self.waiting = []
+        return tokens, states
+
+    def observe(self, draft: Draft, tokens: list[int], accepted: int) -> None:
+        for reason in draft.reasons[: accepted + 1]:
+            if isinstance(reason, Step):
+                self.expected += reason.chance
+        if draft.reasons and isinstance(draft.reasons[0], Step):
+            self.hits += accepted
+        elif self.guess is not None:
+            self.expected += self.guess[1]
+            self.hits += self.guess[0] == tokens[0]
+
+    def timed(self, draft: Draft, milliseconds: float) -> bool:
+        if self.spent is None:
+            return False
+        if self.times is not None:
+            expected = self.passes.beside(0)[len(draft.tokens) + 1] + self.spent
+            self.times.observe(self.name, milliseconds, expected)
+        return True
+
+    @property
+    def _reading(self) -> float:
+        """Milliseconds until the first token is known, what the host adds included."""
+        return self.read_cost + (0.0 if self.times is None else self.times.extra(self.name))
+
+    @property
+    def _fortune(self) -> float:
+        """How the calibrated chances have fared on this text: right tokens over expected ones."""
+        return (self.hits + STRENGTH) / (self.expected + STRENGTH)
+
+    def _at(self, place: int) -> Survival:
+        return self.survival[min(place, len(self.survival) - 1)]
+
+    def _chance(self, place: int, uncertainty: float | None = None) -> float:
+        """The calibrated probability at a draft position, moved by how the calibration has fared on this text."""
+        survival = self._at(place)
+        calibrated = survival.mean if uncertainty is None else survival.at(uncertainty)
+        return min(calibrated * self._fortune, 0.995)
+
+    def _best_stop(self, chances: list[float], made: int, limit: int) -> _Stop:
+        """The draft length of the highest expected tokens per millisecond from here on.
+
+        Args:
+            chances: of the tokens drafted already; later ones count with their position's mean.
+            made: draft steps that are spent already, at least one.
+        """
+        passes = self.passes.beside(self.company)
+        drafting = self._reading + (made - 1) * self.step_cost
+        best = _Stop(0, 1.0, passes[1] + drafting)
+        to_beat = NEED * best.rate
+        expected = survives = 1.0
+        for count in range(1, limit + 1):
+            survives *= chances[count - 1] if count <= len(chances) else self._chance(count - 1)
+            expected += survives
+            if count > made:
+                drafting += self.step_cost
+            milliseconds = passes[count + 1] + drafting
+            if expected > to_beat * milliseconds:
+                best = _Stop(count, expected, milliseconds)
+                to_beat = best.rate
+        return best

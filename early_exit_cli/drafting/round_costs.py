@@ -1,0 +1,68 @@
+"""What a round costs one text: its share of a pass, and what rounds take beyond their measured parts."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from statistics import median
+
+from early_exit_cli.runtime.blocks import LARGEST_WIDTH
+
+
+class RoundTimes:
+    """How much longer rounds take than their parts were measured to, by who drafted; "" where nobody did.
+
+    On a GPU a round is also what the host does between two waits for it, which no measurement of a part holds: learned as
+    rounds run, the median of the last ones.
+    """
+
+    KEPT = 9
+    NEEDED = 3
+    """Rounds without a draft that come first in a process, and rounds after which a drafter is judged."""
+
+    def __init__(self) -> None:
+        self.beyond: dict[str, deque[float]] = {}
+
+    def observe(self, kind: str, milliseconds: float, expected: float) -> None:
+        """A round is over that was expected to take `expected` milliseconds."""
+        self.beyond.setdefault(kind, deque(maxlen=self.KEPT)).append(milliseconds - expected)
+
+    @property
+    def knows_plain(self) -> bool:
+        """Whether enough rounds without a draft were seen to compare with."""
+        return len(self.beyond.get("", ())) >= self.NEEDED
+
+    def extra(self, kind: str) -> float:
+        """Milliseconds to add to what a draft costs, in steps of 0.01; 0 until enough is known."""
+        found = self.beyond.get(kind, ())
+        if not self.knows_plain or len(found) < self.NEEDED:
+            return 0.0
+        return round(max(0.0, median(found) - median(self.beyond[""])), 2)
+
+
+def share_of_pass(pass_cost: Callable[[int], float], rows: int, company: int) -> float:
+    """Milliseconds of a pass that fall to one text with `rows` rows: an equal share of the pass in which every text has
+    one row, and all that its further rows cost."""
+    if not company:
+        return pass_cost(rows)
+    everyone = pass_cost(1 + company)
+    return everyone / (1 + company) + pass_cost(rows + company) - everyone
+
+
+class PassShares:
+    """`share_of_pass` by rows, worked out once for each number of other texts: drafting asks for it all the time.
+
+    Args:
+        pass_cost: rows -> milliseconds of a pass of the backbone over so many rows.
+    """
+
+    def __init__(self, pass_cost: Callable[[int], float]) -> None:
+        self.pass_cost = pass_cost
+        self.known: dict[int, list[float]] = {}
+
+    def beside(self, company: int) -> list[float]:
+        """Milliseconds of 1 to LARGEST_WIDTH rows, each at its number."""
+        if company not in self.known:
+            shares = [share_of_pass(self.pass_cost, rows, company) for rows in range(1, LARGEST_WIDTH + 1)]
+            self.known[company] = [0.0, *shares]
+        return self.known[company]

@@ -1,0 +1,1 @@
+"""Measuring heads and ways of decoding."""

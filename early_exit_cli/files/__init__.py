@@ -1,0 +1,1 @@
+"""What outlives a run: files written atomically, the schemas of what is read, the environment of a run."""

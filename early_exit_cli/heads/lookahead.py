@@ -1,0 +1,224 @@
+"""The lookahead head: one block that rolls forward from the deep states of what is verified (EAGLE-3, Li et al. 2025).
+
+For a verified token at position t it reads the backbone's states after some exit layers and after the last block, fused
+into one, and the embedding of token t + 1; it predicts token t + 2. For the tokens after that, the fused state is its own
+output of the step before. Its attention sees the fused states up to t and its own steps after it.
+
+Names and shapes are those of EAGLE-3's checkpoints as `speculators` reads them (`fc_norm`, `norm_output`): the last
+state comes with the backbone's final norm applied, which is that checkpoint's third `fc_norm`. LM head and embedding are
+the backbone's own, the LM head cut down to the draft vocabulary; neither is part of the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from early_exit_cli.backbone.output import AttentionShape, LastBlock, Readout
+from early_exit_cli.files.atomic import write_atomic
+from early_exit_cli.heads.attention import rotary, rotate
+from early_exit_cli.heads.exit_heads import DRAFT_VOCAB, read_tensors, require_tensors
+from early_exit_cli.hidden_states.states import Prediction, States
+
+
+class Attention(nn.Module):
+    """Projections of grouped-query attention over [embedding; state], 2 * hidden wide."""
+
+    def __init__(self, hidden: int, shape: AttentionShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.q_proj = nn.Linear(2 * hidden, shape.query_width, bias=False)
+        self.k_proj = nn.Linear(2 * hidden, shape.kv_width, bias=False)
+        self.v_proj = nn.Linear(2 * hidden, shape.kv_width, bias=False)
+        self.o_proj = nn.Linear(shape.query_width, hidden, bias=False)
+
+
+class GatedMLP(nn.Module):
+    """[*, hidden] -> [*, hidden]."""
+
+    def __init__(self, hidden: int, shape: LastBlock) -> None:
+        super().__init__()
+        from transformers.activations import ACT2FN
+
+        self.gate_proj = nn.Linear(hidden, shape.inner, bias=False)
+        self.up_proj = nn.Linear(hidden, shape.inner, bias=False)
+        self.down_proj = nn.Linear(shape.inner, hidden, bias=False)
+        self.activation_name = shape.activation
+        self.activation = ACT2FN[shape.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One decoder block whose attention reads the normed embedding beside the normed state."""
+
+    def __init__(self, hidden: int, shape: LastBlock, eps: float) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(hidden, eps)  # of the embedding
+        self.hidden_norm = nn.RMSNorm(hidden, eps)
+        self.self_attn = Attention(hidden, shape.attention)
+        self.post_attention_layernorm = nn.RMSNorm(hidden, eps)
+        self.mlp = GatedMLP(hidden, shape)
+
+
+class LookaheadHead(nn.Module):
+    """See the module's docstring.
+
+    Args:
+        layers: 0-based blocks whose output is read, besides the last one's.
+        draft_vocab: [draft vocab] int64, the tokens it may propose; None for all.
+    """
+
+    draft_vocab: Tensor | None
+
+    def __init__(self, readout: Readout, layers: Sequence[int], draft_vocab: Tensor | None) -> None:
+        super().__init__()
+        hidden, eps, shape = readout.hidden_size, readout.final_norm.eps, readout.last_block
+        self.exit_layers = [layer + 1 for layer in layers]
+        self.fc_norm = nn.ModuleList(nn.RMSNorm(hidden, eps) for _ in layers)
+        self.fc = nn.Linear((len(layers) + 1) * hidden, hidden, bias=False)
+        self.layers = nn.ModuleList([Block(hidden, shape, eps)])
+        self.norm = nn.RMSNorm(hidden, eps)
+        self.register_buffer(DRAFT_VOCAB, draft_vocab)
+        # detached: borrowed from the backbone, no parameters of this module
+        weight = readout.lm_head_weight.detach()
+        self.lm_head_weight = weight if draft_vocab is None else weight[draft_vocab.to(weight.device)]
+        self.embedding_weight = readout.embedding_weight.detach()
+        self.on_device: Any = None
+        """What runs it on a GPU, once made (`cuda_lookahead`)."""
+
+    @property
+    def block(self) -> Block:
+        return self.layers[0]  # type: ignore[return-value]
+
+    def start_from(self, readout: Readout) -> None:
+        """Begin as the backbone's last block reading its final state; the embedding comes in from zero."""
+        hidden, weights = readout.hidden_size, readout.last_block.weights
+        with torch.no_grad():
+            self.fc.weight.zero_()
+            self.fc.weight[:, -hidden:] = torch.eye(hidden)
+            self.norm.weight.copy_(readout.final_norm.weight)
+            self.block.hidden_norm.weight.copy_(weights["input_layernorm.weight"])
+            for name, parameter in self.block.named_parameters():
+                if name in ("input_layernorm.weight", "hidden_norm.weight"):
+                    continue
+                if parameter.shape == weights[name].shape:
+                    parameter.copy_(weights[name])
+                else:  # [rows, 2 * hidden]: embedding beside state
+                    parameter.zero_()
+                    parameter[:, hidden:] = weights[name]
+
+    def normed(self, states: Sequence[Tensor]) -> Tensor:
+        """States after the exit layers and the final normed state, [*, hidden] each -> [*, states * hidden], for `fc`."""
+        *exits, final = states
+        return torch.cat(
+            [*(norm(x.to(self.norm.weight.dtype)) for norm, x in zip(self.fc_norm, exits, strict=True)), final], -1
+        )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[*, hidden] -> [*, draft vocab]."""
+        return F.linear(hidden, self.lm_head_weight.to(hidden.dtype))
+
+    def token_ids(self, columns: Tensor) -> Tensor:
+        """Columns of the logits to token ids."""
+        return columns if self.draft_vocab is None else self.draft_vocab[columns]
+
+    def forward(self, states: States, steps: int, only_measured: bool = False) -> list[Prediction]:
+        """Roll out from every position of packed sequences, the text's own tokens in between.
+
+        This is EAGLE-3's training-time test: step k reads the true fused states up to t and its own outputs of the
+        steps before, so that it learns from what it will see when it drafts.
+
+        Returns:
+            A prediction per step. Step k says token t + k + 2 from position t, for the t whose document reaches it.
+        """
+        batch = states.batch
+        valid = batch.valid
+        fused = self.fc(self.normed([*states.exits, states.final])).to(self.norm.weight.dtype)
+        hidden = fused.new_zeros(*valid.shape, fused.shape[-1]).index_put((valid,), fused)  # [batch, seq, hidden]
+        mask = batch.block_mask()
+        rows = torch.arange(len(valid), device=valid.device)[:, None]
+        owners = (batch.documents * len(valid) + rows)[valid]  # a document that goes on in another row is another one
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        predictions = []
+        for step in range(steps):
+            embedded = F.embedding(batch.input_ids.roll(-1 - step, 1), self.embedding_weight)
+            hidden = self._step(embedded, hidden, step, mask, keys, values)
+            reach = 1 + step
+            positions = (owners[:-reach] == owners[reach:]).nonzero()[:, 0]
+            if only_measured:
+                positions = positions[states.measured[positions + reach]]
+            predictions.append(Prediction(self.logits(hidden[valid][positions]), positions + reach))
+        return predictions
+
+    def _step(
+        self, embedded: Tensor, hidden: Tensor, step: int, mask: Tensor, keys: list[Tensor], values: list[Tensor]
+    ) -> Tensor:
+        """One step from all positions at once, [batch, seq, hidden] -> [batch, seq, hidden]; keys and values grow."""
+        block, attention = self.block, self.block.self_attn
+        rows, seq, _ = hidden.shape
+        joined = torch.cat((block.input_layernorm(embedded.to(self.norm.weight.dtype)), block.hidden_norm(hidden)), -1)
+        size = attention.shape.head_dim
+        cos, sin = rotary(torch.arange(step, seq + step, device=hidden.device), size, attention.shape.rope_theta)
+
+        def split(projected: Tensor) -> Tensor:  # -> [batch, heads, seq, head_dim]
+            return projected.view(rows, seq, -1, size).transpose(1, 2)
+
+        query = rotate(split(attention.q_proj(joined)), cos, sin)
+        keys.append(rotate(split(attention.k_proj(joined)), cos, sin))
+        values.append(split(attention.v_proj(joined)))
+        attended = roll_out_attention(query, keys, values, mask)
+        hidden = hidden + attention.o_proj(attended.transpose(1, 2).reshape(rows, seq, -1))
+        hidden = hidden + block.mlp(block.post_attention_layernorm(hidden))
+        return self.norm(hidden)
+
+    def save(self, path: Path, dtype: torch.dtype) -> None:
+        """Write lookahead.safetensors, weights in `dtype`."""
+        tensors = {name: value.detach().to("cpu", dtype) for name, value in self.state_dict().items()}
+        if self.draft_vocab is not None:
+            tensors[DRAFT_VOCAB] = self.draft_vocab.to("cpu", torch.int32)
+        write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata={"kind": "lookahead"}))
+
+
+def roll_out_attention(query: Tensor, keys: list[Tensor], values: list[Tensor], mask: Tensor) -> Tensor:
+    """Attention of step len(keys) - 1: over the true keys up to a position, and over that position's own later steps.
+
+    Args:
+        query: [batch, query_heads, seq, head_dim]. keys, values: per step, [batch, kv_heads, seq, head_dim].
+        mask: [batch, 1, seq, seq] bool.
+    """
+    if len(keys) == 1:
+        return F.scaled_dot_product_attention(query, keys[0], values[0], attn_mask=mask, enable_gqa=True)
+    rows, heads, seq, width = query.shape
+    grouped = (
+        query.view(rows, keys[0].shape[1], -1, seq, width) * width**-0.5
+    )  # [batch, kv_heads, group, seq, head_dim]
+    true = torch.matmul(grouped, keys[0][:, :, None].transpose(-1, -2)).masked_fill(~mask[:, :, None], float("-inf"))
+    own = [(grouped * key[:, :, None]).sum(-1, keepdim=True) for key in keys[1:]]
+    weights = torch.softmax(torch.cat([true, *own], -1), -1, dtype=torch.float32).to(query.dtype)
+    attended = torch.matmul(weights[..., :seq], values[0][:, :, None])
+    for step, value in enumerate(values[1:]):
+        attended = attended + weights[..., seq + step, None] * value[:, :, None]
+    return attended.view(rows, heads, seq, width)
+
+
+def load_lookahead(path: Path, readout: Readout, layers: Sequence[int]) -> LookaheadHead:
+    """Read lookahead.safetensors strictly.
+
+    Raises:
+        BundleError: damaged, or names or shapes that do not fit, NaN or infinite weights.
+    """
+    tensors, draft_vocab = read_tensors(path, readout.vocab_size)
+    head = LookaheadHead(readout, layers, draft_vocab)
+    shapes = {name: list(value.shape) for name, value in head.state_dict().items() if name != DRAFT_VOCAB}
+    require_tensors(path, tensors, shapes)
+    head.load_state_dict(tensors if draft_vocab is None else {**tensors, DRAFT_VOCAB: draft_vocab})
+    return head.to(readout.device, readout.dtype).requires_grad_(False)

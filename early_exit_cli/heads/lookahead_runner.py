@@ -1,0 +1,106 @@
+"""The lookahead head over one text, in PyTorch: its KV cache, reading what was verified, and steps of its own.
+
+Drafts may be approximate, so on a CPU the head's products run in int8 (docs/decisions/0010).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from early_exit_cli.heads.attention import HeadCache
+from early_exit_cli.heads.lookahead import LookaheadHead
+from early_exit_cli.heads.uncertainty import entropy
+from early_exit_cli.runtime.blocks import LARGEST_WIDTH
+from early_exit_cli.runtime.exact_argmax import int8_rows
+from early_exit_cli.sampling import GREEDY, Chooser
+
+LinearMap = Callable[[Tensor], Tensor]
+
+
+def draft_linear(weights: list[Tensor]) -> LinearMap:
+    """x [rows, in] -> [rows, sum of out]: for a few rows on the CPU in int8 with a scale a row, else the weights as they are."""
+    weight = torch.cat(weights)
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not hasattr(torch, "_weight_int8pack_mm"):
+        return lambda x: F.linear(x, weight)
+    quantized, scales = int8_rows(weight.float())
+    return lambda x: (
+        torch._weight_int8pack_mm(x, quantized, scales) if x.shape[0] <= LARGEST_WIDTH else F.linear(x, weight)
+    )
+
+
+class LookaheadRunner:
+    """The head over one text: a KV cache of its own, true states first, its own steps behind them until they are verified."""
+
+    cache_kind: ClassVar[type[HeadCache]] = HeadCache
+    most_steps: ClassVar[int] = 0
+    """Steps that can be run at once (`chain`); 0: only one after another."""
+
+    def __init__(self, head: LookaheadHead) -> None:
+        self.head = head
+        self.inner = head.block.mlp.down_proj.in_features
+        self.cache = self.cache_kind(head.block.self_attn.shape, head.fc.weight)
+        self.load_weights()
+
+    def load_weights(self) -> None:
+        """Bring the head's weights into the form in which they are multiplied."""
+        block, attention = self.head.block, self.head.block.self_attn
+        self.fc = draft_linear([self.head.fc.weight])
+        self.qkv = draft_linear([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
+        self.output = draft_linear([attention.o_proj.weight])
+        self.gate_up = draft_linear([block.mlp.gate_proj.weight, block.mlp.up_proj.weight])
+        self.down = draft_linear([block.mlp.down_proj.weight])
+        self.lm_head = draft_linear([self.head.lm_head_weight])
+
+    def reset(self) -> None:
+        """Begin another text."""
+        self.cache.length = 0
+
+    def another(self) -> LookaheadRunner:
+        """The same weights over another text."""
+        other = copy.copy(self)
+        other.cache = self.cache.another()
+        return other
+
+    def read(self, tokens: list[int], states: list[Tensor]) -> Tensor:
+        """Take in verified positions -> the state [1, hidden] that says the token after the last of `tokens`.
+
+        Args:
+            tokens: the one that follows each position.
+            states: after the exit layers and the final normed one, [rows, hidden] each.
+        """
+        hidden = self._block(tokens, self.fc(self.head.normed(states)), self.cache.length)
+        self.cache.length += len(tokens)
+        return hidden
+
+    def step(self, token: int, hidden: Tensor, ahead: int) -> Tensor:
+        """Roll forward from its own state: a token, [1, hidden], the steps before this one + 1 -> [1, hidden]."""
+        return self._block([token], hidden, self.cache.length + ahead - 1)
+
+    def chain(self, tokens: list[int], states: Sequence[Tensor], count: int) -> tuple[list[int], list[float]]:
+        """`read`, then `count` greedy steps at once: their tokens and entropies (nats)."""
+        raise NotImplementedError
+
+    def _block(self, tokens: list[int], hidden: Tensor, position: int) -> Tensor:
+        head, block = self.head, self.head.block
+        ids = torch.tensor(tokens, device=hidden.device)
+        joined = torch.cat(
+            (block.input_layernorm(F.embedding(ids, head.embedding_weight)), block.hidden_norm(hidden)), -1
+        )
+        hidden = hidden[-1:] + self.output(self.cache.attend(self.qkv(joined), position, 1))
+        gate_up = self.gate_up(block.post_attention_layernorm(hidden))
+        hidden = hidden + self.down(block.mlp.activation(gate_up[:, : self.inner]) * gate_up[:, self.inner :])
+        return head.norm(hidden)
+
+    def choose(
+        self, hidden: Tensor, chooser: Chooser = GREEDY, drafted: Sequence[int] = (), temperature: float = 1.0
+    ) -> tuple[int, float]:
+        """[1, hidden] -> its token (`Chooser.draft`), and its entropy (nats)."""
+        logits = self.lm_head(hidden)
+        token = chooser.draft(logits, self.head.draft_vocab, list(drafted), temperature)
+        return token, float(entropy(logits))

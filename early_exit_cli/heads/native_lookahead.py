@@ -1,0 +1,109 @@
+"""The lookahead head in compiled code, on CPUs that have it: a step is a fifth of a pass in PyTorch's hands."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from early_exit_cli.heads.cuda_lookahead import cuda_lookahead
+from early_exit_cli.heads.lookahead import LookaheadHead
+from early_exit_cli.heads.lookahead_runner import LookaheadRunner
+from early_exit_cli.heads.native_head_cache import NativeHeadCache
+from early_exit_cli.runtime.native_buffers import Held
+from early_exit_cli.runtime.native_code import Lookahead, has_native_code, native_code
+from early_exit_cli.runtime.nf4_linear import VOCAB_TILE
+from early_exit_cli.sampling import GREEDY, Chooser
+
+
+class NativeLookahead(LookaheadRunner):
+    """`LookaheadRunner` in one call a step, with a choice and its entropy beside the state."""
+
+    cache_kind = NativeHeadCache
+
+    def load_weights(self) -> None:
+        head, block, attention = self.head, self.head.block, self.head.block.self_attn
+        self.held = Held()
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        weights = (
+            [head.fc.weight],
+            [block.mlp.gate_proj.weight, block.mlp.up_proj.weight],
+            [block.mlp.down_proj.weight],
+            [head.lm_head_weight],
+        )
+        norms = (block.input_layernorm, block.hidden_norm, block.post_attention_layernorm, head.norm)
+        self.weights = Lookahead(
+            self.held.attention(attention.shape, *(projection.weight for projection in projections)),
+            *(self.held.int8_of(*parts) for parts in weights),
+            self.held.address(torch.cat([cast(Tensor, norm.weight) for norm in head.fc_norm])),
+            *(self.held.address(norm.weight) for norm in norms),
+            self.held.address(head.embedding_weight),
+            *(len(head.fc_norm), head.fc.weight.shape[0], self.inner),
+            float(head.norm.eps or 0.0),
+        )
+        self.code = native_code()
+        self._hold_results()
+
+        vocab = head.draft_vocab
+        self.draft_ids = None if vocab is None else vocab.tolist()
+
+    def _hold_results(self) -> None:
+        self.logits = torch.empty(1, self.weights.lm_head.outputs)
+        self.token, self.entropy = ctypes.c_int64(), ctypes.c_float()
+
+    def another(self) -> LookaheadRunner:
+        other = cast(NativeLookahead, super().another())
+        other._hold_results()
+        return other
+
+    def read(self, tokens: list[int], states: list[Tensor]) -> Tensor:
+        states = [state.contiguous() for state in states]
+        pointers = (ctypes.c_void_p * len(states))(*(state.data_ptr() for state in states))
+        hidden = self._run(tokens, pointers, None, self.cache.length)
+        self.cache.length += len(tokens)
+        return hidden
+
+    def step(self, token: int, hidden: Tensor, ahead: int) -> Tensor:
+        return self._run([token], None, hidden.data_ptr(), self.cache.length + ahead - 1)
+
+    def _run(self, tokens: list[int], states: object, own: int | None, position: int) -> Tensor:
+        rows, cache = len(tokens), cast(NativeHeadCache, self.cache)
+        cache.reserve(position + rows)
+        state = torch.empty(1, self.weights.hidden, dtype=torch.bfloat16)
+        failed = self.code.eexit_lookahead(
+            *(self.weights, states, own, (ctypes.c_int64 * rows)(*tokens), rows, position, cache.memory),
+            *(state.data_ptr(), self.logits.data_ptr(), self.token, self.entropy, torch.get_num_threads()),
+        )
+        if failed:
+            raise MemoryError
+        return state
+
+    def choose(
+        self, hidden: Tensor, chooser: Chooser = GREEDY, drafted: Sequence[int] = (), temperature: float = 1.0
+    ) -> tuple[int, float]:
+        """For the state that the last call gave."""
+        uncertainty = self.entropy.value
+        if chooser.reads_logits:
+            return chooser.draft(self.logits, self.head.draft_vocab, list(drafted), temperature), uncertainty
+        column = self.token.value
+        return column if self.draft_ids is None else self.draft_ids[column], uncertainty
+
+
+def lookahead_runner(head: LookaheadHead) -> LookaheadRunner:
+    """The runner for a head on its device: compiled code or a GPU's kernels where they fit, else PyTorch."""
+    if head.fc.weight.device.type == "cuda":
+        return cuda_lookahead(head) or LookaheadRunner(head)
+    return NativeLookahead(head) if _fits(head) else LookaheadRunner(head)
+
+
+def _fits(head: LookaheadHead) -> bool:
+    weight, attention, mlp = head.fc.weight, head.block.self_attn, head.block.mlp
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or head.lm_head_weight.dtype != torch.bfloat16:
+        return False
+    sizes = (weight.shape[0], mlp.down_proj.in_features, head.lm_head_weight.shape[0])
+    if attention.shape.head_dim % 64 or any(size % VOCAB_TILE for size in sizes) or mlp.activation_name != "silu":
+        return False
+    return has_native_code()

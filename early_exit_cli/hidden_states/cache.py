@@ -1,0 +1,365 @@
+"""Hidden states on disk: extracted once, trained from many times, without the backbone.
+
+A cache is a folder:
+
+* `shards/SPLIT-NNNNN.safetensors`: states of consecutive packed sequences, padding left out. `block.L` is the state after
+  block L (0-based), `final` the normed state after the last block, [tokens, hidden] in bf16, or fp8 (e4m3) with a scale
+  per token in `NAME.scale`; `ids` [tokens] int32. `normalizer` [tokens] float32 is the logsumexp of the
+  backbone's logits. `row_starts`, `document_starts`, `answer_starts` say where sequences, documents and answers begin.
+  No logits: `final` times the LM head gives them back.
+* `readout.safetensors`: the LM head, the final norm's weight, the embedding where it is another one, the last block's
+  dequantized weights, and how often each token stands in the training text.
+* `manifest.json`: the backbone's fingerprint, what was asked for, and every shard with its rows, size and SHA-256.
+
+`extraction.py` writes it, `cached_states.py` reads it for training.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from early_exit_cli.backbone.output import FinalNorm, LastBlock, LogitMap, no_last_block
+from early_exit_cli.config import BackboneConfig, CacheConfig, DataConfig, HeadsConfig, TrainingConfig
+from early_exit_cli.errors import BundleError, CacheError, shown
+from early_exit_cli.files.atomic import file_sha256, sha256_of
+from early_exit_cli.files.environment import user_cache_dir
+from early_exit_cli.files.schemas import ManifestForm, read_form
+from early_exit_cli.hidden_states.cache_checks import LAST_BLOCK, readout_misfit
+
+MANIFEST, READOUT, SHARDS = "manifest.json", "readout.safetensors", "shards"
+LARGEST_FP8 = 448.0
+"""Largest finite value of e4m3."""
+Report = Callable[[int, int, float], None]
+"""Called with (shards done, shards in all, tokens per second)."""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A file of a cache that is not what the manifest says."""
+
+    file: str
+    what: str
+
+
+@dataclass(frozen=True)
+class StoredReadout:
+    """A `Readout` read from a cache; tensors in the backbone's dtype."""
+
+    name: str
+    quantization: str
+    fingerprint: dict[str, Any]
+    eos_token_ids: frozenset[int]
+    num_blocks: int
+    final_norm: FinalNorm
+    logit_map: LogitMap
+    lm_head_weight: Tensor
+    embedding_weight: Tensor
+    stored_block: LastBlock | None
+
+    @property
+    def last_block(self) -> LastBlock:
+        if self.stored_block is None:
+            raise no_last_block(self.name)
+        return self.stored_block
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head_weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lm_head_weight.dtype
+
+    @property
+    def vocab_size(self) -> int:
+        return self.lm_head_weight.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.lm_head_weight.shape[1]
+
+
+class Cache:
+    """A cache on disk, by its manifest."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self.manifest = read_form(folder / MANIFEST, ManifestForm)
+        except BundleError as error:
+            raise CacheError(f"no cache in {folder}: {error.message}", hint="eexit cache extract") from error
+        self.layers: list[int] = self.manifest["layers"]
+        self.shards: list[dict[str, Any]] = self.manifest["shards"]
+        self.tokens = sum(shard["tokens"] for shard in self.shards)
+        self.total_bytes = sum(shard["bytes"] for shard in self.shards)
+
+    @property
+    def data(self) -> DataConfig:
+        """Where the text came from."""
+        return DataConfig.model_validate(self.manifest["data"])
+
+    @property
+    def is_complete(self) -> bool:
+        return bool(self.manifest["complete"])
+
+    def require_complete(self) -> None:
+        """Refuse a cache whose extraction was stopped."""
+        if not self.is_complete:
+            raise CacheError(
+                f"the cache in {self.folder} is not complete: its extraction was stopped",
+                hint="run eexit cache extract again with the same settings; it goes on where it was",
+            )
+
+    def require_sizes(self) -> None:
+        """Refuse shards that are missing or of another size: what their records promise is then not there."""
+        for shard in self.shards:
+            what = _size_damage(self.path(shard), shard)
+            if what:
+                raise CacheError(
+                    f"{self.path(shard)} is damaged: {what}", hint=f"eexit cache repair --cache-dir {self.folder}"
+                )
+
+    def path(self, shard: dict[str, Any]) -> Path:
+        return self.folder / SHARDS / str(shard["file"])
+
+    def split(self, name: str) -> list[dict[str, Any]]:
+        return [shard for shard in self.shards if shard["split"] == name]
+
+    def sequences(self) -> int:
+        return sum(shard["last"] - shard["first"] for shard in self.split("train"))
+
+    def is_shorter_than(self, config: CacheConfig, training: TrainingConfig, world: int) -> bool:
+        """Whether the bounds ask for more than is here, and the text has more."""
+        found = self.manifest
+        token_bytes = bytes_per_token(found["hidden_size"], len(self.layers), found["store"])
+        available = int(found["available_sequences"])
+        wanted = wanted_sequences(config, training, int(found["max_length"]), token_bytes, available, world)
+        return wanted > self.sequences()
+
+    @cached_property
+    def readout_tensors(self) -> dict[str, Tensor]:
+        return load_shard(self.folder / READOUT)
+
+    def readout(self, device: torch.device) -> StoredReadout:
+        """The backbone's readout, without the backbone."""
+        found = self.manifest
+        if "last_block" not in found:
+            raise CacheError(
+                f"the cache in {self.folder} was begun by an older version and lacks the last block's weights",
+                hint="run eexit cache extract again with the same settings; it adds only these",
+            )
+        tensors = self.readout_tensors
+        what = readout_misfit(tensors, found)
+        if what:
+            raise CacheError(f"{self.folder / READOUT} is not this cache's: {what}", hint="eexit cache verify")
+        lm_head = tensors["lm_head"].to(device)
+        bias = tensors["norm_bias"].to(device) if "norm_bias" in tensors else None
+        shape = found["last_block"]
+        return StoredReadout(
+            name=found["request"]["backbone.model_name"],
+            quantization=found["fingerprint"]["quantization"],
+            fingerprint=found["fingerprint"],
+            eos_token_ids=frozenset(found["eos_token_ids"]),
+            num_blocks=int(found["num_blocks"]),
+            final_norm=FinalNorm(
+                tensors["norm"].to(device), float(found["norm_eps"]), bool(found.get("norm_subtracts_mean")), bias
+            ),
+            logit_map=LogitMap(**found.get("logit_map", {})),
+            lm_head_weight=lm_head,
+            embedding_weight=tensors["embedding"].to(device) if "embedding" in tensors else lm_head,
+            stored_block=shape
+            and LastBlock(
+                **shape,
+                weights={
+                    name.removeprefix(LAST_BLOCK): value.to(device)
+                    for name, value in tensors.items()
+                    if name.startswith(LAST_BLOCK)
+                },
+            ),
+        )
+
+
+def bytes_per_token(hidden_size: int, heads: int, store: str) -> int:
+    """Bytes of one token: the states after each exit layer and after the last block, and its id, the normalizer."""
+    state = hidden_size * 2 if store == "bf16" else hidden_size + 4
+    return state * (heads + 1) + 8
+
+
+def cache_request(backbone: BackboneConfig, heads: HeadsConfig, data: DataConfig, cache: CacheConfig) -> dict[str, Any]:
+    """All settings that decide what a cache holds, but not how much of it; a local file by its name and content."""
+    settings: dict[str, Any] = {
+        f"backbone.{name}": getattr(backbone, name) for name in ("model_name", "revision", "quantization")
+    }
+    layers = heads.head_layer_indices
+    settings["heads"] = layers if layers is not None else f"{heads.num_heads} evenly spread"
+    settings |= {f"data.{name}": value for name, value in data.model_dump(mode="json").items()}
+    settings |= {f"cache.{name}": getattr(cache, name) for name in ("store", "shard_tokens", "held_out_rows")}
+    path = Path(data.dataset_name or "").expanduser()
+    if path.is_file():
+        settings["data.dataset_name"] = path.name
+        settings["data.content"] = file_sha256(path)[:16]
+    return settings
+
+
+def default_folder(request: dict[str, Any]) -> Path:
+    """Where the cache of a request stands when no folder is named."""
+    return user_cache_dir() / "states" / sha256_of(json.dumps(request, sort_keys=True))[:24]
+
+
+def check_request(cache: Cache, request: dict[str, Any]) -> None:
+    """Refuse a cache that was made otherwise.
+
+    Raises:
+        CacheError: every field that differs, with both values.
+    """
+    made = cache.manifest["request"]
+    differing = [
+        f"{shown(key)[1:-1]}: {shown(made.get(key))} there, {request.get(key)!r} asked for"
+        for key in sorted({*made, *request})
+        if made.get(key) != request.get(key)
+    ]
+    if differing:
+        raise CacheError(
+            f"the cache in {cache.folder} was made otherwise ({'; '.join(differing)})", hint="use another --cache-dir"
+        )
+
+
+def wanted_sequences(
+    config: CacheConfig, training: TrainingConfig, max_length: int, token_bytes: int, available: int, world: int
+) -> int:
+    """How many training sequences the bounds ask for, at least one and at most what there is."""
+    bounds = [available]
+    if config.cache_steps:
+        bounds.append(config.cache_steps * training.batch_size * training.gradient_accumulation_steps * world)
+    if config.cache_tokens:
+        bounds.append(config.cache_tokens // max_length)
+    if config.cache_gb:
+        bounds.append(int(config.cache_gb * 1e9 / (token_bytes * max_length)) - config.held_out_rows)
+    return max(1, min(bounds))
+
+
+def owned_text(text: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, the number of each token's document and its place in the answer: [tokens] int64 each (`data.Batch`)."""
+    positions = torch.arange(text["ids"].numel())
+    owners = torch.searchsorted(text["document_starts"].long(), positions, right=True) - 1
+    return text["ids"].long(), owners, positions - text["answer_starts"].long()[owners]
+
+
+def measured_positions(text: dict[str, Tensor]) -> Tensor:
+    """[tokens] bool: the following token is of the same document, and of an answer (`Batch.measured`)."""
+    starts = text["document_starts"].long()
+    following = torch.arange(text["ids"].numel()) + 1
+    document = torch.searchsorted(starts, following, right=False) - 1  # of the token before `following`
+    return (following < starts[document + 1]) & (following >= text["answer_starts"].long()[document])
+
+
+def unpacked(name: str, tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """[tokens, hidden] in `dtype`."""
+    state, scale = tensors[name], tensors.get(f"{name}.scale")
+    return state.to(dtype) if scale is None else (state.float() * scale[:, None]).to(dtype)
+
+
+def verify(cache: Cache, on_shard: Report | None = None) -> list[Damage]:
+    """Check every file against the manifest."""
+    found = []
+    readout = cache.folder / READOUT
+    expected = cache.manifest.get("readout", {}).get("sha256")
+    if not readout.is_file():
+        found.append(Damage(READOUT, "missing"))
+    elif expected and file_sha256(readout) != expected:
+        found.append(Damage(READOUT, "its content is not what was written"))
+    started, tokens = time.perf_counter(), 0
+    for number, shard in enumerate(cache.shards, start=1):
+        what = _damage_of(cache, shard)
+        if what:
+            found.append(Damage(f"{SHARDS}/{shard['file']}", what))
+        tokens += shard["tokens"]
+        if on_shard:
+            on_shard(number, len(cache.shards), tokens / (time.perf_counter() - started))
+    return found
+
+
+def foreign_files(cache: Cache) -> list[str]:
+    """Files among the shards that the manifest does not name; nothing ever reads them."""
+    ours = {shard["file"] for shard in cache.shards}
+    return sorted(path.name for path in (cache.folder / SHARDS).iterdir() if path.name not in ours)
+
+
+def _damage_of(cache: Cache, shard: dict[str, Any]) -> str | None:
+    path = cache.path(shard)
+    what = _size_damage(path, shard)
+    if what:
+        return what
+    if file_sha256(path) != shard["sha256"]:
+        return "its content is not what was written"
+    try:
+        tensors = load_shard(path)
+    except CacheError as error:
+        return error.message
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+            return f"NaN or infinite values in {name}"
+    return None
+
+
+def _size_damage(path: Path, shard: dict[str, Any]) -> str | None:
+    if not path.is_file():
+        return "missing"
+    size = path.stat().st_size
+    return None if size == shard["bytes"] else f"{size} bytes, written were {shard['bytes']}"
+
+
+def load_shard(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of the cache, mapped into memory.
+
+    Raises:
+        CacheError: not a whole safetensors file.
+    """
+    try:
+        return load_file(path)
+    except Exception as error:  # besides its own, the reader raises what torch does with a strange dtype or shape
+        reason = " ".join(str(error).split())[:300]
+        raise CacheError(f"{path} is damaged: {reason}", hint="eexit cache verify names all damage") from error
+
+
+def info(cache: Cache) -> dict[str, Any]:
+    """What a person asks of a cache."""
+    found = cache.manifest
+    heads, hidden = len(cache.layers), int(found["hidden_size"])
+    vocab = int(found["fingerprint"]["vocab_size"])
+    checked = sum(shard.get("checked", 0) for shard in cache.shards)
+    return {
+        "folder": str(cache.folder),
+        "complete": cache.is_complete,
+        "model_name": found["request"]["backbone.model_name"],
+        "quantization": found["fingerprint"]["quantization"],
+        "layers": cache.layers,
+        "store": found["store"],
+        "sequences": cache.sequences(),
+        "available_sequences": found["available_sequences"],
+        "tokens": cache.tokens,
+        "shards": len(cache.shards),
+        "bytes": cache.total_bytes,
+        "bytes_per_token": cache.total_bytes / max(cache.tokens, 1),
+        "bytes_per_token_expected": bytes_per_token(hidden, heads, found["store"]),
+        "bytes_per_token_with_logits": 2 * hidden * heads + 2 * vocab + 8,
+        "agreement_of_stored_states": sum(shard.get("agreed", 0) for shard in cache.shards) / checked
+        if checked
+        else None,
+        "request": found["request"],
+    }
+
+
+def damage_record(damaged: list[Damage]) -> list[dict[str, str]]:
+    """As JSON."""
+    return [asdict(damage) for damage in damaged]

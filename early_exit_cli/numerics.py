@@ -1,0 +1,31 @@
+"""Finite logits, and clocks that wait for the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from early_exit_cli.errors import NumericsError
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU, so that a clock read after it counts finished work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def require_finite(best_logits: Tensor) -> None:
+    """Refuse a row whose best logit is NaN or infinite: argmax would silently say token 0.
+
+    Raises:
+        NumericsError
+    """
+    if not torch.isfinite(best_logits).all():
+        raise not_finite()
+
+
+def not_finite() -> NumericsError:
+    return NumericsError(
+        "the backbone's logits are NaN or infinite",
+        hint="check the model file and the text, or --quantization none",
+    )

@@ -1,0 +1,221 @@
+"""Our own lean block runner for the Llama shape.
+
+Merged projections, grouped-query attention with the query heads of one key head laid side by side as rows (no repeated
+keys), no module overhead. What a library has, we write here and only here, because speed is what this program is for.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from early_exit_cli.backbone.backbone import Backbone
+from early_exit_cli.errors import UnsupportedBackboneError
+from early_exit_cli.runtime.blocks import LARGEST_WIDTH, Blocks, Part
+from early_exit_cli.runtime.cuda_graphs import Graphs, kv_bucket
+from early_exit_cli.runtime.kv_cache import KVCache, Rotary, Rows
+from early_exit_cli.runtime.nf4_linear import LinearMap, merged_linear
+
+SHORT_BUFFER = 512
+"""Up to so many keys the library's attention kernel is the faster one on a CPU (docs/experiments.md)."""
+KEYS_AT_ONCE = 1024
+"""A product over more keys is summed in an order that depends on their number (docs/experiments.md)."""
+
+
+class FusedBlocks(Blocks):
+    """Our own lean path for the Llama shape.
+
+    RMSNorm, rotary embedding, grouped-query attention, gated MLP; with a norm on queries and keys (Qwen3), bias on the
+    projections (Qwen2), sliding windows (Mistral). Queries, keys and values are one product, gate and up another.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        if not backbone.has_llama_shape:
+            raise UnsupportedBackboneError(
+                f"{backbone.name}: the fused runner is for blocks of the Llama shape, and {backbone.config.model_type} "
+                f"({backbone.quantization}) has others",
+                hint="--runner hf",
+            )
+        super().__init__(backbone)
+        from transformers.activations import ACT2FN
+
+        self.activation = ACT2FN[backbone.config.hidden_act]
+        self.eps = float(backbone.config.rms_norm_eps)
+        self.scale = self.head_dim**-0.5
+        self.longest_short = SHORT_BUFFER if backbone.device.type == "cpu" else math.inf
+        self.graphs: Graphs | None = None
+        """Recorded passes, where `runners.use_graphs` found them to give the same bits."""
+        self.layers = [self._merge(block) for block in backbone.blocks]
+
+    def _merge(self, block: Any) -> _FusedBlock:
+        attention, mlp = block.self_attn, block.mlp
+        qk_norm = None
+        if getattr(attention, "q_norm", None) is not None:
+            qk_norm = torch.cat(
+                (
+                    attention.q_norm.weight.expand(self.query_heads, -1),
+                    attention.k_norm.weight.expand(self.kv_heads, -1),
+                )
+            )
+        return _FusedBlock(
+            input_norm=block.input_layernorm.weight,
+            qkv=merged_linear([attention.q_proj, attention.k_proj, attention.v_proj]),
+            qk_norm=qk_norm,
+            output=merged_linear([attention.o_proj]),
+            mlp_norm=block.post_attention_layernorm.weight,
+            gate_up=merged_linear([mlp.gate_proj, mlp.up_proj]),
+            down=merged_linear([mlp.down_proj]),
+            inner=int(mlp.down_proj.in_features),
+        )
+
+    @property
+    def name(self) -> str:
+        return f"{super().name}{'' if self.graphs is None else ', graphs'}"
+
+    def new_cache(self, limit: int) -> KVCache:
+        """On a GPU its length is a bucket's, with recorded passes or without: bits may depend on the keys read."""
+        if self.graphs is None:
+            return super().new_cache(limit if self.backbone.device.type == "cpu" else kv_bucket(limit))
+        bucket = kv_bucket(limit)
+        return self.graphs.lease(bucket, super().new_cache) or super().new_cache(bucket)
+
+    def rotary_tables(self, limit: int) -> Rotary:
+        """sin carries the sign of rotate_half."""
+        half = self.head_dim // 2
+        return {
+            kind: (cos, torch.cat((-sin[..., :half], sin[..., half:]), -1))
+            for kind, (cos, sin) in super().rotary_tables(limit).items()
+        }
+
+    def run(self, hidden: Tensor, cache: KVCache, position: int, first: int, last: int) -> Tensor:
+        if self.graphs is not None:
+            replayed = self.graphs.run(self.run_at, hidden, cache, position, first, last)
+            if replayed is not None:
+                return replayed
+        rows = self.rows(cache, position, hidden.shape[0])
+        return self._through(hidden, rows.rotary[None], [(cache, rows)], first, last)
+
+    def run_together(self, hidden: Tensor, parts: list[Part], stops: Sequence[int]) -> list[Tensor]:
+        """Every product is over the rows of all texts; attention is each text's own."""
+        texts = [(part.cache, self.rows(part.cache, part.position, part.width)) for part in parts]
+        padding = hidden.shape[0] - sum(part.width for part in parts)
+        tables = zip(*(rows.rotary[None] for _, rows in texts), strict=True)
+        cos, sin = (F.pad(torch.cat(parts), (0, 0, 0, 0, 0, padding)) for parts in tables)
+        states = [hidden]
+        for first, last in itertools.pairwise([0, *stops]):
+            states.append(self._through(states[-1], (cos, sin), texts, first, last))
+        return [state[: hidden.shape[0] - padding] for state in states[1:]]
+
+    def run_at(self, hidden: Tensor, cache: KVCache, position: Tensor, first: int, last: int) -> Tensor:
+        """`run` as a function of tensors only: `position` is [] int64 on the device, and the whole buffer is read."""
+        rows = self.rows_at(cache, position, hidden.shape[0])
+        return self._through(hidden, rows.rotary[None], [(cache, rows)], first, last)
+
+    def finish(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        replayed = None if self.graphs is None else self.graphs.finish(super().finish, hidden)
+        return super().finish(hidden) if replayed is None else replayed
+
+    def _through(
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        texts: list[tuple[KVCache, Rows]],
+        first: int,
+        last: int,
+    ) -> Tensor:
+        width = hidden.shape[0]
+        heads = self.query_heads + self.kv_heads
+        half = self.head_dim // 2
+        sizes = [rows.width for _, rows in texts]
+        padding = width - sum(sizes)
+        shape = (hidden.shape[1],)
+        cos, sin = rotary
+        for block in range(first, last):
+            layer = self.layers[block]
+            normed = layer.input_norm * F.rms_norm(hidden, shape, None, self.eps)
+            qkv = layer.qkv(normed)  # [width, (query_heads + 2 kv_heads) * head_dim]
+            qk = qkv[:, : heads * self.head_dim].view(width, heads, self.head_dim)
+            if layer.qk_norm is not None:
+                qk = layer.qk_norm * F.rms_norm(qk, (self.head_dim,), None, self.eps)
+            qk = qk * cos + qk.roll(half, -1) * sin
+            values = qkv[:, heads * self.head_dim :].view(width, self.kv_heads, self.head_dim)
+            if len(texts) == 1 and not padding:
+                attended = self._attention(block, qk, values, *texts[0])
+            else:
+                own = zip(qk.split([*sizes, padding]), values.split([*sizes, padding]), texts)  # noqa: B905 (padding)
+                parts = [self._attention(block, own_qk, own_values, *text) for own_qk, own_values, text in own]
+                attended = F.pad(torch.cat(parts), (0, 0, 0, padding))
+            hidden = hidden + layer.output(attended)
+            normed = layer.mlp_norm * F.rms_norm(hidden, shape, None, self.eps)
+            gate_up = layer.gate_up(normed)  # [width, 2 * inner]
+            hidden = hidden + layer.down(self.activation(gate_up[:, : layer.inner]) * gate_up[:, layer.inner :])
+        return hidden
+
+    def _attention(self, block: int, qk: Tensor, values: Tensor, cache: KVCache, rows: Rows) -> Tensor:
+        """One text's attention in a block, with its new keys and values written first.
+
+        Args:
+            qk: [width, query_heads + kv_heads, head_dim]. values: [width, kv_heads, head_dim].
+
+        Returns:
+            [width, query_heads * head_dim].
+        """
+        width, group = qk.shape[0], self.query_heads // self.kv_heads
+        stored_keys, stored_values = cache.keys[block], cache.values[block]
+        stored_keys[:, rows.place] = qk[:, self.query_heads :].transpose(0, 1)
+        stored_values[:, rows.place] = values.transpose(0, 1)
+        # Rows (token, query head) of one key head side by side: [kv_heads, width * group, head_dim]
+        query = (
+            qk[:, : self.query_heads]
+            .reshape(width, self.kv_heads, group, self.head_dim)
+            .transpose(0, 1)
+            .reshape(self.kv_heads, width * group, self.head_dim)
+        )
+        read = slice(0, rows.keys)
+        is_long = cache.limit > self.longest_short and width <= LARGEST_WIDTH
+        attended = self._attend(
+            query, stored_keys[:, read], stored_values[:, read], rows.grouped[self.windows[block]], is_long
+        )
+        return attended.view(self.kv_heads, width, group * self.head_dim).transpose(0, 1).reshape(width, -1)
+
+    def grows(self, limit: int) -> bool:
+        return self.graphs is None and self.any_length and limit > self.longest_short
+
+    def _attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, is_long: bool) -> Tensor:
+        """Attention of [kv_heads, width * group, head_dim] queries over [kv_heads, keys, head_dim].
+
+        Over long buffers two plain products: slower than the library's kernel on few keys, faster on many, and the
+        bits of a row do not depend on how many masked keys stand behind it: these add exact zeros, as long as a
+        product sums its keys in one go.
+        """
+        if not is_long:
+            return F.scaled_dot_product_attention(
+                query[None], keys[None], values[None], attn_mask=mask, scale=self.scale
+            )
+        weights = torch.softmax(torch.baddbmm(mask[0], query, keys.transpose(1, 2), alpha=self.scale), -1)
+        if keys.shape[1] <= KEYS_AT_ONCE:
+            return torch.bmm(weights, values)
+        first, *rest = zip(weights.split(KEYS_AT_ONCE, -1), values.split(KEYS_AT_ONCE, 1), strict=True)
+        attended = torch.bmm(first[0], first[1].contiguous())
+        for part, part_values in rest:
+            attended = attended + torch.bmm(part, part_values.contiguous())
+        return attended
+
+
+@dataclass(frozen=True)
+class _FusedBlock:
+    input_norm: Tensor
+    qkv: LinearMap
+    qk_norm: Tensor | None
+    output: LinearMap
+    mlp_norm: Tensor
+    gate_up: LinearMap
+    down: LinearMap
+    inner: int

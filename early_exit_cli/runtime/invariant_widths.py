@@ -1,0 +1,122 @@
+"""The widths at which a token's bits depend on nothing but the tokens before it: measured, not assumed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from early_exit_cli.runtime.blocks import KEY_STEP, LARGEST_WIDTH, Blocks
+from early_exit_cli.runtime.exact_argmax import ExactArgmax, faster_widths, usable
+from early_exit_cli.runtime.kv_cache import KVCache
+from early_exit_cli.runtime.native_blocks import NativeBlocks
+from early_exit_cli.runtime.nf4_widths import fused_widths
+
+
+def measure_widths(blocks: Blocks) -> None:
+    """Find the widths at which a token's bits depend on nothing but the tokens before it, and set them on `blocks`.
+
+    Candidates are those of `fused_widths`. The same tokens are run at the largest one, then at every other one in
+    windows that put each token into other rows with other neighbours: all blocks and the LM head, compared bit for bit;
+    and one block over random keys, at many lengths and positions. Where even the largest width disagrees with itself in
+    other rows, it is the only one used and `is_invariant` is false: nothing is promised there.
+    """
+    *others, largest = fused_widths(blocks, blocks.candidate_widths)
+    probe = _Probe(blocks, largest)
+    blocks.is_invariant = probe.agrees(largest)
+    found = [width for width in others if probe.agrees(width)] if blocks.is_invariant else []
+    blocks.widths = (*found, largest)
+    blocks.any_length = blocks.is_invariant and probe.same_at_every_length(blocks.widths)
+    head = blocks.backbone.lm_head
+    if not isinstance(blocks, NativeBlocks) and head.bias is None and usable(head.weight):
+        blocks.argmax_widths = faster_widths(ExactArgmax(head.weight), probe.reference[0], blocks.widths)
+
+
+class _Probe:
+    """Random tokens through all blocks, and random states through one block over long random keys.
+
+    largest: the width that all others are compared with.
+    """
+
+    offset = 3
+    far = tuple(
+        (capacity, int(capacity * share))
+        for capacity in (128, 256, 320, 512, 768, 832, 1024, 2048)
+        for share in (0.4, 0.85)
+    )
+    """(keys in the buffer, position of the first row) of the passes over random keys."""
+
+    def __init__(self, blocks: Blocks, largest: int) -> None:
+        self.blocks = blocks
+        self.largest = largest
+        self.length = -(-2 * LARGEST_WIDTH // largest) * largest
+        backbone = blocks.backbone
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(backbone.device, backbone.dtype)
+
+        self.ids = torch.randint(backbone.vocab_size, (self.length,), generator=generator).to(backbone.device)
+        self.hidden = random(largest, backbone.hidden_size)
+        self.far_keys = random(blocks.kv_heads, self.far[-1][0], blocks.head_dim)
+        self.far_values = random(blocks.kv_heads, self.far[-1][0], blocks.head_dim)
+        self.reference = self._outputs(largest, 0, None)
+        self.far_reference = self._far(largest, 0)
+
+    def _outputs(self, width: int, offset: int, prefix: KVCache | None) -> tuple[Tensor, Tensor, KVCache]:
+        """Normed final states and logits of tokens `offset` and on, in windows of `width`, over an earlier KV cache."""
+        blocks = self.blocks
+        cache = prefix or blocks.new_cache(self.length + KEY_STEP)
+        states = torch.cat(
+            [
+                blocks.final_norm(
+                    blocks.run(blocks.embed(self.ids[start : start + width]), cache, start, 0, blocks.num_blocks)
+                )
+                for start in range(offset, self.length - width + 1, width)
+            ]
+        )
+        logits = torch.cat([blocks.logits(states[start : start + width]) for start in range(0, states.shape[0], width)])
+        return states, logits, cache
+
+    def _far(self, width: int, offset: int) -> list[Tensor]:
+        """`width` of the random states, from the `offset`-th on, through block 0 over the random keys."""
+        results = []
+        for capacity, position in self.far:
+            cache = self._far_cache(capacity)
+            if offset:  # the rows before are there already
+                self.blocks.run(self.hidden, cache, position, 0, 1)
+            results.append(self.blocks.run(self.hidden[offset : offset + width], cache, position + offset, 0, 1))
+        return results
+
+    def _far_cache(self, limit: int, end: int | None = None) -> KVCache:
+        """The random keys and values in block 0 of a cache for `limit` tokens; its buffers just hold `end`."""
+        cache = self.blocks.new_cache(limit)
+        capacity = limit if end is None else -(-end // KEY_STEP) * KEY_STEP
+        cache.keys = [self.far_keys[:, :capacity].clone()]
+        cache.values = [self.far_values[:, :capacity].clone()]
+        return cache
+
+    def agrees(self, width: int) -> bool:
+        """Whether this width gives the reference's bits, in windows shifted against it."""
+        states, logits, _ = self._outputs(width, self.offset, self._outputs(self.largest, 0, None)[2])
+        end = self.offset + states.shape[0]
+        return (
+            torch.equal(states, self.reference[0][self.offset : end])
+            and torch.equal(logits, self.reference[1][self.offset : end])
+            and self._far_agrees(width, 0)
+            and (width == self.largest or self._far_agrees(width, min(self.offset, self.largest - width)))
+        )
+
+    def same_at_every_length(self, widths: tuple[int, ...]) -> bool:
+        """Whether block 0 over random keys gives the same bits however large the buffer is."""
+        limit = self.far[-1][0]
+        for end in range(61, limit, 131):
+            whole, tight = self._far_cache(limit), self._far_cache(limit, end)
+            for width in widths:
+                hidden, position = self.hidden[:width], end - width
+                if not torch.equal(*(self.blocks.run(hidden, cache, position, 0, 1) for cache in (whole, tight))):
+                    return False
+        return True
+
+    def _far_agrees(self, width: int, offset: int) -> bool:
+        pairs = zip(self._far(width, offset), self.far_reference, strict=True)
+        return all(torch.equal(rows, whole[offset : offset + width]) for rows, whole in pairs)

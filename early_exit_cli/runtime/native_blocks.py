@@ -1,0 +1,223 @@
+"""The block runner for CPUs with AVX512-BF16: a whole pass over NF4 weights in one call of compiled code.
+
+Eager PyTorch spends more on calling its kernels than these spend on a small pass. `native/blocks.c` does the blocks in one
+parallel region, `native/lm_head.c` the argmax in another; here are the addresses they need (docs/decisions/0017).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from early_exit_cli.backbone.backbone import Backbone
+from early_exit_cli.errors import UnsupportedBackboneError
+from early_exit_cli.runtime.blocks import LARGEST_WIDTH, Blocks, Part
+from early_exit_cli.runtime.fused_blocks import FusedBlocks
+from early_exit_cli.runtime.kv_cache import KVCache, Rotary
+from early_exit_cli.runtime.native_buffers import TILE, Held, int8_tiles, native_part
+from early_exit_cli.runtime.native_code import Block, LMHead, Model, NoNativeCode, Product, code_key, native_code
+from early_exit_cli.runtime.native_code import Part as NativePart
+from early_exit_cli.runtime.nf4_linear import is_packed_nf4, why_not_nf4
+
+ROWS_TOGETHER = 64
+
+
+class NativeBlocks(FusedBlocks):
+    """`FusedBlocks` whose passes, final norm, logits and choices are compiled code's, with bits of its own.
+
+    Raises:
+        UnsupportedBackboneError: not this backbone, or not on this machine; the message says why.
+    """
+
+    candidate_widths = tuple(range(1, LARGEST_WIDTH + 1))
+
+    def __init__(self, backbone: Backbone) -> None:
+        reason = why_not_native(backbone)
+        if reason is not None:
+            raise UnsupportedBackboneError(f"{backbone.name}: no compiled passes here: {reason}", hint="--runner auto")
+        super().__init__(backbone)
+        self.code = native_code()
+        self.held = Held()
+        self.model = self._model()
+        self.head = self._head()
+        self.embedded = self.backbone.embedding.num_embeddings
+
+    @property
+    def rows_together(self) -> int:
+        """Any number has the same bits; more than these hardly cost less for each."""
+        return ROWS_TOGETHER
+
+    @property
+    def name(self) -> str:
+        return f"{super().name} {code_key()[:8]}"
+
+    def _product(self, product: Any) -> Product:
+        addresses = map(self.held.address, (product.weight, product.scales, product.bias))
+        return Product(*addresses, product.in_features, product.out_features)
+
+    def _model(self) -> Model:
+        blocks = (Block * self.num_blocks)(
+            *(
+                Block(
+                    *map(self.held.address, (layer.input_norm, layer.mlp_norm, layer.qk_norm)),
+                    *(self._product(product) for product in (layer.qkv, layer.output, layer.gate_up, layer.down)),
+                    self.windows[index] or 0,
+                )
+                for index, layer in enumerate(self.layers)
+            )
+        )
+        sizes = (self.backbone.hidden_size, self.layers[0].inner, self.query_heads, self.kv_heads, self.head_dim)
+        return Model(blocks, self.held.address(self.backbone.embedding_weight), *sizes, self.eps, self.scale)
+
+    def _head(self) -> LMHead:
+        """The LM head with its int8 form, as `lm_head.ExactArgmax` has it, but for the states, which are integers too."""
+        weight = self.backbone.lm_head.weight.detach()
+        vocab, hidden = weight.shape
+        tiles, scale = torch.empty(vocab, hidden, dtype=torch.uint8), torch.empty(vocab)
+        error, norm = torch.empty(vocab), torch.empty(vocab)
+        accumulation = 2 * hidden * 2.0**-24
+        for start in range(0, vocab, 4096):  # in parts: float32 copies of the whole would double the memory
+            part = slice(start, min(start + 4096, vocab))
+            rows = weight[part].float()
+            tiles[part], scale[part], found = int8_tiles(rows)
+            norm[part] = found.norm(dim=1)
+            error[part] = (rows - found).norm(dim=1) + accumulation * rows.norm(dim=1)
+        addresses = map(self.held.address, (error, norm, weight, self.backbone.final_norm.weight))
+        return LMHead(self.held.int8(tiles, scale), *addresses, vocab, hidden, self.eps)
+
+    def pass_width(self, rows: int) -> int:
+        return rows if rows in self.widths else super().pass_width(rows)
+
+    def new_cache(self, limit: int) -> KVCache:
+        return Blocks.new_cache(self, limit)
+
+    def grows(self, limit: int) -> bool:
+        """Never: only the keys that a row needs are read, however large the buffer is."""
+        return False
+
+    def rotary_tables(self, limit: int) -> Rotary:
+        """Contiguous: rows are read by address."""
+        tables = super().rotary_tables(limit)
+        return {kind: (cos.contiguous(), sin.contiguous()) for kind, (cos, sin) in tables.items()}
+
+    def run(self, hidden: Tensor, cache: KVCache, position: int, first: int, last: int) -> Tensor:
+        return self.run_through(hidden, cache, position, [last], first)[0]
+
+    def run_through(
+        self, hidden: Tensor, cache: KVCache, position: int, stops: Sequence[int], first: int = 0
+    ) -> list[Tensor]:
+        return self._pass(hidden, [Part(cache, position, hidden.shape[0])], first, stops)
+
+    def run_tokens(self, tokens: list[int], cache: KVCache, position: int, stops: Sequence[int]) -> list[Tensor]:
+        if min(tokens) < 0 or max(tokens) >= self.embedded:
+            raise IndexError(f"tokens {min(tokens)} to {max(tokens)}, of which {self.embedded} are embedded")
+        return self._pass(tokens, [Part(cache, position, len(tokens))], 0, stops)
+
+    def run_together(self, hidden: Tensor, parts: list[Part], stops: Sequence[int]) -> list[Tensor]:
+        return self._pass(hidden, parts, 0, stops)
+
+    def _pass(self, rows: Tensor | list[int], parts: list[Part], first: int, stops: Sequence[int]) -> list[Tensor]:
+        """Blocks from `first` on over the rows of the texts: their states after each of `stops` blocks.
+
+        Args:
+            rows: states [rows, hidden], or tokens to be embedded.
+        """
+        states = torch.empty(len(stops), len(rows), self.model.hidden, dtype=torch.bfloat16)
+        tokens = None
+        if isinstance(rows, list):
+            tokens = (ctypes.c_int64 * len(rows))(*rows)
+        else:
+            states[-1] = rows
+        kept = len(stops) - 1
+        base, size = states.data_ptr(), states.nbytes // len(stops)
+        failed = self.code.eexit_run(
+            *(self.model, tokens, base + kept * size),
+            *((NativePart * len(parts))(*map(native_part, parts)), len(parts), first, stops[-1]),
+            *((ctypes.c_int64 * kept)(*stops[:-1]), (ctypes.c_void_p * kept)(*(base + i * size for i in range(kept)))),
+            *(kept, torch.get_num_threads()),
+        )
+        if failed:
+            raise MemoryError
+        return list(states.unbind())
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        hidden = hidden.contiguous()
+        normed = torch.empty_like(hidden)
+        self.code.eexit_final_norm(self.head, hidden.data_ptr(), normed.data_ptr(), hidden.shape[0])
+        return normed
+
+    def logits(self, normed: Tensor) -> Tensor:
+        normed = normed.contiguous()
+        found = torch.empty(normed.shape[0], self.head.vocab, dtype=torch.bfloat16)
+        self.code.eexit_logits(self.head, normed.data_ptr(), found.data_ptr(), normed.shape[0], torch.get_num_threads())
+        return self.backbone.logit_map(found)
+
+    def finish(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = hidden.contiguous()
+        normed = torch.empty_like(hidden)
+        return normed, self._choose(hidden.data_ptr(), normed)[0]
+
+    def choose(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        return self._choose(None, normed.contiguous())
+
+    def _choose(self, states: int | None, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """From normed states, or from the states at an address, whose normed ones are filled in."""
+        width = normed.shape[0]
+        choices, best = torch.empty(width, dtype=torch.int64), torch.empty(width)
+        failed = self.code.eexit_choose(
+            *(self.head, states, normed.data_ptr(), choices.data_ptr(), best.data_ptr()),
+            *(width, torch.get_num_threads()),
+        )
+        if failed:
+            raise MemoryError
+        return choices, best
+
+    def states_of(self, input_ids: Tensor, documents: Tensor, exit_layers: list[int]) -> list[Tensor]:
+        """What `Backbone.hidden_states_at` gives, for packed text: a document's tokens see that document alone.
+
+        Args:
+            input_ids, documents: [batch, seq] int64, documents negative where there is padding, which stays zero.
+
+        Returns:
+            len(exit_layers) + 1 tensors [batch, seq, hidden]; the last one has the final norm applied.
+        """
+        real = documents.flatten() >= 0
+        rows = torch.arange(len(documents))[:, None]
+        owners = (documents * len(documents) + rows).flatten()[real]  # one that goes on in another row begins again
+        widths = owners.unique_consecutive(return_counts=True)[1].tolist()
+        parts = [Part(self.new_cache(width), 0, width) for width in widths]
+        *states, last = self.run_together(self.embed(input_ids.flatten()[real]), parts, [*exit_layers, self.num_blocks])
+        found = []
+        for state in (*states, self.final_norm(last)):
+            whole = state.new_zeros(real.numel(), state.shape[-1])
+            whole[real] = state
+            found.append(whole.view(*input_ids.shape, -1))
+        return found
+
+
+def compiled_blocks(backbone: Backbone) -> NativeBlocks | None:
+    """The backbone's one compiled runner, made when first asked for; None where it cannot be had."""
+    if not backbone.asked_for_compiled:
+        backbone.asked_for_compiled = True
+        backbone.compiled = NativeBlocks(backbone) if why_not_native(backbone) is None else None
+    return backbone.compiled
+
+
+def why_not_native(backbone: Backbone) -> str | None:
+    """Why this backbone's passes cannot be compiled code's on this machine; None where they can."""
+    reason = why_not_nf4(backbone, is_packed_nf4, "on a CPU with AVX512-BF16")
+    if reason is not None:
+        return reason
+    block = cast(Any, backbone.blocks[0])
+    head_dim, inner = int(block.self_attn.head_dim), int(block.mlp.down_proj.in_features)
+    if head_dim % 64 or inner % TILE or block.self_attn.o_proj.in_features % TILE:
+        return f"their tiles do not fit head_dim {head_dim} and intermediate_size {inner}"
+    try:
+        native_code()
+    except NoNativeCode as error:
+        return str(error)
+    return None

@@ -1,0 +1,81 @@
+"""Tensors as compiled code reads them: by address, in its own tiles, kept alive."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from early_exit_cli.backbone.output import AttentionShape
+from early_exit_cli.runtime.blocks import Part
+from early_exit_cli.runtime.exact_argmax import int8_rows
+from early_exit_cli.runtime.kv_cache import KVCache
+from early_exit_cli.runtime.native_code import Attention, Int8
+from early_exit_cli.runtime.native_code import Part as NativePart
+from early_exit_cli.runtime.nf4_linear import VOCAB_TILE
+
+TILE = 32
+
+
+class Held:
+    """Tensors that compiled code reads by address, kept alive."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+
+    def address(self, tensor: Tensor | None) -> int | None:
+        """Where its numbers lie, one after another."""
+        if tensor is None:
+            return None
+        self.tensors.append(tensor.detach().contiguous())
+        return self.tensors[-1].data_ptr()
+
+    def int8_of(self, *weights: Tensor) -> Int8:
+        """A product over weights [out, in], one behind another."""
+        tiles, scale, _ = int8_tiles(torch.cat(weights).float())
+        return self.int8(tiles, scale)
+
+    def attention(self, shape: AttentionShape, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> Attention:
+        """An attention of a head's own, of its projections' weights [out, in]."""
+        products = (self.int8_of(key, value), self.int8_of(query), self.int8_of(output))
+        return Attention(*products, shape.query_heads, shape.kv_heads, shape.head_dim, shape.head_dim**-0.5)
+
+    def int8(self, tiles: Tensor, scale: Tensor) -> Int8:
+        """A product over what `int8_tiles` made."""
+        return Int8(self.address(tiles), self.address(scale), tiles.shape[1], tiles.shape[0])
+
+
+def int8_tiles(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[out, in] float32 -> (int8 plus 128 in tiles of 16 rows and 4 inputs [out, in] uint8, scales [out] float32, what the
+    integers stand for [out, in] float32)."""
+    out, size = rows.shape
+    whole, scales = int8_rows(rows)
+    scale = scales.float()
+    tiles = (whole.to(torch.int16) + 128).to(torch.uint8).view(out // VOCAB_TILE, VOCAB_TILE, size // 4, 4)
+    return tiles.transpose(1, 2).reshape(out, size), scale, whole.float() * scale[:, None]
+
+
+def native_part(part: Part) -> NativePart:
+    cache, position = part.cache, part.position
+    if cache.addresses is None or cache.addresses.keys_of is not cache.keys[0]:
+        cache.addresses = Addresses(cache)
+    found = cache.addresses
+    if position + part.width > found.capacity:
+        raise IndexError(f"rows up to {position + part.width} in a KV cache of {found.capacity}")
+    row = position * found.row
+    return NativePart(*found.buffers, found.cos + row, found.sin + row, found.capacity, position, part.width)
+
+
+class Addresses:
+    """Where a KV cache's buffers and rotary tables are, kept with it until the buffers change."""
+
+    def __init__(self, cache: KVCache) -> None:
+        self.keys_of = cache.keys[0]
+        self.arrays = [
+            (ctypes.c_void_p * len(held))(*(b.data_ptr() for b in held)) for held in (cache.keys, cache.values)
+        ]
+        self.buffers = [ctypes.addressof(array) for array in self.arrays]
+        (cos, sin), *_ = cache.rotary.values()
+        self.cos, self.sin, self.row = cos.data_ptr(), sin.data_ptr(), cos.stride(0) * cos.element_size()
+        self.capacity = cache.capacity

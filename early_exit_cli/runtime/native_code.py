@@ -1,0 +1,230 @@
+"""The C code of the CPU's pass: compiled once on this machine, for this machine, and kept in the user's cache folder.
+
+Nothing is shipped compiled. Where there is no C compiler, or it fails, the reason is remembered and PyTorch does the work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from early_exit_cli.files.atomic import sha256_of, write_atomic
+from early_exit_cli.files.environment import processor_name, user_cache_dir
+
+FOLDER = Path(__file__).parent / "native"
+FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
+"""Without reassociation and contraction: a sum has one order, see the sources."""
+SECONDS = 120
+
+
+class NoNativeCode(Exception):
+    """Why there is none, in words for people."""
+
+
+def lacks() -> str | None:
+    """What this processor lacks to run it; None where nothing is known to be missing."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return f"it is written for x86-64, and this is {platform.machine()}"
+    try:
+        flags = next(
+            line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")
+        ).split()
+    except (OSError, StopIteration):  # not Linux: the compiler will say
+        return None
+    missing = [flag for flag in ("avx512bw", "avx512_vnni", "avx512_bf16") if flag not in flags]
+    return f"this processor has no {missing[0]}" if missing else None
+
+
+def find_compiler() -> str | None:
+    """The C compiler: `CC` where it is set, else the system's."""
+    names = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+@functools.cache
+def code_key() -> str:
+    """What the compiled code is made of and for: the sources, the flags, this machine."""
+    sources = [path.read_text(encoding="utf-8") for path in sorted(FOLDER.glob("*.[ch]"))]
+    return sha256_of("\n".join((*sources, *FLAGS, processor_name(), platform.platform())))[:24]
+
+
+@functools.cache
+def native_code() -> ctypes.CDLL:
+    """The compiled library.
+
+    Raises:
+        NoNativeCode: it cannot be had here.
+    """
+    lacking = lacks()
+    if lacking is not None:
+        raise NoNativeCode(lacking)
+    compiler = find_compiler()
+    path = user_cache_dir() / "native" / f"{code_key()}.so"
+    if not path.exists():
+        if compiler is None:
+            raise NoNativeCode("no C compiler was found")
+        _compile(compiler, path)
+    try:
+        return _declared(ctypes.CDLL(str(path)))
+    except (OSError, AttributeError) as error:
+        path.unlink(missing_ok=True)  # damaged: the next process compiles it again
+        raise NoNativeCode(f"{path} cannot be loaded ({error})") from error
+
+
+def has_native_code() -> bool:
+    """Whether the compiled library can be had here."""
+    try:
+        native_code()
+    except NoNativeCode:
+        return False
+    return True
+
+
+def _compile(compiler: str, path: Path) -> None:
+    def compile_to(target: Path) -> None:
+        sources = [str(path) for path in sorted(FOLDER.glob("*.c"))]
+        command = [compiler, *FLAGS, *sources, "-o", str(target), "-lm"]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
+
+    try:
+        write_atomic(path, compile_to)
+    except subprocess.CalledProcessError as error:
+        first = next((line for line in error.stderr.splitlines() if "error" in line), f"exit code {error.returncode}")
+        raise NoNativeCode(f"{compiler} could not compile it: {first.strip()[:200]}") from error
+    except Exception as error:  # a full disk, a folder that cannot be written, a compiler that hangs
+        raise NoNativeCode(f"{compiler} could not compile it: {error}") from error
+
+
+class Product(ctypes.Structure):
+    """As in the source; pointers are addresses of tensors that somebody else keeps."""
+
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("inputs", ctypes.c_int64),
+        ("outputs", ctypes.c_int64),
+    )
+
+
+class Block(ctypes.Structure):
+    _fields_ = (
+        ("input_norm", ctypes.c_void_p),
+        ("mlp_norm", ctypes.c_void_p),
+        ("qk_norm", ctypes.c_void_p),
+        ("qkv", Product),
+        ("output", Product),
+        ("gate_up", Product),
+        ("down", Product),
+        ("window", ctypes.c_int64),
+    )
+
+
+class Model(ctypes.Structure):
+    _fields_ = (
+        ("blocks", ctypes.POINTER(Block)),
+        ("embedding", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("hidden", "inner", "query_heads", "kv_heads", "head_dim")),
+        ("eps", ctypes.c_float),
+        ("scale", ctypes.c_float),
+    )
+
+
+class Part(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "cos", "sin")),
+        *((name, ctypes.c_int64) for name in ("capacity", "position", "width")),
+    )
+
+
+class Int8(ctypes.Structure):
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("inputs", ctypes.c_int64),
+        ("outputs", ctypes.c_int64),
+    )
+
+
+class LMHead(ctypes.Structure):
+    _fields_ = (
+        ("quantized", Int8),
+        *((name, ctypes.c_void_p) for name in ("error", "norm", "rows", "final_norm")),
+        ("vocab", ctypes.c_int64),
+        ("hidden", ctypes.c_int64),
+        ("eps", ctypes.c_float),
+    )
+
+
+class Attention(ctypes.Structure):
+    _fields_ = (
+        *((name, Int8) for name in ("key_value", "query", "output")),
+        *((name, ctypes.c_int64) for name in ("query_heads", "kv_heads", "head_dim")),
+        ("scale", ctypes.c_float),
+    )
+
+
+class Lookahead(ctypes.Structure):
+    _fields_ = (
+        ("attention", Attention),
+        *((name, Int8) for name in ("fuse", "gate_up", "down", "lm_head")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("fuse_norms", "input_norm", "hidden_norm", "mlp_norm", "norm", "embedding")
+        ),
+        *((name, ctypes.c_int64) for name in ("exits", "hidden", "inner")),
+        ("eps", ctypes.c_float),
+    )
+
+
+class ExitHead(ctypes.Structure):
+    _fields_ = (
+        ("attention", Attention),
+        *((name, Int8) for name in ("down", "up", "lm_head")),
+        *((name, ctypes.c_void_p) for name in ("attention_norm", "norm", "final_norm")),
+        *((name, ctypes.c_float) for name in ("eps", "final_eps")),
+    )
+
+
+class Memory(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "cos", "sin")),
+        ("capacity", ctypes.c_int64),
+    )
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    address, count = ctypes.c_void_p, ctypes.c_int64
+    model, head = ctypes.POINTER(Model), ctypes.POINTER(LMHead)
+    functions: dict[str, tuple[Any, ...]] = {
+        "eexit_run": (
+            *(model, address, address, ctypes.POINTER(Part), count, ctypes.c_int, ctypes.c_int),
+            *(address, address, count, ctypes.c_int),
+        ),
+        "eexit_final_norm": (head, address, address, count),
+        "eexit_logits": (head, address, address, count, ctypes.c_int),
+        "eexit_lookahead": (
+            *(ctypes.POINTER(Lookahead), address, address, address, count, count, ctypes.POINTER(Memory)),
+            *(address, address, ctypes.POINTER(ctypes.c_int64), ctypes.POINTER(ctypes.c_float), ctypes.c_int),
+        ),
+        "eexit_read_head": (
+            *(ctypes.POINTER(ExitHead), address, count, count, ctypes.POINTER(Memory), address),
+            *(
+                ctypes.POINTER(ctypes.c_int64),
+                ctypes.POINTER(ctypes.c_float),
+                ctypes.POINTER(ctypes.c_float),
+                ctypes.c_int,
+            ),
+        ),
+        "eexit_choose": (head, address, address, address, address, count, ctypes.c_int),
+    }
+    for name, arguments in functions.items():
+        getattr(library, name).argtypes = arguments
+    library.eexit_final_norm.restype = library.eexit_logits.restype = None
+    return library

@@ -1,0 +1,1 @@
+"""Training heads on what the backbone says."""

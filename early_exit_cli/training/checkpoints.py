@@ -1,0 +1,47 @@
+"""The checkpoints of a training run on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from early_exit_cli.errors import CheckpointError, shown
+from early_exit_cli.files.schemas import MarkerForm, read_form
+
+MARKER = "complete.json"
+KEPT_CHECKPOINTS = 2
+
+
+def complete_checkpoints(output_dir: Path) -> list[Path]:
+    """Checkpoint folders that carry their marker, oldest first; half-written ones are passed over."""
+    return sorted(path for path in (output_dir / "checkpoints").glob("step-*") if (path / MARKER).is_file())
+
+
+def half_written_checkpoints(output_dir: Path) -> list[Path]:
+    """What a run that was killed left of checkpoints it was writing."""
+    folders = (output_dir / "checkpoints").glob("*step-*")
+    return sorted(path for path in folders if not (path / MARKER).is_file() or path.suffix == ".tmp")
+
+
+def resumable(output_dir: Path, identity: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest complete checkpoint and what its marker says; None where there is none.
+
+    Raises:
+        BundleError: a damaged marker.
+        CheckpointError: of another run than `identity`, with every difference.
+    """
+    found = complete_checkpoints(output_dir)
+    if not found:
+        return None
+    state = read_form(found[-1] / MARKER, MarkerForm, CheckpointError)
+    before = state["identity"]
+    changed = [
+        f"{key}: {shown(before.get(key))} then, {value!r} now"
+        for key, value in identity.items()
+        if before.get(key) != value
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{found[-1]} belongs to another run ({'; '.join(changed)})", hint="use another --output-dir"
+        )
+    return found[-1], state

@@ -1,0 +1,158 @@
+"""What a trainer can train: the exit heads of a bundle, or its lookahead head, behind one interface."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from early_exit_cli.bundle.files import (
+    HEADS_FILE,
+    LOOKAHEAD_FILE,
+    kind_of_heads,
+    read_bundle_config,
+    read_bundle_record,
+)
+from early_exit_cli.bundle.save import save_bundle, save_lookahead
+from early_exit_cli.config import HeadsConfig
+from early_exit_cli.errors import BundleError, shown
+from early_exit_cli.heads.exit_heads import DRAFT_VOCAB, ExitHeads, load_heads
+from early_exit_cli.heads.lookahead import LookaheadHead, load_lookahead
+from early_exit_cli.hidden_states.states import Prediction, States, StateSource
+from early_exit_cli.training.distillation import draft_vocabulary
+
+
+class Pupil(Protocol):
+    """Something trainable that predicts what the backbone says."""
+
+    parts: list[str]
+    """Names of its predictions, in order: heads, or steps."""
+    exit_layers: list[int]
+    variation: float
+    """Share of total variation in the loss."""
+    only_answers: bool
+    """Whether it learns nothing from the positions of a prompt, which is never drafted."""
+
+    @property
+    def module(self) -> nn.Module:
+        """Its parameters; called as `predict` calls it."""
+
+    @property
+    def draft_vocab(self) -> Tensor | None: ...
+
+    def predict(self, module: nn.Module, states: States, *, only_measured: bool = False) -> list[Prediction]:
+        """A prediction for each part, by `module`: the pupil's own, or what accelerate wrapped around it."""
+
+    def token_ids(self, columns: Tensor) -> Tensor: ...
+
+    def save(self, folder: Path, training_config: dict[str, Any], record: dict[str, Any]) -> None:
+        """Into a bundle."""
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal when a run is resumed."""
+
+
+class ExitPupil:
+    """All exit heads of a bundle, trained together."""
+
+    variation = 0.0
+    only_answers = False
+
+    def __init__(self, source: StateSource, config: HeadsConfig) -> None:
+        self.readout = source.readout
+        vocab = draft_vocabulary(source.token_counts(), config.draft_vocab, self.readout.eos_token_ids)
+        self.module = ExitHeads(
+            self.readout, config.kind, source.layers, config.rank, None if config.kind == "linear" else vocab
+        ).to(self.readout.device)
+        self.module.start_from(self.readout)
+        if config.start_from is not None:
+            folder, record = _same_heads(config.start_from, "heads", self.module.exit_layers)
+            kind, rank = kind_of_heads(record, folder)
+            if (kind, rank) != (config.kind, self.module.rank):
+                raise BundleError(f"{folder} has {kind} heads of rank {rank}", hint="--head and --rank as there")
+            _take_over(self.module, load_heads(folder / HEADS_FILE, self.readout, kind, source.layers, rank))
+        self.exit_layers = self.module.exit_layers
+        self.parts = [f"head {head}, after {layer} blocks" for head, layer in enumerate(self.exit_layers)]
+
+    @property
+    def draft_vocab(self) -> Tensor | None:
+        return self.module.draft_vocab
+
+    def predict(self, module: nn.Module, states: States, *, only_measured: bool = False) -> list[Prediction]:
+        learned = states.measured if only_measured else torch.ones_like(states.measured)
+        positions = learned.nonzero()[:, 0]
+        return [Prediction(logits, positions) for logits in module(states, positions)]
+
+    def token_ids(self, columns: Tensor) -> Tensor:
+        return self.module.token_ids(columns)
+
+    def save(self, folder: Path, training_config: dict[str, Any], record: dict[str, Any]) -> None:
+        save_bundle(folder, self.readout, self.module, training_config, record)
+
+    def identity(self) -> dict[str, Any]:
+        heads = self.module
+        return {"head_layer_indices": heads.layers, "kind": heads.kind, "rank": heads.rank}
+
+
+class LookaheadPupil:
+    """A lookahead head, trained in roll-outs of `config.roll_out` steps."""
+
+    only_answers = True
+
+    def __init__(self, source: StateSource, config: HeadsConfig) -> None:
+        self.readout = source.readout
+        self.steps, self.variation = config.roll_out, config.variation
+        vocab = draft_vocabulary(source.token_counts(), config.draft_vocab, self.readout.eos_token_ids)
+        self.module = LookaheadHead(self.readout, source.layers, vocab).to(self.readout.device)
+        self.module.start_from(self.readout)
+        if config.start_from is not None:
+            folder, _ = _same_heads(config.start_from, "lookahead", self.module.exit_layers)
+            _take_over(self.module, load_lookahead(folder / LOOKAHEAD_FILE, self.readout, source.layers))
+        self.exit_layers = self.module.exit_layers
+        self.parts = [f"draft position {step + 1}" for step in range(self.steps)]
+
+    @property
+    def draft_vocab(self) -> Tensor | None:
+        return self.module.draft_vocab
+
+    def predict(self, module: nn.Module, states: States, *, only_measured: bool = False) -> list[Prediction]:
+        return module(states, self.steps, only_measured)
+
+    def token_ids(self, columns: Tensor) -> Tensor:
+        return self.module.token_ids(columns)
+
+    def save(self, folder: Path, training_config: dict[str, Any], record: dict[str, Any]) -> None:
+        save_lookahead(folder, self.readout, self.module, training_config, record)
+
+    def identity(self) -> dict[str, Any]:
+        return {"kind": "lookahead", "exit_layers": self.exit_layers, "roll_out": self.steps}
+
+
+def _same_heads(folder: Path, kind: str, exit_layers: list[int]) -> tuple[Path, dict[str, Any]]:
+    """A bundle to start from, and its record.
+
+    Raises:
+        BundleError: no bundle, or without such heads after the same blocks.
+    """
+    record = read_bundle_record(folder)
+    if kind == "lookahead":
+        found = record.get(kind, {}).get("exit_layers", [])
+    else:
+        found = [layer + 1 for layer in read_bundle_config(folder)["head_layer_indices"]]
+    if found != exit_layers:
+        has = f"heads after {shown(found)} blocks" if found else "no such heads"
+        raise BundleError(f"cannot start from {folder}: it has {has}, and these read after {shown(exit_layers)}")
+    return folder, record
+
+
+def _take_over(module: nn.Module, found: nn.Module) -> None:
+    """The weights of `found`, but not its draft vocabulary."""
+    weights = {name: value for name, value in found.state_dict().items() if name != DRAFT_VOCAB}
+    module.load_state_dict(weights, strict=False)
+
+
+def make_pupil(source: StateSource, config: HeadsConfig) -> Pupil:
+    """What the configuration asks for, with its starting weights."""
+    return LookaheadPupil(source, config) if config.kind == "lookahead" else ExitPupil(source, config)
