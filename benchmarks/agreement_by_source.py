@@ -1,4 +1,4 @@
-"""How a lookahead head's agreement with the backbone grows with the tokens it has seen, by source of the text.
+"""How an EAGLE head's agreement with the backbone grows with the tokens it has seen, by source of the text.
 
     python benchmarks/agreement_by_source.py BUNDLE ... --dataset-name prompts.jsonl --max-documents N --picture FILE
 
@@ -18,19 +18,19 @@ import torch
 import torch.nn.functional as F
 
 from early_exit_cli.backbone.load import load_backbone
-from early_exit_cli.bundle.files import LOOKAHEAD_FILE, read_bundle_record
+from early_exit_cli.bundle.files import EAGLE_FILE, read_bundle_record
 from early_exit_cli.config import BackboneConfig, DataConfig
 from early_exit_cli.data.documents import Document
 from early_exit_cli.data.load import load_documents
 from early_exit_cli.data.packing import batches, pack
-from early_exit_cli.heads.lookahead import LookaheadHead, load_lookahead
+from early_exit_cli.heads.eagle import EagleHead, load_eagle
 from early_exit_cli.hidden_states.live import run_states
 from early_exit_cli.hidden_states.states import States
 
 STEPS = 3
 
 
-def agreement(head: LookaheadHead, texts: list[States], choices: list[torch.Tensor]) -> tuple[list[int], list[int]]:
+def agreement(head: EagleHead, texts: list[States], choices: list[torch.Tensor]) -> tuple[list[int], list[int]]:
     """(agreements, positions) per draft position."""
     hits, totals = [0] * STEPS, [0] * STEPS
     for states, chosen in zip(texts, choices, strict=True):
@@ -82,7 +82,7 @@ def main() -> None:
         by_source[document.source].append(document)
 
     records = [read_bundle_record(folder) for folder in options.bundles]
-    layers = [layer - 1 for layer in records[0]["lookahead"]["exit_layers"]]
+    layers = [layer - 1 for layer in records[0]["eagle"]["exit_layers"]]
     states: dict[str, list[States]] = {}
     choices: dict[str, list[torch.Tensor]] = {}
     with torch.no_grad():
@@ -93,9 +93,9 @@ def main() -> None:
             ]
             choices[source] = [F.linear(text.final, backbone.lm_head_weight).argmax(-1) for text in states[source]]
         curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
-        tokens = options.seen or [record["lookahead"]["training"]["tokens_seen"] for record in records]
+        tokens = options.seen or [record["eagle"]["training"]["tokens_seen"] for record in records]
         for folder, seen in zip(options.bundles, tokens, strict=True):
-            head = load_lookahead(folder / LOOKAHEAD_FILE, backbone, layers)
+            head = load_eagle(folder / EAGLE_FILE, backbone, layers)
             found = {source: agreement(head, states[source], choices[source]) for source in states}
             found["all"] = tuple(
                 [sum(column) for column in zip(*(f[part] for f in found.values()), strict=True)] for part in (0, 1)

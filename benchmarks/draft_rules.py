@@ -2,7 +2,7 @@
 
     python benchmarks/draft_rules.py prompts.jsonl --limit 160 --max-tokens 128
 
-Each prompt is answered once, greedily; at every position of the answer the lookahead head rolls out, and what it says is kept.
+Each prompt is answered once, greedily; at every position of the answer the EAGLE head rolls out, and what it says is kept.
 Then every rule drafts and is told what the text says next, as in decoding, and its passes, readings and steps are added up.
 """
 
@@ -19,12 +19,12 @@ from early_exit_cli.config import BackboneConfig, BundleConfig, DataConfig
 from early_exit_cli.data.rows import read_records
 from early_exit_cli.decoding.answer import generate
 from early_exit_cli.decoding.loop import accepted_length
-from early_exit_cli.drafting.choose import auto_drafter, lookahead_drafter, lookup_drafter
+from early_exit_cli.drafting.choose import auto_drafter, eagle_drafter, lookup_drafter
 from early_exit_cli.drafting.costs import Costs, cost_table, pass_costs
 from early_exit_cli.drafting.drafter import Drafter, NoDrafter
-from early_exit_cli.drafting.lookahead import LookaheadDrafter
+from early_exit_cli.drafting.eagle import EagleDrafter
 from early_exit_cli.engine import DEFAULT_WIDTH, Engine
-from early_exit_cli.heads.native_lookahead import lookahead_runner
+from early_exit_cli.heads.native_eagle import eagle_runner
 
 STEPS = DEFAULT_WIDTH - 1
 
@@ -61,14 +61,14 @@ class Replay:
 
 def record(model: Engine, source: str, prompt: list[int], max_tokens: int) -> Recorded:
     """Answer a prompt and roll out everywhere."""
-    assert model.lookahead is not None
+    assert model.eagle is not None
     answer = generate(model, prompt, NoDrafter(), max_tokens, mode="full").token_ids
-    text, layers = prompt + answer, model.lookahead.exit_layers
+    text, layers = prompt + answer, model.eagle.exit_layers
     parts: list[list[Tensor]] = []
     with torch.inference_mode():
         model.start(text, 0, layers, lambda _, states: parts.append(states))
         states = [torch.cat(part) for part in zip(*parts, strict=True)]
-        runner, said, read = lookahead_runner(model.lookahead), [], 0
+        runner, said, read = eagle_runner(model.eagle), [], 0
         for place in range(len(prompt), len(text)):
             hidden = runner.read(text[read + 1 : place], [state[read : place - 1] for state in states])
             read = place - 1
@@ -104,14 +104,14 @@ def play(model: Engine, costs: Costs, drafter: Drafter, replay: Replay, text: Re
         milliseconds += pass_cost(1 + len(draft.tokens))
         place, pending, rounds = place + len(tokens), tokens[-1], rounds + 1
         drafted, accepted = drafted + len(draft.tokens), accepted + right
-    spent = replay.reads * costs.lookahead_read + replay.steps * costs.lookahead_step
+    spent = replay.reads * costs.eagle_read + replay.steps * costs.eagle_step
     return milliseconds + spent, rounds, drafted, accepted
 
 
 def with_replay(drafter: Drafter, replay: Replay) -> None:
     """From now on the rule is told what was recorded."""
     for part in [drafter, *(part for part, _ in getattr(drafter, "choices", []))]:
-        if isinstance(part, LookaheadDrafter):
+        if isinstance(part, EagleDrafter):
             part.runner = replay  # type: ignore[assignment]
 
 
@@ -130,7 +130,7 @@ def main() -> None:
     ]
     costs, replay = cost_table(model), Replay()
     plain = pass_costs(costs, model.blocks)(1)
-    for drafter in (lookup_drafter(model), lookahead_drafter(model), auto_drafter(model, 0.9, DEFAULT_WIDTH, "auto")):
+    for drafter in (lookup_drafter(model), eagle_drafter(model), auto_drafter(model, 0.9, DEFAULT_WIDTH, "auto")):
         with_replay(drafter, replay)
         by_source: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         totals = [0.0] * 4

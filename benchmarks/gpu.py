@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from large_body import large_backbone, large_exits, large_lookahead
+from large_body import large_backbone, large_eagle, large_exits
 from on_policy_answers import answers_per_second
 from torch import Tensor
 
@@ -47,7 +47,7 @@ PROMPTS = (
     "Summarise in three points why people sleep.",
     "Write a Python function that returns the Fibonacci numbers below n.",
 )
-METHODS = {"full": "none", "lookup": "lookup", "lookahead": "lookahead", "adaptive": "exit", "auto": "auto"}
+METHODS = {"full": "none", "lookup": "lookup", "eagle": "eagle", "adaptive": "exit", "auto": "auto"}
 WIDTHS = (1, 2, 4, 8, 16)
 SHAPES = {"q, k, v": (6144, 4096), "output": (4096, 4096), "gate, up": (28672, 4096), "down": (4096, 14336)}
 
@@ -304,8 +304,8 @@ def load(body: str, device: str) -> tuple[Engine, dict[str, float]]:
         blocks = make_blocks(large)
         seconds["runner"] = time.perf_counter() - started
         heads = large_exits(model.heads, small, large)
-        lookahead = large_lookahead(model.lookahead, small, large)
-        model = Engine(large, blocks, heads, model.thresholds, lookahead, model.record)
+        eagle = large_eagle(model.eagle, small, large)
+        model = Engine(large, blocks, heads, model.thresholds, eagle, model.record)
     return model, seconds
 
 
@@ -364,10 +364,10 @@ def main() -> None:
     costs = cost_table(model, refresh=True)
     record["costs"] = {
         "seconds": time.perf_counter() - begun,
-        "read": costs.lookahead_read,
-        "step": costs.lookahead_step,
+        "read": costs.eagle_read,
+        "step": costs.eagle_step,
     }
-    print(f"lookahead: read {costs.lookahead_read:.3f} ms, step {costs.lookahead_step:.3f} ms", flush=True)
+    print(f"eagle: read {costs.eagle_read:.3f} ms, step {costs.eagle_step:.3f} ms", flush=True)
     record["first_tokens"] = first_tokens(model, arguments.prompt_lengths)
     for row in record["first_tokens"]:
         print("first token", {key: round(value, 1) for key, value in row.items()}, flush=True)

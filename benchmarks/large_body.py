@@ -20,8 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from early_exit_cli.backbone.backbone import Backbone, dense_weight
+from early_exit_cli.heads.eagle import EagleHead
 from early_exit_cli.heads.exit_heads import ExitHeads
-from early_exit_cli.heads.lookahead import LookaheadHead
 
 
 @dataclass(frozen=True)
@@ -155,10 +155,10 @@ def large_backbone(backbone: Backbone, shape: Shape = LLAMA_3_8B) -> Backbone:
     return Backbone(model.eval(), backbone.tokenizer, name, "4bit", None)
 
 
-def large_lookahead(head: LookaheadHead, small: Backbone, large: Backbone, shape: Shape = LLAMA_3_8B) -> LookaheadHead:
-    """The lookahead head carried along."""
+def large_eagle(head: EagleHead, small: Backbone, large: Backbone, shape: Shape = LLAMA_3_8B) -> EagleHead:
+    """The EAGLE head carried along."""
     carrier = Carrier(small, shape)
-    found = LookaheadHead(large, [layer - 1 for layer in head.exit_layers], head.draft_vocab)
+    found = EagleHead(large, [layer - 1 for layer in head.exit_layers], head.draft_vocab)
     weights = {}
     for name, weight in head.state_dict().items():
         part = name.split(".")[-2] if "." in name else ""

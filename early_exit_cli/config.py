@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from early_exit_cli.config_fields import FloatList, IntList, NameList, RepoId, Section, setting
+from early_exit_cli.config_fields import FloatList, IntList, MethodList, NameList, RepoId, Section, setting, todays_word
 
 EMBEDDED_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SHIPPED_BUNDLE = "smollm2-135m"
@@ -64,11 +64,11 @@ class HeadsConfig(Section):
     """The exit heads: how many, where, and of what kind."""
 
     num_heads: int = setting(3, "Number of exit heads.", ge=1)
-    kind: Literal["adapter", "attention", "linear", "lookahead"] = setting(
+    kind: Annotated[Literal["adapter", "attention", "linear", "eagle"], BeforeValidator(todays_word)] = setting(
         "adapter",
         "adapter: a small residual map before the backbone's own norm and LM head. attention: an adapter that first "
         "attends over the text's states after the same block (Kangaroo). linear: norm and an untied map, "
-        "the shape the DSSD demo loads. lookahead: one block that rolls forward from the deep states of the last verified "
+        "the shape the DSSD demo loads. eagle: one block that rolls forward from the deep states of the last verified "
         "tokens (EAGLE-3); it joins the exit heads of a bundle that is there already.",
         aliases=("--head",),
     )
@@ -88,9 +88,9 @@ class HeadsConfig(Section):
         "Go on from the heads of this bundle, of the same kind and after the same blocks, instead of from the backbone's "
         "own norm, LM head or last block. The draft vocabulary is made anew.",
     )
-    roll_out: int = setting(3, "Lookahead: steps that training rolls forward from each position.", ge=1, le=15)
+    roll_out: int = setting(3, "Eagle: steps that training rolls forward from each position.", ge=1, le=15)
     variation: float = setting(
-        0.7, "Lookahead: share of total variation in the loss; the rest is KL divergence.", ge=0.0, le=1.0
+        0.7, "Eagle: share of total variation in the loss; the rest is KL divergence.", ge=0.0, le=1.0
     )
 
     @model_validator(mode="after")
@@ -290,11 +290,13 @@ class InferenceConfig(Section):
         f"of up to {DYNAMIC_LENGTH} tokens, verified. compare: full and one other, in turns. comprehensive: full, every head at draft lengths 5, 10 and 15, "
         "and every calibrated level, in turns.",
     )
-    drafter: Literal["exit", "lookahead", "lookup", "auto", "none"] | None = setting(
-        None,
-        "What proposes tokens for the backbone to verify. exit: the bundle's exit heads. lookahead: its lookahead head. "
-        "lookup: the text itself, continuing its longest repeated suffix; needs no heads. auto: whichever promises most. "
-        "Default: auto; with --mode given, exit.",
+    drafter: Annotated[Literal["exit", "eagle", "lookup", "auto", "none"] | None, BeforeValidator(todays_word)] = (
+        setting(
+            None,
+            "What proposes tokens for the backbone to verify. exit: the bundle's exit heads. eagle: its EAGLE head. "
+            "lookup: the text itself, continuing its longest repeated suffix; needs no heads. auto: whichever promises most. "
+            "Default: auto; with --mode given, exit.",
+        )
     )
     lookup_corpus: Path | None = setting(
         None, "A text file that lookup, alone or in auto, may draft from besides the prompt and the answer so far."
@@ -383,9 +385,9 @@ class BenchConfig(Section):
     """Methods side by side on one prompt set."""
 
     prompts: Path | None = setting(None, "A .jsonl file with `prompt`, or Spec-Bench's `turns`, a line.")
-    methods: NameList = setting(
+    methods: MethodList = setting(
         ["full", "adaptive", "transformers"],
-        "full, adaptive (or adaptive@LEVEL), lookahead, lookup, auto, transformers, transformers-lookup, transformers-early-exit, llama.cpp, "
+        "full, adaptive (or adaptive@LEVEL), eagle, lookup, auto, transformers, transformers-lookup, transformers-early-exit, llama.cpp, "
         "economize.",
     )
     limit: int | None = setting(None, "At most so many prompts of each category, evenly spread.", ge=1)
@@ -401,7 +403,7 @@ class BenchConfig(Section):
 
 
 class ExportConfig(Section):
-    """A lookahead head for serving engines."""
+    """An EAGLE head for serving engines."""
 
     format: Literal["speculators"] = setting(
         "speculators", "EAGLE-3 checkpoint of the package speculators, which vLLM and SGLang load."

@@ -27,6 +27,15 @@ def setting(default: Any, help: str, *, aliases: tuple[str, ...] = (), **bounds:
     return Field(default, description=help, json_schema_extra=extra, **bounds)
 
 
+FORMER_WORDS = {"lookahead": "eagle"}
+"""What settings and files said before, and say now: read, written nowhere."""
+
+
+def todays_word(value: Any) -> Any:
+    """A word of settings or files as it is written now."""
+    return FORMER_WORDS.get(value, value) if isinstance(value, str) else value
+
+
 def split_numbers(value: Any) -> Any:
     """A list given on the command line: numbers separated by commas or spaces."""
     return value.replace(",", " ").split() if isinstance(value, str) else value
@@ -56,6 +65,13 @@ def _names(value: Any) -> Any:
 
 
 NameList = Annotated[list[str], BeforeValidator(_names)]
+
+
+def _in_todays_words(names: list[str]) -> list[str]:
+    return [todays_word(name) for name in names]
+
+
+MethodList = Annotated[NameList, AfterValidator(_in_todays_words)]
 
 
 def _repo_id(value: str) -> str:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.errors import BundleError, ConfigError
+from early_exit_cli.heads.eagle import EagleHead
 from early_exit_cli.heads.exit_heads import ExitHeads
 from early_exit_cli.heads.exit_runner import ExitReader, exit_reader
-from early_exit_cli.heads.lookahead import LookaheadHead
 from early_exit_cli.heads.uncertainty import Thresholds
 from early_exit_cli.numerics import not_finite, require_finite
 from early_exit_cli.runtime.blocks import LARGEST_WIDTH, Blocks, Part
@@ -32,7 +32,7 @@ class Engine:
     blocks: Blocks
     heads: ExitHeads | None = None
     thresholds: Thresholds | None = None
-    lookahead: LookaheadHead | None = None
+    eagle: EagleHead | None = None
     record: dict[str, Any] = field(default_factory=dict)
     round_times: Any = None
     """What rounds take here beyond their parts (`drafters.RoundTimes`), learned while it decodes."""

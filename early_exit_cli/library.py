@@ -101,7 +101,7 @@ class EarlyExitModel:
                 heads, which drafts by lookup.
             backbone, revision, quantization, device: as `--model-name`, `--revision` ... of the commands; by default
                 the bundle's backbone as its heads were trained on it.
-            drafter: exit, lookahead, lookup, auto or none.
+            drafter: exit, eagle, lookup, auto or none.
             accuracy_level: target accuracy of exited tokens, a calibrated level.
             lookup_corpus: a text file that lookup, alone or in auto, may draft from besides the prompt.
             model: the backbone as a loaded transformers model, whose weights are then held once; it is put in

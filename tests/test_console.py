@@ -7,7 +7,7 @@ import pytest
 
 from early_exit_cli.report import console, palette
 
-DECIDERS = ["head 0", "head 1", "head 2", "lookup", "lookahead", "backbone"]
+DECIDERS = ["head 0", "head 1", "head 2", "lookup", "eagle", "backbone"]
 ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
 
 

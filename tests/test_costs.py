@@ -155,7 +155,7 @@ def test_costs_are_measured_once_and_again_when_asked(tiny_model, monkeypatch, t
         "per_block_far",
         "finish",
         "head",
-        "lookahead_read",
-        "lookahead_step",
+        "eagle_read",
+        "eagle_step",
     }
     assert cost_table(model, refresh=True) == cost_table(model)

@@ -19,9 +19,9 @@ from early_exit_cli.decoding.loop import decode
 from early_exit_cli.drafting.chances import Survival
 from early_exit_cli.drafting.choose import make_drafter
 from early_exit_cli.drafting.drafter import Draft, Drafter, NoDrafter
-from early_exit_cli.drafting.lookahead import LookaheadDrafter
+from early_exit_cli.drafting.eagle import EagleDrafter
 from early_exit_cli.drafting.lookup import LookupDrafter
-from early_exit_cli.heads.cuda_lookahead import CudaLookahead
+from early_exit_cli.heads.cuda_eagle import CudaEagle
 from early_exit_cli.runtime.blocks import LARGEST_WIDTH
 from early_exit_cli.runtime.cuda_blocks import CudaBlocks
 from early_exit_cli.runtime.cuda_kernels import (
@@ -241,7 +241,7 @@ def test_norms_are_right_and_the_last_real_row_is_found(kernels, size):
 
 
 @pytest.mark.parametrize("rows", [1, 8, 16])
-def test_inputs_of_the_lookahead_head_are_right(kernels, rows):
+def test_inputs_of_the_eagle_head_are_right(kernels, rows):
     size, parts = 576, 4
     states, norms = randn(parts, rows, size), norm_of(parts - 1, size)
     found, expected = nans(rows, parts * size), nans(rows, parts * size)
@@ -536,10 +536,8 @@ def test_a_known_continuation_leaves_words_and_bits(model, plain, width):
 
 def drafter_of(model, kind):
     """(drafter, width). The eager ones draft whatever it costs here, the others as they are measured to pay."""
-    if kind == "eager lookahead":
-        return LookaheadDrafter(
-            model.lookahead, [Survival(2.0, -0.5, 0.9)], lambda rows: 1 + 0.01 * rows, 0.05, 0.02
-        ), 16
+    if kind == "eager eagle":
+        return EagleDrafter(model.eagle, [Survival(2.0, -0.5, 0.9)], lambda rows: 1 + 0.01 * rows, 0.05, 0.02), 16
     if kind == "eager lookup":
         return LookupDrafter(lambda rows: 10 + 0.1 * rows), 16
     if kind == "every exit":
@@ -547,9 +545,7 @@ def drafter_of(model, kind):
     return make_drafter(model, InferenceConfig(), kind)
 
 
-@pytest.mark.parametrize(
-    "kind", ["every exit", "eager lookahead", "eager lookup", "exit", "lookahead", "lookup", "auto"]
-)
+@pytest.mark.parametrize("kind", ["every exit", "eager eagle", "eager lookup", "exit", "eagle", "lookup", "auto"])
 def test_every_drafter_leaves_words_and_bits(model, plain, kind):
     drafter, width = drafter_of(model, kind)
     drafted = [answer(model, drafter, prompt, TOKENS, width) for prompt, _ in plain]
@@ -559,11 +555,11 @@ def test_every_drafter_leaves_words_and_bits(model, plain, kind):
         assert same(own, expected)
 
 
-def test_the_lookahead_head_runs_on_our_kernels(model):
-    assert isinstance(drafter_of(model, "eager lookahead")[0].runner, CudaLookahead)
+def test_the_eagle_head_runs_on_our_kernels(model):
+    assert isinstance(drafter_of(model, "eager eagle")[0].runner, CudaEagle)
 
 
-@pytest.mark.parametrize("kind", ["none", "every exit", "eager lookahead", "auto"])
+@pytest.mark.parametrize("kind", ["none", "every exit", "eager eagle", "auto"])
 def test_texts_decoded_together_are_each_what_they_are_alone(model, plain, kind):
     drafter, width = drafter_of(model, kind)
     requests = [Request(prompt) for prompt, _ in plain]

@@ -24,8 +24,8 @@ from early_exit_cli.drafting.exit import ExitDrafter
 from early_exit_cli.drafting.lookup import LookupDrafter
 from early_exit_cli.engine import Engine
 from early_exit_cli.errors import BackboneError, UnsupportedBackboneError
+from early_exit_cli.heads.eagle import EagleHead
 from early_exit_cli.heads.exit_heads import ExitHeads
-from early_exit_cli.heads.lookahead import LookaheadHead
 from early_exit_cli.hidden_states.cache import Cache
 from early_exit_cli.runtime.hf_blocks import HFBlocks
 from early_exit_cli.runtime.select import make_blocks
@@ -266,7 +266,7 @@ def test_what_does_not_run_is_refused_by_name_before_weights_load(tmp_path, conf
 def test_what_needs_the_llama_shape_says_so(tiny_backbone):
     backbone = tiny_backbone("gpt2")
     with pytest.raises(UnsupportedBackboneError, match=r"block of the Llama shape, and .*gpt2, none\) has none"):
-        LookaheadHead(backbone, [1, 3], None)
+        EagleHead(backbone, [1, 3], None)
     with pytest.raises(UnsupportedBackboneError, match="fused runner is for blocks of the Llama shape"):
         make_blocks(backbone, "fused")
     assert isinstance(make_blocks(backbone), HFBlocks)

@@ -85,7 +85,7 @@ def bundle(tmp_path_factory, tiny_folder):
     train = ["train", *backbone, "--dataset-name", text, "--max-length", 64, "--holdout", 0.3, "--max-steps", 2]
     commands: list[list] = [
         [*train, "--num-heads", 2, "--rank", 8, "--draft-vocab", 128, "--output-dir", heads],
-        [*train, "--head", "lookahead", "--draft-vocab", 64, "--output-dir", heads],
+        [*train, "--head", "eagle", "--draft-vocab", 64, "--output-dir", heads],
         ["calibrate", "--bundle", heads, "--accuracy-levels", "0.1,0.3,0.9"],
         ["evaluate", "--bundle", heads, "--num-samples", 4, "--accuracy-level", 0.3, "--output-path", folder / "evaluation.json"],
     ]  # fmt: skip
@@ -124,8 +124,8 @@ def draft_with(model: Engine) -> None:
     levels = [float(key) for key in model.thresholds.levels] if model.thresholds else []
     drafters = [choose.lookup_drafter(model), *(choose.auto_drafter(model, level, 8, "auto") for level in levels[:1])]
     drafters += [choose.exit_drafter(model, level, 8, "auto") for level in levels[-1:]]
-    if model.lookahead is not None:
-        drafters.append(choose.lookahead_drafter(model))
+    if model.eagle is not None:
+        drafters.append(choose.eagle_drafter(model))
     expected = plain_tokens(model)
     for drafter in drafters:
         assert [t for step in decode(model, PROMPT, drafter, 4, stop_ids=()) for t in step.tokens] == expected
@@ -206,7 +206,7 @@ def use_cache(folder: Path) -> None:
     for number in range(source.sequences(0, 1) // 2):
         assert torch.isfinite(source.batch(number, 0, 1).final).all()
     assert all(torch.isfinite(states.final).all() for states in source.held_out())
-    for kind in ("adapter", "lookahead"):
+    for kind in ("adapter", "eagle"):
         make_pupil(source, HeadsConfig(kind=kind, rank=8, draft_vocab=16))
 
 
@@ -370,7 +370,7 @@ TARGETS: dict[str, Callable[..., Target]] = {
     "calibration.json": in_bundle("calibration.json", mutated_json),
     "eexit.json": in_bundle("eexit.json", mutated_json),
     "heads.safetensors": in_bundle("heads.safetensors", mutated_tensors),
-    "lookahead.safetensors": in_bundle("lookahead.safetensors", mutated_tensors),
+    "eagle.safetensors": in_bundle("eagle.safetensors", mutated_tensors),
     "evaluation": evaluation,
     "bench report": bench_report,
     "manifest.json": in_cache("manifest.json", mutated_json),

@@ -19,7 +19,7 @@ def test_it_compares_every_method_and_says_what_it_ran_on(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(record.read_text())
     assert found["device"] == "CPU"
-    assert set(found["answers"]) == {"full", "lookup", "lookahead", "adaptive", "auto"}
+    assert set(found["answers"]) == {"full", "lookup", "eagle", "adaptive", "auto"}
     for row in found["answers"].values():
         assert row["same_words"] == row["same_bits"] == row["answers"] == 6
         assert row["tokens_per_second"] > 0

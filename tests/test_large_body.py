@@ -9,13 +9,13 @@ from conftest import VOCAB
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from large_body import Shape, large_backbone, large_exits, large_lookahead
+from large_body import Shape, large_backbone, large_eagle, large_exits
 from test_cuda_blocks import backbone, distance  # noqa: F401 (a fixture)
 from test_cuda_graphs import ids_of
 
+from early_exit_cli.heads.eagle import EagleHead
+from early_exit_cli.heads.eagle_runner import EagleRunner
 from early_exit_cli.heads.exit_heads import ExitHeads
-from early_exit_cli.heads.lookahead import LookaheadHead
-from early_exit_cli.heads.lookahead_runner import LookaheadRunner
 
 SHAPE = Shape(hidden=512, inner=320, blocks=6, query_heads=16, kv_heads=4, head_dim=128, vocab=384)
 
@@ -54,7 +54,7 @@ def test_heads_say_what_they_said(pair):
     torch.manual_seed(2)
     exits = ExitHeads(small, "adapter", [1], 16, None).requires_grad_(False).to(torch.bfloat16)
     exits.heads[0].up.weight.normal_(std=0.1)
-    head = LookaheadHead(small, [0, 2], None).requires_grad_(False).to(torch.bfloat16)
+    head = EagleHead(small, [0, 2], None).requires_grad_(False).to(torch.bfloat16)
     head.start_from(small)
     for weight in head.parameters():
         weight.add_(torch.randn_like(weight), alpha=0.03)
@@ -62,11 +62,11 @@ def test_heads_say_what_they_said(pair):
     found = []
     for model, own_exits, own_head in (
         (small, exits, head),
-        (large, large_exits(exits, small, large, SHAPE), large_lookahead(head, small, large, SHAPE)),
+        (large, large_exits(exits, small, large, SHAPE), large_eagle(head, small, large, SHAPE)),
     ):
         with torch.no_grad():
             states = [state[0] for state in model.hidden_states_at(ids, torch.ones_like(ids), [1, 2, 3])]
-            runner = LookaheadRunner(own_head)
+            runner = EagleRunner(own_head)
             hidden = runner.read(ids[0].roll(-1).tolist(), [states[0], states[2], states[3]])
             again = runner.step(7, hidden, 1)
             logits = (own_exits.logits(0, states[1]), own_head.logits(hidden), own_head.logits(again))

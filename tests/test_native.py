@@ -20,10 +20,10 @@ from early_exit_cli.decoding.answer import generate
 from early_exit_cli.drafting.drafter import NoDrafter
 from early_exit_cli.engine import Engine
 from early_exit_cli.errors import UnsupportedBackboneError
+from early_exit_cli.heads.eagle_runner import EagleRunner
 from early_exit_cli.heads.exit_heads import ExitHeads
 from early_exit_cli.heads.exit_runner import ExitReader, NativeExitReader, exit_reader
-from early_exit_cli.heads.lookahead_runner import LookaheadRunner
-from early_exit_cli.heads.native_lookahead import NativeLookahead, lookahead_runner
+from early_exit_cli.heads.native_eagle import NativeEagle, eagle_runner
 from early_exit_cli.heads.uncertainty import entropy
 from early_exit_cli.runtime import native_code as native_module
 from early_exit_cli.runtime.blocks import Part
@@ -298,13 +298,13 @@ def test_other_precisions_say_why(tiny_backbone):
         make_blocks(tiny_backbone("llama"), "native")
 
 
-def test_compiled_lookahead_steps_say_what_pytorchs_say(blocks, smollm2):
+def test_compiled_eagle_steps_say_what_pytorchs_say(blocks, smollm2):
     """The shipped head, over a prompt read in pieces and rolled forward: near states, the same choices, near entropies."""
-    head = load_model(BackboneConfig(), BundleConfig(bundle=SHIPPED_BUNDLE)).lookahead
+    head = load_model(BackboneConfig(), BundleConfig(bundle=SHIPPED_BUNDLE)).eagle
     ids = real_ids(smollm2, 160)
     words = ids.tolist()
-    native, plain = lookahead_runner(head), LookaheadRunner(head)
-    assert type(native) is NativeLookahead
+    native, plain = eagle_runner(head), EagleRunner(head)
+    assert type(native) is NativeEagle
     columns = {token: column for column, token in enumerate(head.draft_vocab.tolist())}
     agreed = rolled = 0
     with torch.inference_mode():
@@ -328,10 +328,10 @@ def test_compiled_lookahead_steps_say_what_pytorchs_say(blocks, smollm2):
     assert agreed > 20
 
 
-def test_what_the_compiled_lookahead_says_of_itself_is_so(smollm2):
+def test_what_the_compiled_eagle_says_of_itself_is_so(smollm2):
     """Choice and entropy of the logits beside them, and another text does not disturb the first."""
-    head = load_model(BackboneConfig(), BundleConfig(bundle=SHIPPED_BUNDLE)).lookahead
-    runner = lookahead_runner(head)
+    head = load_model(BackboneConfig(), BundleConfig(bundle=SHIPPED_BUNDLE)).eagle
+    runner = eagle_runner(head)
     states = [torch.randn(5, smollm2.hidden_size, dtype=torch.bfloat16) for _ in range(3)]
     with torch.inference_mode():
         hidden = runner.read([5, 6, 7, 8, 9], states)

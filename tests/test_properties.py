@@ -21,13 +21,13 @@ from early_exit_cli.decoding.loop import Round, decode
 from early_exit_cli.drafting.auto import AutoDrafter
 from early_exit_cli.drafting.chances import Survival
 from early_exit_cli.drafting.drafter import Draft, Drafter, NoDrafter
+from early_exit_cli.drafting.eagle import EagleDrafter
 from early_exit_cli.drafting.exit import ExitDrafter, FixedDrafter
-from early_exit_cli.drafting.lookahead import LookaheadDrafter
 from early_exit_cli.drafting.lookup import LookupDrafter
 from early_exit_cli.drafting.reasons import Match
 from early_exit_cli.engine import Engine
+from early_exit_cli.heads.eagle import EagleHead
 from early_exit_cli.heads.exit_heads import ExitHeads
-from early_exit_cli.heads.lookahead import LookaheadHead
 from early_exit_cli.runtime.fused_blocks import FusedBlocks
 from early_exit_cli.runtime.hf_blocks import HFBlocks
 from early_exit_cli.runtime.invariant_widths import measure_widths
@@ -54,10 +54,10 @@ POOL = (
 
 @dataclass(frozen=True)
 class Subject:
-    """A small model with random exit heads, and a random lookahead head where its blocks have the Llama shape."""
+    """A small model with random exit heads, and a random EAGLE head where its blocks have the Llama shape."""
 
     model: Engine
-    lookahead: LookaheadHead | None
+    eagle: EagleHead | None
 
 
 def subject(number: int) -> Subject:
@@ -80,11 +80,11 @@ def subject(number: int) -> Subject:
     heads.start_from(backbone)
     for parameter in heads.parameters():
         parameter.data.add_(0.3 * torch.randn_like(parameter))
-    lookahead = None
+    eagle = None
     if backbone.has_llama_shape:
-        lookahead = LookaheadHead(backbone, [0], vocab).requires_grad_(False)
-        lookahead.start_from(backbone)
-    return Subject(Engine(backbone, runner_of_blocks, heads), lookahead)
+        eagle = EagleHead(backbone, [0], vocab).requires_grad_(False)
+        eagle.start_from(backbone)
+    return Subject(Engine(backbone, runner_of_blocks, heads), eagle)
 
 
 @pytest.fixture(scope="module")
@@ -126,17 +126,17 @@ def drafters(subject: Subject, prompt: list[int], truth: list[int]) -> st.Search
         st.sampled_from(["entropy", "confidence"]),
     )
     lookup = st.builds(LookupDrafter, costs, chances)
-    lookahead = st.nothing()
-    if subject.lookahead is not None:
-        lookahead = st.builds(LookaheadDrafter, st.just(subject.lookahead), survivals, costs, free, free)
+    eagle = st.nothing()
+    if subject.eagle is not None:
+        eagle = st.builds(EagleDrafter, st.just(subject.eagle), survivals, costs, free, free)
     lengths = st.integers(0, 15)
-    auto = st.tuples(lookup, exits | lookahead, lengths, lengths).map(
+    auto = st.tuples(lookup, exits | eagle, lengths, lengths).map(
         lambda drawn: AutoDrafter([(drawn[0], drawn[2]), (drawn[1], drawn[3])])
     )
     wrong = st.lists(st.booleans(), min_size=1, max_size=7)
     scripted = st.builds(Scripted, st.just(len(prompt)), st.just(truth), wrong, st.sampled_from([0, 0, 0, 1, 15]))
     fixed = st.integers(0, heads - 1).map(FixedDrafter)
-    return st.one_of(exits, fixed, lookup, lookahead, auto, scripted, st.builds(NoDrafter))
+    return st.one_of(exits, fixed, lookup, eagle, auto, scripted, st.builds(NoDrafter))
 
 
 PROMPTS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=30) | st.tuples(
@@ -202,7 +202,7 @@ def check_counts(model: Engine, rounds: list[Round], cap: int, end: int, trace: 
 def check_seen(seen: Counter, cases: int) -> None:
     """That what was to be tested did come about."""
     assert seen["cases"] >= cases
-    names = {"adaptive_early_exit", "fixed_layerskip", "lookup", "lookahead", "auto", "scripted", "full"}
+    names = {"adaptive_early_exit", "fixed_layerskip", "lookup", "eagle", "auto", "scripted", "full"}
     assert all(seen[name] > cases / 50 for name in names), seen
     assert all(seen[what] > cases / 20 for what in ("accepted", "partly rejected", "all rejected")), seen
     assert seen["ended inside a draft"] > cases / 100, seen

@@ -6,7 +6,7 @@ from early_exit_cli.decoding.answer import generate
 from early_exit_cli.drafting.auto import AutoDrafter
 from early_exit_cli.drafting.chances import Survival
 from early_exit_cli.drafting.drafter import Draft, NoDrafter
-from early_exit_cli.drafting.lookahead import LookaheadDrafter
+from early_exit_cli.drafting.eagle import EagleDrafter
 from early_exit_cli.drafting.lookup import LookupDrafter
 from early_exit_cli.drafting.reasons import Match
 from early_exit_cli.drafting.round_costs import RoundTimes
@@ -67,19 +67,19 @@ def test_auto_begins_plainly_where_it_learns_and_counts_rounds_by_who_drafted():
     assert list(times.beyond["lookup"]) == [2.0]
 
 
-def test_the_lookahead_head_pays_for_a_chain_that_was_not_worth_verifying(monkeypatch):
-    monkeypatch.setattr("early_exit_cli.drafting.lookahead.lookahead_runner", lambda head: None)
+def test_the_eagle_head_pays_for_a_chain_that_was_not_worth_verifying(monkeypatch):
+    monkeypatch.setattr("early_exit_cli.drafting.eagle.eagle_runner", lambda head: None)
 
     class Head:
         exit_layers = (1,)
 
-    drafter = LookaheadDrafter(Head(), [Survival(0, 0, 0.8)], lambda rows: 1.0 + rows, 0.5, 0.1)
+    drafter = EagleDrafter(Head(), [Survival(0, 0, 0.8)], lambda rows: 1.0 + rows, 0.5, 0.1)
     drafter.times = times_of([0.0] * 3)
     assert not drafter.timed(Draft(), 9.0)
     drafter.spent = 0.7
     for _ in range(3):
         assert drafter.timed(Draft(), 4.0)  # a pass of one row costs 2
-    assert drafter.times.extra("lookahead") == pytest.approx(1.3)
+    assert drafter.times.extra("eagle") == pytest.approx(1.3)
     drafter.waiting = [([1], [])]
     dear = drafter.expected_rate(8)
     drafter.times = times_of([0.0] * 3)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import byte_tokenizer
 from pydantic import ValidationError
-from test_lookahead import some_head
+from test_eagle import some_head
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -30,12 +30,12 @@ from early_exit_cli.decoding.loop import decode
 from early_exit_cli.drafting.auto import AutoDrafter
 from early_exit_cli.drafting.chances import Survival
 from early_exit_cli.drafting.drafter import NoDrafter
+from early_exit_cli.drafting.eagle import EagleDrafter
 from early_exit_cli.drafting.exit import ExitDrafter, FixedDrafter
-from early_exit_cli.drafting.lookahead import LookaheadDrafter
 from early_exit_cli.drafting.lookup import LookupDrafter
 from early_exit_cli.engine import Engine
+from early_exit_cli.heads.eagle import EagleHead
 from early_exit_cli.heads.exit_heads import ExitHeads
-from early_exit_cli.heads.lookahead import LookaheadHead
 from early_exit_cli.runtime.fused_blocks import FusedBlocks
 from early_exit_cli.runtime.invariant_widths import measure_widths
 from early_exit_cli.sampling import GREEDY, Sampler, make_chooser, nucleus, penalized, truncated
@@ -47,7 +47,7 @@ SETTINGS = {
     "processed": dict(temperature=0.9, top_k=40, top_p=0.9, min_p=0.02, repetition_penalty=1.2),
     "penalty alone": dict(repetition_penalty=1.3),
 }
-DRAFTERS = ("exit", "fixed", "lookup", "lookahead", "auto")
+DRAFTERS = ("exit", "fixed", "lookup", "eagle", "auto")
 
 
 def always(limit=4):
@@ -55,14 +55,14 @@ def always(limit=4):
 
 
 def make_drafter(name, model):
-    lookahead = LookaheadDrafter(some_head(model.backbone), always(), lambda rows: 10.0, 0.1, 0.1, 0.8)
+    eagle = EagleDrafter(some_head(model.backbone), always(), lambda rows: 10.0, 0.1, 0.1, 0.8)
     lookup = LookupDrafter(lambda rows: 10.0 + 0.1 * rows)
     return {
         "exit": lambda: ExitDrafter([3.0, 3.4, 3.6], temperature=0.8),
         "fixed": lambda: FixedDrafter(len(model.heads) - 1),
         "lookup": lambda: lookup,
-        "lookahead": lambda: lookahead,
-        "auto": lambda: AutoDrafter([(lookup, 15), (lookahead, 15)]),
+        "eagle": lambda: eagle,
+        "auto": lambda: AutoDrafter([(lookup, 15), (eagle, 15)]),
     }[name]()
 
 
@@ -191,20 +191,20 @@ def exact_distribution(model, prompt, settings, length):
 
 def small_drafter(name, model):
     torch.manual_seed(5)
-    head = LookaheadHead(model.backbone, [0], None)
+    head = EagleHead(model.backbone, [0], None)
     head.start_from(model.backbone)
-    lookahead = LookaheadDrafter(head.requires_grad_(False), always(), lambda rows: 10.0, 0.1, 0.1, 0.7)
+    eagle = EagleDrafter(head.requires_grad_(False), always(), lambda rows: 10.0, 0.1, 0.1, 0.7)
     lookup = LookupDrafter(lambda rows: 10.0 + 0.1 * rows)
     return {
         "none": NoDrafter,
         "exit": lambda: ExitDrafter([1.9], temperature=0.7),
         "lookup": lambda: lookup,
-        "lookahead": lambda: lookahead,
-        "auto": lambda: AutoDrafter([(lookup, 15), (lookahead, 15)]),
+        "eagle": lambda: eagle,
+        "auto": lambda: AutoDrafter([(lookup, 15), (eagle, 15)]),
     }[name]()
 
 
-@pytest.mark.parametrize("name", ["none", "exit", "lookup", "lookahead", "auto"])
+@pytest.mark.parametrize("name", ["none", "exit", "lookup", "eagle", "auto"])
 @pytest.mark.parametrize(
     "settings",
     [dict(temperature=1.0), dict(temperature=0.8, top_k=5, top_p=0.9, repetition_penalty=1.3)],
@@ -261,10 +261,10 @@ def test_temperatures_are_fitted_for_the_heads_that_are_there(tiny_model):
     generator = torch.Generator().manual_seed(0)
     documents = [Document(torch.randint(256, (60,), generator=generator).tolist(), "s", 5) for _ in range(4)]
     batches = pack(documents, 64, 0)
-    exits, lookahead = fit_temperatures(model, batches)
+    exits, eagle = fit_temperatures(model, batches)
     assert exits in TEMPERATURES
-    assert lookahead == 1.0  # there is no such head
-    with_both = Engine(model.backbone, model.blocks, model.heads, lookahead=some_head(model.backbone))
+    assert eagle == 1.0  # there is no such head
+    with_both = Engine(model.backbone, model.blocks, model.heads, eagle=some_head(model.backbone))
     assert fit_temperatures(with_both, batches)[0] == exits
     assert fit_temperatures(with_both, batches)[1] in TEMPERATURES
 

@@ -13,13 +13,13 @@ from early_exit_cli.bundle.load import load_model
 from early_exit_cli.config import SHIPPED_BUNDLE, BackboneConfig, BundleConfig
 from early_exit_cli.decoding.answer import generate
 from early_exit_cli.drafting.chances import Survival
-from early_exit_cli.drafting.choose import auto_drafter, exit_drafter, lookahead_drafter, lookup_drafter
+from early_exit_cli.drafting.choose import auto_drafter, eagle_drafter, exit_drafter, lookup_drafter
 from early_exit_cli.drafting.drafter import Drafter, NoDrafter
+from early_exit_cli.drafting.eagle import EagleDrafter
 from early_exit_cli.drafting.exit import ExitDrafter, FixedDrafter
-from early_exit_cli.drafting.lookahead import LookaheadDrafter
 from early_exit_cli.drafting.lookup import LookupDrafter
 from early_exit_cli.engine import Engine
-from early_exit_cli.heads.lookahead import LookaheadHead
+from early_exit_cli.heads.eagle import EagleHead
 
 PROMPTS, SETTLED = int(os.environ.get("EEXIT_SOAK", "2000")), 100
 ALLOWED = 16 << 20
@@ -63,14 +63,14 @@ def soak(model: Engine, drafters: list[Drafter], texts: list[list[int]], tokens:
 def test_memory_is_flat_over_two_thousand_prompts(tiny_model):
     model = tiny_model("llama")
     torch.manual_seed(0)
-    head = LookaheadHead(model.backbone, [1, 3], None).requires_grad_(False)
+    head = EagleHead(model.backbone, [1, 3], None).requires_grad_(False)
     head.start_from(model.backbone)
     drafters = [
         NoDrafter(),
         ExitDrafter([3.4, 3.4, 3.6]),
         FixedDrafter(1),
         LookupDrafter(lambda rows: 1.0 + 0.05 * rows),
-        LookaheadDrafter(head, [Survival(0.0, -0.1, 0.5)], lambda rows: 1.0, 0.05, 0.05),
+        EagleDrafter(head, [Survival(0.0, -0.1, 0.5)], lambda rows: 1.0, 0.05, 0.05),
     ]
     dice = random.Random(0)
     texts = [[dice.randrange(256) for _ in range(dice.randrange(1, 200))] for _ in range(PROMPTS)]
@@ -85,7 +85,7 @@ def test_memory_is_flat_over_two_thousand_prompts_of_the_embedded_model(smollm2)
         NoDrafter(),
         exit_drafter(model, 0.9, 8, "all"),
         lookup_drafter(model),
-        lookahead_drafter(model),
+        eagle_drafter(model),
         auto_drafter(model, 0.9, 8, "auto"),
     ]
     dice = random.Random(0)

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_lookahead import some_head
+from test_eagle import some_head
 
 from early_exit_cli.data.documents import Document
 from early_exit_cli.data.packing import pack
-from early_exit_cli.heads.export_speculators import export_lookahead
+from early_exit_cli.heads.export_speculators import export_eagle
 from early_exit_cli.hidden_states.live import run_states
 
 PACKAGES = ["torch", "transformers<=5.19.0", "loguru", "pydantic-settings", "psutil", "protobuf", "openai", "aiohttp"]
@@ -41,7 +41,7 @@ def python(tmp_path_factory):
 def test_an_exported_head_has_equal_logits_in_speculators(python, tmp_path, tiny_backbone):
     backbone = tiny_backbone("llama")
     head = some_head(backbone, torch.arange(0, 320, 5))
-    export_lookahead(head, backbone, tmp_path / "head", 3)
+    export_eagle(head, backbone, tmp_path / "head", 3)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(256, (24,), generator=generator)
     batch = pack([Document(ids.tolist(), "s")], 24, 0)[0]

@@ -58,7 +58,7 @@ def assert_equal(ours, theirs):
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("batch", [2, 5, 20])
-@pytest.mark.parametrize("who", ["none", "exit", "lookup", "lookahead", "auto"])
+@pytest.mark.parametrize("who", ["none", "exit", "lookup", "eagle", "auto"])
 def test_every_text_is_what_it_is_alone(tiny_model, who, batch, temperature):
     model = tiny_model("llama")
     drafter = NoDrafter() if who == "none" else make_drafter(who, model)
@@ -66,9 +66,9 @@ def test_every_text_is_what_it_is_alone(tiny_model, who, batch, temperature):
     expected = alone(model, NoDrafter(), 8, make, ())
     found, rounds = together(model, drafter, 4, make, (), batch)
     assert_equal(found, expected)
-    if who in ("exit", "lookahead"):
+    if who in ("exit", "eagle"):
         steps = [step for own in rounds for step in own]
-        assert any(step.accepted for step in steps) or who == "lookahead"
+        assert any(step.accepted for step in steps) or who == "eagle"
         assert any(step.drafted > step.accepted for step in steps)
 
 

@@ -87,7 +87,7 @@ class Backbone:
 
     @property
     def has_llama_shape(self) -> bool:
-        """Whether `FusedBlocks` runs its blocks and a lookahead head can start from the last one."""
+        """Whether `FusedBlocks` runs its blocks and an EAGLE head can start from the last one."""
         return self.family.runner == "fused" and self.quantization in get_args(Quantization)
 
     @property

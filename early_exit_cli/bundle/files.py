@@ -1,8 +1,8 @@
 """What a bundle is: the files of its folder, its config.json, and where it came from.
 
 `config.json` and `calibration.json` are as DSSD reads them; `heads.safetensors` holds the heads, and `aux_heads.pt` too
-when they are linear; `lookahead.safetensors` a lookahead head, where there is one; `eexit.json` is everything else we know: the backbone's fingerprint, the kind of head, the training
-and calibration records.
+when they are linear; `eagle.safetensors` an EAGLE head, where there is one; `eexit.json` is everything else we know: the
+backbone's fingerprint, the kind of head, the training and calibration records.
 """
 
 from __future__ import annotations
@@ -12,20 +12,23 @@ from pathlib import Path
 from typing import Any, get_args
 
 from early_exit_cli.config import Quantization
+from early_exit_cli.config_fields import FORMER_WORDS
 from early_exit_cli.errors import BundleError
-from early_exit_cli.files.atomic import file_sha256
-from early_exit_cli.files.schemas import BundleForm, RecordForm, read_form
+from early_exit_cli.files.atomic import file_sha256, read_json
+from early_exit_cli.files.schemas import BundleForm, RecordForm, read_form, require_form
 
-CONFIG_FILE, CALIBRATION_FILE, HEADS_FILE, DSSD_HEADS_FILE, LOOKAHEAD_FILE, RECORD_FILE = (
+CONFIG_FILE, CALIBRATION_FILE, HEADS_FILE, DSSD_HEADS_FILE, EAGLE_FILE, RECORD_FILE = (
     "config.json",
     "calibration.json",
     "heads.safetensors",
     "aux_heads.pt",
-    "lookahead.safetensors",
+    "eagle.safetensors",
     "eexit.json",
 )
-BUNDLE_FILES = (CONFIG_FILE, CALIBRATION_FILE, HEADS_FILE, DSSD_HEADS_FILE, LOOKAHEAD_FILE, RECORD_FILE)
+BUNDLE_FILES = (CONFIG_FILE, CALIBRATION_FILE, HEADS_FILE, DSSD_HEADS_FILE, EAGLE_FILE, RECORD_FILE)
 CARD_FILE = "README.md"
+FORMER_EAGLE_FILE = "lookahead.safetensors"
+"""What older bundles call EAGLE_FILE: read, written nowhere."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class BundleSource:
 
     def record(self) -> dict[str, str]:
         """What results keep of it: where it is from, and which heads it held (SHA-256 of their files)."""
-        kinds = {"heads": self.folder / HEADS_FILE, "lookahead": self.folder / LOOKAHEAD_FILE}
+        kinds = {"heads": self.folder / HEADS_FILE, "eagle": eagle_file(self.folder)}
         held = {name: file_sha256(path) for name, path in kinds.items() if path.is_file()}
         if self.repo_id is None or self.commit is None:
             return {"folder": self.folder.resolve().name, **held}
@@ -65,7 +68,26 @@ def read_bundle_record(folder: Path) -> dict[str, Any]:
     Raises:
         BundleError: missing, damaged, or written by a newer version.
     """
-    return read_form(folder / RECORD_FILE, RecordForm)
+    path = folder / RECORD_FILE
+    record = in_todays_words(read_json(path))
+    require_form(record, RecordForm, str(path))
+    return record
+
+
+def in_todays_words(record: dict[str, Any]) -> dict[str, Any]:
+    """eexit.json with the keys that are written now."""
+    found = {}
+    for key, value in record.items():
+        for former, word in FORMER_WORDS.items():
+            key = key.replace(former, word)
+        found[key] = in_todays_words(value) if key == "drafting" and isinstance(value, dict) else value
+    return found
+
+
+def eagle_file(folder: Path) -> Path:
+    """The file of a bundle's EAGLE head, under the name that it has there."""
+    former = folder / FORMER_EAGLE_FILE
+    return former if former.is_file() and not (folder / EAGLE_FILE).is_file() else folder / EAGLE_FILE
 
 
 def kind_of_heads(record: dict[str, Any], folder: Path) -> tuple[str, int]:
@@ -80,15 +102,15 @@ def kind_of_heads(record: dict[str, Any], folder: Path) -> tuple[str, int]:
     return heads["kind"], heads.get("rank", 0)
 
 
-def lookahead_layers(record: dict[str, Any], folder: Path, num_blocks: int) -> list[int]:
-    """0-based blocks whose output the lookahead head reads, as the record of the bundle in `folder` has them.
+def eagle_layers(record: dict[str, Any], folder: Path, num_blocks: int) -> list[int]:
+    """0-based blocks whose output the EAGLE head reads, as the record of the bundle in `folder` has them.
 
     Raises:
         BundleError: not ascending, or beyond the backbone.
     """
-    layers = [layer - 1 for layer in record["lookahead"]["exit_layers"]]
+    layers = [layer - 1 for layer in record["eagle"]["exit_layers"]]
     if sorted(set(layers)) != layers or layers[-1] >= num_blocks:
         raise BundleError(
-            f"{folder / RECORD_FILE}: the lookahead head's exit_layers must be ascending, at most {num_blocks}"
+            f"{folder / RECORD_FILE}: the EAGLE head's exit_layers must be ascending, at most {num_blocks}"
         )
     return layers

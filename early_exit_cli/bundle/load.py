@@ -12,12 +12,12 @@ from early_exit_cli.bundle.files import (
     CALIBRATION_FILE,
     CONFIG_FILE,
     HEADS_FILE,
-    LOOKAHEAD_FILE,
     RECORD_FILE,
     BundleSource,
     applied_quantization,
+    eagle_file,
+    eagle_layers,
     kind_of_heads,
-    lookahead_layers,
     read_bundle_config,
     read_bundle_record,
 )
@@ -27,9 +27,9 @@ from early_exit_cli.engine import Engine
 from early_exit_cli.errors import BundleError, HubError, shown
 from early_exit_cli.files.atomic import fingerprint_differences
 from early_exit_cli.files.schemas import CalibrationBeside, CalibrationForm, read_form
-from early_exit_cli.heads.cuda_lookahead import cuda_lookahead
+from early_exit_cli.heads.cuda_eagle import cuda_eagle
+from early_exit_cli.heads.eagle import load_eagle
 from early_exit_cli.heads.exit_heads import load_heads
-from early_exit_cli.heads.lookahead import load_lookahead
 from early_exit_cli.heads.uncertainty import Thresholds, level_key
 from early_exit_cli.runtime.select import make_blocks
 
@@ -130,11 +130,11 @@ def load_model(
     if config["num_heads"]:
         kind, rank = kind_of_heads(model.record, folder)
         model.heads = load_heads(folder / HEADS_FILE, backbone, kind, config["head_layer_indices"], rank)
-    if "lookahead" in model.record:
-        layers = lookahead_layers(model.record, folder, backbone.num_blocks)
-        model.lookahead = load_lookahead(folder / LOOKAHEAD_FILE, backbone, layers)
+    if "eagle" in model.record:
+        layers = eagle_layers(model.record, folder, backbone.num_blocks)
+        model.eagle = load_eagle(eagle_file(folder), backbone, layers)
         if backbone.device.type == "cuda":
-            cuda_lookahead(model.lookahead)  # recorded now, not inside an answer
+            cuda_eagle(model.eagle)  # recorded now, not inside an answer
     calibration = bundle.calibration_path or folder / CALIBRATION_FILE
     if with_thresholds and (bundle.calibration_path or calibration.exists()):
         model.thresholds = read_thresholds(calibration, config["num_heads"])

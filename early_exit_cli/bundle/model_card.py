@@ -13,11 +13,11 @@ from early_exit_cli.bundle.files import (
     CALIBRATION_FILE,
     CONFIG_FILE,
     DSSD_HEADS_FILE,
+    EAGLE_FILE,
     HEADS_FILE,
-    LOOKAHEAD_FILE,
     RECORD_FILE,
 )
-from early_exit_cli.config_fields import HUB_ID
+from early_exit_cli.config_fields import HUB_ID, todays_word
 from early_exit_cli.errors import ConfigError
 from early_exit_cli.files.schemas import BenchForm, EvaluationForm, read_form
 
@@ -26,7 +26,7 @@ DATA_SET = re.compile(r"[\w-]+(/[\w.-]+)?", re.ASCII)
 CONTENTS = {
     HEADS_FILE: "the heads",
     DSSD_HEADS_FILE: "the same heads as a state dict, for the DSSD demo",
-    LOOKAHEAD_FILE: "a head that rolls forward from the deep states of verified tokens, in EAGLE-3's layout",
+    EAGLE_FILE: "a head that rolls forward from the deep states of verified tokens, in EAGLE-3's layout",
     CONFIG_FILE: "the backbone's shape and where the heads read, as DSSD writes it",
     CALIBRATION_FILE: "an entropy threshold for each head and target accuracy, as DSSD writes it",
     RECORD_FILE: "the backbone's fingerprint, the training and calibration records",
@@ -48,6 +48,7 @@ def read_bench(path: Path, heads: str) -> dict[str, Any]:
     """The report of `eexit bench`, as `read_evaluation`."""
     report = read_form(path, BenchForm)
     require_heads(path, report["environment"], heads)
+    report["methods"] = {todays_word(name): found for name, found in report["methods"].items()}
     return report
 
 

@@ -12,8 +12,9 @@ from early_exit_cli.bundle.files import (
     CARD_FILE,
     CONFIG_FILE,
     DSSD_HEADS_FILE,
+    EAGLE_FILE,
+    FORMER_EAGLE_FILE,
     HEADS_FILE,
-    LOOKAHEAD_FILE,
     RECORD_FILE,
     BundleSource,
 )
@@ -23,7 +24,7 @@ from early_exit_cli.errors import BundleError
 from early_exit_cli.files.atomic import atomic_folder, file_sha256, require_new_folder
 from early_exit_cli.files.environment import user_cache_dir
 
-SAFE_FILES = (CONFIG_FILE, CALIBRATION_FILE, HEADS_FILE, LOOKAHEAD_FILE, RECORD_FILE, CARD_FILE)
+SAFE_FILES = (CONFIG_FILE, CALIBRATION_FILE, HEADS_FILE, EAGLE_FILE, FORMER_EAGLE_FILE, RECORD_FILE, CARD_FILE)
 DSSD_FILES = (CONFIG_FILE, CALIBRATION_FILE, DSSD_HEADS_FILE)
 
 
@@ -56,7 +57,7 @@ def copy_bundle(source: Path, target: Path) -> None:
     Raises:
         ConfigError: the folder holds something else.
     """
-    names = [name for name in (*BUNDLE_FILES, CARD_FILE) if (source / name).is_file()]
+    names = [name for name in (*BUNDLE_FILES, FORMER_EAGLE_FILE, CARD_FILE) if (source / name).is_file()]
     if all((target / name).is_file() and file_sha256(target / name) == file_sha256(source / name) for name in names):
         return
     require_new_folder(target)

@@ -19,11 +19,13 @@ from early_exit_cli.bundle.files import (
     CARD_FILE,
     CONFIG_FILE,
     DSSD_HEADS_FILE,
+    EAGLE_FILE,
+    FORMER_EAGLE_FILE,
     HEADS_FILE,
-    LOOKAHEAD_FILE,
     RECORD_FILE,
+    eagle_file,
+    eagle_layers,
     kind_of_heads,
-    lookahead_layers,
     read_bundle_config,
     read_bundle_record,
 )
@@ -32,7 +34,14 @@ from early_exit_cli.bundle.load import read_thresholds
 from early_exit_cli.bundle.model_card import model_card, read_bench, read_evaluation
 from early_exit_cli.config import HubConfig, PushConfig
 from early_exit_cli.errors import BundleError, ConfigError, shown
-from early_exit_cli.files.atomic import atomic_folder, file_sha256, fingerprint_differences, require_new_folder
+from early_exit_cli.files.atomic import (
+    atomic_folder,
+    file_sha256,
+    fingerprint_differences,
+    read_json,
+    require_new_folder,
+    write_json,
+)
 from early_exit_cli.files.schemas import CalibrationForm, read_form
 from early_exit_cli.heads.exit_heads import read_heads, read_tensors
 
@@ -80,9 +89,9 @@ def check_bundle(folder: Path) -> Bundle:
     for key, theirs, ours in fingerprint_differences(declared, record["fingerprint"]):
         raise BundleError(f"{folder}: {key} is {theirs!r} in {CONFIG_FILE}, {shown(ours)} in the fingerprint")
     read_heads(folder / HEADS_FILE, kind, config["num_heads"], config["hidden_size"], config["vocab_size"], rank)
-    if "lookahead" in record:
-        lookahead_layers(record, folder, config["num_hidden_layers"])
-        read_tensors(folder / LOOKAHEAD_FILE, config["vocab_size"])
+    if "eagle" in record:
+        eagle_layers(record, folder, config["num_hidden_layers"])
+        read_tensors(eagle_file(folder), config["vocab_size"])
     calibration = None
     if (folder / CALIBRATION_FILE).is_file():
         calibration = check_calibration(folder, config["num_heads"], record)
@@ -153,11 +162,11 @@ def write_card(bundle: Bundle, repo_id: str, config: PushConfig) -> str:
 
 
 def uploaded(bundle: Bundle) -> list[str]:
-    """Names of the bundle's files that go up: all, but `aux_heads.pt` only for linear heads, and a lookahead head only
+    """Names of the bundle's files that go up: all, but `aux_heads.pt` only for linear heads, and an EAGLE head only
     where eexit.json has it."""
     absent = set() if bundle.kind == "linear" else {DSSD_HEADS_FILE}
-    if "lookahead" not in bundle.record:
-        absent.add(LOOKAHEAD_FILE)
+    if "eagle" not in bundle.record:
+        absent.add(EAGLE_FILE)
     return [name for name in BUNDLE_FILES if name not in absent]
 
 
@@ -174,6 +183,11 @@ def staged(bundle: Bundle, card: str) -> Iterator[dict[str, Path]]:
             heads, _ = read_heads(bundle.folder / HEADS_FILE, bundle.kind, *shape, bundle.rank)
             files[DSSD_HEADS_FILE] = made / DSSD_HEADS_FILE
             dssd.save_dssd_heads(heads, files[DSSD_HEADS_FILE])
+        if EAGLE_FILE in files:
+            files[EAGLE_FILE] = eagle_file(bundle.folder)
+        if bundle.record != read_json(bundle.folder / RECORD_FILE):
+            files[RECORD_FILE] = made / RECORD_FILE
+            write_json(files[RECORD_FILE], bundle.record)
         files[CARD_FILE] = made / CARD_FILE
         files[CARD_FILE].write_text(card, encoding="utf-8")
         yield files
@@ -190,7 +204,7 @@ def push(files: Mapping[str, Path], hub: HubConfig, config: PushConfig) -> Commi
         raise ConfigError(f"--create-pr opens a pull request to main, not to --revision {hub.revision}")
     repository = Repository(hub)
     repository.ensure(config.private)
-    stale: dict[str, Path | None] = {name: None for name in BUNDLE_FILES if name not in files}
+    stale: dict[str, Path | None] = {name: None for name in (*BUNDLE_FILES, FORMER_EAGLE_FILE) if name not in files}
     return repository.commit(stale | dict(files), "Upload exit heads", config.create_pr)
 
 

@@ -12,8 +12,9 @@ from early_exit_cli.bundle.files import (
     CALIBRATION_FILE,
     CONFIG_FILE,
     DSSD_HEADS_FILE,
+    EAGLE_FILE,
+    FORMER_EAGLE_FILE,
     HEADS_FILE,
-    LOOKAHEAD_FILE,
     RECORD_FILE,
     applied_quantization,
     read_bundle_record,
@@ -21,8 +22,8 @@ from early_exit_cli.bundle.files import (
 from early_exit_cli.errors import BundleError
 from early_exit_cli.files.atomic import atomic_files, fingerprint_differences, write_atomic, write_json
 from early_exit_cli.files.schemas import FORMAT_VERSION
+from early_exit_cli.heads.eagle import EagleHead
 from early_exit_cli.heads.exit_heads import ExitHeads
-from early_exit_cli.heads.lookahead import LookaheadHead
 
 
 def save_bundle(
@@ -34,11 +35,11 @@ def save_bundle(
 ) -> None:
     """Write heads, config.json and eexit.json together; a calibration of other heads is removed.
 
-    A lookahead head of the same backbone that is there stays. A failure leaves the bundle that was there.
+    An EAGLE head of the same backbone that is there stays. A failure leaves the bundle that was there.
     """
     before = read_bundle_record(folder) if (folder / RECORD_FILE).exists() else {}
-    if "lookahead" in before and before.get("fingerprint") == readout.fingerprint:
-        record = {**record, "lookahead": before["lookahead"]}
+    if "eagle" in before and before.get("fingerprint") == readout.fingerprint:
+        record = {**record, "eagle": before["eagle"]}
     described = {
         "format_version": FORMAT_VERSION,
         "fingerprint": readout.fingerprint,
@@ -58,10 +59,10 @@ def save_bundle(
         write_json(temporary / RECORD_FILE, described)
 
 
-def save_lookahead(
-    folder: Path, readout: Readout, head: LookaheadHead, training_config: dict[str, Any], record: dict[str, Any]
+def save_eagle(
+    folder: Path, readout: Readout, head: EagleHead, training_config: dict[str, Any], record: dict[str, Any]
 ) -> None:
-    """Add a lookahead head to the bundle in `folder`, or begin one without exit heads.
+    """Add an EAGLE head to the bundle in `folder`, or begin one without exit heads.
 
     Raises:
         BundleError: the bundle there was made for another backbone.
@@ -79,8 +80,9 @@ def save_lookahead(
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / CONFIG_FILE, bundle_config(readout, [], training_config))
         bundle = {"format_version": FORMAT_VERSION, "fingerprint": readout.fingerprint}
-    head.save(folder / LOOKAHEAD_FILE, readout.dtype)
-    bundle["lookahead"] = {
+    head.save(folder / EAGLE_FILE, readout.dtype)
+    (folder / FORMER_EAGLE_FILE).unlink(missing_ok=True)
+    bundle["eagle"] = {
         "exit_layers": head.exit_layers,
         "draft_vocab": 0 if head.draft_vocab is None else int(head.draft_vocab.numel()),
         **record,

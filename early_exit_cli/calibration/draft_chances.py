@@ -1,6 +1,6 @@
 """What calibration learns for drafting: how likely drafts survive, by drafter, on held-out text.
 
-Lookup: how often the next token of a match of some length is the text's. Lookahead: P(agree | entropy) per draft
+Lookup: how often the next token of a match of some length is the text's. EAGLE: P(agree | entropy) per draft
 position, by a logistic fit, over roll-outs from every answer position. Both kinds of head: the temperature at which a
 sampled draft survives most often. Kept in `eexit.json` under `drafting`.
 """
@@ -52,12 +52,12 @@ def fit_lookup(documents: Iterable[Document]) -> list[float]:
 def roll_out(
     model: Engine, batches: Iterable[Batch], on_batch: Callable[[int], None] | None = None
 ) -> list[tuple[Tensor, Tensor]]:
-    """The lookahead head from every answer position, the text's own tokens in between: it agreed so far.
+    """The EAGLE head from every answer position, the text's own tokens in between: it agreed so far.
 
     Returns:
         For each draft position that the text reaches, (entropies [samples] in nats, whether the backbone agreed).
     """
-    head = model.lookahead
+    head = model.eagle
     if head is None:
         return []
     found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(STEPS)]
@@ -79,7 +79,7 @@ def roll_out(
     return [(entropies, agreed) for entropies, agreed in joined if agreed.numel()]
 
 
-def fit_lookahead(
+def fit_eagle(
     first: list[tuple[Tensor, Tensor]], second: list[tuple[Tensor, Tensor]]
 ) -> tuple[list[Survival], list[tuple[float, float]]]:
     """P(agree | entropy) per draft position from the first text's roll-outs, and what the second's say of it."""
@@ -92,12 +92,12 @@ def fit_lookahead(
 
 
 def fit_temperatures(model: Engine, batches: Iterable[Batch]) -> tuple[float, float]:
-    """For exit heads and for the lookahead head: the temperature of its distribution q at which a draft from it survives
+    """For exit heads and for the EAGLE head: the temperature of its distribution q at which a draft from it survives
     most often, where the text is sampled at temperature 1. By the overlap of both, sum of min(p, q) over the tokens
     (Leviathan et al. 2023, section 3.2); 1 without such a head.
     """
-    overlaps: dict[str, list[Tensor]] = {"exit": [], "lookahead": []}
-    heads, lookahead = model.heads, model.lookahead
+    overlaps: dict[str, list[Tensor]] = {"exit": [], "eagle": []}
+    heads, eagle = model.heads, model.eagle
     with torch.inference_mode():
         for batch in itertools.islice(batches, TEMPERATURE_BATCHES):
             if heads is not None:
@@ -105,17 +105,17 @@ def fit_temperatures(model: Engine, batches: Iterable[Batch]) -> tuple[float, fl
                 places = states.measured.nonzero()[::TEMPERATURE_STRIDE, 0]
                 expected = logits_of(model.backbone, states.final[places])
                 overlaps["exit"] += [overlap(expected, said, heads.draft_vocab) for said in heads(states, places)]
-            if lookahead is not None:
-                states = run_states(model.backbone, batch, lookahead.exit_layers)
+            if eagle is not None:
+                states = run_states(model.backbone, batch, eagle.exit_layers)
                 with autocast(model):
-                    first = lookahead(states, 1, only_measured=True)[0]
+                    first = eagle(states, 1, only_measured=True)[0]
                 expected = logits_of(model.backbone, states.final[first.positions[::TEMPERATURE_STRIDE]])
                 logits = first.logits[::TEMPERATURE_STRIDE]
-                overlaps["lookahead"].append(overlap(expected, logits, lookahead.draft_vocab))
+                overlaps["eagle"].append(overlap(expected, logits, eagle.draft_vocab))
     best = {
         kind: TEMPERATURES[int(torch.cat(found).mean(0).argmax())] if found else 1.0 for kind, found in overlaps.items()
     }
-    return best["exit"], best["lookahead"]
+    return best["exit"], best["eagle"]
 
 
 def overlap(backbone: Tensor, head: Tensor, draft_vocab: Tensor | None) -> Tensor:

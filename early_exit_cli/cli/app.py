@@ -24,14 +24,14 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("infer", help="Answer prompts: with drafts, plainly, or several ways side by side.")(infer.command)
-app.command("train", help="Train exit heads or a lookahead head, beside the running backbone or from a cache.")(
+app.command("train", help="Train exit heads or an EAGLE head, beside the running backbone or from a cache.")(
     train.command
 )
 app.command("calibrate", help="Fit thresholds for each head and target accuracy, and what drafts are worth.")(
     calibrate.command
 )
 app.command("evaluate", help="Measure the heads on text, and why drafts are not accepted.")(evaluate.command)
-app.command("export", help="Write the lookahead head for vLLM and SGLang.")(export.command)
+app.command("export", help="Write the EAGLE head for vLLM and SGLang.")(export.command)
 app.command("bench", help="Measure methods side by side on a set of prompts.")(bench.command)
 app.command("push", help="Upload a bundle to the Hub, in one commit, with a model card.")(hub.push)
 app.command("pull", help="Download a bundle from the Hub.")(hub.pull)

@@ -93,8 +93,8 @@ def show_costs(resolved: Resolved, as_json: bool) -> None:
         f"{model.backbone.name}, {model.backbone.quantization}; ms on {model.backbone.device_name}; "
         f"invariant: {model.blocks.is_invariant}; reading a head: {costs.head:.2f} ms"
         + (
-            f"; the lookahead head: {costs.lookahead_read:.2f} ms for a first token, {costs.lookahead_step:.2f} for a next"
-            if costs.lookahead_step
+            f"; the EAGLE head: {costs.eagle_read:.2f} ms for a first token, {costs.eagle_step:.2f} for a next"
+            if costs.eagle_step
             else ""
         ),
         ["width", "used", "pass", "of width 1", "one block", f"one block, {FAR_CONTEXT} keys", "norm and LM head"],

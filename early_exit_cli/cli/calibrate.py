@@ -64,19 +64,19 @@ def command(resolved: Resolved, as_json: bool) -> None:
 
 
 def fit_policy(model: Engine, fit: HeldOut, check: HeldOut) -> Policy:
-    """How likely drafts of lookup and of the lookahead head survive, with the latter looked at on the second text too, and
+    """How likely drafts of lookup and of the EAGLE head survive, with the latter looked at on the second text too, and
     at which temperature sampled drafts do best."""
-    from early_exit_cli.calibration.draft_chances import fit_lookahead, fit_lookup, fit_temperatures, roll_out
+    from early_exit_cli.calibration.draft_chances import fit_eagle, fit_lookup, fit_temperatures, roll_out
     from early_exit_cli.drafting.chances import Policy
 
     lookup = fit_lookup(fit.documents)
     temperatures = fit_temperatures(model, fit.batches)
-    if model.lookahead is None:
+    if model.eagle is None:
         return Policy(lookup, [], [], *temperatures)
     with console.progress("rolling out", fit.sequences + check.sequences) as ticker:
         first = roll_out(model, fit.batches, ticker.update)
         second = roll_out(model, check.batches, lambda done: ticker.update(fit.sequences + done))
-    return Policy(lookup, *fit_lookahead(first, second), *temperatures)
+    return Policy(lookup, *fit_eagle(first, second), *temperatures)
 
 
 def print_policy(policy: Policy, as_json: bool) -> None:
@@ -85,16 +85,16 @@ def print_policy(policy: Policy, as_json: bool) -> None:
 
     if as_json:
         return
-    if policy.exit_temperature != 1 or policy.lookahead_temperature != 1:
+    if policy.exit_temperature != 1 or policy.eagle_temperature != 1:
         console.note(
             f"sampled drafts survive most often at {policy.exit_temperature:g} (exit heads) and "
-            f"{policy.lookahead_temperature:g} (lookahead head) times the text's temperature"
+            f"{policy.eagle_temperature:g} (EAGLE head) times the text's temperature"
         )
     rows = [(length, f"{chance:.1%}") for length, chance in zip(SHORTEST, policy.lookup, strict=True)]
     console.table("lookup", ["match of at least", "next token right"], rows, result=True)
-    if policy.lookahead:
+    if policy.eagle:
         console.table(
-            "lookahead, given that it agreed so far",
+            "eagle, given that it agreed so far",
             ["draft position", "agreement", "at 0.5 nats", "at 2 nats", "on the second text: agreement", "expected"],
             [
                 (
@@ -102,7 +102,7 @@ def print_policy(policy: Policy, as_json: bool) -> None:
                     *(f"{share:.1%}" for share in (found.mean, found.at(0.5), found.at(2.0))),
                     *(f"{share:.1%}" for share in checked),
                 )
-                for place, (found, checked) in enumerate(zip(policy.lookahead, policy.checked, strict=True))
+                for place, (found, checked) in enumerate(zip(policy.eagle, policy.checked, strict=True))
             ],
             result=True,
         )

@@ -56,7 +56,7 @@ def command(variants: list[Resolved], as_json: bool) -> None:
     rank, world = first.place
     kind = variants[0].config.heads.kind
     console.note(
-        f"{'a lookahead head' if kind == 'lookahead' else f'{len(first.pupil.parts)} {kind} heads'} after blocks "
+        f"{'an EAGLE head' if kind == 'eagle' else f'{len(first.pupil.parts)} {kind} heads'} after blocks "
         f"{source.layers} of {source.readout.num_blocks}; {source.sequences(rank, world):,} sequences"
     )
     with console.progress("training", config.training.max_steps) as ticker:
@@ -126,6 +126,6 @@ def offline_states(resolved: Resolved) -> CachedStates | None:
         console.note(f"extracted to {cache.folder}; --max-steps 0 trains nothing")
         return None
     layers = config.heads.head_layer_indices
-    if config.heads.kind == "lookahead":
+    if config.heads.kind == "eagle":
         layers = head_layers(config.heads, int(cache.manifest["num_blocks"]))
     return CachedStates(cache, layers, config.training, pick_device(config.backbone.device))

@@ -35,16 +35,16 @@ class Survival:
 class Policy:
     """What drafts are worth.
 
-    lookup: P(next token right) by kind of match (`lookup.SHORTEST`). lookahead: by draft position, empty without such a
+    lookup: P(next token right) by kind of match (`lookup.SHORTEST`). eagle: by draft position, empty without such a
     head. checked: for each of these, on a second text: the share that agreed, and the share that was expected to.
-    exit_temperature, lookahead_temperature: of sampled drafts, times the text's own.
+    exit_temperature, eagle_temperature: of sampled drafts, times the text's own.
     """
 
     lookup: list[float]
-    lookahead: list[Survival]
+    eagle: list[Survival]
     checked: list[tuple[float, float]]
     exit_temperature: float = 1.0
-    lookahead_temperature: float = 1.0
+    eagle_temperature: float = 1.0
 
     def record(self) -> dict[str, Any]:
         """As JSON."""
@@ -68,9 +68,9 @@ def policy_of(record: dict[str, Any]) -> Policy:
         )
     return Policy(
         found["lookup"],
-        [_survival(entry) for entry in found["lookahead"]],
+        [_survival(entry) for entry in found["eagle"]],
         [(agreed, expected) for agreed, expected in found["checked"]],
-        *(found.get(f"{kind}_temperature", 1.0) for kind in ("exit", "lookahead")),
+        *(found.get(f"{kind}_temperature", 1.0) for kind in ("exit", "eagle")),
     )
 
 

@@ -11,8 +11,8 @@ from early_exit_cli.drafting.chances import policy_of
 from early_exit_cli.drafting.corpus import Corpus
 from early_exit_cli.drafting.costs import Costs, cost_table, pass_costs
 from early_exit_cli.drafting.drafter import Drafter, NoDrafter
+from early_exit_cli.drafting.eagle import EagleDrafter
 from early_exit_cli.drafting.exit import DynamicDrafter, ExitDrafter, FixedDrafter
-from early_exit_cli.drafting.lookahead import LookaheadDrafter
 from early_exit_cli.drafting.lookup import LookupDrafter
 from early_exit_cli.engine import Engine, default_width
 from early_exit_cli.errors import BundleError, ConfigError
@@ -105,31 +105,31 @@ def lookup_drafter(model: Engine, corpus: Path | None = None) -> LookupDrafter:
     return LookupDrafter(pass_costs(cost_table(model), model.blocks), policy_of(model.record).lookup, text)
 
 
-def lookahead_drafter(model: Engine) -> LookaheadDrafter:
-    """The bundle's lookahead head, with its calibrated chances and the costs of this device.
+def eagle_drafter(model: Engine) -> EagleDrafter:
+    """The bundle's EAGLE head, with its calibrated chances and the costs of this device.
 
     Raises:
         BundleError: no such head, or not calibrated.
     """
-    if model.lookahead is None:
-        raise BundleError("the bundle has no lookahead head", hint="eexit train --head lookahead --output-dir BUNDLE")
+    if model.eagle is None:
+        raise BundleError("the bundle has no EAGLE head", hint="eexit train --head eagle --output-dir BUNDLE")
     policy = policy_of(model.record)
-    if not policy.lookahead:
-        raise BundleError("the lookahead head is not calibrated", hint="eexit calibrate --bundle FOLDER")
+    if not policy.eagle:
+        raise BundleError("the EAGLE head is not calibrated", hint="eexit calibrate --bundle FOLDER")
     costs = cost_table(model)
     passes = pass_costs(costs, model.blocks)
-    return LookaheadDrafter(
-        model.lookahead,
-        policy.lookahead,
+    return EagleDrafter(
+        model.eagle,
+        policy.eagle,
         passes,
-        costs.lookahead_read,
-        costs.lookahead_step,
-        policy.lookahead_temperature,
+        costs.eagle_read,
+        costs.eagle_step,
+        policy.eagle_temperature,
     )
 
 
 def auto_drafter(model: Engine, level: float, width: int, read_heads: str, corpus: Path | None = None) -> AutoDrafter:
-    """Lookup or the lookahead head, whichever promises more; without a calibrated one, lookup and the exits that pay.
+    """Lookup or the EAGLE head, whichever promises more; without a calibrated one, lookup and the exits that pay.
 
     Args:
         width: rows of a pass at most, for the exit heads; the others weigh all widths.
@@ -137,8 +137,8 @@ def auto_drafter(model: Engine, level: float, width: int, read_heads: str, corpu
     """
     lookup = lookup_drafter(model, corpus)
     choices: list[tuple[Drafter, int]] = [(lookup, LARGEST_WIDTH - 1)]
-    if model.lookahead is not None and policy_of(model.record).lookahead:
-        choices.append((lookahead_drafter(model), LARGEST_WIDTH - 1))
+    if model.eagle is not None and policy_of(model.record).eagle:
+        choices.append((eagle_drafter(model), LARGEST_WIDTH - 1))
     elif model.thresholds is not None:
         exits = exit_drafter(model, level, width, read_heads)
         if exits.active != []:
@@ -170,7 +170,7 @@ def make_drafter(model: Engine, settings: InferenceConfig, kind: str) -> tuple[D
     """The drafter of a kind, and the width of its passes.
 
     Args:
-        kind: none, exit, lookahead, lookup, auto; fixed and dynamic, the seed's.
+        kind: none, exit, eagle, lookup, auto; fixed and dynamic, the seed's.
 
     Raises:
         BundleError: the bundle lacks what the kind drafts with, or is not calibrated.
@@ -189,8 +189,8 @@ def make_drafter(model: Engine, settings: InferenceConfig, kind: str) -> tuple[D
         return exit_drafter(model, level, width, read_heads), width
     if kind == "lookup":
         return lookup_drafter(model, settings.lookup_corpus), widest
-    if kind == "lookahead":
-        return lookahead_drafter(model), widest
+    if kind == "eagle":
+        return eagle_drafter(model), widest
     if kind == "auto":
         return auto_drafter(model, level, width, read_heads, settings.lookup_corpus), widest
     return NoDrafter(), width

@@ -23,9 +23,9 @@ from early_exit_cli.engine import Engine
 from early_exit_cli.errors import BundleError
 from early_exit_cli.files.atomic import write_json
 from early_exit_cli.files.schemas import CostsForm, read_form
+from early_exit_cli.heads.eagle import EagleHead
 from early_exit_cli.heads.exit_runner import ExitReader
-from early_exit_cli.heads.lookahead import LookaheadHead
-from early_exit_cli.heads.native_lookahead import lookahead_runner
+from early_exit_cli.heads.native_eagle import eagle_runner
 from early_exit_cli.numerics import synchronize
 from early_exit_cli.runtime.blocks import Blocks
 from early_exit_cli.runtime.kv_cache import KVCache
@@ -43,7 +43,7 @@ Key = TypeVar("Key")
 @dataclass(frozen=True)
 class Costs:
     """Milliseconds on this device, by width: one block over CONTEXT keys and over FAR_CONTEXT, final norm and LM head;
-    for reading one head of one row; and of the lookahead head, for reading what a pass verified and for a step of its own,
+    for reading one head of one row; and of the EAGLE head, for reading what a pass verified and for a step of its own,
     each with its choice. All is timed where it runs: the finish after the blocks, whose weights have driven the LM head's out
     of the caches, reading right after a pass, a step after reading, which has brought the head's weights into them."""
 
@@ -51,8 +51,8 @@ class Costs:
     per_block_far: dict[int, float]
     finish: dict[int, float]
     head: float
-    lookahead_read: float = 0.0
-    lookahead_step: float = 0.0
+    eagle_read: float = 0.0
+    eagle_step: float = 0.0
 
     def plain(self, num_blocks: int, width: int) -> float:
         """A pass through the whole backbone."""
@@ -75,7 +75,7 @@ def cost_table(model: Engine, *, refresh: bool = False) -> Costs:
         "protocol": PROTOCOL,
         "heads": heads
         and [heads.kind, len(heads), heads.rank, 0 if heads.draft_vocab is None else len(heads.draft_vocab)],
-        "lookahead": model.lookahead and list(model.lookahead.lm_head_weight.shape),
+        "eagle": model.eagle and list(model.eagle.lm_head_weight.shape),
     }
     path = measurement_path("costs", identity)
     widths = sorted({1, *model.blocks.widths})
@@ -115,8 +115,8 @@ def measure_costs(model: Engine, widths: list[int]) -> Costs:
             calls["finish", width] = (functools.partial(run, width, near), functools.partial(blocks.finish, final))
         if model.heads is not None:
             calls["head", 1] = (a_pass, _head_call(model.exit_reader.another(), blocks.embed(ids[:place])))
-        if model.lookahead is not None:
-            read, step, chained = _lookahead_calls(model.lookahead, near.limit)
+        if model.eagle is not None:
+            read, step, chained = _eagle_calls(model.eagle, near.limit)
 
             def a_read() -> None:
                 a_pass()
@@ -124,7 +124,7 @@ def measure_costs(model: Engine, widths: list[int]) -> Costs:
 
             calls["read", 1], calls["step", 1] = (a_pass, read), (a_pass if chained else a_read, step)
         times = fastest_in_turns(calls, model.backbone.device)
-        if model.lookahead is not None and chained:
+        if model.eagle is not None and chained:
             times["step", 1] = max(times["step", 1] - times["read", 1], 0.0) / chained
 
     def table(kind: str, parts: int) -> dict[int, float]:
@@ -181,12 +181,12 @@ def _head_call(reader: ExitReader, states: Tensor) -> Call:
     return read
 
 
-def _lookahead_calls(head: LookaheadHead, length: int) -> tuple[Call, Call, int]:
+def _eagle_calls(head: EagleHead, length: int) -> tuple[Call, Call, int]:
     """Reading two verified positions after `length` others, and a step of its own; each with its choice.
 
     Where steps run all at once, the second call is reading and some steps, as many as the third value says.
     """
-    runner = lookahead_runner(head)
+    runner = eagle_runner(head)
     weight = head.fc.weight
     tokens = [0] * length
     states = [weight.new_zeros(length, weight.shape[0]) for _ in range(len(head.exit_layers) + 1)]

@@ -3,7 +3,7 @@
 `NoDrafter` never proposes, which makes the decoding loop plain decoding. `ExitDrafter` is early exit: it runs a token to
 the first exit layer, reads its head, exits when the head's entropy is below its threshold, and otherwise goes on to the
 next head; when no head exits, drafting ends and the round is verified. `FixedDrafter` lets one head draft everything.
-`lookup.LookupDrafter` drafts from the text, `lookahead_drafter.LookaheadDrafter` rolls forward from verified states.
+`lookup.LookupDrafter` drafts from the text, `eagle_drafter.EagleDrafter` rolls forward from verified states.
 """
 
 from __future__ import annotations

@@ -31,10 +31,10 @@ class Match:
 
 @dataclass(frozen=True)
 class Step:
-    """Why a token was drafted: a step of the lookahead head, 1 for the first, its entropy (nats), and the calibrated
+    """Why a token was drafted: a step of the EAGLE head, 1 for the first, its entropy (nats), and the calibrated
     probability that the backbone says the same, given that it agreed with the steps before."""
 
-    decider: ClassVar[str] = "lookahead"
+    decider: ClassVar[str] = "eagle"
     number: int
     entropy: float
     chance: float

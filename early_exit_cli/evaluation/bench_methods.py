@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from early_exit_cli.config import EMBEDDED_MODEL, BackboneConfig, BundleConfig, InferenceConfig, SamplingConfig
 from early_exit_cli.errors import BackboneError, ConfigError, EexitError
 
-OURS = ("full", "adaptive", "lookahead", "lookup", "auto")
+OURS = ("full", "adaptive", "eagle", "lookup", "auto")
 PEERS = ("transformers", "transformers-lookup", "transformers-early-exit", "llama.cpp", "economize")
 PACKAGES = {"llama.cpp": "xllamacpp", "economize": "economize"}
 LOOKUP_TOKENS = 10

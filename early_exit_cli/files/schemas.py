@@ -99,8 +99,8 @@ class Heads(Form):
     draft_vocab: Count = 0
 
 
-class Lookahead(Form):
-    """The lookahead head of eexit.json."""
+class Eagle(Form):
+    """The EAGLE head of eexit.json."""
 
     exit_layers: list[Positive] = Field(min_length=1)
 
@@ -161,7 +161,7 @@ class RecordForm(Form):
     format_version: Version = FORMAT_VERSION
     fingerprint: dict[str, str | int]
     heads: Heads | None = None
-    lookahead: Lookahead = Field(default=None)  # type: ignore[assignment]  # absent, never null
+    eagle: Eagle = Field(default=None)  # type: ignore[assignment]  # absent, never null
     training: Training = Training()
     calibration: CalibrationRecord = CalibrationRecord()
     imported: Imported = Field(default=None)  # type: ignore[assignment]
@@ -174,7 +174,7 @@ class CalibrationBeside(Form):
 
 
 class Survival(Form):
-    """`lookahead_drafter.Survival`."""
+    """`eagle_drafter.Survival`."""
 
     intercept: float = Field(ge=-1e6, le=1e6)
     slope: float = Field(ge=-1e6, le=1e6)
@@ -188,9 +188,9 @@ class DraftingForm(Form):
     """`drafting` of eexit.json (`policy.Policy`)."""
 
     lookup: list[Share]
-    lookahead: list[Survival]
+    eagle: list[Survival]
     exit_temperature: float = Field(gt=0.0, default=1.0)
-    lookahead_temperature: float = Field(gt=0.0, default=1.0)
+    eagle_temperature: float = Field(gt=0.0, default=1.0)
     checked: list[Annotated[tuple[Share, Share], Strict(False)]]  # JSON has lists only
 
 
@@ -319,8 +319,8 @@ class CostTable(BaseModel):
     per_block_far: dict[str, Cost]
     finish: dict[str, Cost]
     head: float = Field(ge=0.0)
-    lookahead_read: float = Field(ge=0.0)
-    lookahead_step: float = Field(ge=0.0)
+    eagle_read: float = Field(ge=0.0)
+    eagle_step: float = Field(ge=0.0)
 
 
 class CostsForm(Form):

@@ -1,1 +1,1 @@
-"""What is trained: exit heads and the lookahead head, and how they run over one text."""
+"""What is trained: exit heads and the EAGLE head, and how they run over one text."""

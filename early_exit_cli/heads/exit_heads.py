@@ -36,14 +36,14 @@ def default_placement(num_heads: int, num_blocks: int) -> list[int]:
 
 
 def head_layers(config: HeadsConfig, num_blocks: int) -> list[int]:
-    """The configured or default placement, checked against the depth. A lookahead head reads two layers and the last.
+    """The configured or default placement, checked against the depth. An EAGLE head reads two layers and the last.
 
     Raises:
         ConfigError: a block number outside 0 .. num_blocks - 2 (after the last block there is nothing to skip), or
             more heads than places.
     """
     layers = config.head_layer_indices or default_placement(config.num_heads, num_blocks)
-    if config.kind == "lookahead" and config.head_layer_indices is None:
+    if config.kind == "eagle" and config.head_layer_indices is None:
         layers = default_placement(3, num_blocks)[:2]
     if len(set(layers)) < len(layers):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""A lookahead head as an EAGLE-3 checkpoint of the package `speculators`, which vLLM and SGLang serve.
+"""An EAGLE head as an EAGLE-3 checkpoint of the package `speculators`, which vLLM and SGLang serve.
 
 The same weights under the same names. What our file leaves out because it is the backbone's goes in: the LM head's rows
 of the draft vocabulary, the embedding, and the final norm as the third `fc_norm`, since that checkpoint reads the last
@@ -16,14 +16,14 @@ from torch import Tensor
 
 from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.files.atomic import atomic_folder, write_json
+from early_exit_cli.heads.eagle import EagleHead
 from early_exit_cli.heads.exit_heads import DRAFT_VOCAB
-from early_exit_cli.heads.lookahead import LookaheadHead
 
 LAYOUT_VERSION = "0.9.0"
 """Release of speculators whose configuration this writes."""
 
 
-def export_lookahead(head: LookaheadHead, backbone: Backbone, folder: Path, draft_tokens: int) -> None:
+def export_eagle(head: EagleHead, backbone: Backbone, folder: Path, draft_tokens: int) -> None:
     """Write model.safetensors and config.json into a new folder.
 
     Args:
@@ -34,7 +34,7 @@ def export_lookahead(head: LookaheadHead, backbone: Backbone, folder: Path, draf
         write_json(temporary / "config.json", checkpoint_config(head, backbone, draft_tokens))
 
 
-def checkpoint_tensors(head: LookaheadHead, backbone: Backbone) -> dict[str, Tensor]:
+def checkpoint_tensors(head: EagleHead, backbone: Backbone) -> dict[str, Tensor]:
     """Everything the checkpoint holds, on the CPU."""
     vocab = backbone.vocab_size
     chosen = torch.arange(vocab) if head.draft_vocab is None else head.draft_vocab.cpu()
@@ -52,7 +52,7 @@ def checkpoint_tensors(head: LookaheadHead, backbone: Backbone) -> dict[str, Ten
     return tensors
 
 
-def checkpoint_config(head: LookaheadHead, backbone: Backbone, draft_tokens: int) -> dict[str, Any]:
+def checkpoint_config(head: EagleHead, backbone: Backbone, draft_tokens: int) -> dict[str, Any]:
     """config.json of the checkpoint."""
     attention, mlp = head.block.self_attn, head.block.mlp
     return {

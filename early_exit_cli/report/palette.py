@@ -1,7 +1,7 @@
 """How deciders look, in the terminal and on the page: who decides in colour, the backbone in the reader's own.
 
 The colours keep apart under the three kinds of colour blindness and are neither too light for a white background nor too
-dark for a black one; lines under the text tell lookup and lookahead from heads where colours do not show.
+dark for a black one; lines under the text tell lookup and eagle from heads where colours do not show.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Look:
     line: Literal["none", "single", "double"] = "none"
 
 
-LOOKS = {"lookup": Look("#1C8C82", "single"), "lookahead": Look("#8A9E0C", "double")}
+LOOKS = {"lookup": Look("#1C8C82", "single"), "eagle": Look("#8A9E0C", "double")}
 OTHER = Look("#7A7A7A", "double")
 
 

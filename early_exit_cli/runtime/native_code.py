@@ -170,7 +170,7 @@ class Attention(ctypes.Structure):
     )
 
 
-class Lookahead(ctypes.Structure):
+class Eagle(ctypes.Structure):
     _fields_ = (
         ("attention", Attention),
         *((name, Int8) for name in ("fuse", "gate_up", "down", "lm_head")),
@@ -209,8 +209,8 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         ),
         "eexit_final_norm": (head, address, address, count),
         "eexit_logits": (head, address, address, count, ctypes.c_int),
-        "eexit_lookahead": (
-            *(ctypes.POINTER(Lookahead), address, address, address, count, count, ctypes.POINTER(Memory)),
+        "eexit_eagle": (
+            *(ctypes.POINTER(Eagle), address, address, address, count, count, ctypes.POINTER(Memory)),
             *(address, address, ctypes.POINTER(ctypes.c_int64), ctypes.POINTER(ctypes.c_float), ctypes.c_int),
         ),
         "eexit_read_head": (

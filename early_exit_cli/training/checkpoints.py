@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from early_exit_cli.config_fields import todays_word
 from early_exit_cli.errors import CheckpointError, shown
 from early_exit_cli.files.schemas import MarkerForm, read_form
 
@@ -34,7 +35,7 @@ def resumable(output_dir: Path, identity: dict[str, Any]) -> tuple[Path, dict[st
     if not found:
         return None
     state = read_form(found[-1] / MARKER, MarkerForm, CheckpointError)
-    before = state["identity"]
+    before = {key: todays_word(value) for key, value in state["identity"].items()}
     changed = [
         f"{key}: {shown(before.get(key))} then, {value!r} now"
         for key, value in identity.items()

@@ -1,4 +1,4 @@
-"""What a trainer can train: the exit heads of a bundle, or its lookahead head, behind one interface."""
+"""What a trainer can train: the exit heads of a bundle, or its EAGLE head, behind one interface."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from early_exit_cli.bundle.files import (
     HEADS_FILE,
-    LOOKAHEAD_FILE,
+    eagle_file,
     kind_of_heads,
     read_bundle_config,
     read_bundle_record,
 )
-from early_exit_cli.bundle.save import save_bundle, save_lookahead
+from early_exit_cli.bundle.save import save_bundle, save_eagle
 from early_exit_cli.config import HeadsConfig
 from early_exit_cli.errors import BundleError, shown
+from early_exit_cli.heads.eagle import EagleHead, load_eagle
 from early_exit_cli.heads.exit_heads import DRAFT_VOCAB, ExitHeads, load_heads
-from early_exit_cli.heads.lookahead import LookaheadHead, load_lookahead
 from early_exit_cli.hidden_states.states import Prediction, States, StateSource
 from early_exit_cli.training.distillation import draft_vocabulary
 
@@ -96,8 +96,8 @@ class ExitPupil:
         return {"head_layer_indices": heads.layers, "kind": heads.kind, "rank": heads.rank}
 
 
-class LookaheadPupil:
-    """A lookahead head, trained in roll-outs of `config.roll_out` steps."""
+class EaglePupil:
+    """An EAGLE head, trained in roll-outs of `config.roll_out` steps."""
 
     only_answers = True
 
@@ -105,11 +105,11 @@ class LookaheadPupil:
         self.readout = source.readout
         self.steps, self.variation = config.roll_out, config.variation
         vocab = draft_vocabulary(source.token_counts(), config.draft_vocab, self.readout.eos_token_ids)
-        self.module = LookaheadHead(self.readout, source.layers, vocab).to(self.readout.device)
+        self.module = EagleHead(self.readout, source.layers, vocab).to(self.readout.device)
         self.module.start_from(self.readout)
         if config.start_from is not None:
-            folder, _ = _same_heads(config.start_from, "lookahead", self.module.exit_layers)
-            _take_over(self.module, load_lookahead(folder / LOOKAHEAD_FILE, self.readout, source.layers))
+            folder, _ = _same_heads(config.start_from, "eagle", self.module.exit_layers)
+            _take_over(self.module, load_eagle(eagle_file(folder), self.readout, source.layers))
         self.exit_layers = self.module.exit_layers
         self.parts = [f"draft position {step + 1}" for step in range(self.steps)]
 
@@ -124,10 +124,10 @@ class LookaheadPupil:
         return self.module.token_ids(columns)
 
     def save(self, folder: Path, training_config: dict[str, Any], record: dict[str, Any]) -> None:
-        save_lookahead(folder, self.readout, self.module, training_config, record)
+        save_eagle(folder, self.readout, self.module, training_config, record)
 
     def identity(self) -> dict[str, Any]:
-        return {"kind": "lookahead", "exit_layers": self.exit_layers, "roll_out": self.steps}
+        return {"kind": "eagle", "exit_layers": self.exit_layers, "roll_out": self.steps}
 
 
 def _same_heads(folder: Path, kind: str, exit_layers: list[int]) -> tuple[Path, dict[str, Any]]:
@@ -137,7 +137,7 @@ def _same_heads(folder: Path, kind: str, exit_layers: list[int]) -> tuple[Path, 
         BundleError: no bundle, or without such heads after the same blocks.
     """
     record = read_bundle_record(folder)
-    if kind == "lookahead":
+    if kind == "eagle":
         found = record.get(kind, {}).get("exit_layers", [])
     else:
         found = [layer + 1 for layer in read_bundle_config(folder)["head_layer_indices"]]
@@ -155,4 +155,4 @@ def _take_over(module: nn.Module, found: nn.Module) -> None:
 
 def make_pupil(source: StateSource, config: HeadsConfig) -> Pupil:
     """What the configuration asks for, with its starting weights."""
-    return LookaheadPupil(source, config) if config.kind == "lookahead" else ExitPupil(source, config)
+    return EaglePupil(source, config) if config.kind == "eagle" else ExitPupil(source, config)

@@ -60,7 +60,7 @@ class TrainingResult:
     seconds: float
     exit_layers: list[int]
     parts: list[str]
-    """What each agreement is of: a head, or a step of the lookahead head."""
+    """What each agreement is of: a head, or a step of the EAGLE head."""
     best_step: int
     best_agreement: list[float]
     last_agreement: list[float]

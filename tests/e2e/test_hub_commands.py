@@ -164,7 +164,7 @@ def test_heads_of_another_kind_replace_what_was_there(hub, push, repo):
     assert push()[0] == 0
     code, _, err = push(bundle=SHIPPED)
     assert code == 0, err
-    assert set(hub.files(repo)) == FILES - {"aux_heads.pt"} | {"lookahead.safetensors"}
+    assert set(hub.files(repo)) == FILES - {"aux_heads.pt"} | {"eagle.safetensors"}
     assert hub.files(repo)["heads.safetensors"] == (SHIPPED / "heads.safetensors").read_bytes()
     assert len(commits(hub, repo)) == 2
 

@@ -1,4 +1,4 @@
-// What is done to single rows: entering the blocks, norms, and the inputs of the lookahead head. A block of 256 threads a row; a
+// What is done to single rows: entering the blocks, norms, and the inputs of the EAGLE head. A block of 256 threads a row; a
 // sum over a row is each thread's own in steps of 256, then `block_sum`.
 
 #include "common.cuh"

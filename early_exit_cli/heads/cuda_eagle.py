@@ -1,4 +1,4 @@
-"""The lookahead head on an NVIDIA GPU: reading what was verified and all its steps as one CUDA graph, read back once.
+"""The EAGLE head on an NVIDIA GPU: reading what was verified and all its steps as one CUDA graph, read back once.
 
 Every step's token goes into the next one on the device. How far the chain goes is chosen before it runs; how much of it is
 proposed, when its entropies are known. Drafts may be approximate, so the block's products are in NF4 (docs/decisions/0019).
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from early_exit_cli.heads.attention import HeadCache
-from early_exit_cli.heads.lookahead import LookaheadHead
-from early_exit_cli.heads.lookahead_runner import LookaheadRunner
+from early_exit_cli.heads.eagle import EagleHead
+from early_exit_cli.heads.eagle_runner import EagleRunner
 from early_exit_cli.runtime import cuda_code
 from early_exit_cli.runtime.blocks import LARGEST_WIDTH
 from early_exit_cli.runtime.cuda_kernels import (
@@ -69,8 +69,8 @@ class DeviceHeadCache(HeadCache):
             self.partial = torch.zeros(room, device=self.like.device)
 
 
-class CudaLookahead(LookaheadRunner):
-    """`LookaheadRunner` that can run a whole chain of steps at once; without `chain`, as in PyTorch.
+class CudaEagle(EagleRunner):
+    """`EagleRunner` that can run a whole chain of steps at once; without `chain`, as in PyTorch.
 
     Args:
         kernels: by default those of the head's card. record: makes of a step what repeats it.
@@ -83,7 +83,7 @@ class CudaLookahead(LookaheadRunner):
     most_steps = MOST_STEPS
 
     def __init__(
-        self, head: LookaheadHead, kernels: Kernels | None = None, record: Callable[[Step], Step] | None = None
+        self, head: EagleHead, kernels: Kernels | None = None, record: Callable[[Step], Step] | None = None
     ) -> None:
         super().__init__(head)
         device = head.fc.weight.device
@@ -165,7 +165,7 @@ class CudaLookahead(LookaheadRunner):
             ),
         ]
 
-    def another(self) -> LookaheadRunner:
+    def another(self) -> EagleRunner:
         other = copy.copy(self)
         other.cache = self.cache.another()
         return other
@@ -223,7 +223,7 @@ def in_nf4(weight: Tensor) -> NF4Weight:
     return NF4Weight(packed.view(outputs, -1), state.absmax.view(outputs, -1).contiguous(), None, outputs, inputs)
 
 
-def cuda_lookahead(head: LookaheadHead) -> CudaLookahead | None:
+def cuda_eagle(head: EagleHead) -> CudaEagle | None:
     """The head in our kernels, where its card and its shape take them."""
     attention, mlp = head.block.self_attn, head.block.mlp
     sizes = (head.fc.weight.shape[0], mlp.down_proj.in_features, attention.shape.query_width, attention.shape.kv_width)
@@ -240,8 +240,8 @@ def cuda_lookahead(head: LookaheadHead) -> CudaLookahead | None:
     if head.on_device is None:  # kept with the head: making it records some graphs
         try:
             with torch.inference_mode(False):
-                head.on_device = CudaLookahead(head)
+                head.on_device = CudaEagle(head)
             head.on_device.another().warm_up()
         except (cuda_code.NoCudaCode, RuntimeError):  # PyTorch steps one after another
             return None
-    return cast(CudaLookahead, head.on_device.another())
+    return cast(CudaEagle, head.on_device.another())

@@ -1,25 +1,25 @@
-"""The lookahead head: training and drafting read the same thing, and its drafts never change a token."""
+"""The EAGLE head: training and drafting read the same thing, and its drafts never change a token."""
 
 import pytest
 import torch
 from conftest import FAMILIES
 
 from early_exit_cli.bundle.load import load_model
-from early_exit_cli.calibration.draft_chances import fit_lookahead, fit_lookup, fit_survival, roll_out
+from early_exit_cli.calibration.draft_chances import fit_eagle, fit_lookup, fit_survival, roll_out
 from early_exit_cli.config import BackboneConfig, BundleConfig, DataConfig, HeadsConfig, TrainingConfig
 from early_exit_cli.data.documents import Document
 from early_exit_cli.data.packing import pack
 from early_exit_cli.decoding.answer import generate
 from early_exit_cli.decoding.loop import decode
 from early_exit_cli.drafting.chances import Survival, policy_of
-from early_exit_cli.drafting.choose import auto_drafter, lookahead_drafter
+from early_exit_cli.drafting.choose import auto_drafter, eagle_drafter
 from early_exit_cli.drafting.drafter import Draft, NoDrafter
-from early_exit_cli.drafting.lookahead import LookaheadDrafter
+from early_exit_cli.drafting.eagle import EagleDrafter
 from early_exit_cli.drafting.reasons import Step
 from early_exit_cli.engine import Engine
 from early_exit_cli.errors import BundleError
-from early_exit_cli.heads.lookahead import LookaheadHead
-from early_exit_cli.heads.lookahead_runner import LookaheadRunner, draft_linear
+from early_exit_cli.heads.eagle import EagleHead
+from early_exit_cli.heads.eagle_runner import EagleRunner, draft_linear
 from early_exit_cli.hidden_states.live import BackboneStates, run_states
 from early_exit_cli.sampling import GREEDY
 from early_exit_cli.training.trainer import Lessons, Trainer
@@ -30,7 +30,7 @@ CERTAIN = [Survival(30.0, 0.0, 1.0)]  # whatever the entropy: every draft is wor
 
 def some_head(backbone, draft_vocab=None):
     torch.manual_seed(3)
-    head = LookaheadHead(backbone, [1, 3], draft_vocab)
+    head = EagleHead(backbone, [1, 3], draft_vocab)
     head.start_from(backbone)
     for parameter in head.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
@@ -38,7 +38,7 @@ def some_head(backbone, draft_vocab=None):
 
 
 def drafter(head, survival=CERTAIN):
-    return LookaheadDrafter(head, survival, lambda rows: 10.0, 0.1, 0.1)
+    return EagleDrafter(head, survival, lambda rows: 10.0, 0.1, 0.1)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_drafting_reads_what_training_read(tiny_backbone, text):
     ids, begin = text[1].ids, 7
     with torch.inference_mode():
         trained = head(states, 3)
-        runner = LookaheadRunner(head)
+        runner = EagleRunner(head)
         for position in (0, 10, 20):
             runner.reset()
             part = slice(begin, begin + position + 1)
@@ -91,13 +91,13 @@ def test_its_drafts_never_change_a_token_or_a_bit(tiny_model, family, runner):
     model = tiny_model(family, runner)
     head = some_head(model.backbone)
     plain = generate(model, PROMPT, NoDrafter(), 40, mode="full", keep_states=True)
-    run = generate(model, PROMPT, drafter(head), 40, mode="lookahead", width=5, keep_states=True)
+    run = generate(model, PROMPT, drafter(head), 40, mode="eagle", width=5, keep_states=True)
     assert run.token_ids == plain.token_ids
     assert torch.equal(run.states, plain.states)
     assert run.stats.tokens_drafted >= 3 * (len(plain.token_ids) - 2)
 
 
-class Oracle(LookaheadDrafter):
+class Oracle(EagleDrafter):
     """Says the truth but for every fifth position, whatever the head says; reads and rolls like any other."""
 
     def begin(self, prompt_ids, chooser=GREEDY):
@@ -142,7 +142,7 @@ def test_a_draft_ends_where_it_stops_paying(tiny_model):
     hopeless = drafter(head, [Survival(-30.0, 0.0, 0.0)])
     rounds = list(decode(model, PROMPT, hopeless, 12, width=8, stop_ids=()))
     assert all(step.drafted == 0 for step in rounds)
-    dear = LookaheadDrafter(head, CERTAIN, lambda rows: 10.0 * rows, 0.1, 0.1)  # a pass costs what its rows cost
+    dear = EagleDrafter(head, CERTAIN, lambda rows: 10.0 * rows, 0.1, 0.1)  # a pass costs what its rows cost
     assert all(step.drafted == 0 for step in decode(model, PROMPT, dear, 12, width=8, stop_ids=()))
     certain = list(decode(model, PROMPT, drafter(head), 12, width=8, stop_ids=()))
     assert max(step.drafted for step in certain) == 7
@@ -169,7 +169,7 @@ def test_reading_is_worth_it_where_some_tokens_are_sure(tiny_model):
     knowing = Survival(4.0, -2.0, 0.3, (0.1, *[6.0] * 4))  # one in five tokens is right 98 times in 100
     rates = []
     for survival in (blind, knowing):
-        made = LookaheadDrafter(head, [survival], lambda rows: 2.0 + rows, 0.1, 0.05)
+        made = EagleDrafter(head, [survival], lambda rows: 2.0 + rows, 0.1, 0.05)
         made.begin(PROMPT)
         made.see([1], [])
         rates.append(made.expected_rate(7))
@@ -179,7 +179,7 @@ def test_reading_is_worth_it_where_some_tokens_are_sure(tiny_model):
 
 def test_a_first_token_that_was_not_drafted_still_teaches(tiny_model):
     model = tiny_model("llama")
-    unsure = LookaheadDrafter(some_head(model.backbone), [Survival(0.0, 0.0, 0.5)], lambda rows: 10.0, 0.1, 0.1)
+    unsure = EagleDrafter(some_head(model.backbone), [Survival(0.0, 0.0, 0.5)], lambda rows: 10.0, 0.1, 0.1)
     for right, wanted in ((True, 1.0), (False, 0.0)):
         unsure.begin(PROMPT)
         unsure.guess = (7, 0.4)
@@ -221,7 +221,7 @@ def test_lookup_chances_count_answers_only():
 def train(backbone, folder, steps=200, start_from=None, **changes):
     generator = torch.Generator().manual_seed(1)
     texts = [Document((torch.randint(8, (30,), generator=generator) * 30).tolist(), "s") for _ in range(16)]
-    heads = HeadsConfig(kind="lookahead", head_layer_indices=[1, 3], draft_vocab=0, roll_out=2, start_from=start_from)
+    heads = HeadsConfig(kind="eagle", head_layer_indices=[1, 3], draft_vocab=0, roll_out=2, start_from=start_from)
     config = TrainingConfig(output_dir=folder, max_steps=steps, batch_size=4, lr=3e-3, eval_every=steps, **changes)
     data = DataConfig(dataset_name="x", max_length=32)
     source = BackboneStates(backbone, [1, 3], texts, texts[:4], data, config)
@@ -240,21 +240,21 @@ def test_training_learns_and_leaves_a_head_that_drafts(tmp_path, tiny_backbone, 
     model = load_model(settings, BundleConfig(bundle=str(tmp_path)))
     assert model.heads is None
     with pytest.raises(BundleError, match="not calibrated"):
-        lookahead_drafter(model)
+        eagle_drafter(model)
     batches = pack(texts, 32, 0)
     rolled = roll_out(model, batches)
-    survival, checked = fit_lookahead(rolled, rolled)
+    survival, checked = fit_eagle(rolled, rolled)
     assert checked[0] == pytest.approx((survival[0].mean, survival[0].mean), abs=1e-3)
     assert survival[0].mean == pytest.approx(result.last_agreement[0], abs=0.2)
     assert survival[0].slope < 0
     model.record["drafting"] = {
         "lookup": [0.5] * 6,
-        "lookahead": [vars(entry) for entry in survival],
+        "eagle": [vars(entry) for entry in survival],
         "checked": checked,
     }
     prompt = texts[0].ids[:12]
     plain = generate(model, prompt, NoDrafter(), 20, mode="full").token_ids
-    for made in (lookahead_drafter(model), auto_drafter(model, 0.9, 8, "auto")):
+    for made in (eagle_drafter(model), auto_drafter(model, 0.9, 8, "auto")):
         assert generate(model, prompt, made, 20, mode="x", width=8).token_ids == plain
 
 
@@ -275,7 +275,7 @@ def test_it_joins_a_bundle_of_the_same_backbone_only(tmp_path, tiny_backbone):
 
     record = read_json(tmp_path / "eexit.json")
     assert record["heads"]["kind"] == "adapter"
-    assert record["lookahead"]["exit_layers"] == [2, 4]
+    assert record["eagle"]["exit_layers"] == [2, 4]
     with pytest.raises(BundleError, match="another backbone"):
         train(tiny_backbone("qwen2"), tmp_path, steps=1)[0].run()
 
@@ -284,8 +284,8 @@ def test_it_joins_a_bundle_of_the_same_backbone_only(tmp_path, tiny_backbone):
     "damaged",
     [
         {"lookup": [0.5] * 6},
-        {"lookup": [0.5], "lookahead": [], "checked": []},
-        {"lookup": [0.5] * 6, "lookahead": [{"a": 1}], "checked": []},
+        {"lookup": [0.5], "eagle": [], "checked": []},
+        {"lookup": [0.5] * 6, "eagle": [{"a": 1}], "checked": []},
     ],
 )
 def test_a_damaged_policy_is_refused(damaged):
@@ -295,20 +295,20 @@ def test_a_damaged_policy_is_refused(damaged):
 
 def test_a_bundle_without_one_says_how_to_get_one(tiny_model):
     model: Engine = tiny_model("llama")
-    with pytest.raises(BundleError, match="no lookahead head"):
-        lookahead_drafter(model)
+    with pytest.raises(BundleError, match="no EAGLE head"):
+        eagle_drafter(model)
 
 
 def test_an_exported_checkpoint_holds_the_head_and_what_it_borrows(tmp_path, tiny_backbone):
     from safetensors.torch import load_file
 
     from early_exit_cli.files.atomic import read_json
-    from early_exit_cli.heads.export_speculators import export_lookahead
+    from early_exit_cli.heads.export_speculators import export_eagle
 
     backbone = tiny_backbone("llama")
     vocab = torch.tensor([3, 7, 8, 200])
     head = some_head(backbone, vocab)
-    export_lookahead(head, backbone, tmp_path / "out", 3)
+    export_eagle(head, backbone, tmp_path / "out", 3)
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert (tensors["d2t"] + torch.arange(4)).tolist() == vocab.tolist()
     assert tensors["t2d"].nonzero()[:, 0].tolist() == vocab.tolist()
@@ -327,7 +327,7 @@ def test_the_shipped_head_drafts_in_bfloat16_without_changing_a_bit(smollm2):
     model = load_model(BackboneConfig(), BundleConfig(bundle=SHIPPED_BUNDLE))
     prompt = smollm2.encode_prompt("Explain step by step how to solve 2x + 6 = 14.")
     plain = generate(model, prompt, NoDrafter(), 48, mode="full", keep_states=True)
-    run = generate(model, prompt, lookahead_drafter(model), 48, mode="lookahead", width=16, keep_states=True)
+    run = generate(model, prompt, eagle_drafter(model), 48, mode="eagle", width=16, keep_states=True)
     assert run.token_ids == plain.token_ids
     assert torch.equal(run.states, plain.states)
     assert run.stats.tokens_accepted > 10

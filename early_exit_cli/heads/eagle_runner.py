@@ -1,4 +1,4 @@
-"""The lookahead head over one text, in PyTorch: its KV cache, reading what was verified, and steps of its own.
+"""The EAGLE head over one text, in PyTorch: its KV cache, reading what was verified, and steps of its own.
 
 Drafts may be approximate, so on a CPU the head's products run in int8 (docs/decisions/0010).
 """
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from early_exit_cli.heads.attention import HeadCache
-from early_exit_cli.heads.lookahead import LookaheadHead
+from early_exit_cli.heads.eagle import EagleHead
 from early_exit_cli.heads.uncertainty import entropy
 from early_exit_cli.runtime.blocks import LARGEST_WIDTH
 from early_exit_cli.runtime.exact_argmax import int8_rows
@@ -34,14 +34,14 @@ def draft_linear(weights: list[Tensor]) -> LinearMap:
     )
 
 
-class LookaheadRunner:
+class EagleRunner:
     """The head over one text: a KV cache of its own, true states first, its own steps behind them until they are verified."""
 
     cache_kind: ClassVar[type[HeadCache]] = HeadCache
     most_steps: ClassVar[int] = 0
     """Steps that can be run at once (`chain`); 0: only one after another."""
 
-    def __init__(self, head: LookaheadHead) -> None:
+    def __init__(self, head: EagleHead) -> None:
         self.head = head
         self.inner = head.block.mlp.down_proj.in_features
         self.cache = self.cache_kind(head.block.self_attn.shape, head.fc.weight)
@@ -61,7 +61,7 @@ class LookaheadRunner:
         """Begin another text."""
         self.cache.length = 0
 
-    def another(self) -> LookaheadRunner:
+    def another(self) -> EagleRunner:
         """The same weights over another text."""
         other = copy.copy(self)
         other.cache = self.cache.another()

@@ -1,4 +1,4 @@
-"""Drafting with the lookahead head: roll forward while another token is worth its time.
+"""Drafting with the EAGLE head: roll forward while another token is worth its time.
 
 How far a draft goes is decided token by token: calibration has measured, for each draft position, how probable it is at what
 entropy that the backbone will say the same, given that it agreed so far; the pass and step costs of this device are
@@ -19,8 +19,8 @@ from early_exit_cli.drafting.drafter import Draft, Drafter
 from early_exit_cli.drafting.reasons import Step
 from early_exit_cli.drafting.round_costs import PassShares
 from early_exit_cli.engine import Engine
-from early_exit_cli.heads.lookahead import LookaheadHead
-from early_exit_cli.heads.native_lookahead import lookahead_runner
+from early_exit_cli.heads.eagle import EagleHead
+from early_exit_cli.heads.native_eagle import eagle_runner
 from early_exit_cli.runtime.kv_cache import KVCache
 from early_exit_cli.sampling import GREEDY, Chooser
 
@@ -48,8 +48,8 @@ class _Stop(NamedTuple):
         return self.tokens / self.milliseconds
 
 
-class LookaheadDrafter(Drafter):
-    """Proposes what the lookahead head says, as far as it pays.
+class EagleDrafter(Drafter):
+    """Proposes what the EAGLE head says, as far as it pays.
 
     Args:
         survival: by draft position; the last one stands for all later ones.
@@ -58,18 +58,18 @@ class LookaheadDrafter(Drafter):
         temperature: of the head's distribution, where tokens are sampled.
     """
 
-    name = "lookahead"
+    name = "eagle"
 
     def __init__(
         self,
-        head: LookaheadHead,
+        head: EagleHead,
         survival: list[Survival],
         pass_cost: Callable[[int], float],
         read_cost: float,
         step_cost: float,
         temperature: float = 1.0,
     ) -> None:
-        self.runner = lookahead_runner(head)
+        self.runner = eagle_runner(head)
         self.exit_layers = head.exit_layers
         self.survival, self.passes = survival, PassShares(pass_cost)
         self.read_cost, self.step_cost = read_cost, step_cost

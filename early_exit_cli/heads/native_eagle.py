@@ -1,4 +1,4 @@
-"""The lookahead head in compiled code, on CPUs that have it: a step is a fifth of a pass in PyTorch's hands."""
+"""The EAGLE head in compiled code, on CPUs that have it: a step is a fifth of a pass in PyTorch's hands."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from early_exit_cli.heads.cuda_lookahead import cuda_lookahead
-from early_exit_cli.heads.lookahead import LookaheadHead
-from early_exit_cli.heads.lookahead_runner import LookaheadRunner
+from early_exit_cli.heads.cuda_eagle import cuda_eagle
+from early_exit_cli.heads.eagle import EagleHead
+from early_exit_cli.heads.eagle_runner import EagleRunner
 from early_exit_cli.heads.native_head_cache import NativeHeadCache
 from early_exit_cli.runtime.native_buffers import Held
-from early_exit_cli.runtime.native_code import Lookahead, has_native_code, native_code
+from early_exit_cli.runtime.native_code import Eagle, has_native_code, native_code
 from early_exit_cli.runtime.nf4_linear import VOCAB_TILE
 from early_exit_cli.sampling import GREEDY, Chooser
 
 
-class NativeLookahead(LookaheadRunner):
-    """`LookaheadRunner` in one call a step, with a choice and its entropy beside the state."""
+class NativeEagle(EagleRunner):
+    """`EagleRunner` in one call a step, with a choice and its entropy beside the state."""
 
     cache_kind = NativeHeadCache
 
@@ -35,7 +35,7 @@ class NativeLookahead(LookaheadRunner):
             [head.lm_head_weight],
         )
         norms = (block.input_layernorm, block.hidden_norm, block.post_attention_layernorm, head.norm)
-        self.weights = Lookahead(
+        self.weights = Eagle(
             self.held.attention(attention.shape, *(projection.weight for projection in projections)),
             *(self.held.int8_of(*parts) for parts in weights),
             self.held.address(torch.cat([cast(Tensor, norm.weight) for norm in head.fc_norm])),
@@ -54,8 +54,8 @@ class NativeLookahead(LookaheadRunner):
         self.logits = torch.empty(1, self.weights.lm_head.outputs)
         self.token, self.entropy = ctypes.c_int64(), ctypes.c_float()
 
-    def another(self) -> LookaheadRunner:
-        other = cast(NativeLookahead, super().another())
+    def another(self) -> EagleRunner:
+        other = cast(NativeEagle, super().another())
         other._hold_results()
         return other
 
@@ -73,7 +73,7 @@ class NativeLookahead(LookaheadRunner):
         rows, cache = len(tokens), cast(NativeHeadCache, self.cache)
         cache.reserve(position + rows)
         state = torch.empty(1, self.weights.hidden, dtype=torch.bfloat16)
-        failed = self.code.eexit_lookahead(
+        failed = self.code.eexit_eagle(
             *(self.weights, states, own, (ctypes.c_int64 * rows)(*tokens), rows, position, cache.memory),
             *(state.data_ptr(), self.logits.data_ptr(), self.token, self.entropy, torch.get_num_threads()),
         )
@@ -92,14 +92,14 @@ class NativeLookahead(LookaheadRunner):
         return column if self.draft_ids is None else self.draft_ids[column], uncertainty
 
 
-def lookahead_runner(head: LookaheadHead) -> LookaheadRunner:
+def eagle_runner(head: EagleHead) -> EagleRunner:
     """The runner for a head on its device: compiled code or a GPU's kernels where they fit, else PyTorch."""
     if head.fc.weight.device.type == "cuda":
-        return cuda_lookahead(head) or LookaheadRunner(head)
-    return NativeLookahead(head) if _fits(head) else LookaheadRunner(head)
+        return cuda_eagle(head) or EagleRunner(head)
+    return NativeEagle(head) if _fits(head) else EagleRunner(head)
 
 
-def _fits(head: LookaheadHead) -> bool:
+def _fits(head: EagleHead) -> bool:
     weight, attention, mlp = head.fc.weight, head.block.self_attn, head.block.mlp
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or head.lm_head_weight.dtype != torch.bfloat16:
         return False

@@ -1,4 +1,4 @@
-/* The lookahead head on a CPU with AVX512-BF16, as `lookahead.LookaheadHead` computes it, with its products in int8:
+/* The EAGLE head on a CPU with AVX512-BF16, as `eagle.EagleHead` computes it, with its products in int8:
  * drafts may be approximate. Of the positions that a pass verified all but the last only leave keys and values.
  */
 #include "kernels.h"
@@ -11,7 +11,7 @@ typedef struct {
     const bf16 *embedding; /* [vocab, hidden] */
     int64_t exits, hidden, inner;
     float eps;
-} Lookahead;
+} Eagle;
 
 /* Positions `position` .. + rows - 1, each with the token that follows it -> the state behind the last, [hidden], its logits
  * [draft vocab], the best of these and their entropy in nats.
@@ -19,7 +19,7 @@ typedef struct {
  * states: exits + 1 pointers to [rows, hidden], the last with the final norm applied; or NULL, then `own` [hidden] is the
  * head's own state and rows is 1. Returns 0, or 1 when there is no memory.
  */
-int eexit_lookahead(const Lookahead *h, const bf16 *const *states, const bf16 *own, const int64_t *tokens, int64_t rows,
+int eexit_eagle(const Eagle *h, const bf16 *const *states, const bf16 *own, const int64_t *tokens, int64_t rows,
                     int64_t position, const Memory *memory, bf16 *state, float *logits, int64_t *choice, float *entropy, int threads) {
     int64_t hidden = h->hidden, wide = (h->exits + 1) * hidden;
     int64_t most = greatest(greatest(wide, h->inner), h->attention.output.in), near = least(rows, PIECE);

@@ -1,4 +1,4 @@
-"""The lookahead head's chain on a device, in PyTorch's double precision where there is no card."""
+"""The EAGLE head's chain on a device, in PyTorch's double precision where there is no card."""
 
 import functools
 
@@ -10,11 +10,11 @@ from test_cuda_blocks import answer, backbone, on_reference  # noqa: F401 (a fix
 from test_cuda_graphs import ids_of
 
 from early_exit_cli.drafting.chances import Survival
-from early_exit_cli.drafting.lookahead import LookaheadDrafter
+from early_exit_cli.drafting.eagle import EagleDrafter
 from early_exit_cli.engine import Engine
-from early_exit_cli.heads.cuda_lookahead import MOST_STEPS, CudaLookahead
-from early_exit_cli.heads.lookahead import LookaheadHead
-from early_exit_cli.heads.lookahead_runner import LookaheadRunner
+from early_exit_cli.heads.cuda_eagle import MOST_STEPS, CudaEagle
+from early_exit_cli.heads.eagle import EagleHead
+from early_exit_cli.heads.eagle_runner import EagleRunner
 from early_exit_cli.runtime.reference_kernels import ReferenceKernels
 
 
@@ -22,14 +22,14 @@ from early_exit_cli.runtime.reference_kernels import ReferenceKernels
 def head(backbone):  # noqa: F811
     """A head that drafts half the vocabulary, whose weights are numbers that NF4 holds as they are."""
     torch.manual_seed(3)
-    made = LookaheadHead(backbone(), [0, 2], torch.arange(0, VOCAB, 2)).requires_grad_(False).to(torch.bfloat16)
+    made = EagleHead(backbone(), [0, 2], torch.arange(0, VOCAB, 2)).requires_grad_(False).to(torch.bfloat16)
     made.start_from(backbone())
     for name, weight in made.named_parameters():
         if weight.ndim == 2:
             weight.add_(torch.randn_like(weight), alpha=0.05)
         elif "norm" in name:
             weight.add_(torch.randn_like(weight), alpha=0.2)
-    runner = CudaLookahead(made, ReferenceKernels(), lambda step: step)
+    runner = CudaEagle(made, ReferenceKernels(), lambda step: step)
     attention, mlp = made.block.self_attn, made.block.mlp
     parts = (
         [made.fc],
@@ -52,9 +52,9 @@ def states_of(head, count, seed):
 
 @pytest.mark.parametrize("rows", [1, 8, 13, 40, 150])
 def test_a_chain_is_reading_and_single_steps(head, rows, monkeypatch):
-    whole = "early_exit_cli.heads.lookahead_runner.draft_linear"  # in int8 on a CPU, where this is about the chain
+    whole = "early_exit_cli.heads.eagle_runner.draft_linear"  # in int8 on a CPU, where this is about the chain
     monkeypatch.setattr(whole, lambda weights: functools.partial(F.linear, weight=torch.cat(weights)))
-    chained, single = CudaLookahead(head, ReferenceKernels(), lambda step: step), LookaheadRunner(head)
+    chained, single = CudaEagle(head, ReferenceKernels(), lambda step: step), EagleRunner(head)
     with torch.inference_mode():
         for seed in (1, 2, 3):  # each behind what was read before
             tokens, states = ids_of(rows, seed, VOCAB).tolist(), states_of(head, rows, seed)
@@ -70,7 +70,7 @@ def test_a_chain_is_reading_and_single_steps(head, rows, monkeypatch):
 
 
 def test_texts_do_not_share_what_they_have_read(head):
-    first = CudaLookahead(head, ReferenceKernels(), lambda step: step)
+    first = CudaEagle(head, ReferenceKernels(), lambda step: step)
     second = first.another()
     with torch.inference_mode():
         expected = first.chain([1, 2, 3], states_of(head, 3, 1), 4)
@@ -80,7 +80,7 @@ def test_texts_do_not_share_what_they_have_read(head):
 
 
 def test_a_chain_ends_at_what_is_not_finite(head):
-    runner = CudaLookahead(head, ReferenceKernels(), lambda step: step)
+    runner = CudaEagle(head, ReferenceKernels(), lambda step: step)
     states = states_of(head, 2, 1)
     states[-1][1, 0] = float("nan")
     with torch.inference_mode():
@@ -88,13 +88,13 @@ def test_a_chain_ends_at_what_is_not_finite(head):
 
 
 def test_drafting_in_chains_leaves_the_words(head, backbone):  # noqa: F811
-    model = Engine(backbone(), on_reference(backbone()), lookahead=head)
-    head.on_device = CudaLookahead(head, ReferenceKernels(), lambda step: step)
+    model = Engine(backbone(), on_reference(backbone()), eagle=head)
+    head.on_device = CudaEagle(head, ReferenceKernels(), lambda step: step)
     plain = answer(model)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("early_exit_cli.drafting.lookahead.lookahead_runner", lambda head: head.on_device.another())
+        patch.setattr("early_exit_cli.drafting.eagle.eagle_runner", lambda head: head.on_device.another())
         for chance in (0.9, 0.5):
-            drafter = LookaheadDrafter(head, [Survival(2.0, -0.5, chance)], lambda rows: 1.0 + 0.01 * rows, 0.05, 0.02)
+            drafter = EagleDrafter(head, [Survival(2.0, -0.5, chance)], lambda rows: 1.0 + 0.01 * rows, 0.05, 0.02)
             drafted = answer(model, drafter)
             assert drafted.stats.tokens_drafted > 0
             assert drafted.token_ids == plain.token_ids
@@ -102,11 +102,11 @@ def test_drafting_in_chains_leaves_the_words(head, backbone):  # noqa: F811
 
 
 def test_a_chain_is_as_long_as_its_chances_pay_for(head):
-    head.on_device = CudaLookahead(head, ReferenceKernels(), lambda step: step)
+    head.on_device = CudaEagle(head, ReferenceKernels(), lambda step: step)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("early_exit_cli.drafting.lookahead.lookahead_runner", lambda head: head.on_device.another())
+        patch.setattr("early_exit_cli.drafting.eagle.eagle_runner", lambda head: head.on_device.another())
         lengths = [
-            LookaheadDrafter(head, [Survival(0, 0, chance)], lambda rows: 1.0, 0.05, step)._chain_length(MOST_STEPS)
+            EagleDrafter(head, [Survival(0, 0, chance)], lambda rows: 1.0, 0.05, step)._chain_length(MOST_STEPS)
             for chance, step in ((0.95, 0.02), (0.7, 0.02), (0.7, 0.2), (0.3, 0.2))
         ]
     assert lengths == sorted(lengths, reverse=True)

@@ -1,4 +1,4 @@
-"""The lookahead head: one block that rolls forward from the deep states of what is verified (EAGLE-3, Li et al. 2025).
+"""The EAGLE head: one block that rolls forward from the deep states of what is verified (EAGLE-3, Li et al. 2025).
 
 For a verified token at position t it reads the backbone's states after some exit layers and after the last block, fused
 into one, and the embedding of token t + 1; it predicts token t + 2. For the tokens after that, the fused state is its own
@@ -68,7 +68,7 @@ class Block(nn.Module):
         self.mlp = GatedMLP(hidden, shape)
 
 
-class LookaheadHead(nn.Module):
+class EagleHead(nn.Module):
     """See the module's docstring.
 
     Args:
@@ -92,7 +92,7 @@ class LookaheadHead(nn.Module):
         self.lm_head_weight = weight if draft_vocab is None else weight[draft_vocab.to(weight.device)]
         self.embedding_weight = readout.embedding_weight.detach()
         self.on_device: Any = None
-        """What runs it on a GPU, once made (`cuda_lookahead`)."""
+        """What runs it on a GPU, once made (`cuda_eagle`)."""
 
     @property
     def block(self) -> Block:
@@ -181,11 +181,11 @@ class LookaheadHead(nn.Module):
         return self.norm(hidden)
 
     def save(self, path: Path, dtype: torch.dtype) -> None:
-        """Write lookahead.safetensors, weights in `dtype`."""
+        """Write eagle.safetensors, weights in `dtype`."""
         tensors = {name: value.detach().to("cpu", dtype) for name, value in self.state_dict().items()}
         if self.draft_vocab is not None:
             tensors[DRAFT_VOCAB] = self.draft_vocab.to("cpu", torch.int32)
-        write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata={"kind": "lookahead"}))
+        write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata={"kind": "eagle"}))
 
 
 def roll_out_attention(query: Tensor, keys: list[Tensor], values: list[Tensor], mask: Tensor) -> Tensor:
@@ -210,14 +210,14 @@ def roll_out_attention(query: Tensor, keys: list[Tensor], values: list[Tensor], 
     return attended.view(rows, heads, seq, width)
 
 
-def load_lookahead(path: Path, readout: Readout, layers: Sequence[int]) -> LookaheadHead:
-    """Read lookahead.safetensors strictly.
+def load_eagle(path: Path, readout: Readout, layers: Sequence[int]) -> EagleHead:
+    """Read eagle.safetensors strictly.
 
     Raises:
         BundleError: damaged, or names or shapes that do not fit, NaN or infinite weights.
     """
     tensors, draft_vocab = read_tensors(path, readout.vocab_size)
-    head = LookaheadHead(readout, layers, draft_vocab)
+    head = EagleHead(readout, layers, draft_vocab)
     shapes = {name: list(value.shape) for name, value in head.state_dict().items() if name != DRAFT_VOCAB}
     require_tensors(path, tensors, shapes)
     head.load_state_dict(tensors if draft_vocab is None else {**tensors, DRAFT_VOCAB: draft_vocab})
