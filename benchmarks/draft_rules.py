@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from early_exit_cli.bundle.load import load_model
+from early_exit_cli.bundle.load import load_engine
 from early_exit_cli.config import BackboneConfig, BundleConfig, DataConfig
 from early_exit_cli.data.rows import read_records
 from early_exit_cli.decoding.answer import generate
@@ -59,16 +59,16 @@ class Replay:
         return self.said[self.place][self.ahead]
 
 
-def record(model: Engine, source: str, prompt: list[int], max_tokens: int) -> Recorded:
+def record(engine: Engine, source: str, prompt: list[int], max_tokens: int) -> Recorded:
     """Answer a prompt and roll out everywhere."""
-    assert model.eagle is not None
-    answer = generate(model, prompt, NoDrafter(), max_tokens, mode="full").token_ids
-    text, layers = prompt + answer, model.eagle.exit_layers
+    assert engine.eagle is not None
+    answer = generate(engine, prompt, NoDrafter(), max_tokens, mode="full").token_ids
+    text, layers = prompt + answer, engine.eagle.exit_layers
     parts: list[list[Tensor]] = []
     with torch.inference_mode():
-        model.start(text, 0, layers, lambda _, states: parts.append(states))
+        engine.prefill(text, 0, layers, lambda _, states: parts.append(states))
         states = [torch.cat(part) for part in zip(*parts, strict=True)]
-        runner, said, read = eagle_runner(model.eagle), [], 0
+        runner, said, read = eagle_runner(engine.eagle), [], 0
         for place in range(len(prompt), len(text)):
             hidden = runner.read(text[read + 1 : place], [state[read : place - 1] for state in states])
             read = place - 1
@@ -80,27 +80,27 @@ def record(model: Engine, source: str, prompt: list[int], max_tokens: int) -> Re
     return Recorded(source, prompt, answer, said)
 
 
-def play(model: Engine, costs: Costs, drafter: Drafter, replay: Replay, text: Recorded) -> tuple[float, int, int, int]:
+def play(engine: Engine, costs: Costs, drafter: Drafter, replay: Replay, text: Recorded) -> tuple[float, int, int, int]:
     """One text: milliseconds, rounds, tokens drafted and accepted."""
-    pass_cost = pass_costs(costs, model.blocks)
+    pass_cost = pass_costs(costs, engine.blocks)
     replay.said, replay.reads, replay.steps = text.said, 0, 0
-    drafter.meet(model)
+    drafter.bind(engine)
     drafter.begin(text.prompt)
     unseen = [torch.empty(0)] * (len(drafter.exit_layers) + 1)
     if drafter.exit_layers:
-        drafter.see(text.prompt[1:], unseen)
-    cache, pending = model.blocks.new_cache(1), text.prompt[-1]
+        drafter.process(text.prompt[1:], unseen)
+    cache, pending = engine.blocks.new_cache(1), text.prompt[-1]
     place = rounds = drafted = accepted = 0
     milliseconds = 0.0
     while place < len(text.answer):
         replay.place = place
         left = len(text.answer) - place
-        draft = drafter.propose(model, cache, pending, min(STEPS, left - 1), ())
+        draft = drafter.draft(engine, cache, pending, min(STEPS, left - 1), ())
         right = accepted_length(draft.tokens, text.answer[place:])
         tokens = text.answer[place : place + right + 1]
-        drafter.observe(draft, tokens, right)
+        drafter.accept(draft, tokens, right)
         if drafter.exit_layers:
-            drafter.see(tokens, unseen)
+            drafter.process(tokens, unseen)
         milliseconds += pass_cost(1 + len(draft.tokens))
         place, pending, rounds = place + len(tokens), tokens[-1], rounds + 1
         drafted, accepted = drafted + len(draft.tokens), accepted + right
@@ -123,19 +123,19 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=160)
     parser.add_argument("--max-tokens", type=int, default=128)
     options = parser.parse_args()
-    model = load_model(BackboneConfig(), BundleConfig(bundle=options.bundle))
+    engine = load_engine(BackboneConfig(), BundleConfig(bundle=options.bundle))
     rows = read_records(DataConfig(dataset_name=str(options.prompts)))[: options.limit]
     texts = [
-        record(model, row["source"], model.backbone.encode_prompt(row["text"]), options.max_tokens) for row in rows
+        record(engine, row["source"], engine.backbone.encode_prompt(row["text"]), options.max_tokens) for row in rows
     ]
-    costs, replay = cost_table(model), Replay()
-    plain = pass_costs(costs, model.blocks)(1)
-    for drafter in (lookup_drafter(model), eagle_drafter(model), auto_drafter(model, 0.9, DEFAULT_WIDTH, "auto")):
+    costs, replay = cost_table(engine), Replay()
+    plain = pass_costs(costs, engine.blocks)(1)
+    for drafter in (lookup_drafter(engine), eagle_drafter(engine), auto_drafter(engine, 0.9, DEFAULT_WIDTH, "auto")):
         with_replay(drafter, replay)
         by_source: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         totals = [0.0] * 4
         for text in texts:
-            found = play(model, costs, drafter, replay, text)
+            found = play(engine, costs, drafter, replay, text)
             totals = [total + value for total, value in zip(totals, found, strict=True)]
             by_source[text.source][0] += found[0]
             by_source[text.source][1] += plain * len(text.answer)

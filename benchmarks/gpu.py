@@ -27,7 +27,7 @@ from large_body import large_backbone, large_eagle, large_exits
 from on_policy_answers import answers_per_second
 from torch import Tensor
 
-from early_exit_cli.bundle.load import load_model
+from early_exit_cli.bundle.load import load_engine
 from early_exit_cli.config import BackboneConfig, BenchConfig, BundleConfig, InferenceConfig
 from early_exit_cli.data.rows import read_prompts
 from early_exit_cli.decoding.answer import Generation, generate
@@ -159,9 +159,9 @@ def timed_product(kernels: Any, name: str, weight: Any, x: Tensor) -> Callable[[
     return kernels.product(weight, given, new(width, weight.outputs))
 
 
-def passes(model: Engine, context: int = 256) -> list[dict[str, Any]]:
+def passes(engine: Engine, context: int = 256) -> list[dict[str, Any]]:
     """Whole passes by width over `context` keys: milliseconds of the blocks, and of norm, LM head and choice."""
-    blocks, rows = model.blocks, []
+    blocks, rows = engine.blocks, []
     cache = blocks.new_cache(context + LARGEST)
     with torch.inference_mode():
         for width in blocks.widths:
@@ -175,10 +175,10 @@ def passes(model: Engine, context: int = 256) -> list[dict[str, Any]]:
             for name, call in calls.items():
                 times = []
                 for _ in range(12):
-                    synchronize(model.backbone.device)
+                    synchronize(engine.backbone.device)
                     started = time.perf_counter()
                     call()
-                    synchronize(model.backbone.device)
+                    synchronize(engine.backbone.device)
                     times.append((time.perf_counter() - started) * 1000)
                 found[name] = statistics.median(times)
             rows.append(found)
@@ -186,7 +186,7 @@ def passes(model: Engine, context: int = 256) -> list[dict[str, Any]]:
 
 
 def answers(
-    model: Engine, prompts: list[list[int]], methods: dict[str, str], tokens: int, repeats: int
+    engine: Engine, prompts: list[list[int]], methods: dict[str, str], tokens: int, repeats: int
 ) -> dict[str, Any]:
     """Every method over all prompts: the first round apart, then `repeats` rounds in turns, compared with `full`."""
     settings = InferenceConfig()
@@ -197,8 +197,8 @@ def answers(
         for name, kind in methods.items():
             found = []
             for place, ids in enumerate(prompts):
-                drafter, width = make_drafter(model, settings, kind)
-                answer = generate(model, ids, drafter, tokens, mode=name, width=width, keep_states=True)
+                drafter, width = make_drafter(engine, settings, kind)
+                answer = generate(engine, ids, drafter, tokens, mode=name, width=width, keep_states=True)
                 if len(known) <= place:
                     known.append(answer)
                 words = answer.token_ids == known[place].token_ids
@@ -232,18 +232,18 @@ def rate(found: list[Generation]) -> float:
     return sum(a.stats.total_tokens_generated for a in found) / sum(a.stats.total_time_seconds for a in found)
 
 
-def first_tokens(model: Engine, lengths: list[int]) -> list[dict[str, float]]:
+def first_tokens(engine: Engine, lengths: list[int]) -> list[dict[str, float]]:
     """Milliseconds to the first token behind a prompt of some lengths: ours, and `transformers.generate`'s; medians of five."""
-    text = model.backbone.encode_prompt(" ".join(PROMPTS))
+    text = engine.backbone.encode_prompt(" ".join(PROMPTS))
     rows = []
     for length in lengths:
         ids = (text * length)[:length]
-        inputs = torch.tensor([ids], device=model.backbone.device)
-        drafter, width = make_drafter(model, InferenceConfig(), "none")
+        inputs = torch.tensor([ids], device=engine.backbone.device)
+        drafter, width = make_drafter(engine, InferenceConfig(), "none")
         calls = {
-            "ours": partial(generate, model, ids, drafter, 1, mode="full", width=width),
+            "ours": partial(generate, engine, ids, drafter, 1, mode="full", width=width),
             "transformers": partial(
-                *(model.backbone.model.generate, inputs),
+                *(engine.backbone.model.generate, inputs),
                 attention_mask=torch.ones_like(inputs),
                 max_new_tokens=1,
                 do_sample=False,
@@ -252,30 +252,30 @@ def first_tokens(model: Engine, lengths: list[int]) -> list[dict[str, float]]:
         times: dict[str, list[float]] = {name: [] for name in calls}
         for turn in range(6):
             for name, call in calls.items():
-                synchronize(model.backbone.device)
+                synchronize(engine.backbone.device)
                 started = time.perf_counter()
                 with torch.inference_mode():
                     call()
-                synchronize(model.backbone.device)
+                synchronize(engine.backbone.device)
                 if turn:
                     times[name].append((time.perf_counter() - started) * 1000)
         rows.append({"prompt_tokens": length, **{name: statistics.median(found) for name, found in times.items()}})
     return rows
 
 
-def by_library(model: Engine, prompts: list[list[int]], tokens: int) -> dict[str, float]:
+def by_library(engine: Engine, prompts: list[list[int]], tokens: int) -> dict[str, float]:
     """`transformers.generate` on the same weights."""
-    library, counts, seconds, firsts = model.backbone.model, 0, 0.0, []
+    library, counts, seconds, firsts = engine.backbone.model, 0, 0.0, []
     for ids in [prompts[0], *prompts]:
-        inputs = torch.tensor([ids], device=model.backbone.device)
+        inputs = torch.tensor([ids], device=engine.backbone.device)
         with torch.inference_mode():
             for most in (1, tokens):
-                synchronize(model.backbone.device)
+                synchronize(engine.backbone.device)
                 started = time.perf_counter()
                 found = library.generate(
                     inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=most, do_sample=False
                 )
-                synchronize(model.backbone.device)
+                synchronize(engine.backbone.device)
                 spent = time.perf_counter() - started
                 if most == 1:
                     firsts.append(spent * 1000)
@@ -294,19 +294,19 @@ def kernel_tests() -> str:
 def load(body: str, device: str) -> tuple[Engine, dict[str, float]]:
     """SmolLM2 with the shipped heads, or carried into a large body with them; and the seconds that it took."""
     started = time.perf_counter()
-    model = load_model(BackboneConfig(device=device), BundleConfig())
+    engine = load_engine(BackboneConfig(device=device), BundleConfig())
     seconds = {"smollm2": time.perf_counter() - started}
     if body == "8b":
-        small, started = model.backbone, time.perf_counter()
+        small, started = engine.backbone, time.perf_counter()
         large = large_backbone(small)
         seconds["carried"] = time.perf_counter() - started
         started = time.perf_counter()
         blocks = make_blocks(large)
         seconds["runner"] = time.perf_counter() - started
-        heads = large_exits(model.heads, small, large)
-        eagle = large_eagle(model.eagle, small, large)
-        model = Engine(large, blocks, heads, model.thresholds, eagle, model.record)
-    return model, seconds
+        heads = large_exits(engine.heads, small, large)
+        eagle = large_eagle(engine.eagle, small, large)
+        engine = Engine(large, blocks, heads, engine.thresholds, eagle, engine.record)
+    return engine, seconds
 
 
 def main() -> None:

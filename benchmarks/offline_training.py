@@ -24,7 +24,7 @@ from early_exit_cli.hidden_states.cache import Cache
 from early_exit_cli.hidden_states.cached import CachedStates
 from early_exit_cli.hidden_states.live import BackboneStates
 from early_exit_cli.training.distillation import distillation_loss, teach
-from early_exit_cli.training.students import Pupil
+from early_exit_cli.training.students import Student
 from early_exit_cli.training.trainer import Lessons, Trainer
 
 
@@ -51,7 +51,7 @@ def rate(run: Trainer, steps: int) -> float:
     return (run.tokens_seen - seen) / (time.perf_counter() - started)
 
 
-def where_time_goes(source: CachedStates, pupil: Pupil) -> dict[str, float]:
+def where_time_goes(source: CachedStates, student: Student) -> dict[str, float]:
     """Milliseconds of the parts of one step."""
     times: dict[str, list[float]] = {"read": [], "teach": [], "heads": [], "loss": [], "backward": []}
     for number in range(5):
@@ -59,10 +59,10 @@ def where_time_goes(source: CachedStates, pupil: Pupil) -> dict[str, float]:
         states = source.batch(number, 0, 1)
         marks.append(time.perf_counter())
         with torch.no_grad():
-            teacher = teach(source.readout, states, pupil.draft_vocab)
+            teacher = teach(source.view, states, student.draft_vocab)
         marks.append(time.perf_counter())
         with torch.autocast("cpu", torch.bfloat16):
-            said = pupil.predict(pupil.module, states)
+            said = student.predict(student.module, states)
         marks.append(time.perf_counter())
         loss = sum(distillation_loss(each.logits, teacher.at(each.positions)) for each in said)
         marks.append(time.perf_counter())
@@ -115,4 +115,4 @@ with tempfile.TemporaryDirectory() as scratch:
     print({name: round(value) for name, value in medians.items()}, "tokens/s")
     print(f"cached over online {medians['cached'] / medians['online']:.2f}x")
     print(f"memory over cached {medians['memory'] / medians['cached']:.2f}x")
-    print("ms of a step:", where_time_goes(cached, runs["cached"].pupil))
+    print("ms of a step:", where_time_goes(cached, runs["cached"].student))

@@ -14,14 +14,14 @@ from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.errors import BundleError, ConfigError
 from early_exit_cli.heads.eagle import EagleHead
 from early_exit_cli.heads.exit_heads import ExitHeads
-from early_exit_cli.heads.exit_runner import ExitReader, exit_reader
+from early_exit_cli.heads.exit_runner import ExitRunner, exit_runner
 from early_exit_cli.heads.uncertainty import Thresholds
 from early_exit_cli.numerics import not_finite, require_finite
-from early_exit_cli.runtime.blocks import LARGEST_WIDTH, Blocks, Part
-from early_exit_cli.runtime.kv_cache import KVCache
+from early_exit_cli.runtime.blocks import LARGEST_WIDTH, Blocks
+from early_exit_cli.runtime.kv_cache import KVCache, Part
 
 DEFAULT_WIDTH = 8
-See = Callable[[list[int], list[Tensor]], None]
+OnStates = Callable[[list[int], list[Tensor]], None]
 
 
 @dataclass
@@ -38,19 +38,23 @@ class Engine:
     """What rounds take here beyond their parts (`drafters.RoundTimes`), learned while it decodes."""
 
     @functools.cached_property
-    def exit_reader(self) -> ExitReader:
+    def exit_runner(self) -> ExitRunner:
         """Reads the exit heads while drafting."""
-        return exit_reader(require_heads(self))
+        return exit_runner(require_heads(self))
 
-    def start(
-        self, prompt_ids: list[int], max_new_tokens: int, exit_layers: Sequence[int] = (), see: See | None = None
+    def prefill(
+        self,
+        prompt_ids: list[int],
+        max_new_tokens: int,
+        exit_layers: Sequence[int] = (),
+        on_states: OnStates | None = None,
     ) -> KVCache:
         """A KV cache holding the prompt but for its last token, which is the first one to be run by decoding.
 
         The number of keys read may decide a token's last bits, so the capacity depends on the request alone.
 
         Args:
-            see: called with the prompt's states after `exit_layers` and the final normed ones (`Drafter.see`).
+            see: called with the prompt's states after `exit_layers` and the final normed ones (`Drafter.process`).
 
         Raises:
             ConfigError: empty prompt, or prompt and new tokens beyond the context.
@@ -63,9 +67,9 @@ class Engine:
         for piece in self.blocks.prompt_pieces(len(prompt_ids) - 1):
             stops = [*exit_layers, self.blocks.num_blocks]
             *deep, final = self.run_tokens(prompt_ids[piece], cache, piece.start, stops)
-            if see:
+            if on_states:
                 following = prompt_ids[piece.start + 1 : piece.stop + 1]
-                see(following, [*deep, self.blocks.final_norm(final)])
+                on_states(following, [*deep, self.blocks.final_norm(final)])
         cache.length = len(prompt_ids) - 1
         return cache
 
@@ -113,7 +117,7 @@ class Engine:
         states = self.blocks.run_tokens(tokens + tokens[-1:] * (width - rows), cache, position, stops)
         return states if width == rows else [state[:rows] for state in states]
 
-    def run_together(
+    def run_batch(
         self, texts: list[Tensor], caches: list[KVCache], positions: list[int], stops: Sequence[int]
     ) -> list[list[Tensor]]:
         """`run_through` for several texts, [rows, hidden] each, in as few passes as their widths allow; the same bits.
@@ -125,14 +129,14 @@ class Engine:
         outputs: list[list[Tensor]] = []
         while len(outputs) < len(texts):
             start = end = len(outputs)
-            while end < len(texts) and sum(widths[start : end + 1]) <= self.blocks.rows_together:
+            while end < len(texts) and sum(widths[start : end + 1]) <= self.blocks.batch_rows:
                 end += 1
             if end <= start + 1:  # alone, or wider than any pass
                 outputs.append(self.run_through(texts[start], caches[start], positions[start], stops))
                 continue
             parts = [Part(caches[text], positions[text], widths[text]) for text in range(start, end)]
             rows = self._padded(torch.cat([self._padded(hidden) for hidden in texts[start:end]]))
-            split = [state.split(widths[start:end]) for state in self.blocks.run_together(rows, parts, stops)]
+            split = [state.split(widths[start:end]) for state in self.blocks.run_batch(rows, parts, stops)]
             for number, hidden in enumerate(texts[start:end]):
                 outputs.append([states[number][: hidden.shape[0]] for states in split])
         return outputs
@@ -159,7 +163,7 @@ class Engine:
             raise not_finite()
         return normed[:rows], choices
 
-    def read_out(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def logits(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """States after the last block -> (normed states [rows, hidden], the backbone's logits [rows, vocab]).
 
         Raises:
@@ -167,7 +171,7 @@ class Engine:
         """
         rows, largest = hidden.shape[0], self.blocks.widths[-1]
         if largest < rows <= LARGEST_WIDTH:
-            (head, first), (tail, others) = self.read_out(hidden[:largest]), self.read_out(hidden[largest:])
+            (head, first), (tail, others) = self.logits(hidden[:largest]), self.logits(hidden[largest:])
             return torch.cat((head, tail)), torch.cat((first, others))
         normed = self.blocks.final_norm(self._padded(hidden))
         logits = self.blocks.logits(normed)[:rows]
@@ -175,15 +179,15 @@ class Engine:
         return normed[:rows], logits
 
 
-def require_heads(model: Engine) -> ExitHeads:
+def require_heads(engine: Engine) -> ExitHeads:
     """The model's heads.
 
     Raises:
         BundleError: loaded without a bundle.
     """
-    if model.heads is None:
+    if engine.heads is None:
         raise BundleError("this needs trained heads", hint="name a bundle with --bundle")
-    return model.heads
+    return engine.heads
 
 
 def default_width(engine: Engine) -> int:

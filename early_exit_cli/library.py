@@ -31,10 +31,10 @@ from transformers.generation import (
 from transformers.generation.streamers import BaseStreamer
 
 from early_exit_cli.backbone.load import adopt_backbone
-from early_exit_cli.bundle.load import bundle_source, load_model, with_names_of_bundle
+from early_exit_cli.bundle.load import bundle_source, load_engine, with_names_of_bundle
 from early_exit_cli.config import SHIPPED_BUNDLE, SamplingConfig
 from early_exit_cli.decoding.answer import Generation, generate
-from early_exit_cli.decoding.batch import Request, generate_together
+from early_exit_cli.decoding.batch import Request, generate_batch
 from early_exit_cli.decoding.loop import StopsAfter
 from early_exit_cli.drafting.choose import HEADLESS, make_drafter
 from early_exit_cli.drafting.drafter import Drafter
@@ -137,7 +137,7 @@ class EarlyExitModel:
             settings = config.backbone
             if bundle is not None and model is None:
                 settings = with_names_of_bundle(settings, bundle_source(config.bundle).folder)
-            engine = load_model(
+            engine = load_engine(
                 settings,
                 config.bundle if bundle is not None else None,
                 with_thresholds=drafter not in ("none", "lookup"),
@@ -248,7 +248,7 @@ class EarlyExitModel:
             )
             self.answers = [answer]
         else:
-            self.answers = generate_together(
+            self.answers = generate_batch(
                 self.engine,
                 requests,
                 self.drafter,

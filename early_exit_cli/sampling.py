@@ -41,7 +41,7 @@ class Chooser(ABC):
     def commit(self, tokens: list[int]) -> None:  # noqa: B027
         """These tokens were appended to the text."""
 
-    def another(self) -> Chooser:
+    def fork(self) -> Chooser:
         """The same choice for another text at the same time."""
         return self
 
@@ -97,7 +97,7 @@ class Sampler(Chooser):
         """Gumbel noise [vocab] of the places after the committed text that were looked at."""
         self.vocab_size = 0
 
-    def another(self) -> Chooser:
+    def fork(self) -> Chooser:
         return Sampler(self.settings, self.processors)
 
     def begin(self, vocab_size: int, prompt_ids: list[int]) -> None:

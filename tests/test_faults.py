@@ -25,7 +25,7 @@ from test_cache_commands import content
 from test_commands import eexit
 
 from early_exit_cli.backbone.load import load_backbone
-from early_exit_cli.bundle.load import load_model
+from early_exit_cli.bundle.load import load_engine
 from early_exit_cli.bundle.save import save_bundle
 from early_exit_cli.cli import app
 from early_exit_cli.config import BackboneConfig, BundleConfig
@@ -281,7 +281,7 @@ def test_a_full_disk_stops_training_and_leaves_the_bundle_that_was_there(here, t
     after = {name: data for name, data in content(folder).items() if name != "run.json"}
     assert {name: after[name] for name in before} == before
     config = BackboneConfig(model_name=str(model), quantization="none")
-    assert len(load_model(config, BundleConfig(bundle=str(folder))).heads) == 2
+    assert len(load_engine(config, BundleConfig(bundle=str(folder))).heads) == 2
 
 
 def test_a_file_that_may_not_grow_is_one_line(tiny_folder, text, tmp_path):

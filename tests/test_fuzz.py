@@ -54,7 +54,7 @@ from early_exit_cli.hidden_states.extract import _is_done, _recorded_shards, ext
 from early_exit_cli.resolve import resolve
 from early_exit_cli.runtime import select
 from early_exit_cli.runtime.select import make_blocks
-from early_exit_cli.training.students import make_pupil
+from early_exit_cli.training.students import make_student
 
 FEW, MANY = 200, 2400
 """Mutants of each kind of file: in every run (of those that are used to draft, a third of it), and in the slow one."""
@@ -114,7 +114,7 @@ def world(tiny_model, tiny_backbone):
 
 def use_bundle(folder: Path) -> None:
     """All that commands do with a bundle: load it, draft with all it has, find its text, check and describe it."""
-    model = bundle_load.load_model(BackboneConfig(), BundleConfig(bundle=str(folder)))
+    model = bundle_load.load_engine(BackboneConfig(), BundleConfig(bundle=str(folder)))
     data_of_bundle(resolve({}), model.record)
     draft_with(model)
     write_card(check_bundle(folder), "org/heads", PushConfig())
@@ -207,7 +207,7 @@ def use_cache(folder: Path) -> None:
         assert torch.isfinite(source.batch(number, 0, 1).final).all()
     assert all(torch.isfinite(states.final).all() for states in source.held_out())
     for kind in ("adapter", "eagle"):
-        make_pupil(source, HeadsConfig(kind=kind, rank=8, draft_vocab=16))
+        make_student(source, HeadsConfig(kind=kind, rank=8, draft_vocab=16))
 
 
 def in_cache(name: str, mutate: Mutate) -> Callable[..., Target]:

@@ -1,185 +1,101 @@
-"""Data flows one way: a module imports only what stands before it. Changing the flow means changing this table."""
+"""A folder is a stage, and data flows one way: a folder imports only from those above it."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "early_exit_cli"
-OPEN_TO_ALL = {"errors", "config", ""}  # "" is the package itself, for its version
-MAY_IMPORT = {
-    "errors": set(),
-    "config": {"errors"},
-    "resolve": set(),
-    "artifacts": set(),
-    "kept_files": {"artifacts"},
-    "palette": set(),
-    "console": {"palette"},
-    "html_page": {"palette"},
-    "plots": {"artifacts"},
-    "families": set(),
-    "gguf": {"artifacts", "families"},
-    "quantization": set(),
-    "weight_cache": {"artifacts"},
-    "attention": set(),
-    "readout": {"attention"},
-    "backbone": {"artifacts", "families", "readout"},
-    "loading": {"backbone", "families", "gguf", "quantization", "weight_cache"},
-    "data": {"backbone", "batched", "artifacts", "formats"},
-    "batched": {"backbone", "blocks", "fused_blocks", "native_blocks", "padded_rows", "recorded_answers"},
-    "lm_head": set(),
-    "experts": set(),
-    "blocks": {"backbone", "experts", "lm_head"},
-    "cuda_graphs": {"blocks"},
-    "fused_blocks": {"backbone", "blocks", "cuda_graphs"},
-    "fused_kernels": {"blocks"},
-    "padded_rows": {"fused_blocks"},
-    "recorded_answers": {"cuda_graphs", "fused_blocks", "padded_rows"},
-    "native_code": {"artifacts"},
-    "native_blocks": {"attention", "backbone", "blocks", "fused_blocks", "lm_head", "native_code"},
-    "cuda_code": {"artifacts"},
-    "cuda_kernels": {"blocks", "cuda_code"},
-    "reference_kernels": {"cuda_kernels"},
-    "device_pass": {"cuda_kernels"},
-    "cuda_blocks": {
-        *("backbone", "blocks", "cuda_code", "cuda_kernels", "device_pass", "fused_blocks", "reference_kernels"),
-    },
-    "runners": {
-        *(
-            "backbone",
-            "blocks",
-            "cuda_blocks",
-            "cuda_graphs",
-            "fused_blocks",
-            "fused_kernels",
-            "native_blocks",
-            "lm_head",
-        ),
-        *("artifacts", "formats"),
-    },
-    "heads": {"artifacts", "attention", "data", "readout", "states"},
-    "gating": set(),
-    "sampling": set(),
-    "exit_reader": {"attention", "gating", "heads", "native_blocks", "native_code", "readout", "sampling"},
-    "formats": {"artifacts"},
-    "bundle": {"artifacts", "formats"},
-    "hub_client": {"artifacts"},
-    "dssd": {"artifacts", "bundle", "formats", "heads"},
-    "pull": {"artifacts", "bundle", "dssd", "hub_client"},
-    "states": {"backbone", "data", "native_blocks", "readout"},
-    "eagle": {"artifacts", "attention", "heads", "readout", "states"},
-    "speculators_export": {"artifacts", "backbone", "heads", "eagle"},
-    "engine": {
-        *("backbone", "blocks", "runners", "data", "heads", "eagle", "gating", "artifacts", "bundle", "pull"),
-        *("cuda_eagle", "exit_reader", "formats", "loading", "readout", "states"),
-    },
-    "readings": {"data", "engine", "gating", "states"},
-    "cache_shapes": set(),
-    "cache": {"artifacts", "cache_shapes", "formats", "readout"},
-    "extraction": {"backbone", "cache", "cache_shapes", "data", "readout", "states", "artifacts", "formats"},
-    "cached_states": {"cache", "cache_shapes", "data", "states", "artifacts"},
-    "distillation": {"engine", "readout", "states"},
-    "pupils": {"bundle", "distillation", "engine", "heads", "eagle", "states"},
-    "training": {"distillation", "engine", "pupils", "states", "artifacts", "formats"},
-    "reliability": set(),
-    "thresholds": {"reliability"},
-    "calibration": {"engine", "data", "gating", "readings", "reliability", "thresholds", "artifacts"},
-    "drafters": {"blocks", "engine", "exit_reader", "gating", "heads", "sampling"},
-    "corpus": set(),
-    "lookup": {"blocks", "corpus", "engine", "drafters", "sampling"},
-    "eagle_runner": {"attention", "blocks", "gating", "lm_head", "eagle", "sampling"},
-    "cuda_eagle": {"attention", "blocks", "cuda_code", "cuda_kernels", "eagle", "eagle_runner"},
-    "native_eagle": {"cuda_eagle", "eagle", "eagle_runner", "native_blocks", "native_code", "sampling"},
-    "eagle_drafter": {"blocks", "engine", "drafters", "eagle", "native_eagle", "sampling"},
-    "policy": {
-        "artifacts",
-        "bundle",
-        "data",
-        "formats",
-        "engine",
-        "gating",
-        "eagle_drafter",
-        "lookup",
-        "readout",
-        "states",
-        "thresholds",
-    },
-    "head_views": {"blocks", "drafters", "engine", "exit_reader", "gating", "heads"},
-    "decoding": {"blocks", "engine", "drafters", "head_views", "sampling"},
-    "together": {"blocks", "engine", "drafters", "decoding", "sampling"},
-    "costs": {
-        *("artifacts", "blocks", "runners", "engine", "drafters", "lookup", "eagle", "eagle_drafter", "policy"),
-        *("corpus", "exit_reader", "formats", "gating", "native_eagle"),
-    },
-    "methods": {"blocks", "costs", "decoding", "drafters", "engine"},
-    "library": {
-        "artifacts",
-        "decoding",
-        "drafters",
-        "engine",
-        "loading",
-        "methods",
-        "resolve",
-        "sampling",
-        "together",
-    },
-    "bench_methods": {"gguf", "loading", "engine", "methods", "decoding", "sampling"},
-    "bench": {"artifacts", "bench_methods", "decoding", "lookup"},
-    "acceptance": {"readings", "thresholds"},
-    "evaluation": {"acceptance", "engine", "readings", "decoding", "drafters", "data", "sampling", "artifacts"},
-    "comprehensive": {"costs", "decoding", "drafters", "engine", "evaluation", "sampling"},
-    "model_card": {"bundle", "formats"},
-    "hub": {"artifacts", "bundle", "dssd", "formats", "engine", "heads", "hub_client", "model_card"},
-}
+ORDER = (
+    *("errors", "config_fields", "config", "resolve", "files", "report", "sampling", "numerics"),
+    *("backbone", "runtime", "data", "hidden_states", "heads", "engine", "bundle"),
+    *("drafting", "decoding", "training", "calibration", "evaluation", "library", "cli"),
+)
+"""From what imports nothing to what imports everything: the folders, and the files that stand beside them."""
+LONGEST_CHAIN = 16
+LONGEST_FILE = 500
+HEAVY = {"torch", "transformers", "accelerate", "datasets", "bitsandbytes"}
 NEVER_TORCH = (
-    *(
-        "errors",
-        "config",
-        "resolve",
-        "artifacts",
-        "kept_files",
-        "palette",
-        "console",
-        "html_page",
-        "plots",
-        "families",
-        "native_code",
-    ),
-    *("bundle", "formats", "hub_client", "model_card"),
+    *("errors", "config_fields", "config", "resolve", "files", "report"),
+    *("backbone.families", "runtime.native_code", "bundle.files", "bundle.hub_client", "bundle.model_card"),
 )
 
 
-def imports(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def modules() -> dict[str, Path]:
+    """Dotted name under the package -> file."""
+    found = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    return {name: path for name, path in found.items() if not name.rpartition(".")[2].startswith("__")}
+
+
+MODULES = modules()
+
+
+@cache
+def imported(module: str) -> tuple[frozenset[str], frozenset[str]]:
+    """Modules of ours that a module imports, and the roots of all others."""
+    ours, others = set(), set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        names = []
         if isinstance(node, ast.ImportFrom) and node.module:
-            names = (
-                [node.module] if node.module != "early_exit_cli" else [f"early_exit_cli.{a.name}" for a in node.names]
-            )
-            found.update(names)
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
-    return found
+            names = [alias.name for alias in node.names]
+        for name in names:
+            root, _, rest = name.partition(".")
+            if root != PACKAGE.name:
+                others.add(root)
+            elif rest in MODULES:
+                ours.add(rest)
+            elif rest.rpartition(".")[0] in MODULES:
+                ours.add(rest.rpartition(".")[0])
+    return frozenset(ours), frozenset(others)
 
 
-def test_the_table_names_every_module():
-    assert {path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__")} == set(MAY_IMPORT)
+@cache
+def reached(module: str) -> frozenset[str]:
+    """All that a module imports, at any depth."""
+    ours, _ = imported(module)
+    return ours.union(*(reached(other) for other in ours))
 
 
-@pytest.mark.parametrize("module", MAY_IMPORT)
-def test_a_module_imports_only_what_stands_before_it(module):
-    ours = {name.split(".")[1] for name in imports(PACKAGE / f"{module}.py") if name.startswith("early_exit_cli.")}
-    ours.discard("__version__")
-    assert ours <= MAY_IMPORT[module] | OPEN_TO_ALL
+@cache
+def chain(module: str) -> tuple[str, ...]:
+    """The longest chain of imports from a module down."""
+    return (module, *max((chain(other) for other in imported(module)[0]), key=len, default=()))
 
 
-@pytest.mark.parametrize("module", NEVER_TORCH)
+def test_the_order_names_every_folder_and_file():
+    assert {module.partition(".")[0] for module in MODULES} == set(ORDER)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_folder_imports_only_from_those_above_it(module):
+    own = ORDER.index(module.partition(".")[0])
+    assert [name for name in imported(module)[0] if ORDER.index(name.partition(".")[0]) > own] == []
+
+
+def test_no_chain_of_imports_is_long():
+    longest = max((chain(module) for module in MODULES), key=len)
+    assert len(longest) <= LONGEST_CHAIN, " > ".join(longest)
+
+
+def test_no_file_is_long():
+    root = PACKAGE.parent
+    code = [path for folder in (PACKAGE, root / "tests", root / "benchmarks") for path in folder.rglob("*.py")]
+    lines = {str(path.relative_to(root)): len(path.read_text().splitlines()) for path in code}
+    assert {name: count for name, count in lines.items() if count > LONGEST_FILE} == {}
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith(NEVER_TORCH)])
 def test_light_modules_never_import_torch(module):
-    roots = {name.split(".")[0] for name in imports(PACKAGE / f"{module}.py")}
-    assert not roots & {"torch", "transformers", "accelerate", "datasets", "bitsandbytes"}
+    assert not imported(module)[1] & HEAVY
+
+
+@pytest.mark.parametrize("head", ["heads.exit_heads", "heads.eagle", "heads.attention", "heads.uncertainty"])
+def test_heads_reach_neither_the_answer_generator_nor_a_compiler(head):
+    assert not reached(head) & {"data.answers", "data.recorded_answers", "runtime.native_code", "runtime.cuda_code"}
 
 
 def test_only_the_console_uses_rich():
-    for path in PACKAGE.rglob("*.py"):
-        if path.stem != "console":
-            assert "rich" not in {name.split(".")[0] for name in imports(path)}, path
+    assert [module for module in MODULES if "rich" in imported(module)[1]] == ["report.console"]

@@ -100,7 +100,7 @@ class Scripted(Drafter):
     def __init__(self, prompt: int, truth: list[int], wrong: list[bool], eager: int) -> None:
         self.prompt, self.truth, self.wrong, self.eager = prompt, truth, wrong, eager
 
-    def propose(self, model, cache, pending, limit, stop_ids):
+    def draft(self, model, cache, pending, limit, stop_ids):
         done = cache.length + 1 - self.prompt
         tokens = [
             (token + 1) % VOCAB if self.wrong[(done + place) % len(self.wrong)] else token
@@ -191,7 +191,7 @@ def check_counts(model: Engine, rounds: list[Round], cap: int, end: int, trace: 
         assert all(reason is not None for reason in step.decided_by[: step.accepted])
         assert all(reason is None for reason in step.decided_by[step.accepted :])
         assert len(step.rejected) <= step.drafted - step.accepted
-        assert len(step.readings) == (kept if trace else 0)
+        assert len(step.traced) == (kept if trace else 0)
     stats = collect_stats(model, "x", rounds, 1.0, 0.0)
     assert stats.total_tokens_generated == sum(stats.exit_distribution.values()) == end <= cap
     assert stats.tokens_accepted == end - stats.exit_distribution["full"] <= stats.tokens_drafted

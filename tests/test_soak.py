@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from early_exit_cli.bundle.load import load_model
+from early_exit_cli.bundle.load import load_engine
 from early_exit_cli.config import SHIPPED_BUNDLE, BackboneConfig, BundleConfig
 from early_exit_cli.decoding.answer import generate
 from early_exit_cli.drafting.chances import Survival
@@ -80,7 +80,7 @@ def test_memory_is_flat_over_two_thousand_prompts(tiny_model):
 
 @pytest.mark.slow
 def test_memory_is_flat_over_two_thousand_prompts_of_the_embedded_model(smollm2):
-    model = load_model(BackboneConfig(), BundleConfig(bundle=SHIPPED_BUNDLE))
+    model = load_engine(BackboneConfig(), BundleConfig(bundle=SHIPPED_BUNDLE))
     drafters = [
         NoDrafter(),
         exit_drafter(model, 0.9, 8, "all"),

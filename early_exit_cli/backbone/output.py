@@ -76,7 +76,7 @@ class LastBlock:
         return AttentionShape(self.query_heads, self.kv_heads, self.head_dim, self.rope_theta)
 
 
-class Readout(Protocol):
+class BackboneView(Protocol):
     """What heads and their training need of a backbone: identity, shape, final norm, LM head, embedding, last block.
 
     A `Backbone` is one; so is what a cache of hidden states keeps of it, so that training loads no backbone.
@@ -130,10 +130,10 @@ def no_last_block(name: str) -> UnsupportedBackboneError:
     )
 
 
-def logits_of(readout: Readout, normed: Tensor, vocab: Tensor | None = None) -> Tensor:
+def logits_of(view: BackboneView, normed: Tensor, vocab: Tensor | None = None) -> Tensor:
     """The backbone's logits of final normed states, [*, hidden] -> [*, vocab], or of the tokens `vocab` [chosen] only."""
-    weight = readout.lm_head_weight if vocab is None else readout.lm_head_weight[vocab]
-    return readout.logit_map(F.linear(normed, weight))
+    weight = view.lm_head_weight if vocab is None else view.lm_head_weight[vocab]
+    return view.logit_map(F.linear(normed, weight))
 
 
 @dataclass(frozen=True)

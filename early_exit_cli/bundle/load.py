@@ -104,7 +104,7 @@ def with_names_of_bundle(config: BackboneConfig, folder: Path) -> BackboneConfig
     return BackboneConfig.model_validate(config.model_dump() | changes)
 
 
-def load_model(
+def load_engine(
     backbone_config: BackboneConfig,
     bundle: BundleConfig | None,
     *,
@@ -122,26 +122,26 @@ def load_model(
     folder = bundle_folder(bundle) if bundle else None
     config = read_bundle_config(folder) if folder else None
     backbone = backbone or load_backbone(backbone_config)
-    model = Engine(backbone, make_blocks(backbone, backbone_config.runner, backbone_config.cuda_graphs))
+    engine = Engine(backbone, make_blocks(backbone, backbone_config.runner, backbone_config.cuda_graphs))
     if folder is None or config is None or bundle is None:
-        return model
-    model.record = read_bundle_record(folder)
-    check_fingerprint(config, model.record, backbone, folder)
+        return engine
+    engine.record = read_bundle_record(folder)
+    check_fingerprint(config, engine.record, backbone, folder)
     if config["num_heads"]:
-        kind, rank = kind_of_heads(model.record, folder)
-        model.heads = load_heads(folder / HEADS_FILE, backbone, kind, config["head_layer_indices"], rank)
-    if "eagle" in model.record:
-        layers = eagle_layers(model.record, folder, backbone.num_blocks)
-        model.eagle = load_eagle(eagle_file(folder), backbone, layers)
+        kind, rank = kind_of_heads(engine.record, folder)
+        engine.heads = load_heads(folder / HEADS_FILE, backbone, kind, config["head_layer_indices"], rank)
+    if "eagle" in engine.record:
+        layers = eagle_layers(engine.record, folder, backbone.num_blocks)
+        engine.eagle = load_eagle(eagle_file(folder), backbone, layers)
         if backbone.device.type == "cuda":
-            cuda_eagle(model.eagle)  # recorded now, not inside an answer
+            cuda_eagle(engine.eagle)  # recorded now, not inside an answer
     calibration = bundle.calibration_path or folder / CALIBRATION_FILE
     if with_thresholds and (bundle.calibration_path or calibration.exists()):
-        model.thresholds = read_thresholds(calibration, config["num_heads"])
+        engine.thresholds = read_thresholds(calibration, config["num_heads"])
         beside = calibration_record_path(folder, calibration)
         record = read_form(beside, CalibrationBeside) if beside.exists() else {}
-        model.record["calibration"] = calibration_of(record, config["num_heads"], beside)
-    return model
+        engine.record["calibration"] = calibration_of(record, config["num_heads"], beside)
+    return engine
 
 
 def calibration_of(record: dict[str, Any], num_heads: int, path: Path) -> dict[str, Any]:

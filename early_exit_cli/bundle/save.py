@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from early_exit_cli.backbone.output import Readout
+from early_exit_cli.backbone.output import BackboneView
 from early_exit_cli.bundle.files import (
     CALIBRATION_FILE,
     CONFIG_FILE,
@@ -28,7 +28,7 @@ from early_exit_cli.heads.exit_heads import ExitHeads
 
 def save_bundle(
     folder: Path,
-    readout: Readout,
+    view: BackboneView,
     heads: ExitHeads,
     training_config: dict[str, Any],
     record: dict[str, Any],
@@ -38,11 +38,11 @@ def save_bundle(
     An EAGLE head of the same backbone that is there stays. A failure leaves the bundle that was there.
     """
     before = read_bundle_record(folder) if (folder / RECORD_FILE).exists() else {}
-    if "eagle" in before and before.get("fingerprint") == readout.fingerprint:
+    if "eagle" in before and before.get("fingerprint") == view.fingerprint:
         record = {**record, "eagle": before["eagle"]}
     described = {
         "format_version": FORMAT_VERSION,
-        "fingerprint": readout.fingerprint,
+        "fingerprint": view.fingerprint,
         "heads": {
             "kind": heads.kind,
             "rank": heads.rank,
@@ -51,16 +51,16 @@ def save_bundle(
         **record,
     }
     with atomic_files(folder, (CALIBRATION_FILE, DSSD_HEADS_FILE, HEADS_FILE, CONFIG_FILE, RECORD_FILE)) as temporary:
-        heads.save(temporary / HEADS_FILE, readout.dtype)
+        heads.save(temporary / HEADS_FILE, view.dtype)
         if heads.kind == "linear":
-            weights = heads.dssd_state_dict(readout.dtype)
+            weights = heads.dssd_state_dict(view.dtype)
             write_atomic(temporary / DSSD_HEADS_FILE, lambda path: torch.save(weights, path))
-        write_json(temporary / CONFIG_FILE, bundle_config(readout, heads.layers, training_config))
+        write_json(temporary / CONFIG_FILE, bundle_config(view, heads.layers, training_config))
         write_json(temporary / RECORD_FILE, described)
 
 
 def save_eagle(
-    folder: Path, readout: Readout, head: EagleHead, training_config: dict[str, Any], record: dict[str, Any]
+    folder: Path, view: BackboneView, head: EagleHead, training_config: dict[str, Any], record: dict[str, Any]
 ) -> None:
     """Add an EAGLE head to the bundle in `folder`, or begin one without exit heads.
 
@@ -69,7 +69,7 @@ def save_eagle(
     """
     if (folder / RECORD_FILE).exists():
         bundle = read_bundle_record(folder)
-        differences = fingerprint_differences(bundle.get("fingerprint", {}), readout.fingerprint)
+        differences = fingerprint_differences(bundle.get("fingerprint", {}), view.fingerprint)
         if differences:
             key, theirs, ours = differences[0]
             raise BundleError(
@@ -78,9 +78,9 @@ def save_eagle(
             )
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / CONFIG_FILE, bundle_config(readout, [], training_config))
-        bundle = {"format_version": FORMAT_VERSION, "fingerprint": readout.fingerprint}
-    head.save(folder / EAGLE_FILE, readout.dtype)
+        write_json(folder / CONFIG_FILE, bundle_config(view, [], training_config))
+        bundle = {"format_version": FORMAT_VERSION, "fingerprint": view.fingerprint}
+    head.save(folder / EAGLE_FILE, view.dtype)
     (folder / FORMER_EAGLE_FILE).unlink(missing_ok=True)
     bundle["eagle"] = {
         "exit_layers": head.exit_layers,
@@ -90,15 +90,15 @@ def save_eagle(
     write_json(folder / RECORD_FILE, bundle)
 
 
-def bundle_config(readout: Readout, layers: list[int], training_config: dict[str, Any]) -> dict[str, Any]:
+def bundle_config(view: BackboneView, layers: list[int], training_config: dict[str, Any]) -> dict[str, Any]:
     """config.json, with the keys that DSSD's loader requires."""
     return {
-        "model_name": readout.name,
+        "model_name": view.name,
         "num_heads": len(layers),
         "head_layer_indices": layers,
-        "quantization": applied_quantization(readout.quantization),
-        "hidden_size": readout.hidden_size,
-        "vocab_size": readout.vocab_size,
-        "num_hidden_layers": readout.num_blocks,
+        "quantization": applied_quantization(view.quantization),
+        "hidden_size": view.hidden_size,
+        "vocab_size": view.vocab_size,
+        "num_hidden_layers": view.num_blocks,
         "training_config": training_config,
     }

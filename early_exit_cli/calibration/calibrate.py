@@ -135,7 +135,7 @@ def _is_judged(cell: Cell) -> bool:
 
 
 def read_sample(
-    model: Engine,
+    engine: Engine,
     batches: Iterable[Batch],
     metric: UncertaintyMetric,
     on_batch: Callable[[int], None] | None = None,
@@ -146,12 +146,12 @@ def read_sample(
         DataError: not one position to read.
     """
     nothing = "the calibration text holds no position to calibrate on"
-    all_of, sequences = read_batches(model, batches, metric, nothing, on_batch)
+    all_of, sequences = read_batches(engine, batches, metric, nothing, on_batch)
     return Sample(all_of.uncertainties, all_of.tokens == all_of.choices, all_of.documents), sequences
 
 
 def calibrate(
-    model: Engine,
+    engine: Engine,
     fit: Iterable[Batch],
     check: Iterable[Batch],
     config: CalibrationConfig,
@@ -164,14 +164,14 @@ def calibrate(
         DataError: a text without a position to calibrate on.
     """
     metric = config.uncertainty_metric
-    sample, sequences = read_sample(model, fit, metric, on_batch)
+    sample, sequences = read_sample(engine, fit, metric, on_batch)
 
     def on_second(done: int) -> None:
         if on_batch:
             on_batch(sequences + done)
 
-    second, _ = read_sample(model, check, metric, on_second)
-    layers = model.heads.exit_layers if model.heads is not None else []
+    second, _ = read_sample(engine, check, metric, on_second)
+    layers = engine.heads.exit_layers if engine.heads is not None else []
     return calibrate_samples(sample, second, layers, config, dataset, sequences)
 
 

@@ -44,30 +44,30 @@ def fit_lookup(documents: Iterable[Document]) -> list[float]:
             if automaton.match_length:
                 kind = kind_of_match(automaton.match_length)
                 seen[kind] += 1
-                right[kind] += automaton.propose(1) == [token]
+                right[kind] += automaton.predict(1) == [token]
             automaton.extend([token])
     return [hits / count for hits, count in zip(right, seen, strict=True)]
 
 
 def roll_out(
-    model: Engine, batches: Iterable[Batch], on_batch: Callable[[int], None] | None = None
+    engine: Engine, batches: Iterable[Batch], on_batch: Callable[[int], None] | None = None
 ) -> list[tuple[Tensor, Tensor]]:
     """The EAGLE head from every answer position, the text's own tokens in between: it agreed so far.
 
     Returns:
         For each draft position that the text reaches, (entropies [samples] in nats, whether the backbone agreed).
     """
-    head = model.eagle
+    head = engine.eagle
     if head is None:
         return []
     found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(STEPS)]
     sequences = 0
     with torch.inference_mode():
         for batch in batches:
-            states = run_states(model.backbone, batch, head.exit_layers)
-            best, choices = model.backbone.lm_head(states.final).max(-1)
+            states = run_states(engine.backbone, batch, head.exit_layers)
+            best, choices = engine.backbone.lm_head(states.final).max(-1)
             require_finite(best)
-            with autocast(model):
+            with autocast(engine):
                 predictions = head(states, STEPS, only_measured=True)
             for step, said in enumerate(predictions):
                 agreed = head.token_ids(said.logits.argmax(-1)) == choices[said.positions]
@@ -91,25 +91,25 @@ def fit_eagle(
     return fitted[: len(checked)], checked
 
 
-def fit_temperatures(model: Engine, batches: Iterable[Batch]) -> tuple[float, float]:
+def fit_temperatures(engine: Engine, batches: Iterable[Batch]) -> tuple[float, float]:
     """For exit heads and for the EAGLE head: the temperature of its distribution q at which a draft from it survives
     most often, where the text is sampled at temperature 1. By the overlap of both, sum of min(p, q) over the tokens
     (Leviathan et al. 2023, section 3.2); 1 without such a head.
     """
     overlaps: dict[str, list[Tensor]] = {"exit": [], "eagle": []}
-    heads, eagle = model.heads, model.eagle
+    heads, eagle = engine.heads, engine.eagle
     with torch.inference_mode():
         for batch in itertools.islice(batches, TEMPERATURE_BATCHES):
             if heads is not None:
-                states = run_states(model.backbone, batch, heads.exit_layers)
+                states = run_states(engine.backbone, batch, heads.exit_layers)
                 places = states.measured.nonzero()[::TEMPERATURE_STRIDE, 0]
-                expected = logits_of(model.backbone, states.final[places])
+                expected = logits_of(engine.backbone, states.final[places])
                 overlaps["exit"] += [overlap(expected, said, heads.draft_vocab) for said in heads(states, places)]
             if eagle is not None:
-                states = run_states(model.backbone, batch, eagle.exit_layers)
-                with autocast(model):
+                states = run_states(engine.backbone, batch, eagle.exit_layers)
+                with autocast(engine):
                     first = eagle(states, 1, only_measured=True)[0]
-                expected = logits_of(model.backbone, states.final[first.positions[::TEMPERATURE_STRIDE]])
+                expected = logits_of(engine.backbone, states.final[first.positions[::TEMPERATURE_STRIDE]])
                 logits = first.logits[::TEMPERATURE_STRIDE]
                 overlaps["eagle"].append(overlap(expected, logits, eagle.draft_vocab))
     best = {
@@ -127,10 +127,10 @@ def overlap(backbone: Tensor, head: Tensor, draft_vocab: Tensor | None) -> Tenso
     )
 
 
-def autocast(model: Engine) -> torch.autocast:
+def autocast(engine: Engine) -> torch.autocast:
     """Products in bfloat16, as in training, where the backbone computes in it."""
-    dtype = model.backbone.dtype
-    return torch.autocast(model.backbone.device.type, dtype, enabled=dtype == torch.bfloat16)
+    dtype = engine.backbone.dtype
+    return torch.autocast(engine.backbone.device.type, dtype, enabled=dtype == torch.bfloat16)
 
 
 def fit_survival(entropies: Tensor, agreed: Tensor) -> Survival:

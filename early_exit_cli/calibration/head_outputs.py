@@ -18,7 +18,7 @@ from early_exit_cli.numerics import require_finite
 
 
 @dataclass(frozen=True)
-class Readings:
+class HeadOutputs:
     """What backbone and heads say at the positions of a batch where the next token is known.
 
     All on the CPU. choices, targets: [positions] int64, the backbone's argmax and the text's next token. documents,
@@ -36,20 +36,20 @@ class Readings:
     top5: Tensor
 
 
-def read_batch(model: Engine, batch: Batch, metric: UncertaintyMetric = "entropy") -> Readings:
+def read_batch(engine: Engine, batch: Batch, metric: UncertaintyMetric = "entropy") -> HeadOutputs:
     """Run a packed batch and read every head at the positions that count (`Batch.measured`).
 
     Raises:
         NumericsError: NaN or infinite logits of the backbone.
     """
-    heads = require_heads(model)
-    batch = batch.to(model.backbone.device)
+    heads = require_heads(engine)
+    batch = batch.to(engine.backbone.device)
     with torch.inference_mode():
-        states = run_states(model.backbone, batch, heads.exit_layers)
+        states = run_states(engine.backbone, batch, heads.exit_layers)
         valid = batch.measured
         targets = batch.input_ids.roll(-1, 1)[valid]
         positions = states.measured.nonzero()[:, 0]
-        backbone_logits = model.backbone.lm_head(states.final[positions])
+        backbone_logits = engine.backbone.lm_head(states.final[positions])
         highest, choices = backbone_logits.max(-1)
         require_finite(highest)
         tokens, uncertainties, top5 = [], [], []
@@ -58,7 +58,7 @@ def read_batch(model: Engine, batch: Batch, metric: UncertaintyMetric = "entropy
             best = heads.token_ids(logits.topk(min(5, logits.shape[-1]), -1).indices)
             top5.append(best)
             tokens.append(best[:, 0])
-        return Readings(
+        return HeadOutputs(
             choices.cpu(),
             targets.cpu(),
             batch.documents[valid].cpu(),
@@ -71,12 +71,12 @@ def read_batch(model: Engine, batch: Batch, metric: UncertaintyMetric = "entropy
 
 
 def read_batches(
-    model: Engine,
+    engine: Engine,
     batches: Iterable[Batch],
     metric: UncertaintyMetric,
     nothing: str,
     on_batch: Callable[[int], None] | None = None,
-) -> tuple[Readings, int]:
+) -> tuple[HeadOutputs, int]:
     """`read_batch` over all batches, one after another; and the number of sequences.
 
     Args:
@@ -85,19 +85,19 @@ def read_batches(
     Raises:
         DataError: `nothing`.
     """
-    parts: list[Readings] = []
+    parts: list[HeadOutputs] = []
     sequences = 0
     for batch in batches:
-        parts.append(read_batch(model, batch, metric))
+        parts.append(read_batch(engine, batch, metric))
         sequences += batch.input_ids.shape[0]
         if on_batch:
             on_batch(sequences)
     if sum(part.choices.numel() for part in parts) == 0:
         raise DataError(nothing)
-    return join_readings(parts), sequences
+    return join_head_outputs(parts), sequences
 
 
-def join_readings(parts: list[Readings]) -> Readings:
+def join_head_outputs(parts: list[HeadOutputs]) -> HeadOutputs:
     """Readings of several batches, one after another."""
-    along = {field.name: int(field.name in ("tokens", "uncertainties", "top5")) for field in fields(Readings)}
-    return Readings(**{name: torch.cat([getattr(part, name) for part in parts], dim) for name, dim in along.items()})
+    along = {field.name: int(field.name in ("tokens", "uncertainties", "top5")) for field in fields(HeadOutputs)}
+    return HeadOutputs(**{name: torch.cat([getattr(part, name) for part in parts], dim) for name, dim in along.items()})

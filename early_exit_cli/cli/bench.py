@@ -59,29 +59,29 @@ def command(resolved: Resolved, as_json: bool) -> None:
 
 def show_costs(resolved: Resolved, as_json: bool) -> None:
     """Measure the cost table of this device, keep it, show it."""
-    from early_exit_cli.bundle.load import load_model
+    from early_exit_cli.bundle.load import load_engine
     from early_exit_cli.cli.shared import backbone_of_bundle
     from early_exit_cli.drafting.costs import CONTEXT, FAR_CONTEXT, cost_table
 
-    model = load_model(backbone_of_bundle(resolved), resolved.config.bundle, with_thresholds=False)
-    costs = cost_table(model, refresh=True)
+    engine = load_engine(backbone_of_bundle(resolved), resolved.config.bundle, with_thresholds=False)
+    costs = cost_table(engine, refresh=True)
     if as_json:
         console.emit_json(
             {
                 "costs": asdict(costs),
-                "widths": model.blocks.widths,
-                "environment": environment(model.backbone.device_name),
+                "widths": engine.blocks.widths,
+                "environment": environment(engine.backbone.device_name),
             }
         )
         return
-    depth = model.blocks.num_blocks
+    depth = engine.blocks.num_blocks
     rows = []
     for width in costs.per_block:
         whole = costs.plain(depth, width)
         rows.append(
             (
                 width,
-                "yes" if width in model.blocks.widths else "no",
+                "yes" if width in engine.blocks.widths else "no",
                 f"{whole:.2f}",
                 f"{whole / costs.plain(depth, 1):.2f}x",
                 f"{costs.per_block[width]:.3f}",
@@ -90,8 +90,8 @@ def show_costs(resolved: Resolved, as_json: bool) -> None:
             )
         )
     console.table(
-        f"{model.backbone.name}, {model.backbone.quantization}; ms on {model.backbone.device_name}; "
-        f"invariant: {model.blocks.is_invariant}; reading a head: {costs.head:.2f} ms"
+        f"{engine.backbone.name}, {engine.backbone.quantization}; ms on {engine.backbone.device_name}; "
+        f"invariant: {engine.blocks.is_invariant}; reading a head: {costs.head:.2f} ms"
         + (
             f"; the EAGLE head: {costs.eagle_read:.2f} ms for a first token, {costs.eagle_step:.2f} for a next"
             if costs.eagle_step

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from early_exit_cli.calibration.calibrate import Calibration
     from early_exit_cli.cli.shared import HeldOut
     from early_exit_cli.config import ThresholdRule
-    from early_exit_cli.drafting.chances import Policy
+    from early_exit_cli.drafting.chances import DraftChances
     from early_exit_cli.engine import Engine
 
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 def command(resolved: Resolved, as_json: bool) -> None:
     """Fit thresholds for each head and target accuracy on held-out text, and check them on other held-out text."""
     from early_exit_cli.bundle.files import CALIBRATION_FILE
-    from early_exit_cli.bundle.load import bundle_source, load_model
+    from early_exit_cli.bundle.load import bundle_source, load_engine
     from early_exit_cli.calibration.calibrate import calibrate, calibration_json, calibration_record, save_calibration
     from early_exit_cli.cli.shared import backbone_of_bundle, data_of_bundle, dataset_label, held_out_text
-    from early_exit_cli.drafting.chances import save_policy
+    from early_exit_cli.drafting.chances import save_draft_chances
 
     config = resolved.config
     source = bundle_source(config.bundle)
@@ -35,18 +35,18 @@ def command(resolved: Resolved, as_json: bool) -> None:
             hint=f"eexit pull {source.repo_id} --output-dir FOLDER, then eexit calibrate --bundle FOLDER",
         )
     folder = source.folder
-    model = load_model(backbone_of_bundle(resolved), config.bundle, with_thresholds=False)
-    data = data_of_bundle(resolved, model.record)
-    fit, check = (held_out_text(data, model, split, config.calibration.num_samples) for split in ("calibrate", "eval"))
-    policy = fit_policy(model, fit, check)
-    save_policy(policy, folder)
-    print_policy(policy, as_json)
-    if model.heads is None:
+    engine = load_engine(backbone_of_bundle(resolved), config.bundle, with_thresholds=False)
+    data = data_of_bundle(resolved, engine.record)
+    fit, check = (held_out_text(data, engine, split, config.calibration.num_samples) for split in ("calibrate", "eval"))
+    chances = fit_draft_chances(engine, fit, check)
+    save_draft_chances(chances, folder)
+    print_draft_chances(chances, as_json)
+    if engine.heads is None:
         if as_json:
-            console.emit_json({"drafting": policy.record()})
+            console.emit_json({"drafting": chances.record()})
         return
     with console.progress("calibrating", fit.sequences + check.sequences) as ticker:
-        result = calibrate(model, fit.batches, check.batches, config.calibration, dataset_label(data), ticker.update)
+        result = calibrate(engine, fit.batches, check.batches, config.calibration, dataset_label(data), ticker.update)
     output = config.calibration.output_path or config.bundle.calibration_path or folder / CALIBRATION_FILE
     save_calibration(result, folder, output)
     record = calibration_record(result)
@@ -54,45 +54,45 @@ def command(resolved: Resolved, as_json: bool) -> None:
     faults = result.faults()
     if as_json:
         found = {"record": record, "faults": faults, "output_path": str(output), "pictures": [str(p) for p in pictures]}
-        console.emit_json(calibration_json(result) | found | {"drafting": policy.record()})
+        console.emit_json(calibration_json(result) | found | {"drafting": chances.record()})
     else:
-        print_calibration(result, model.blocks.num_blocks)
+        print_calibration(result, engine.blocks.num_blocks)
     print_warnings(result)
     print_files(output, pictures)
     if config.calibration.strict and faults:
         raise TargetMissedError("\n".join(faults), hint="more held-out text, --assurance, other levels, or --margin")
 
 
-def fit_policy(model: Engine, fit: HeldOut, check: HeldOut) -> Policy:
+def fit_draft_chances(engine: Engine, fit: HeldOut, check: HeldOut) -> DraftChances:
     """How likely drafts of lookup and of the EAGLE head survive, with the latter looked at on the second text too, and
     at which temperature sampled drafts do best."""
     from early_exit_cli.calibration.draft_chances import fit_eagle, fit_lookup, fit_temperatures, roll_out
-    from early_exit_cli.drafting.chances import Policy
+    from early_exit_cli.drafting.chances import DraftChances
 
     lookup = fit_lookup(fit.documents)
-    temperatures = fit_temperatures(model, fit.batches)
-    if model.eagle is None:
-        return Policy(lookup, [], [], *temperatures)
+    temperatures = fit_temperatures(engine, fit.batches)
+    if engine.eagle is None:
+        return DraftChances(lookup, [], [], *temperatures)
     with console.progress("rolling out", fit.sequences + check.sequences) as ticker:
-        first = roll_out(model, fit.batches, ticker.update)
-        second = roll_out(model, check.batches, lambda done: ticker.update(fit.sequences + done))
-    return Policy(lookup, *fit_eagle(first, second), *temperatures)
+        first = roll_out(engine, fit.batches, ticker.update)
+        second = roll_out(engine, check.batches, lambda done: ticker.update(fit.sequences + done))
+    return DraftChances(lookup, *fit_eagle(first, second), *temperatures)
 
 
-def print_policy(policy: Policy, as_json: bool) -> None:
+def print_draft_chances(chances: DraftChances, as_json: bool) -> None:
     """What drafts are worth, by kind of match and by draft position."""
     from early_exit_cli.drafting.suffix_automaton import SHORTEST
 
     if as_json:
         return
-    if policy.exit_temperature != 1 or policy.eagle_temperature != 1:
+    if chances.exit_temperature != 1 or chances.eagle_temperature != 1:
         console.note(
-            f"sampled drafts survive most often at {policy.exit_temperature:g} (exit heads) and "
-            f"{policy.eagle_temperature:g} (EAGLE head) times the text's temperature"
+            f"sampled drafts survive most often at {chances.exit_temperature:g} (exit heads) and "
+            f"{chances.eagle_temperature:g} (EAGLE head) times the text's temperature"
         )
-    rows = [(length, f"{chance:.1%}") for length, chance in zip(SHORTEST, policy.lookup, strict=True)]
+    rows = [(length, f"{chance:.1%}") for length, chance in zip(SHORTEST, chances.lookup, strict=True)]
     console.table("lookup", ["match of at least", "next token right"], rows, result=True)
-    if policy.eagle:
+    if chances.eagle:
         console.table(
             "eagle, given that it agreed so far",
             ["draft position", "agreement", "at 0.5 nats", "at 2 nats", "on the second text: agreement", "expected"],
@@ -102,7 +102,7 @@ def print_policy(policy: Policy, as_json: bool) -> None:
                     *(f"{share:.1%}" for share in (found.mean, found.at(0.5), found.at(2.0))),
                     *(f"{share:.1%}" for share in checked),
                 )
-                for place, (found, checked) in enumerate(zip(policy.eagle, policy.checked, strict=True))
+                for place, (found, checked) in enumerate(zip(chances.eagle, chances.checked, strict=True))
             ],
             result=True,
         )

@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 @configured("bundle", "backbone", "data", "evaluation")
 def command(resolved: Resolved, as_json: bool) -> None:
     """Measure each head against the text and against the backbone, and say why drafts are not accepted."""
-    from early_exit_cli.bundle.load import bundle_source, load_model
+    from early_exit_cli.bundle.load import bundle_source, load_engine
     from early_exit_cli.cli.shared import backbone_of_bundle, data_of_bundle, dataset_label, held_out_text
     from early_exit_cli.evaluation.agreement import evaluate
 
     config = resolved.config
-    model = load_model(backbone_of_bundle(resolved), config.bundle)
-    if model.thresholds is not None:
-        model.thresholds.at(config.evaluation.accuracy_level)  # refuse an uncalibrated level before text is read
-    data = data_of_bundle(resolved, model.record)
-    text = held_out_text(data, model, "eval", config.evaluation.num_samples)
+    engine = load_engine(backbone_of_bundle(resolved), config.bundle)
+    if engine.thresholds is not None:
+        engine.thresholds.at(config.evaluation.accuracy_level)  # refuse an uncalibrated level before text is read
+    data = data_of_bundle(resolved, engine.record)
+    text = held_out_text(data, engine, "eval", config.evaluation.num_samples)
     with console.progress("evaluating", text.sequences) as ticker:
-        result = evaluate(model, text.batches, text.sources, config.evaluation.accuracy_level, ticker.update)
+        result = evaluate(engine, text.batches, text.sources, config.evaluation.accuracy_level, ticker.update)
     record = {
         **result.record(),
         "dataset": dataset_label(data),
@@ -39,7 +39,7 @@ def command(resolved: Resolved, as_json: bool) -> None:
     if as_json:
         console.emit_json(record)
         return
-    print_scores(result, model.blocks.num_blocks)
+    print_scores(result, engine.blocks.num_blocks)
     print_groups(result)
     if result.acceptance is None:
         console.note("not calibrated, so no drafts to follow: eexit calibrate")

@@ -11,17 +11,17 @@ from early_exit_cli.resolve import Resolved
 @configured("bundle", "backbone", "export")
 def command(resolved: Resolved, as_json: bool) -> None:
     """Write a bundle's EAGLE head in a format that serving engines load."""
-    from early_exit_cli.bundle.load import load_model
+    from early_exit_cli.bundle.load import load_engine
     from early_exit_cli.cli.shared import backbone_of_bundle
     from early_exit_cli.heads.export_speculators import export_eagle
 
     settings = resolved.config.export
     if settings.output_dir.exists():
         raise ConfigError(f"{settings.output_dir} exists already", hint="name a new folder with --output-dir")
-    model = load_model(backbone_of_bundle(resolved), resolved.config.bundle, with_thresholds=False)
-    if model.eagle is None:
+    engine = load_engine(backbone_of_bundle(resolved), resolved.config.bundle, with_thresholds=False)
+    if engine.eagle is None:
         raise BundleError("the bundle has no EAGLE head", hint="eexit train --head eagle --output-dir BUNDLE")
-    export_eagle(model.eagle, model.backbone, settings.output_dir, settings.draft_tokens)
+    export_eagle(engine.eagle, engine.backbone, settings.output_dir, settings.draft_tokens)
     files = {path.name: path.stat().st_size for path in sorted(settings.output_dir.iterdir())}
     if as_json:
         console.emit_json({"folder": str(settings.output_dir), "files": files})

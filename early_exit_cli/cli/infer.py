@@ -34,7 +34,7 @@ def command(resolved: Resolved, as_json: bool) -> None:
     check_combinations(resolved)
     prompts = gather_prompts(settings)
     job = prepare(resolved, as_json)
-    encoded = [encode(job.model, settings, prompt["prompt"]) for prompt in prompts]
+    encoded = [encode(job.engine, settings, prompt["prompt"]) for prompt in prompts]
     if settings.prompts:
         answer_many(job, prompts, encoded)
     elif settings.mode == "compare":
@@ -49,7 +49,7 @@ def command(resolved: Resolved, as_json: bool) -> None:
 class Job:
     """Everything but the prompt."""
 
-    model: Engine
+    engine: Engine
     settings: InferenceConfig
     drafter: Drafter
     chooser: Chooser
@@ -60,7 +60,7 @@ class Job:
     @property
     def title(self) -> str:
         """Of a table: what was run."""
-        name = f"{self.model.backbone.name}, {self.model.backbone.quantization}"
+        name = f"{self.engine.backbone.name}, {self.engine.backbone.quantization}"
         return name if self.level is None else f"{name}, accuracy level {self.level:.2f}"
 
     @property
@@ -78,12 +78,12 @@ def prepare(resolved: Resolved, as_json: bool) -> Job:
     kind = drafter_kind(resolved)
     if kind == "all" and resolved.is_default("inference.read_heads"):
         settings = settings.model_copy(update={"read_heads": "all"})
-    model = load(resolved, kind)
-    say_how_it_runs(model)
-    drafter, width = make_drafter(model, settings, kind)
-    say_what_is_not_read(model, drafter)
+    engine = load(resolved, kind)
+    say_how_it_runs(engine)
+    drafter, width = make_drafter(engine, settings, kind)
+    say_what_is_not_read(engine, drafter)
     coloured = console.wants_colour(settings.color) and not as_json
-    return Job(model, settings, drafter, make_chooser(resolved.config.sampling), width, as_json, coloured)
+    return Job(engine, settings, drafter, make_chooser(resolved.config.sampling), width, as_json, coloured)
 
 
 def check_combinations(resolved: Resolved) -> None:
@@ -169,36 +169,36 @@ def gather_prompts(settings: InferenceConfig) -> list[dict[str, Any]]:
 
 def load(resolved: Resolved, kind: str) -> Engine:
     """The model; a backbone that was named without a bundle is loaded alone where no head must be read."""
-    from early_exit_cli.bundle.load import load_model
+    from early_exit_cli.bundle.load import load_engine
     from early_exit_cli.cli.shared import backbone_of_bundle
     from early_exit_cli.drafting.choose import HEADLESS
 
     config = resolved.config
     if kind in HEADLESS and resolved.is_default("bundle.bundle") and not resolved.is_default("backbone.model_name"):
-        return load_model(config.backbone, None)
-    return load_model(backbone_of_bundle(resolved), config.bundle, with_thresholds=kind not in ("none", "lookup"))
+        return load_engine(config.backbone, None)
+    return load_engine(backbone_of_bundle(resolved), config.bundle, with_thresholds=kind not in ("none", "lookup"))
 
 
-def say_how_it_runs(model: Engine) -> None:
+def say_how_it_runs(engine: Engine) -> None:
     """On stderr, on a GPU: what was recorded, or why the passes are the library's."""
-    blocks = model.blocks
+    blocks = engine.blocks
     if blocks.without_kernels:
-        console.note(f"{model.backbone.device_name}: the library's kernels, since {blocks.without_kernels}")
+        console.note(f"{engine.backbone.device_name}: the library's kernels, since {blocks.without_kernels}")
     if blocks.without_graphs:
         console.note(f"CUDA graphs off: {blocks.without_graphs}")
     if blocks.recording_seconds:
         widths = ", ".join(map(str, blocks.widths))
         console.note(
-            f"{model.backbone.device_name}: passes of {widths} rows recorded in {blocks.recording_seconds:.1f} s"
+            f"{engine.backbone.device_name}: passes of {widths} rows recorded in {blocks.recording_seconds:.1f} s"
         )
 
 
-def say_what_is_not_read(model: Engine, drafter: Drafter) -> None:
+def say_what_is_not_read(engine: Engine, drafter: Drafter) -> None:
     """On stderr: which of the bundle's heads are left unread, and why."""
     from early_exit_cli.drafting.auto import AutoDrafter
     from early_exit_cli.drafting.exit import ExitDrafter
 
-    if isinstance(drafter, AutoDrafter) and model.heads is not None and model.thresholds is None:
+    if isinstance(drafter, AutoDrafter) and engine.heads is not None and engine.thresholds is None:
         console.note("the bundle is not calibrated: its heads are not read (eexit calibrate)")
     if type(drafter) is ExitDrafter and drafter.active is not None and len(drafter.active) < len(drafter.thresholds):
         unread = [str(head) for head in range(len(drafter.thresholds)) if head not in drafter.active]
@@ -207,10 +207,10 @@ def say_what_is_not_read(model: Engine, drafter: Drafter) -> None:
         )
 
 
-def encode(model: Engine, settings: InferenceConfig, prompt: str) -> list[int]:
+def encode(engine: Engine, settings: InferenceConfig, prompt: str) -> list[int]:
     """Token ids of a prompt, refused when it is empty or beyond the context."""
-    ids = model.backbone.encode_prompt(prompt, raw=settings.raw)
-    model.check_length(len(ids), settings.max_tokens)
+    ids = engine.backbone.encode_prompt(prompt, raw=settings.raw)
+    engine.check_length(len(ids), settings.max_tokens)
     return ids
 
 
@@ -221,7 +221,7 @@ def answer_one(job: Job, prompt: str, ids: list[int]) -> None:
 
     settings = job.settings
     result = generate(
-        job.model,
+        job.engine,
         ids,
         job.drafter,
         settings.max_tokens,
@@ -232,7 +232,7 @@ def answer_one(job: Job, prompt: str, ids: list[int]) -> None:
         on_text=None if job.as_json else show.writer(job.coloured),
     )
     if settings.trace:
-        write_json(settings.trace, trace_records(job.model, result, len(ids)))
+        write_json(settings.trace, trace_records(job.engine, result, len(ids)))
     if job.as_json:
         console.emit_json({job.drafter.name: result.record()})
     else:
@@ -249,7 +249,7 @@ def warm_up(job: Job, ids: list[int], drafter: Drafter) -> None:
     from early_exit_cli.decoding.answer import generate
 
     tokens = min(8, job.settings.max_tokens)
-    generate(job.model, ids, drafter, tokens, mode="warm-up", width=job.width, chooser=job.chooser)
+    generate(job.engine, ids, drafter, tokens, mode="warm-up", width=job.width, chooser=job.chooser)
 
 
 def answer_compare(job: Job, prompt: str, ids: list[int]) -> None:
@@ -261,7 +261,7 @@ def answer_compare(job: Job, prompt: str, ids: list[int]) -> None:
     for warm in (job.drafter, NoDrafter()):
         warm_up(job, ids, warm)
     result = compare(
-        job.model,
+        job.engine,
         ids,
         job.drafter,
         settings.max_tokens,
@@ -272,7 +272,7 @@ def answer_compare(job: Job, prompt: str, ids: list[int]) -> None:
     if job.as_json:
         console.emit_json(result.record())
     else:
-        show.finished_answer(job.model, result.drafted, job.coloured)
+        show.finished_answer(job.engine, result.drafted, job.coloured)
         if job.coloured:
             show.legend(result.drafted.stats)
         show.comparison(result, job.title, settings.repeats)
@@ -286,9 +286,9 @@ def answer_comprehensive(job: Job, prompt: str, ids: list[int]) -> None:
     from early_exit_cli.evaluation.comprehensive import all_methods, run_all
 
     settings = job.settings
-    methods = all_methods(job.model, job.width, settings.read_heads)
+    methods = all_methods(job.engine, job.width, settings.read_heads)
     with console.progress("runs", len(methods) * settings.repeats) as ticker:
-        results = run_all(job.model, ids, methods, settings.max_tokens, settings.repeats, ticker.update, job.chooser)
+        results = run_all(job.engine, ids, methods, settings.max_tokens, settings.repeats, ticker.update, job.chooser)
     records = {name: result.record() for name, result in results.items()}
     best = max(
         (result.run for name, result in results.items() if name != "full"), key=lambda r: r.stats.tokens_per_second
@@ -296,7 +296,7 @@ def answer_comprehensive(job: Job, prompt: str, ids: list[int]) -> None:
     if job.as_json:
         console.emit_json(records)
     else:
-        show.finished_answer(job.model, best, job.coloured)
+        show.finished_answer(job.engine, best, job.coloured)
         if job.coloured:
             show.legend(best.stats)
         show.all_methods(results, job.title, settings.repeats)
@@ -306,7 +306,7 @@ def answer_comprehensive(job: Job, prompt: str, ids: list[int]) -> None:
 def write_page(job: Job, prompt: str, ids: list[int], shown: Generation, methods: dict[str, dict[str, Any]]) -> None:
     """The page of `--html`, where one is wanted."""
     if job.settings.html:
-        show.write_page(job.settings.html, job.model, prompt, len(ids), shown, methods, job.level)
+        show.write_page(job.settings.html, job.engine, prompt, len(ids), shown, methods, job.level)
 
 
 def answer_many(job: Job, prompts: list[dict[str, Any]], encoded: list[list[int]]) -> None:
@@ -345,7 +345,7 @@ def answer_in_turn(job: Job, encoded: list[list[int]], on_answer: Callable[[int]
     for ids in encoded:
         if settings.mode == "compare":
             compared = compare(
-                job.model,
+                job.engine,
                 ids,
                 job.drafter,
                 settings.max_tokens,
@@ -356,7 +356,7 @@ def answer_in_turn(job: Job, encoded: list[list[int]], on_answer: Callable[[int]
             records.append(compared.record())
         else:
             run = generate(
-                job.model,
+                job.engine,
                 ids,
                 job.drafter,
                 settings.max_tokens,
@@ -371,11 +371,11 @@ def answer_in_turn(job: Job, encoded: list[list[int]], on_answer: Callable[[int]
 
 def answer_together(job: Job, encoded: list[list[int]], on_answer: Callable[[int], None]) -> list[dict[str, Any]]:
     """`--batch` prompts at a time in the same passes."""
-    from early_exit_cli.decoding.batch import Request, generate_together
+    from early_exit_cli.decoding.batch import Request, generate_batch
 
-    requests = [Request(ids, job.chooser.another()) for ids in encoded]
-    runs = generate_together(
-        job.model,
+    requests = [Request(ids, job.chooser.fork()) for ids in encoded]
+    runs = generate_batch(
+        job.engine,
         requests,
         job.drafter,
         job.settings.max_tokens,

@@ -76,13 +76,13 @@ class HeldOut:
         return sum(batch.input_ids.shape[0] for batch in self.batches)
 
 
-def held_out_text(config: DataConfig, model: Engine, split: Split, limit: int, batch_size: int = 4) -> HeldOut:
+def held_out_text(config: DataConfig, engine: Engine, split: Split, limit: int, batch_size: int = 4) -> HeldOut:
     """At most `limit` sequences of a held-out split."""
     from early_exit_cli.data.load import load_documents
     from early_exit_cli.data.packing import batches, pack
 
-    documents = load_documents(config, model.backbone, split)
-    rows = pack(documents, config.max_length, model.backbone.pad_token_id)[:limit]
+    documents = load_documents(config, engine.backbone, split)
+    rows = pack(documents, config.max_length, engine.backbone.pad_token_id)[:limit]
     return HeldOut(list(batches(rows, batch_size)), documents)
 
 

@@ -25,12 +25,12 @@ def writer(coloured: bool) -> Callable[[str, str], None]:
     return console.stream_coloured if coloured else lambda piece, decider: console.stream_text(piece)
 
 
-def finished_answer(model: Engine, run: Generation, coloured: bool) -> None:
+def finished_answer(engine: Engine, run: Generation, coloured: bool) -> None:
     """An answer that was not streamed."""
     from early_exit_cli.decoding.records import round_records
 
     if coloured:
-        for step in round_records(model, run, 0):
+        for step in round_records(engine, run, 0):
             for token in step["tokens"]:
                 console.stream_coloured(token["text"], decider_of(token))
     else:
@@ -116,7 +116,7 @@ def all_methods(results: dict[str, MethodRun], title: str, repeats: int) -> None
 
 def write_page(
     path: Path,
-    model: Engine,
+    engine: Engine,
     prompt: str,
     prompt_tokens: int,
     shown: Generation,
@@ -130,19 +130,19 @@ def write_page(
     """
     from early_exit_cli.decoding.records import round_records
 
-    name = model.backbone.name
+    name = engine.backbone.name
     record = {
         "model": Path(name).name if Path(name).exists() else name,
-        "quantization": model.backbone.quantization,
-        "num_blocks": model.blocks.num_blocks,
-        "exit_layers": model.heads.exit_layers if model.heads is not None else [],
+        "quantization": engine.backbone.quantization,
+        "num_blocks": engine.blocks.num_blocks,
+        "exit_layers": engine.heads.exit_layers if engine.heads is not None else [],
         "accuracy_level": accuracy_level,
         "prompt": prompt,
         "prompt_tokens": prompt_tokens,
         "shown": shown.stats.mode,
-        "rounds": round_records(model, shown, prompt_tokens),
+        "rounds": round_records(engine, shown, prompt_tokens),
         "methods": methods,
-        "processor": model.backbone.device_name,
+        "processor": engine.backbone.device_name,
         "version": versions()["eexit"],
     }
     try:

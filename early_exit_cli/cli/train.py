@@ -51,13 +51,13 @@ def command(variants: list[Resolved], as_json: bool) -> None:
         if trainer.step:
             console.note(f"resuming at step {trainer.step}")
         if trainer.accelerator.is_main_process:
-            record = run_record(variant.rows(), device_name(source.readout.device), device=str(source.readout.device))
+            record = run_record(variant.rows(), device_name(source.view.device), device=str(source.view.device))
             write_json(trainer.config.output_dir / "run.json", record)
     rank, world = first.place
     kind = variants[0].config.heads.kind
     console.note(
-        f"{'an EAGLE head' if kind == 'eagle' else f'{len(first.pupil.parts)} {kind} heads'} after blocks "
-        f"{source.layers} of {source.readout.num_blocks}; {source.sequences(rank, world):,} sequences"
+        f"{'an EAGLE head' if kind == 'eagle' else f'{len(first.student.parts)} {kind} heads'} after blocks "
+        f"{source.layers} of {source.view.num_blocks}; {source.sequences(rank, world):,} sequences"
     )
     with console.progress("training", config.training.max_steps) as ticker:
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.data.recorded_answers import MOST_ROWS, RecordedAnswers
-from early_exit_cli.runtime.blocks import PREFILL_WIDTH, Part
+from early_exit_cli.runtime.blocks import PREFILL_WIDTH
 from early_exit_cli.runtime.fused_blocks import FusedBlocks
+from early_exit_cli.runtime.kv_cache import Part
 from early_exit_cli.runtime.native_blocks import NativeBlocks, compiled_blocks
 from early_exit_cli.runtime.padded import PaddedRows
 
@@ -111,7 +112,7 @@ def answer_side_by_side(
                 return answers
             going = [going[row] for row in rows]
             parts = [Part(caches[text], caches[text].length, 1) for text in going]
-            (states,) = blocks.run_together(blocks.embed(chosen[rows]), parts, [depth])
+            (states,) = blocks.run_batch(blocks.embed(chosen[rows]), parts, [depth])
             for text in going:
                 caches[text].length += 1
 

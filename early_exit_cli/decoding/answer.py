@@ -65,8 +65,8 @@ class Generation:
 class TextStream:
     """Token ids to text, piece by piece; never half a character, and the pieces joined are the final text."""
 
-    def __init__(self, model: Engine) -> None:
-        self.tokenizer = model.backbone.tokenizer
+    def __init__(self, engine: Engine) -> None:
+        self.tokenizer = engine.backbone.tokenizer
         self.known = len(self.tokenizer)
         self.stream = DecodeStream(skip_special_tokens=True)
         self.ids: list[int] = []
@@ -92,7 +92,7 @@ class TextStream:
 
 
 def generate(
-    model: Engine,
+    engine: Engine,
     prompt_ids: list[int],
     drafter: Drafter,
     max_new_tokens: int,
@@ -115,13 +115,13 @@ def generate(
             of several tokens belongs to the last one).
         on_token: called with each committed token.
     """
-    stream = TextStream(model)
+    stream = TextStream(engine)
     rounds: list[Round] = []
     first_token = 0.0
-    synchronize(model.backbone.device)
+    synchronize(engine.backbone.device)
     reason: Reason | None = None
     steps = decode(
-        model,
+        engine,
         prompt_ids,
         drafter,
         max_new_tokens,
@@ -142,26 +142,26 @@ def generate(
                 on_token(token)
             if on_text and piece:
                 on_text(piece, decider(reason))
-    synchronize(model.backbone.device)
+    synchronize(engine.backbone.device)
     seconds = time.perf_counter() - started
     rest = stream.finish()
     if on_text and rest:
         on_text(rest, decider(reason))
     states = torch.cat([step.states for step in rounds if step.states is not None]) if keep_states else None
-    stats = collect_stats(model, mode, rounds, seconds, first_token)
+    stats = collect_stats(engine, mode, rounds, seconds, first_token)
     return Generation(stream.text, stream.ids, stats, rounds, states)
 
 
-def collect_stats(model: Engine, mode: str, rounds: list[Round], seconds: float, first_token: float) -> Stats:
+def collect_stats(engine: Engine, mode: str, rounds: list[Round], seconds: float, first_token: float) -> Stats:
     """The one place where tokens, drafts and exits are counted; committed tokens only."""
     tokens = sum(len(step.tokens) for step in rounds)
     drafted = sum(step.drafted for step in rounds)
     accepted = sum(step.accepted for step in rounds)
     attempts = sum(step.drafted > 0 for step in rounds)
     reasons = [reason for step in rounds for reason in step.decided_by]
-    distribution = {str(head): 0 for head in range(len(model.heads) if model.heads is not None else 0)}
+    distribution = {str(head): 0 for head in range(len(engine.heads) if engine.heads is not None else 0)}
     distribution["full"] = 0
-    depth, device = model.blocks.num_blocks, model.backbone.device
+    depth, device = engine.blocks.num_blocks, engine.backbone.device
     layers = 0
     for reason in reasons:
         name = "full" if reason is None else str(reason.head) if isinstance(reason, Exit) else reason.decider

@@ -41,8 +41,8 @@ class _Verified:
     choices: list[int]
 
 
-def generate_together(
-    model: Engine,
+def generate_batch(
+    engine: Engine,
     requests: Sequence[Request],
     drafter: Drafter,
     max_new_tokens: int,
@@ -53,20 +53,20 @@ def generate_together(
     stop_ids: Container[int] | None = None,
     on_end: Callable[[int], None] | None = None,
 ) -> list[Generation]:
-    """`decode_together` to the end. A text's seconds count from the start of all, so they hold its wait.
+    """`decode_batch` to the end. A text's seconds count from the start of all, so they hold its wait.
 
     Args:
         on_end: called with the number of texts that have ended.
     """
-    streams = [TextStream(model) for _ in requests]
+    streams = [TextStream(engine) for _ in requests]
     rounds: list[list[Round]] = [[] for _ in requests]
     first: list[float] = [0.0] * len(requests)
     last: list[float] = [0.0] * len(requests)
-    synchronize(model.backbone.device)
+    synchronize(engine.backbone.device)
     started = time.perf_counter()
     ended = 0
-    for number, step, is_last in decode_together(
-        model, requests, drafter, max_new_tokens, batch=batch, width=width, stop_ids=stop_ids
+    for number, step, is_last in decode_batch(
+        engine, requests, drafter, max_new_tokens, batch=batch, width=width, stop_ids=stop_ids
     ):
         last[number] = time.perf_counter() - started
         first[number] = first[number] or last[number]
@@ -78,12 +78,12 @@ def generate_together(
     results = []
     for stream, own, seconds, first_token in zip(streams, rounds, last, first, strict=True):
         stream.finish()
-        results.append(Generation(stream.text, stream.ids, collect_stats(model, mode, own, seconds, first_token), own))
+        results.append(Generation(stream.text, stream.ids, collect_stats(engine, mode, own, seconds, first_token), own))
     return results
 
 
-def decode_together(
-    model: Engine,
+def decode_batch(
+    engine: Engine,
     requests: Sequence[Request],
     drafter: Drafter,
     max_new_tokens: int,
@@ -96,7 +96,7 @@ def decode_together(
     """Decode all texts, at most `batch` at a time.
 
     Args:
-        drafter: every text gets `another` one of it.
+        drafter: every text gets `fork` one of it.
         width: rows of one text in a pass, at most; fewer where the texts would not all fit into one pass.
         stop_ids: tokens that end a text; the backbone's by default.
 
@@ -109,49 +109,49 @@ def decode_together(
     """
     waiting = deque(enumerate(requests))
     live: list[tuple[int, Text]] = []
-    room = model.blocks.rows_together
+    room = engine.blocks.batch_rows
     while waiting or live:
         while waiting and len(live) < batch:
             number, asked = waiting.popleft()
-            own = (drafter.another(), asked.chooser, max_new_tokens, stop_ids, asked.stops_after)
-            live.append((number, Text(model, asked.prompt_ids, *own)))
+            own = (drafter.fork(), asked.chooser, max_new_tokens, stop_ids, asked.stops_after)
+            live.append((number, Text(engine, asked.prompt_ids, *own)))
         limit = min(width, max(1, room // len(live))) - 1
         with torch.inference_mode():
             drafts = []
             for _, text in live:
-                text.drafter.join(len(live) - 1)
+                text.drafter.resize_batch(len(live))
                 drafts.append(text.draft(limit))
-            found = _verify(model, [text for _, text in live], drafts)
+            found = _verify(engine, [text for _, text in live], drafts)
         for (number, text), draft, said in zip(live, drafts, found, strict=True):
             step = text.commit(draft, said.deep, said.states, said.choices, [], keep_states)
             yield number, step, text.ended
         live = [(number, text) for number, text in live if not text.ended]
 
 
-def _verify(model: Engine, texts: list[Text], drafts: list[Draft]) -> list[_Verified]:
+def _verify(engine: Engine, texts: list[Text], drafts: list[Draft]) -> list[_Verified]:
     """`decoding.verify` for all texts; drafts whose rows have run already are finished each by itself."""
-    depth = model.blocks.num_blocks
+    depth = engine.blocks.num_blocks
     layers = [[*text.exit_layers, depth] for text in texts]
     every: list[list[Tensor]] = [[] for _ in texts]
     for place, draft in enumerate(drafts):
         if draft.rows:
-            every[place] = states_after(model, texts[place].cache, draft.rows, layers[place])
+            every[place] = states_after(engine, texts[place].cache, draft.rows, layers[place])
     fresh = [place for place, draft in enumerate(drafts) if not draft.rows]
     if fresh:
         stops = sorted({layer for place in fresh for layer in layers[place]})
         tokens = [[texts[place].pending, *drafts[place].tokens] for place in fresh]
-        found = model.run_together(
-            list(model.embed([token for own in tokens for token in own]).split([len(own) for own in tokens])),
+        found = engine.run_batch(
+            list(engine.embed([token for own in tokens for token in own]).split([len(own) for own in tokens])),
             [texts[place].cache for place in fresh],
             [texts[place].cache.length for place in fresh],
             stops,
         )
         for place, states in zip(fresh, found, strict=True):
             every[place] = [states[stops.index(layer)] for layer in layers[place]]
-    return _decide(model, texts, drafts, every)
+    return _decide(engine, texts, drafts, every)
 
 
-def _decide(model: Engine, texts: list[Text], drafts: list[Draft], every: list[list[Tensor]]) -> list[_Verified]:
+def _decide(engine: Engine, texts: list[Text], drafts: list[Draft], every: list[list[Tensor]]) -> list[_Verified]:
     """Final norm and LM head over the rows of all texts, then each text's own choices.
 
     Args:
@@ -159,8 +159,8 @@ def _decide(model: Engine, texts: list[Text], drafts: list[Draft], every: list[l
     """
     hidden = torch.cat([states[-1] for states in every])
     reads_logits = any(text.chooser.reads_logits for text in texts)
-    read = model.read_out if reads_logits else model.finish
-    parts = [read(part) for part in hidden.split(max(LARGEST_WIDTH, model.blocks.rows_together))]
+    read = engine.logits if reads_logits else engine.finish
+    parts = [read(part) for part in hidden.split(max(LARGEST_WIDTH, engine.blocks.batch_rows))]
     sizes = [states[-1].shape[0] for states in every]
     normed, said = (torch.cat(found).split(sizes) for found in zip(*parts, strict=True))
     verified = []

@@ -16,7 +16,7 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
-from early_exit_cli.decoding.head_trace import HeadReading, HeadViews
+from early_exit_cli.decoding.head_trace import HeadViews, TracedHead
 from early_exit_cli.drafting.drafter import Draft, Drafter, Row, catch_up, show
 from early_exit_cli.drafting.reasons import Reason
 from early_exit_cli.engine import DEFAULT_WIDTH, Engine, checked_width
@@ -42,7 +42,7 @@ class Round:
     drafted: int
     decided_by: list[Reason | None]
     states: Tensor | None = None
-    readings: list[list[HeadReading]] = field(default_factory=list)
+    traced: list[list[TracedHead]] = field(default_factory=list)
     rejected: list[tuple[int, Reason | None]] = field(default_factory=list)
 
 
@@ -68,7 +68,7 @@ def cut_at_stop(
 
 
 def decode(
-    model: Engine,
+    engine: Engine,
     prompt_ids: list[int],
     drafter: Drafter,
     max_new_tokens: int,
@@ -92,14 +92,14 @@ def decode(
         ConfigError: empty prompt, beyond the context, width out of range.
         NumericsError: the backbone's logits are not finite.
     """
-    width = checked_width(model, width)
-    text = Text(model, prompt_ids, drafter, chooser, max_new_tokens, stop_ids, stops_after, trace)
+    width = checked_width(engine, width)
+    text = Text(engine, prompt_ids, drafter, chooser, max_new_tokens, stop_ids, stops_after, trace)
     while not text.ended:
         started = time.perf_counter()
         with torch.inference_mode():
             draft = text.draft(width - 1)
-            deep, states, choices, readings = verify(model, text, draft)
-        decided = text.commit(draft, deep, states, choices, readings, keep_states)
+            deep, states, choices, traced = verify(engine, text, draft)
+        decided = text.commit(draft, deep, states, choices, traced, keep_states)
         drafter.timed(draft, (time.perf_counter() - started) * 1000)
         yield decided
 
@@ -116,7 +116,7 @@ class Text:
 
     def __init__(
         self,
-        model: Engine,
+        engine: Engine,
         prompt_ids: list[int],
         drafter: Drafter,
         chooser: Chooser,
@@ -125,31 +125,31 @@ class Text:
         stops_after: StopsAfter | None = None,
         trace: bool = False,
     ) -> None:
-        self.model, self.drafter, self.chooser = model, drafter, chooser
-        self.stops = model.backbone.eos_token_ids if stop_ids is None else stop_ids
+        self.engine, self.drafter, self.chooser = engine, drafter, chooser
+        self.stops = engine.backbone.eos_token_ids if stop_ids is None else stop_ids
         self.stops_after = stops_after
         self.remaining = max_new_tokens
         self.ended = False
         self.pending = prompt_ids[-1] if prompt_ids else 0
         with torch.inference_mode():
-            chooser.begin(model.backbone.vocab_size, prompt_ids)
-            drafter.meet(model)
+            chooser.begin(engine.backbone.vocab_size, prompt_ids)
+            drafter.bind(engine)
             drafter.begin(prompt_ids, chooser)
-            self.views = HeadViews(model, model.heads) if trace and model.heads is not None else None
+            self.views = HeadViews(engine, engine.heads) if trace and engine.heads is not None else None
             self.exit_layers = sorted({*drafter.exit_layers, *(self.views.exit_layers if self.views else ())})
-            see = self.see if self.exit_layers else None
-            self.cache = model.start(prompt_ids, max_new_tokens, self.exit_layers, see)
+            on_states = self.process if self.exit_layers else None
+            self.cache = engine.prefill(prompt_ids, max_new_tokens, self.exit_layers, on_states)
 
-    def see(self, tokens: list[int], states: list[Tensor]) -> None:
-        """Show verified positions to those who look: states after `exit_layers` and the final normed one (`Drafter.see`)."""
+    def process(self, tokens: list[int], states: list[Tensor]) -> None:
+        """Show verified positions to those who look: states after `exit_layers` and the final normed one (`Drafter.process`)."""
         show(self.drafter, tokens, self.exit_layers, states)
         if self.views:
-            self.views.see(self.exit_layers, states)
+            self.views.process(self.exit_layers, states)
 
     def draft(self, limit: int) -> Draft:
         """Ask for at most `limit` tokens, and never for what the text has no room for."""
         limit = min(limit, self.remaining - 1)
-        return self.drafter.propose(self.model, self.cache, self.pending, limit, self.stops)
+        return self.drafter.draft(self.engine, self.cache, self.pending, limit, self.stops)
 
     def commit(
         self,
@@ -157,7 +157,7 @@ class Text:
         deep: list[Tensor],
         states: Tensor,
         choices: list[int],
-        readings: list[list[HeadReading]],
+        traced: list[list[TracedHead]],
         keep_states: bool,
     ) -> Round:
         """Take over the drafted tokens that the backbone chose too, and its own next one; see `verify`."""
@@ -168,45 +168,45 @@ class Text:
         self.pending = tokens[-1]
         self.remaining -= len(tokens)
         self.chooser.commit(tokens)
-        self.drafter.observe(draft, tokens, accepted)
+        self.drafter.accept(draft, tokens, accepted)
         if deep:
-            self.see(tokens, [state[: len(tokens)] for state in (*deep, states)])
+            self.process(tokens, [state[: len(tokens)] for state in (*deep, states)])
         return Round(
             tokens=tokens,
             accepted=accepted,
             drafted=len(draft.tokens),
             decided_by=[*draft.reasons[:accepted], *[None] * (len(tokens) - len(draft.reasons[:accepted]))],
             states=states[: len(tokens)].clone() if keep_states else None,
-            readings=readings[: len(tokens)],
+            traced=traced[: len(tokens)],
             rejected=list(zip_longest(draft.tokens[matched:], draft.reasons[matched:])),
         )
 
 
-def verify(model: Engine, text: Text, draft: Draft) -> tuple[list[Tensor], Tensor, list[int], list[list[HeadReading]]]:
+def verify(engine: Engine, text: Text, draft: Draft) -> tuple[list[Tensor], Tensor, list[int], list[list[TracedHead]]]:
     """Run what is left of the blocks over the pending token and the draft, and keep the states that are looked at.
 
     Returns:
         (states after each of the text's exit layers [rows, hidden], final normed states [rows, hidden], the backbone's
         choice after each row, up to the first that the draft lacks at least, head readings per row when traced).
     """
-    cache, exit_layers, depth = text.cache, text.exit_layers, model.blocks.num_blocks
-    readings: list[list[HeadReading]] = []
+    cache, exit_layers, depth = text.cache, text.exit_layers, engine.blocks.num_blocks
+    traced: list[list[TracedHead]] = []
     if text.views or draft.rows:
         rows = draft.rows
         if text.views:  # it needs every row at every exit layer, also where drafting did not stop
-            rows = [{0: hidden} for hidden in model.embed([text.pending, *draft.tokens]).split(1)]
-            readings = text.views.read(cache, rows, exit_layers)
-        *deep, hidden = states_after(model, cache, rows, [*exit_layers, depth])
+            rows = [{0: hidden} for hidden in engine.embed([text.pending, *draft.tokens]).split(1)]
+            traced = text.views.read(cache, rows, exit_layers)
+        *deep, hidden = states_after(engine, cache, rows, [*exit_layers, depth])
     else:
-        *deep, hidden = model.run_tokens([text.pending, *draft.tokens], cache, cache.length, [*exit_layers, depth])
-    states, said = model.read_out(hidden) if text.chooser.reads_logits else model.finish(hidden)
-    return deep, states, text.chooser.choose(said, draft.tokens), readings
+        *deep, hidden = engine.run_tokens([text.pending, *draft.tokens], cache, cache.length, [*exit_layers, depth])
+    states, said = engine.logits(hidden) if text.chooser.reads_logits else engine.finish(hidden)
+    return deep, states, text.chooser.choose(said, draft.tokens), traced
 
 
-def states_after(model: Engine, cache: KVCache, rows: list[Row], layers: Sequence[int]) -> list[Tensor]:
+def states_after(engine: Engine, cache: KVCache, rows: list[Row], layers: Sequence[int]) -> list[Tensor]:
     """Bring rows, some of which have run already, to each of `layers` in turn: their states there, [rows, hidden] each."""
     found = []
     for layer in layers:
-        catch_up(model, cache, rows, layer)
+        catch_up(engine, cache, rows, layer)
         found.append(torch.cat([row[layer] for row in rows]))
     return found

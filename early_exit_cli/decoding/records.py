@@ -6,37 +6,37 @@ from dataclasses import asdict
 from typing import Any
 
 from early_exit_cli.decoding.answer import Generation, TextStream
-from early_exit_cli.decoding.head_trace import HeadReading
+from early_exit_cli.decoding.head_trace import TracedHead
 from early_exit_cli.drafting.reasons import Exit, Reason, decider
 from early_exit_cli.engine import Engine
 
 
-def round_records(model: Engine, generation: Generation, prompt_length: int) -> list[dict[str, Any]]:
+def round_records(engine: Engine, generation: Generation, prompt_length: int) -> list[dict[str, Any]]:
     """A record per round: the committed tokens, how many of them were drafted, and the drafted ones that were not taken.
 
     A committed token's `text` is what became certain with it: joined, they are the text of the answer.
     """
-    stream = TextStream(model)
+    stream = TextStream(engine)
     records: list[dict[str, Any]] = []
     position = prompt_length
     for step in generation.rounds:
         tokens = []
-        views = step.readings or [[]] * len(step.tokens)
-        for token, reason, readings in zip(step.tokens, step.decided_by, views, strict=True):
-            record = token_record(model, token, reason, readings)
+        views = step.traced or [[]] * len(step.tokens)
+        for token, reason, traced in zip(step.tokens, step.decided_by, views, strict=True):
+            record = token_record(engine, token, reason, traced)
             tokens.append({"position": position, **record, "text": stream.push([token])})
             position += 1
-        rejected = [token_record(model, token, reason, []) for token, reason in step.rejected]
+        rejected = [token_record(engine, token, reason, []) for token, reason in step.rejected]
         records.append({"accepted": step.accepted, "tokens": tokens, "rejected": rejected})
     records[-1]["tokens"][-1]["text"] += stream.finish()
     return records
 
 
-def token_record(model: Engine, token: int, reason: Reason | None, readings: list[HeadReading]) -> dict[str, Any]:
+def token_record(engine: Engine, token: int, reason: Reason | None, traced: list[TracedHead]) -> dict[str, Any]:
     """Who decided a token after how many blocks, how sure, and what every head would have said (when traced)."""
 
     def text(token_id: int) -> str:
-        return model.backbone.tokenizer.decode([token_id])
+        return engine.backbone.tokenizer.decode([token_id])
 
     known: dict[str, Any] = {} if reason is None else asdict(reason)
     if known.get("threshold") == float("inf"):  # no gate, and no number in JSON
@@ -45,15 +45,15 @@ def token_record(model: Engine, token: int, reason: Reason | None, readings: lis
         "token_id": token,
         "token_text": text(token),
         "decided_by": "head" if isinstance(reason, Exit) else decider(reason),
-        "exit_layer": model.blocks.num_blocks if reason is None else 0,
+        "exit_layer": engine.blocks.num_blocks if reason is None else 0,
         "head": None,
         "entropy": None,
         "threshold": None,
         **known,
-        "heads": [{**asdict(reading), "token_text": text(reading.token_id)} for reading in readings],
+        "heads": [{**asdict(reading), "token_text": text(reading.token_id)} for reading in traced],
     }
 
 
-def trace_records(model: Engine, generation: Generation, prompt_length: int) -> list[dict[str, Any]]:
+def trace_records(engine: Engine, generation: Generation, prompt_length: int) -> list[dict[str, Any]]:
     """A record per committed token."""
-    return [token for step in round_records(model, generation, prompt_length) for token in step["tokens"]]
+    return [token for step in round_records(engine, generation, prompt_length) for token in step["tokens"]]

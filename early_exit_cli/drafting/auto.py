@@ -26,42 +26,42 @@ class AutoDrafter(Drafter):
         self.choices = choices
         self.plain_cost = plain_cost
 
-    def meet(self, model: Engine) -> None:
-        super().meet(model)
+    def bind(self, engine: Engine) -> None:
+        super().bind(engine)
         for drafter, _ in self.choices:
-            drafter.meet(model)
+            drafter.bind(engine)
         self.exit_layers = sorted({layer for drafter, _ in self.choices for layer in drafter.exit_layers})
 
     def begin(self, prompt_ids: list[int], chooser: Chooser = GREEDY) -> None:
         for drafter, _ in self.choices:
             drafter.begin(prompt_ids, chooser)
 
-    def another(self) -> Drafter:
-        return AutoDrafter([(drafter.another(), longest) for drafter, longest in self.choices], self.plain_cost)
+    def fork(self) -> Drafter:
+        return AutoDrafter([(drafter.fork(), longest) for drafter, longest in self.choices], self.plain_cost)
 
-    def join(self, company: int) -> None:
+    def resize_batch(self, batch_size: int) -> None:
         for drafter, _ in self.choices:
-            drafter.join(company)
+            drafter.resize_batch(batch_size)
 
-    def see(self, tokens: list[int], states: list[Tensor]) -> None:
+    def process(self, tokens: list[int], states: list[Tensor]) -> None:
         for drafter, _ in self.choices:
             show(drafter, tokens, self.exit_layers, states)
 
-    def propose(self, model: Engine, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]) -> Draft:
+    def draft(self, engine: Engine, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]) -> Draft:
         draft = Draft()
         if self.times is not None and not self.times.knows_plain:
             return draft
         for drafter, longest in sorted(
             self.choices, key=lambda choice: -choice[0].expected_rate(min(limit, choice[1]))
         ):
-            draft = drafter.propose(model, cache, pending, min(limit, longest), stop_ids)
+            draft = drafter.draft(engine, cache, pending, min(limit, longest), stop_ids)
             if draft.tokens:
                 break
         return draft
 
-    def observe(self, draft: Draft, tokens: list[int], accepted: int) -> None:
+    def accept(self, draft: Draft, tokens: list[int], accepted: int) -> None:
         for drafter, _ in self.choices:
-            drafter.observe(draft, tokens, accepted)
+            drafter.accept(draft, tokens, accepted)
 
     def timed(self, draft: Draft, milliseconds: float) -> bool:
         claimed = [drafter.timed(draft, milliseconds) for drafter, _ in self.choices]

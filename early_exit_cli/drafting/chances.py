@@ -32,7 +32,7 @@ class Survival:
 
 
 @dataclass(frozen=True)
-class Policy:
+class DraftChances:
     """What drafts are worth.
 
     lookup: P(next token right) by kind of match (`lookup.SHORTEST`). eagle: by draft position, empty without such a
@@ -51,7 +51,7 @@ class Policy:
         return asdict(self)
 
 
-def policy_of(record: dict[str, Any]) -> Policy:
+def draft_chances_of(record: dict[str, Any]) -> DraftChances:
     """The policy in a bundle's record; a default one where it was not calibrated.
 
     Raises:
@@ -59,14 +59,14 @@ def policy_of(record: dict[str, Any]) -> Policy:
     """
     found = record.get("drafting")
     if found is None:
-        return Policy(list(PRIOR), [], [])
+        return DraftChances(list(PRIOR), [], [])
     require_form(found, DraftingForm, "the bundle's drafting record is damaged")
     if len(found["lookup"]) != len(SHORTEST):
         raise BundleError(
             f"the bundle's drafting record is damaged: {len(found['lookup'])} chances for {len(SHORTEST)} kinds of match",
             hint="make it again with eexit calibrate",
         )
-    return Policy(
+    return DraftChances(
         found["lookup"],
         [_survival(entry) for entry in found["eagle"]],
         [(agreed, expected) for agreed, expected in found["checked"]],
@@ -79,8 +79,8 @@ def _survival(entry: dict[str, Any]) -> Survival:
     return Survival(entry["intercept"], entry["slope"], entry["mean"], entropies)
 
 
-def save_policy(policy: Policy, folder: Path) -> None:
+def save_draft_chances(chances: DraftChances, folder: Path) -> None:
     """Into the bundle's eexit.json."""
     record = read_bundle_record(folder)
-    record["drafting"] = policy.record()
+    record["drafting"] = chances.record()
     write_json(folder / RECORD_FILE, record)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from early_exit_cli.config import DYNAMIC_LENGTH, InferenceConfig
 from early_exit_cli.drafting.auto import AutoDrafter
-from early_exit_cli.drafting.chances import policy_of
+from early_exit_cli.drafting.chances import draft_chances_of
 from early_exit_cli.drafting.corpus import Corpus
 from early_exit_cli.drafting.costs import Costs, cost_table, pass_costs
 from early_exit_cli.drafting.drafter import Drafter, NoDrafter
@@ -69,30 +69,30 @@ def expected_rate(
     return tokens / time_spent
 
 
-def choose_heads(model: Engine, level: float, width: int, costs: Costs | None = None) -> list[int]:
+def choose_heads(engine: Engine, level: float, width: int, costs: Costs | None = None) -> list[int]:
     """The heads to read at a level on this device; none when no set is expected to beat plain decoding.
 
     A bundle whose calibration counted no sets (one made elsewhere) has all its heads read.
     """
-    if model.heads is None:
+    if engine.heads is None:
         return []
-    counted = model.record.get("calibration", {}).get("head_sets", {}).get(level_key(level))
+    counted = engine.record.get("calibration", {}).get("head_sets", {}).get(level_key(level))
     if not counted:
-        return list(range(len(model.heads)))
-    width = min(width, model.blocks.widths[-1])
-    widths = [w for w in model.blocks.widths if w <= max(width, min(model.blocks.widths))]
-    widths = widths if widths[-1] >= width else [*widths, model.blocks.pass_width(width)]
-    costs = costs or cost_table(model)
-    best, best_rate = [], NEED / costs.plain(model.blocks.num_blocks, min(widths))
+        return list(range(len(engine.heads)))
+    width = min(width, engine.blocks.widths[-1])
+    widths = [w for w in engine.blocks.widths if w <= max(width, min(engine.blocks.widths))]
+    widths = widths if widths[-1] >= width else [*widths, engine.blocks.pass_width(width)]
+    costs = costs or cost_table(engine)
+    best, best_rate = [], NEED / costs.plain(engine.blocks.num_blocks, min(widths))
     for entry in counted:
         choice = HeadSet(entry["heads"], entry["exit_share"], entry["agreement"])
-        rate = expected_rate(costs, choice, model.heads.exit_layers, model.blocks.num_blocks, widths, width)
+        rate = expected_rate(costs, choice, engine.heads.exit_layers, engine.blocks.num_blocks, widths, width)
         if rate > best_rate:
             best, best_rate = choice.heads, rate
     return best
 
 
-def lookup_drafter(model: Engine, corpus: Path | None = None) -> LookupDrafter:
+def lookup_drafter(engine: Engine, corpus: Path | None = None) -> LookupDrafter:
     """Prompt lookup with the pass costs of this device and the bundle's calibrated chances.
 
     Args:
@@ -101,72 +101,72 @@ def lookup_drafter(model: Engine, corpus: Path | None = None) -> LookupDrafter:
     Raises:
         DataError: it cannot be read.
     """
-    text = None if corpus is None else Corpus(model.backbone.tokenizer(read_text(corpus))["input_ids"])
-    return LookupDrafter(pass_costs(cost_table(model), model.blocks), policy_of(model.record).lookup, text)
+    text = None if corpus is None else Corpus(engine.backbone.tokenizer(read_text(corpus))["input_ids"])
+    return LookupDrafter(pass_costs(cost_table(engine), engine.blocks), draft_chances_of(engine.record).lookup, text)
 
 
-def eagle_drafter(model: Engine) -> EagleDrafter:
+def eagle_drafter(engine: Engine) -> EagleDrafter:
     """The bundle's EAGLE head, with its calibrated chances and the costs of this device.
 
     Raises:
         BundleError: no such head, or not calibrated.
     """
-    if model.eagle is None:
+    if engine.eagle is None:
         raise BundleError("the bundle has no EAGLE head", hint="eexit train --head eagle --output-dir BUNDLE")
-    policy = policy_of(model.record)
-    if not policy.eagle:
+    chances = draft_chances_of(engine.record)
+    if not chances.eagle:
         raise BundleError("the EAGLE head is not calibrated", hint="eexit calibrate --bundle FOLDER")
-    costs = cost_table(model)
-    passes = pass_costs(costs, model.blocks)
+    costs = cost_table(engine)
+    passes = pass_costs(costs, engine.blocks)
     return EagleDrafter(
-        model.eagle,
-        policy.eagle,
+        engine.eagle,
+        chances.eagle,
         passes,
         costs.eagle_read,
         costs.eagle_step,
-        policy.eagle_temperature,
+        chances.eagle_temperature,
     )
 
 
-def auto_drafter(model: Engine, level: float, width: int, read_heads: str, corpus: Path | None = None) -> AutoDrafter:
+def auto_drafter(engine: Engine, level: float, width: int, read_heads: str, corpus: Path | None = None) -> AutoDrafter:
     """Lookup or the EAGLE head, whichever promises more; without a calibrated one, lookup and the exits that pay.
 
     Args:
         width: rows of a pass at most, for the exit heads; the others weigh all widths.
         corpus: as for `lookup_drafter`.
     """
-    lookup = lookup_drafter(model, corpus)
+    lookup = lookup_drafter(engine, corpus)
     choices: list[tuple[Drafter, int]] = [(lookup, LARGEST_WIDTH - 1)]
-    if model.eagle is not None and policy_of(model.record).eagle:
-        choices.append((eagle_drafter(model), LARGEST_WIDTH - 1))
-    elif model.thresholds is not None:
-        exits = exit_drafter(model, level, width, read_heads)
+    if engine.eagle is not None and draft_chances_of(engine.record).eagle:
+        choices.append((eagle_drafter(engine), LARGEST_WIDTH - 1))
+    elif engine.thresholds is not None:
+        exits = exit_drafter(engine, level, width, read_heads)
         if exits.active != []:
             choices.append((exits, width - 1))
-    return AutoDrafter(choices, lookup.passes.beside(0)[1])
+    return AutoDrafter(choices, lookup.passes.in_batch(1)[1])
 
 
-def exit_drafter(model: Engine, level: float, width: int, read_heads: str) -> ExitDrafter:
+def exit_drafter(engine: Engine, level: float, width: int, read_heads: str) -> ExitDrafter:
     """Early exit at a calibrated level, reading the heads that are worth it (`auto`) or `all`.
 
     Raises:
         BundleError: no calibration.
         ConfigError: a level that was not calibrated, or a width out of range.
     """
-    if model.thresholds is None:
+    if engine.thresholds is None:
         raise BundleError("the bundle is not calibrated", hint="eexit calibrate --bundle FOLDER")
-    thresholds = model.thresholds.at(level)
+    thresholds = engine.thresholds.at(level)
     if not 2 <= width <= LARGEST_WIDTH:
         raise ConfigError(f"width {width} is out of range", hint=f"--width takes 2 to {LARGEST_WIDTH}")
-    active = choose_heads(model, level, width) if read_heads == "auto" else None
-    return ExitDrafter(thresholds, active, model.thresholds.metric, policy_of(model.record).exit_temperature)
+    active = choose_heads(engine, level, width) if read_heads == "auto" else None
+    return ExitDrafter(thresholds, active, engine.thresholds.metric, draft_chances_of(engine.record).exit_temperature)
 
 
 HEADLESS = ("none", "lookup", "auto")
 """Kinds that a backbone without a bundle can have."""
 
 
-def make_drafter(model: Engine, settings: InferenceConfig, kind: str) -> tuple[Drafter, int]:
+def make_drafter(engine: Engine, settings: InferenceConfig, kind: str) -> tuple[Drafter, int]:
     """The drafter of a kind, and the width of its passes.
 
     Args:
@@ -178,19 +178,19 @@ def make_drafter(model: Engine, settings: InferenceConfig, kind: str) -> tuple[D
         DataError: the lookup corpus cannot be read.
     """
     level, read_heads = settings.accuracy_level, settings.read_heads
-    width = settings.width or default_width(model)
+    width = settings.width or default_width(engine)
     widest = settings.width or LARGEST_WIDTH  # for those that weigh draft lengths at every width
     if kind == "fixed":
         return FixedDrafter(settings.fixed_head), settings.draft_length + 1
     if kind == "dynamic":
-        exits = exit_drafter(model, level, DYNAMIC_LENGTH + 1, "all")
+        exits = exit_drafter(engine, level, DYNAMIC_LENGTH + 1, "all")
         return DynamicDrafter(exits.thresholds, None, exits.metric, exits.temperature), DYNAMIC_LENGTH + 1
     if kind == "exit":
-        return exit_drafter(model, level, width, read_heads), width
+        return exit_drafter(engine, level, width, read_heads), width
     if kind == "lookup":
-        return lookup_drafter(model, settings.lookup_corpus), widest
+        return lookup_drafter(engine, settings.lookup_corpus), widest
     if kind == "eagle":
-        return eagle_drafter(model), widest
+        return eagle_drafter(engine), widest
     if kind == "auto":
-        return auto_drafter(model, level, width, read_heads, settings.lookup_corpus), widest
+        return auto_drafter(engine, level, width, read_heads, settings.lookup_corpus), widest
     return NoDrafter(), width

@@ -71,6 +71,6 @@ class CorpusCursor:
                 shortest = self.match_length = middle
                 self.continuation = place + middle
 
-    def propose(self, count: int) -> list[int]:
+    def predict(self, count: int) -> list[int]:
         """At most `count` tokens that follow in the corpus."""
         return self.corpus.tokens[self.continuation : self.continuation + count] if self.match_length else []

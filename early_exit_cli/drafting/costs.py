@@ -24,7 +24,7 @@ from early_exit_cli.errors import BundleError
 from early_exit_cli.files.atomic import write_json
 from early_exit_cli.files.schemas import CostsForm, read_form
 from early_exit_cli.heads.eagle import EagleHead
-from early_exit_cli.heads.exit_runner import ExitReader
+from early_exit_cli.heads.exit_runner import ExitRunner
 from early_exit_cli.heads.native_eagle import eagle_runner
 from early_exit_cli.numerics import synchronize
 from early_exit_cli.runtime.blocks import Blocks
@@ -63,39 +63,39 @@ BY_WIDTH = ("per_block", "per_block_far", "finish")
 """The fields of `Costs` that are tables."""
 
 
-def cost_table(model: Engine, *, refresh: bool = False) -> Costs:
+def cost_table(engine: Engine, *, refresh: bool = False) -> Costs:
     """The costs of the invariant widths, and of width 1 for comparison; measured once on a device, then remembered.
 
     Args:
         refresh: measure again.
     """
-    heads = model.heads
+    heads = engine.heads
     identity = {
-        **device_identity(model.blocks),
+        **device_identity(engine.blocks),
         "protocol": PROTOCOL,
         "heads": heads
         and [heads.kind, len(heads), heads.rank, 0 if heads.draft_vocab is None else len(heads.draft_vocab)],
-        "eagle": model.eagle and list(model.eagle.lm_head_weight.shape),
+        "eagle": engine.eagle and list(engine.eagle.lm_head_weight.shape),
     }
     path = measurement_path("costs", identity)
-    widths = sorted({1, *model.blocks.widths})
+    widths = sorted({1, *engine.blocks.widths})
     if not refresh:
         with contextlib.suppress(BundleError, KeyError):  # nothing there, or damaged: measured again
             found = read_form(path, CostsForm)["costs"]
             by_width = {name: {width: found[name][str(width)] for width in widths} for name in BY_WIDTH}
             return Costs(**{**found, **by_width})
-    costs = measure_costs(model, widths)
+    costs = measure_costs(engine, widths)
     write_json(path, {"costs": asdict(costs), **identity})
     return costs
 
 
-def measure_costs(model: Engine, widths: list[int]) -> Costs:
+def measure_costs(engine: Engine, widths: list[int]) -> Costs:
     """Milliseconds of each part on this device (`fastest_in_turns`)."""
-    blocks = model.blocks
-    far_context = min(FAR_CONTEXT, model.backbone.context_length)
+    blocks = engine.blocks
+    far_context = min(FAR_CONTEXT, engine.backbone.context_length)
     near, far = (blocks.new_cache(keys) for keys in (min(CONTEXT, far_context), far_context))
-    words = model.backbone.tokenizer(SAMPLE_TEXT)["input_ids"]
-    ids = torch.tensor((words * CONTEXT)[: near.limit], device=model.backbone.device)
+    words = engine.backbone.tokenizer(SAMPLE_TEXT)["input_ids"]
+    ids = torch.tensor((words * CONTEXT)[: near.limit], device=engine.backbone.device)
     place = near.limit - max(widths)
 
     def run(width: int, cache: KVCache) -> Tensor:
@@ -113,18 +113,18 @@ def measure_costs(model: Engine, widths: list[int]) -> Costs:
             calls["near", width] = (lambda: None, functools.partial(run, width, near))
             calls["far", width] = (lambda: None, functools.partial(run, width, far))
             calls["finish", width] = (functools.partial(run, width, near), functools.partial(blocks.finish, final))
-        if model.heads is not None:
-            calls["head", 1] = (a_pass, _head_call(model.exit_reader.another(), blocks.embed(ids[:place])))
-        if model.eagle is not None:
-            read, step, chained = _eagle_calls(model.eagle, near.limit)
+        if engine.heads is not None:
+            calls["head", 1] = (a_pass, _head_call(engine.exit_runner.fork(), blocks.embed(ids[:place])))
+        if engine.eagle is not None:
+            read, step, chained = _eagle_calls(engine.eagle, near.limit)
 
             def a_read() -> None:
                 a_pass()
                 read()
 
             calls["read", 1], calls["step", 1] = (a_pass, read), (a_pass if chained else a_read, step)
-        times = fastest_in_turns(calls, model.backbone.device)
-        if model.eagle is not None and chained:
+        times = fastest_in_turns(calls, engine.backbone.device)
+        if engine.eagle is not None and chained:
             times["step", 1] = max(times["step", 1] - times["read", 1], 0.0) / chained
 
     def table(kind: str, parts: int) -> dict[int, float]:
@@ -167,15 +167,15 @@ def never_falling(table: dict[int, float]) -> dict[int, float]:
     return dict(sorted(found.items()))
 
 
-def _head_call(reader: ExitReader, states: Tensor) -> Call:
+def _head_call(reader: ExitRunner, states: Tensor) -> Call:
     """Reading the first head over one token behind [length, hidden] states."""
     watched = reader.watched([0])
     for head in watched:
-        reader.see(head, states)
+        reader.process(head, states)
 
     def read() -> None:
         for head in watched:
-            reader.see(head, states[:1])
+            reader.process(head, states[:1])
         reader.read(0, [states[:1]])
 
     return read
@@ -214,7 +214,7 @@ def pass_costs(costs: Costs, blocks: Blocks) -> Callable[[int], float]:
     @functools.cache
     def cost(rows: int) -> float:
         known = costs.plain(blocks.num_blocks, blocks.pass_width(rows))
-        if rows <= last or blocks.rows_together <= last:
+        if rows <= last or blocks.batch_rows <= last:
             return known
         return known + (rows - last) * (known - costs.plain(blocks.num_blocks, before)) / (last - before)
 

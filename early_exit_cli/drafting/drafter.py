@@ -42,7 +42,7 @@ class Draft:
     rows: list[Row] = field(default_factory=list)
 
 
-def catch_up(model: Engine, cache: KVCache, rows: list[Row], layer: int) -> None:
+def catch_up(engine: Engine, cache: KVCache, rows: list[Row], layer: int) -> None:
     """Bring all rows to `layer` blocks, in passes over those that stopped earlier.
 
     Rows stand one after another from the pending token on, and no row has run deeper than one before it: its keys and
@@ -57,7 +57,7 @@ def catch_up(model: Engine, cache: KVCache, rows: list[Row], layer: int) -> None
             raise RuntimeError(f"row {first} stands at {start} blocks and its neighbour at {target}: rows out of order")
         for place in range(first, len(rows), LARGEST_WIDTH):
             part = rows[place : place + LARGEST_WIDTH]
-            hidden = model.run(torch.cat([row[start] for row in part]), cache, cache.length + place, start, target)
+            hidden = engine.run(torch.cat([row[start] for row in part]), cache, cache.length + place, start, target)
             for row, state in zip(part, hidden.split(1), strict=True):
                 row[target] = state
 
@@ -71,31 +71,31 @@ class Drafter(ABC):
     """Layers after which it wants to see the states of verified tokens."""
     chooser: Chooser = GREEDY
     """How the text's tokens are chosen, and so the drafted ones."""
-    company: int = 0
-    """Other texts that have a row in the same passes."""
+    batch_size: int = 1
+    """Texts that have a row in the same passes, this one among them."""
 
     times: RoundTimes | None = None
     """What rounds take here beyond their parts, where that is learned: on a GPU."""
 
-    def meet(self, model: Engine) -> None:
+    def bind(self, engine: Engine) -> None:
         """The model that the next text is decoded by; called before `exit_layers` is asked for."""
-        if model.backbone.device.type == "cuda":
-            model.round_times = model.round_times or RoundTimes()
-            self.times = model.round_times
+        if engine.backbone.device.type == "cuda":
+            engine.round_times = engine.round_times or RoundTimes()
+            self.times = engine.round_times
 
     def begin(self, prompt_ids: list[int], chooser: Chooser = GREEDY) -> None:
         """A new text starts with these tokens."""
         self.chooser = chooser
 
-    def another(self) -> Drafter:
+    def fork(self) -> Drafter:
         """A drafter like this one for another text at the same time; what is learned is shared, the text is not."""
         return copy.copy(self)
 
-    def join(self, company: int) -> None:
-        """From now on so many other texts stand in the same passes."""
-        self.company = company
+    def resize_batch(self, batch_size: int) -> None:
+        """From now on so many texts stand in the same passes, this one among them."""
+        self.batch_size = batch_size
 
-    def see(self, tokens: list[int], states: list[Tensor]) -> None:  # noqa: B027
+    def process(self, tokens: list[int], states: list[Tensor]) -> None:  # noqa: B027
         """States of verified positions, for a drafter with `exit_layers`; called for the prompt too.
 
         Args:
@@ -108,10 +108,10 @@ class Drafter(ABC):
         return 0.0
 
     @abstractmethod
-    def propose(self, model: Engine, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]) -> Draft:
+    def draft(self, engine: Engine, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]) -> Draft:
         """At most `limit` tokens."""
 
-    def observe(self, draft: Draft, tokens: list[int], accepted: int) -> None:  # noqa: B027
+    def accept(self, draft: Draft, tokens: list[int], accepted: int) -> None:  # noqa: B027
         """A round is over: `tokens` were committed, the first `accepted` of them from the draft."""
 
     def timed(self, draft: Draft, milliseconds: float) -> bool:
@@ -123,10 +123,10 @@ def show(drafter: Drafter, tokens: list[int], layers: Sequence[int], states: lis
     """Let a drafter see verified positions, if it wants to.
 
     Args:
-        states: after `layers`, its own among them, and the final normed state (`Drafter.see`).
+        states: after `layers`, its own among them, and the final normed state (`Drafter.process`).
     """
     if drafter.exit_layers:
-        drafter.see(tokens, [*(states[layers.index(layer)] for layer in drafter.exit_layers), states[-1]])
+        drafter.process(tokens, [*(states[layers.index(layer)] for layer in drafter.exit_layers), states[-1]])
 
 
 class NoDrafter(Drafter):
@@ -134,5 +134,5 @@ class NoDrafter(Drafter):
 
     name = "full"
 
-    def propose(self, model: Engine, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]) -> Draft:
+    def draft(self, engine: Engine, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]) -> Draft:
         return Draft()

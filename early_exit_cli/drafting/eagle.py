@@ -28,8 +28,8 @@ STRENGTH = 4.0
 """Drafted tokens that the calibrated probabilities count for against what this text has shown."""
 NEED = 1.03
 """A draft must be expected to beat plain decoding by this factor."""
-FORTUNES = 20
-"""Steps of a text's fortune that a promise tells apart."""
+ADAPTATIONS = 20
+"""Steps of a text's adaptation that a promise tells apart."""
 LOOKED_AHEAD = 8
 """Tokens of a draft that a promise looks at."""
 FORGETTING = 0.97
@@ -89,32 +89,32 @@ class EagleDrafter(Drafter):
         self.hits = self.expected = 0.0
         self.guess = None
 
-    def another(self) -> Drafter:
+    def fork(self) -> Drafter:
         other = copy.copy(self)
-        other.runner = self.runner.another()
+        other.runner = self.runner.fork()
         return other
 
-    def see(self, tokens: list[int], states: list[Tensor]) -> None:
+    def process(self, tokens: list[int], states: list[Tensor]) -> None:
         self.waiting.append((tokens, states))
 
     def expected_rate(self, limit: int) -> float:
         """Tokens per millisecond that reading the head promises, before its first token is known; 0 where it cannot.
 
         The entropy will say whether a draft is worth verifying: the promise is the mean over the entropies to be met, of
-        tokens and of time (a renewal's rate). Where calibration kept none, the mean chance stands for all.
+        tokens over the mean of times. Where calibration kept none, the mean chance stands for all.
         """
         if limit < 1 or not self.waiting:
             return 0.0
-        key = (round(FORTUNES * self._fortune), min(limit, LOOKED_AHEAD), self.company, self._reading)
+        key = (round(ADAPTATIONS * self._adaptation), min(limit, LOOKED_AHEAD), self.batch_size, self._reading)
         if key not in self.promises:
             chances = [self._chance(0, uncertainty) for uncertainty in self._at(0).entropies] or [self._chance(0)]
             stops = [self._best_stop([chance], 1, key[1]) for chance in chances]
             self.promises[key] = sum(stop.tokens for stop in stops) / sum(stop.milliseconds for stop in stops)
         return self.promises[key]
 
-    def propose(self, model: Engine, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]) -> Draft:
+    def draft(self, engine: Engine, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]) -> Draft:
         self.guess = self.spent = None
-        if self.expected_rate(limit) * self.passes.beside(self.company)[1] <= NEED:
+        if self.expected_rate(limit) * self.passes.in_batch(self.batch_size)[1] <= NEED:
             self.hits, self.expected = self.hits * FORGETTING, self.expected * FORGETTING
             return Draft()
         if self.runner.most_steps and not self.chooser.reads_logits:
@@ -148,7 +148,7 @@ class EagleDrafter(Drafter):
 
     def _chain_length(self, limit: int) -> int:
         """The chain of the highest expected tokens per millisecond, by the mean chances of its positions."""
-        passes = self.passes.beside(self.company)
+        passes = self.passes.in_batch(self.batch_size)
         best, best_rate = 1, 0.0
         expected = survives = 1.0
         for count in range(1, limit + 1):
@@ -168,7 +168,7 @@ class EagleDrafter(Drafter):
         self.waiting = []
         return tokens, states
 
-    def observe(self, draft: Draft, tokens: list[int], accepted: int) -> None:
+    def accept(self, draft: Draft, tokens: list[int], accepted: int) -> None:
         for reason in draft.reasons[: accepted + 1]:
             if isinstance(reason, Step):
                 self.expected += reason.chance
@@ -182,7 +182,7 @@ class EagleDrafter(Drafter):
         if self.spent is None:
             return False
         if self.times is not None:
-            expected = self.passes.beside(0)[len(draft.tokens) + 1] + self.spent
+            expected = self.passes.in_batch(1)[len(draft.tokens) + 1] + self.spent
             self.times.observe(self.name, milliseconds, expected)
         return True
 
@@ -192,18 +192,18 @@ class EagleDrafter(Drafter):
         return self.read_cost + (0.0 if self.times is None else self.times.extra(self.name))
 
     @property
-    def _fortune(self) -> float:
-        """How the calibrated chances have fared on this text: right tokens over expected ones."""
+    def _adaptation(self) -> float:
+        """Text-adapted survival: tokens of this text that were right over those that calibration expected to be."""
         return (self.hits + STRENGTH) / (self.expected + STRENGTH)
 
     def _at(self, place: int) -> Survival:
         return self.survival[min(place, len(self.survival) - 1)]
 
     def _chance(self, place: int, uncertainty: float | None = None) -> float:
-        """The calibrated probability at a draft position, moved by how the calibration has fared on this text."""
+        """The calibrated probability at a draft position, adapted to this text."""
         survival = self._at(place)
         calibrated = survival.mean if uncertainty is None else survival.at(uncertainty)
-        return min(calibrated * self._fortune, 0.995)
+        return min(calibrated * self._adaptation, 0.995)
 
     def _best_stop(self, chances: list[float], made: int, limit: int) -> _Stop:
         """The draft length of the highest expected tokens per millisecond from here on.
@@ -212,7 +212,7 @@ class EagleDrafter(Drafter):
             chances: of the tokens drafted already; later ones count with their position's mean.
             made: draft steps that are spent already, at least one.
         """
-        passes = self.passes.beside(self.company)
+        passes = self.passes.in_batch(self.batch_size)
         drafting = self._reading + (made - 1) * self.step_cost
         best = _Stop(0, 1.0, passes[1] + drafting)
         to_beat = NEED * best.rate

@@ -13,7 +13,7 @@ from early_exit_cli.drafting.drafter import Draft, Drafter, catch_up
 from early_exit_cli.drafting.reasons import Exit
 from early_exit_cli.engine import Engine
 from early_exit_cli.heads.exit_heads import ExitHeads
-from early_exit_cli.heads.exit_runner import ExitReader
+from early_exit_cli.heads.exit_runner import ExitRunner
 from early_exit_cli.heads.uncertainty import may_exit
 from early_exit_cli.runtime.kv_cache import KVCache
 
@@ -31,29 +31,29 @@ class ExitDrafter(Drafter):
     active: list[int] | None = None
     metric: UncertaintyMetric = "entropy"
     temperature: float = 1.0
-    reader: ExitReader | None = field(default=None, init=False, repr=False)
+    reader: ExitRunner | None = field(default=None, init=False, repr=False)
     watched: list[int] = field(default_factory=list, init=False, repr=False)
     """The active heads whose attention looks at the text."""
 
-    def meet(self, model: Engine) -> None:
-        super().meet(model)
-        if model.heads is None or not self._active():
+    def bind(self, engine: Engine) -> None:
+        super().bind(engine)
+        if engine.heads is None or not self._active():
             return
-        self.reader = model.exit_reader.another()
+        self.reader = engine.exit_runner.fork()
         self.watched = self.reader.watched(self._active())
-        self.exit_layers = [model.heads.exit_layers[head] for head in self.watched]
-        model.blocks.prepare_parts([model.heads.exit_layers[head] for head in self._active()])
+        self.exit_layers = [engine.heads.exit_layers[head] for head in self.watched]
+        engine.blocks.prepare_parts([engine.heads.exit_layers[head] for head in self._active()])
 
-    def see(self, tokens: list[int], states: list[Tensor]) -> None:
+    def process(self, tokens: list[int], states: list[Tensor]) -> None:
         if self.reader is not None:
             for head, seen in zip(self.watched, states):  # noqa: B905 (the final state is the last one)
-                self.reader.see(head, seen)
+                self.reader.process(head, seen)
 
     def _active(self) -> list[int]:
         return list(range(len(self.thresholds))) if self.active is None else self.active
 
-    def propose(self, model: Engine, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]) -> Draft:
-        heads, reader, active = model.heads, self.reader, self._active()
+    def draft(self, engine: Engine, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]) -> Draft:
+        heads, reader, active = engine.heads, self.reader, self._active()
         if limit < 1 or heads is None or reader is None or not active:
             return Draft()
         first_layer = heads.exit_layers[active[0]]
@@ -61,10 +61,10 @@ class ExitDrafter(Drafter):
         token = pending
         while True:
             position = cache.length + len(draft.tokens)
-            draft.rows.append({first_layer: model.run(model.embed([token]), cache, position, 0, first_layer)})
+            draft.rows.append({first_layer: engine.run(engine.embed([token]), cache, position, 0, first_layer)})
             if len(draft.tokens) == limit:
                 return draft
-            found = self._read_heads(model, heads, reader, active, cache, draft)
+            found = self._read_heads(engine, heads, reader, active, cache, draft)
             if found is None:
                 return draft
             token, reason = found
@@ -74,7 +74,7 @@ class ExitDrafter(Drafter):
                 return draft
 
     def _read_heads(
-        self, model: Engine, heads: ExitHeads, reader: ExitReader, active: list[int], cache: KVCache, draft: Draft
+        self, engine: Engine, heads: ExitHeads, reader: ExitRunner, active: list[int], cache: KVCache, draft: Draft
     ) -> tuple[int, Exit] | None:
         """Go from head to head with the last row until one is sure; None when none is.
 
@@ -83,7 +83,7 @@ class ExitDrafter(Drafter):
         """
         for head in active:
             exit_layer, threshold = heads.exit_layers[head], self.thresholds[head]
-            catch_up(model, cache, draft.rows, exit_layer)
+            catch_up(engine, cache, draft.rows, exit_layer)
             found = reader.read(head, [row[exit_layer] for row in draft.rows], self.metric)
             if may_exit(found, threshold):
                 token = reader.token(self.chooser, draft.tokens, self.temperature)

@@ -25,7 +25,7 @@ class Matcher(Protocol):
     match_length: int
 
     def extend(self, tokens: list[int]) -> None: ...
-    def propose(self, count: int) -> list[int]: ...
+    def predict(self, count: int) -> list[int]: ...
 
 
 class _Source:
@@ -85,11 +85,11 @@ class LookupDrafter(Drafter):
     def expected_rate(self, limit: int) -> float:
         return self._best(limit)[2]
 
-    def propose(self, model: Engine, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]) -> Draft:
+    def draft(self, engine: Engine, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]) -> Draft:
         self.drafting, count, _ = self._best(limit)
         if self.drafting is None or count == 0:
             return Draft()
-        tokens = self.drafting.matcher.propose(count)
+        tokens = self.drafting.matcher.predict(count)
         for place, token in enumerate(tokens):
             if token in stop_ids:
                 tokens = tokens[: place + 1]
@@ -99,10 +99,10 @@ class LookupDrafter(Drafter):
     def timed(self, draft: Draft, milliseconds: float) -> bool:
         is_ours = bool(draft.tokens) and isinstance(draft.reasons[0], Match)
         if is_ours and self.times is not None:
-            self.times.observe(self.name, milliseconds, self.passes.beside(0)[len(draft.tokens) + 1])
+            self.times.observe(self.name, milliseconds, self.passes.in_batch(1)[len(draft.tokens) + 1])
         return is_ours
 
-    def observe(self, draft: Draft, tokens: list[int], accepted: int) -> None:
+    def accept(self, draft: Draft, tokens: list[int], accepted: int) -> None:
         if self.drafting is not None and draft.tokens and isinstance(draft.reasons[0], Match):
             self.drafting.count(len(draft.tokens), accepted)
         for source in self.sources:
@@ -121,7 +121,10 @@ class LookupDrafter(Drafter):
 
     def _best_length(self, chance: float, limit: int) -> tuple[int, float]:
         """The best draft length for tokens that are each right with this chance, and its rate."""
-        passes, extra = self.passes.beside(self.company), 0.0 if self.times is None else self.times.extra(self.name)
+        passes, extra = (
+            self.passes.in_batch(self.batch_size),
+            0.0 if self.times is None else self.times.extra(self.name),
+        )
         best, best_rate = 0, 1 / passes[1]
         expected = survives = 1.0
         for count in range(1, limit + 1):

@@ -40,17 +40,17 @@ class RoundTimes:
         return round(max(0.0, median(found) - median(self.beyond[""])), 2)
 
 
-def share_of_pass(pass_cost: Callable[[int], float], rows: int, company: int) -> float:
+def share_of_pass(pass_cost: Callable[[int], float], rows: int, batch_size: int) -> float:
     """Milliseconds of a pass that fall to one text with `rows` rows: an equal share of the pass in which every text has
     one row, and all that its further rows cost."""
-    if not company:
+    if batch_size == 1:
         return pass_cost(rows)
-    everyone = pass_cost(1 + company)
-    return everyone / (1 + company) + pass_cost(rows + company) - everyone
+    everyone = pass_cost(batch_size)
+    return everyone / batch_size + pass_cost(rows + batch_size - 1) - everyone
 
 
 class PassShares:
-    """`share_of_pass` by rows, worked out once for each number of other texts: drafting asks for it all the time.
+    """`share_of_pass` by rows, worked out once for each batch size: drafting asks for it all the time.
 
     Args:
         pass_cost: rows -> milliseconds of a pass of the backbone over so many rows.
@@ -60,9 +60,9 @@ class PassShares:
         self.pass_cost = pass_cost
         self.known: dict[int, list[float]] = {}
 
-    def beside(self, company: int) -> list[float]:
+    def in_batch(self, batch_size: int) -> list[float]:
         """Milliseconds of 1 to LARGEST_WIDTH rows, each at its number."""
-        if company not in self.known:
-            shares = [share_of_pass(self.pass_cost, rows, company) for rows in range(1, LARGEST_WIDTH + 1)]
-            self.known[company] = [0.0, *shares]
-        return self.known[company]
+        if batch_size not in self.known:
+            shares = [share_of_pass(self.pass_cost, rows, batch_size) for rows in range(1, LARGEST_WIDTH + 1)]
+            self.known[batch_size] = [0.0, *shares]
+        return self.known[batch_size]

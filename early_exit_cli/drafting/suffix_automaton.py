@@ -88,7 +88,7 @@ class SuffixAutomaton:
         self.following.append(following)
         return len(self.longest) - 1
 
-    def propose(self, count: int) -> list[int]:
+    def predict(self, count: int) -> list[int]:
         """The `count` tokens after the earlier occurrence; they run on into themselves where it overlaps the end."""
         if self.match_length == 0:
             return []

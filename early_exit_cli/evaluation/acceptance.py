@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from early_exit_cli.calibration.head_outputs import Readings
+from early_exit_cli.calibration.head_outputs import HeadOutputs
 from early_exit_cli.calibration.thresholds import exits_in_order
 
 REASONS = {
@@ -58,7 +58,7 @@ class Acceptance:
 
 
 def explain_acceptance(
-    readings: Readings,
+    head_outputs: HeadOutputs,
     thresholds: list[float],
     draft_vocab: Tensor | None,
     level: float,
@@ -74,9 +74,9 @@ def explain_acceptance(
         readings: in the order of the text, by the metric of the thresholds. draft_vocab: token ids that heads may say;
             None for all.
     """
-    exits = exits_in_order(readings.uncertainties, thresholds)
-    choices, documents, places = readings.choices, readings.documents, readings.places
-    correct = readings.tokens == choices
+    exits = exits_in_order(head_outputs.uncertainties, thresholds)
+    choices, documents, places = head_outputs.choices, head_outputs.documents, head_outputs.places
+    correct = head_outputs.tokens == choices
     in_vocabulary = torch.ones_like(choices, dtype=torch.bool)
     if draft_vocab is not None:
         in_vocabulary = torch.isin(choices, draft_vocab.cpu())

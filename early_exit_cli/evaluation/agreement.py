@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from early_exit_cli.calibration.head_outputs import Readings, read_batches
+from early_exit_cli.calibration.head_outputs import HeadOutputs, read_batches
 from early_exit_cli.data.packing import Batch
 from early_exit_cli.engine import Engine, default_width, require_heads
 from early_exit_cli.evaluation.acceptance import Acceptance, explain_acceptance
@@ -61,7 +61,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: Engine,
+    engine: Engine,
     batches: Iterable[Batch],
     sources: list[str],
     level: float,
@@ -76,10 +76,10 @@ def evaluate(
         ConfigError: a level that was not calibrated.
         DataError: not one position with a next token.
     """
-    heads = require_heads(model)
-    thresholds = model.thresholds.at(level) if model.thresholds is not None else None
-    metric = model.thresholds.metric if model.thresholds is not None else "entropy"
-    all_of, sequences = read_batches(model, batches, metric, "the text holds no position to evaluate on", on_batch)
+    heads = require_heads(engine)
+    thresholds = engine.thresholds.at(level) if engine.thresholds is not None else None
+    metric = engine.thresholds.metric if engine.thresholds is not None else "entropy"
+    all_of, sequences = read_batches(engine, batches, metric, "the text holds no position to evaluate on", on_batch)
     targets, choices = all_of.targets, all_of.choices
     hits = torch.stack(
         (
@@ -92,7 +92,7 @@ def evaluate(
     )
     total = choices.numel()
     return Evaluation(
-        model_name=model.backbone.name,
+        model_name=engine.backbone.name,
         num_samples=sequences,
         total_tokens=total,
         main_head={
@@ -106,15 +106,15 @@ def evaluate(
         agreement_by=agreement_by(all_of, sources),
         acceptance=None
         if thresholds is None
-        else explain_acceptance(all_of, thresholds, heads.draft_vocab, level, default_width(model) - 1),
+        else explain_acceptance(all_of, thresholds, heads.draft_vocab, level, default_width(engine) - 1),
     )
 
 
-def agreement_by(readings: Readings, sources: list[str]) -> dict[str, list[Group]]:
+def agreement_by(head_outputs: HeadOutputs, sources: list[str]) -> dict[str, list[Group]]:
     """Agreement by position in the answer, by frequency of the backbone's choice, and by source; empty groups left out."""
-    correct = readings.tokens == readings.choices
-    share = readings.choices.bincount()[readings.choices] / readings.choices.numel()
-    place = readings.places + 1
+    correct = head_outputs.tokens == head_outputs.choices
+    share = head_outputs.choices.bincount()[head_outputs.choices] / head_outputs.choices.numel()
+    place = head_outputs.places + 1
 
     def group(name: str, chosen: Tensor) -> Group:
         return Group(name, int(chosen.sum()), correct[:, chosen].double().mean(-1).tolist())
@@ -140,7 +140,7 @@ def agreement_by(readings: Readings, sources: list[str]) -> dict[str, list[Group
         )
     ]
     names = sorted(set(sources))
-    of_source = torch.tensor([names.index(source) for source in sources])[readings.documents]
+    of_source = torch.tensor([names.index(source) for source in sources])[head_outputs.documents]
     return {
         title: [found for found in groups if found.tokens]
         for title, groups in {

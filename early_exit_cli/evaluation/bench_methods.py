@@ -87,16 +87,16 @@ class _Ours:
     """Plain or adaptive decoding of this program."""
 
     def __init__(self, kind: str, setup: Setup, level: float) -> None:
-        from early_exit_cli.bundle.load import load_model
+        from early_exit_cli.bundle.load import load_engine
         from early_exit_cli.drafting.choose import make_drafter
         from early_exit_cli.sampling import make_chooser
 
-        self.model = load_model(setup.backbone, setup.bundle)
+        self.engine = load_engine(setup.backbone, setup.bundle)
         self.kind = kind
         self.chooser = make_chooser(setup.sampling)
         settings = InferenceConfig.model_validate({"accuracy_level": level, "read_heads": setup.read_heads})
         drafter_kind = {"full": "none", "adaptive": "exit"}.get(kind, kind)
-        self.drafter, self.width = make_drafter(self.model, settings, drafter_kind)
+        self.drafter, self.width = make_drafter(self.engine, settings, drafter_kind)
 
     def answer(self, prompt_ids: list[int], max_tokens: int) -> Answer:
         import torch
@@ -104,7 +104,7 @@ class _Ours:
         from early_exit_cli.decoding.answer import generate
 
         run = generate(
-            self.model,
+            self.engine,
             prompt_ids,
             self.drafter,
             max_tokens,
@@ -129,11 +129,11 @@ class _Ours:
         """How far apart the backbone's two best logits after these tokens are: near 0, rounding decides."""
         import torch
 
-        model = self.model
+        engine = self.engine
         with torch.inference_mode():
-            cache = model.start(token_ids, 1)
-            state = model.run(model.embed(token_ids[-1:]), cache, cache.length, 0, model.blocks.num_blocks)
-            first, second = model.blocks.logits(model.blocks.final_norm(state))[0].float().topk(2).values.tolist()
+            cache = engine.prefill(token_ids, 1)
+            state = engine.run(engine.embed(token_ids[-1:]), cache, cache.length, 0, engine.blocks.num_blocks)
+            first, second = engine.blocks.logits(engine.blocks.final_norm(state))[0].float().topk(2).values.tolist()
         return first - second
 
 

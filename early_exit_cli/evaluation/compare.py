@@ -46,7 +46,7 @@ class Comparison:
 
 
 def compare(
-    model: Engine,
+    engine: Engine,
     prompt_ids: list[int],
     drafter: Drafter,
     max_new_tokens: int,
@@ -62,7 +62,7 @@ def compare(
         for method in methods:
             runs[method.name].append(
                 generate(
-                    model,
+                    engine,
                     prompt_ids,
                     method,
                     max_new_tokens,
@@ -81,7 +81,7 @@ def compare(
         identical,
         bit_exact,
         drafted.stats.tokens_per_second / full.stats.tokens_per_second,
-        None if identical else _first_difference(model, full, drafted),
+        None if identical else _first_difference(engine, full, drafted),
     )
 
 
@@ -97,9 +97,9 @@ def median_run(runs: list[Generation]) -> Generation:
     return next(run for run in runs if run.stats.tokens_per_second == median)
 
 
-def _first_difference(model: Engine, full: Generation, drafted: Generation) -> dict[str, Any]:
+def _first_difference(engine: Engine, full: Generation, drafted: Generation) -> dict[str, Any]:
     shorter = min(len(full.token_ids), len(drafted.token_ids))
     place = min(accepted_length(full.token_ids, drafted.token_ids), shorter - 1)
     with torch.inference_mode():
-        best = model.blocks.logits(_states(full)[place : place + 1])[0].float().topk(2).values
+        best = engine.blocks.logits(_states(full)[place : place + 1])[0].float().topk(2).values
     return {"index": place, "top2_gap": float(best[0] - best[1])}

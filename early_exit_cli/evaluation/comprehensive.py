@@ -43,7 +43,7 @@ class MethodRun:
         }
 
 
-def all_methods(model: Engine, width: int, read_heads: str) -> dict[str, tuple[Drafter, int]]:
+def all_methods(engine: Engine, width: int, read_heads: str) -> dict[str, tuple[Drafter, int]]:
     """Name -> (drafter, rows of a pass).
 
     Args:
@@ -52,8 +52,8 @@ def all_methods(model: Engine, width: int, read_heads: str) -> dict[str, tuple[D
     Raises:
         BundleError: no heads, or not calibrated.
     """
-    heads = require_heads(model)
-    if model.thresholds is None:
+    heads = require_heads(engine)
+    if engine.thresholds is None:
         raise BundleError("the bundle is not calibrated", hint="eexit calibrate --bundle FOLDER")
     fixed = {
         f"layerskip_h{head}_d{length}": (FixedDrafter(head), length + 1)
@@ -61,14 +61,14 @@ def all_methods(model: Engine, width: int, read_heads: str) -> dict[str, tuple[D
         for length in DRAFT_LENGTHS
     }
     levels = {
-        f"adaptive_acc{level}": (exit_drafter(model, float(level), width, read_heads), width)
-        for level in model.thresholds.levels
+        f"adaptive_acc{level}": (exit_drafter(engine, float(level), width, read_heads), width)
+        for level in engine.thresholds.levels
     }
     return {NoDrafter.name: (NoDrafter(), width), **fixed, **levels}
 
 
 def run_all(
-    model: Engine,
+    engine: Engine,
     prompt_ids: list[int],
     methods: dict[str, tuple[Drafter, int]],
     max_new_tokens: int,
@@ -85,11 +85,11 @@ def run_all(
     runs: dict[str, list[Generation]] = {name: [] for name in methods}
     for name, (drafter, width) in methods.items():
         tokens = min(WARM_UP_TOKENS, max_new_tokens)
-        generate(model, prompt_ids, drafter, tokens, mode=name, width=width, chooser=chooser)
+        generate(engine, prompt_ids, drafter, tokens, mode=name, width=width, chooser=chooser)
     for _ in range(repeats):
         for name, (drafter, width) in methods.items():
             run = generate(
-                model, prompt_ids, drafter, max_new_tokens, mode=name, width=width, chooser=chooser, keep_states=True
+                engine, prompt_ids, drafter, max_new_tokens, mode=name, width=width, chooser=chooser, keep_states=True
             )
             runs[name].append(run)
             on_run(sum(map(len, runs.values())), name)

@@ -185,7 +185,7 @@ class Survival(Form):
 
 
 class DraftingForm(Form):
-    """`drafting` of eexit.json (`policy.Policy`)."""
+    """`drafting` of eexit.json (`policy.DraftChances`)."""
 
     lookup: list[Share]
     eagle: list[Survival]

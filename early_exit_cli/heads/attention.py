@@ -35,7 +35,7 @@ class HeadCache:
         self.keys = self.values = self.cos = self.sin = torch.empty(0)
         self.length = 0
 
-    def another(self) -> HeadCache:
+    def fork(self) -> HeadCache:
         """An empty one for another text."""
         return type(self)(self.shape, self.like)
 

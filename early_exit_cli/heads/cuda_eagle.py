@@ -165,9 +165,9 @@ class CudaEagle(EagleRunner):
             ),
         ]
 
-    def another(self) -> EagleRunner:
+    def fork(self) -> EagleRunner:
         other = copy.copy(self)
-        other.cache = self.cache.another()
+        other.cache = self.cache.fork()
         return other
 
     def warm_up(self) -> None:
@@ -241,7 +241,7 @@ def cuda_eagle(head: EagleHead) -> CudaEagle | None:
         try:
             with torch.inference_mode(False):
                 head.on_device = CudaEagle(head)
-            head.on_device.another().warm_up()
+            head.on_device.fork().warm_up()
         except (cuda_code.NoCudaCode, RuntimeError):  # PyTorch steps one after another
             return None
-    return cast(CudaEagle, head.on_device.another())
+    return cast(CudaEagle, head.on_device.fork())

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from early_exit_cli.backbone.output import AttentionShape, LastBlock, Readout
+from early_exit_cli.backbone.output import AttentionShape, BackboneView, LastBlock
 from early_exit_cli.files.atomic import write_atomic
 from early_exit_cli.heads.attention import rotary, rotate
 from early_exit_cli.heads.exit_heads import DRAFT_VOCAB, read_tensors, require_tensors
@@ -78,9 +78,9 @@ class EagleHead(nn.Module):
 
     draft_vocab: Tensor | None
 
-    def __init__(self, readout: Readout, layers: Sequence[int], draft_vocab: Tensor | None) -> None:
+    def __init__(self, view: BackboneView, layers: Sequence[int], draft_vocab: Tensor | None) -> None:
         super().__init__()
-        hidden, eps, shape = readout.hidden_size, readout.final_norm.eps, readout.last_block
+        hidden, eps, shape = view.hidden_size, view.final_norm.eps, view.last_block
         self.exit_layers = [layer + 1 for layer in layers]
         self.fc_norm = nn.ModuleList(nn.RMSNorm(hidden, eps) for _ in layers)
         self.fc = nn.Linear((len(layers) + 1) * hidden, hidden, bias=False)
@@ -88,9 +88,9 @@ class EagleHead(nn.Module):
         self.norm = nn.RMSNorm(hidden, eps)
         self.register_buffer(DRAFT_VOCAB, draft_vocab)
         # detached: borrowed from the backbone, no parameters of this module
-        weight = readout.lm_head_weight.detach()
+        weight = view.lm_head_weight.detach()
         self.lm_head_weight = weight if draft_vocab is None else weight[draft_vocab.to(weight.device)]
-        self.embedding_weight = readout.embedding_weight.detach()
+        self.embedding_weight = view.embedding_weight.detach()
         self.on_device: Any = None
         """What runs it on a GPU, once made (`cuda_eagle`)."""
 
@@ -98,13 +98,13 @@ class EagleHead(nn.Module):
     def block(self) -> Block:
         return self.layers[0]  # type: ignore[return-value]
 
-    def start_from(self, readout: Readout) -> None:
+    def start_from(self, view: BackboneView) -> None:
         """Begin as the backbone's last block reading its final state; the embedding comes in from zero."""
-        hidden, weights = readout.hidden_size, readout.last_block.weights
+        hidden, weights = view.hidden_size, view.last_block.weights
         with torch.no_grad():
             self.fc.weight.zero_()
             self.fc.weight[:, -hidden:] = torch.eye(hidden)
-            self.norm.weight.copy_(readout.final_norm.weight)
+            self.norm.weight.copy_(view.final_norm.weight)
             self.block.hidden_norm.weight.copy_(weights["input_layernorm.weight"])
             for name, parameter in self.block.named_parameters():
                 if name in ("input_layernorm.weight", "hidden_norm.weight"):
@@ -210,15 +210,15 @@ def roll_out_attention(query: Tensor, keys: list[Tensor], values: list[Tensor], 
     return attended.view(rows, heads, seq, width)
 
 
-def load_eagle(path: Path, readout: Readout, layers: Sequence[int]) -> EagleHead:
+def load_eagle(path: Path, view: BackboneView, layers: Sequence[int]) -> EagleHead:
     """Read eagle.safetensors strictly.
 
     Raises:
         BundleError: damaged, or names or shapes that do not fit, NaN or infinite weights.
     """
-    tensors, draft_vocab = read_tensors(path, readout.vocab_size)
-    head = EagleHead(readout, layers, draft_vocab)
+    tensors, draft_vocab = read_tensors(path, view.vocab_size)
+    head = EagleHead(view, layers, draft_vocab)
     shapes = {name: list(value.shape) for name, value in head.state_dict().items() if name != DRAFT_VOCAB}
     require_tensors(path, tensors, shapes)
     head.load_state_dict(tensors if draft_vocab is None else {**tensors, DRAFT_VOCAB: draft_vocab})
-    return head.to(readout.device, readout.dtype).requires_grad_(False)
+    return head.to(view.device, view.dtype).requires_grad_(False)

@@ -61,10 +61,10 @@ class EagleRunner:
         """Begin another text."""
         self.cache.length = 0
 
-    def another(self) -> EagleRunner:
+    def fork(self) -> EagleRunner:
         """The same weights over another text."""
         other = copy.copy(self)
-        other.cache = self.cache.another()
+        other.cache = self.cache.fork()
         return other
 
     def read(self, tokens: list[int], states: list[Tensor]) -> Tensor:

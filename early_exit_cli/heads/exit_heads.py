@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from early_exit_cli.backbone.output import AttentionShape, LastBlock, Readout, rms_norm
+from early_exit_cli.backbone.output import AttentionShape, BackboneView, LastBlock, rms_norm
 from early_exit_cli.config import HeadsConfig
 from early_exit_cli.data.packing import Batch
 from early_exit_cli.errors import BundleError, ConfigError
@@ -138,9 +138,9 @@ class AttentionHead(AdapterHead):
 class DraftLMHead:
     """The backbone's final norm and the rows of its LM head that heads may choose; frozen, not part of any file."""
 
-    def __init__(self, readout: Readout, draft_vocab: Tensor | None) -> None:
-        weight = readout.lm_head_weight
-        self.norm, self.logit_map = readout.final_norm, readout.logit_map
+    def __init__(self, view: BackboneView, draft_vocab: Tensor | None) -> None:
+        weight = view.lm_head_weight
+        self.norm, self.logit_map = view.final_norm, view.logit_map
         self.weight = weight if draft_vocab is None else weight[draft_vocab.to(weight.device)]
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -158,25 +158,25 @@ class ExitHeads(nn.Module):
     draft_vocab: Tensor | None
 
     def __init__(
-        self, readout: Readout, kind: str, layers: Sequence[int], rank: int, draft_vocab: Tensor | None
+        self, view: BackboneView, kind: str, layers: Sequence[int], rank: int, draft_vocab: Tensor | None
     ) -> None:
         super().__init__()
-        eps = readout.final_norm.eps
+        eps = view.final_norm.eps
         self.kind = kind
         self.rank = rank
         self.layers = list(layers)
         self.exit_layers = [layer + 1 for layer in layers]
-        hidden, vocab = readout.hidden_size, readout.vocab_size
+        hidden, vocab = view.hidden_size, view.vocab_size
         make: dict[str, Callable[[], nn.Module]] = {
             "linear": lambda: LinearHead(hidden, vocab, eps),
             "adapter": lambda: AdapterHead(hidden, rank, eps),
-            "attention": lambda: AttentionHead(hidden, rank, eps, readout.last_block.attention),
+            "attention": lambda: AttentionHead(hidden, rank, eps, view.last_block.attention),
         }
         if kind not in make:
             raise BundleError(f"heads of kind {kind!r} are unknown here; known: {', '.join(make)}")
         self.heads = nn.ModuleList(make[kind]() for _ in layers)
         self.register_buffer("draft_vocab", draft_vocab)
-        self.lm_head = DraftLMHead(readout, draft_vocab)
+        self.lm_head = DraftLMHead(view, draft_vocab)
 
     def __len__(self) -> int:
         return len(self.heads)
@@ -205,16 +205,16 @@ class ExitHeads(nn.Module):
         """Columns of the logits to token ids."""
         return columns if self.draft_vocab is None else self.draft_vocab[columns]
 
-    def start_from(self, readout: Readout) -> None:
+    def start_from(self, view: BackboneView) -> None:
         """Linear heads start as the backbone's own norm and LM head, nearly so where that norm is no RMSNorm; attentions as
         its last block's.
         """
         for head in self.heads:
             if isinstance(head, LinearHead):
-                head.norm["weight"].data.copy_(readout.final_norm.weight.float())
-                head.linear.weight.data.copy_(readout.lm_head_weight.float() / readout.logit_map.divisor)
+                head.norm["weight"].data.copy_(view.final_norm.weight.float())
+                head.linear.weight.data.copy_(view.lm_head_weight.float() / view.logit_map.divisor)
             elif isinstance(head, AttentionHead):
-                head.start_from(readout.last_block)
+                head.start_from(view.last_block)
 
     def save(self, path: Path, dtype: torch.dtype) -> None:
         """Write heads.safetensors: `{i}.norm.weight` and so on in `dtype`, and `draft_vocab` where there is one."""
@@ -322,16 +322,16 @@ def read_heads(
     return tensors, draft_vocab
 
 
-def load_heads(path: Path, readout: Readout, kind: str, layers: Sequence[int], rank: int) -> ExitHeads:
+def load_heads(path: Path, view: BackboneView, kind: str, layers: Sequence[int], rank: int) -> ExitHeads:
     """Heads for this backbone, frozen.
 
     Raises:
         BundleError: as `read_heads`.
     """
-    tensors, draft_vocab = read_tensors(path, readout.vocab_size)
-    heads = ExitHeads(readout, kind, layers, rank, draft_vocab)
+    tensors, draft_vocab = read_tensors(path, view.vocab_size)
+    heads = ExitHeads(view, kind, layers, rank, draft_vocab)
     shapes = {name.removeprefix("heads."): list(value.shape) for name, value in heads.state_dict().items()}
     require_tensors(path, tensors, {name: shape for name, shape in shapes.items() if name != DRAFT_VOCAB})
     state = {f"heads.{name}": value for name, value in tensors.items()}
     heads.load_state_dict(state | ({} if draft_vocab is None else {DRAFT_VOCAB: draft_vocab}))
-    return heads.to(readout.device, readout.dtype).requires_grad_(False)
+    return heads.to(view.device, view.dtype).requires_grad_(False)

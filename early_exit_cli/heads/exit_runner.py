@@ -59,7 +59,7 @@ class Seen:
         return new, position
 
 
-class ExitReader:
+class ExitRunner:
     """Keeps what the head read last has said, until the next reading."""
 
     cache_kind: ClassVar[type[HeadCache]] = HeadCache
@@ -77,7 +77,7 @@ class ExitReader:
             if isinstance(head, AttentionHead)
         }
 
-    def another(self) -> ExitReader:
+    def fork(self) -> ExitRunner:
         """The same heads over another text."""
         other = copy.copy(self)
         other.begin()
@@ -87,7 +87,7 @@ class ExitReader:
         """Those of some heads that must see the states of verified tokens."""
         return [head for head in heads if head in self.seen]
 
-    def see(self, head: int, states: Tensor) -> None:
+    def process(self, head: int, states: Tensor) -> None:
         """States of verified tokens after a watched head's exit layer, [rows, hidden]."""
         self.seen[head].verified(states)
 
@@ -113,8 +113,8 @@ class ExitReader:
         return chooser.draft(self.logits, self.heads.draft_vocab, list(drafted), temperature)
 
 
-class NativeExitReader(ExitReader):
-    """`ExitReader` in one call a reading."""
+class NativeExitRunner(ExitRunner):
+    """`ExitRunner` in one call a reading."""
 
     cache_kind = NativeHeadCache
 
@@ -142,8 +142,8 @@ class NativeExitReader(ExitReader):
         self.logits = torch.empty(1, self.heads.lm_head.weight.shape[0])
         self.column, self.entropy, self.confidence = ctypes.c_int64(), ctypes.c_float(), ctypes.c_float()
 
-    def another(self) -> ExitReader:
-        other = cast(NativeExitReader, super().another())
+    def fork(self) -> ExitRunner:
+        other = cast(NativeExitRunner, super().fork())
         other._hold_results()
         return other
 
@@ -167,9 +167,9 @@ class NativeExitReader(ExitReader):
         return self.column.value if vocab is None else int(vocab[self.column.value])
 
 
-def exit_reader(heads: ExitHeads) -> ExitReader:
+def exit_runner(heads: ExitHeads) -> ExitRunner:
     """A reader for heads on their device."""
-    return NativeExitReader(heads) if _fits(heads) else ExitReader(heads)
+    return NativeExitRunner(heads) if _fits(heads) else ExitRunner(heads)
 
 
 def _fits(heads: ExitHeads) -> bool:

@@ -54,8 +54,8 @@ class NativeEagle(EagleRunner):
         self.logits = torch.empty(1, self.weights.lm_head.outputs)
         self.token, self.entropy = ctypes.c_int64(), ctypes.c_float()
 
-    def another(self) -> EagleRunner:
-        other = cast(NativeEagle, super().another())
+    def fork(self) -> EagleRunner:
+        other = cast(NativeEagle, super().fork())
         other._hold_results()
         return other
 

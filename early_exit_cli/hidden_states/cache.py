@@ -52,8 +52,8 @@ class Damage:
 
 
 @dataclass(frozen=True)
-class StoredReadout:
-    """A `Readout` read from a cache; tensors in the backbone's dtype."""
+class StoredView:
+    """A `BackboneView` read from a cache; tensors in the backbone's dtype."""
 
     name: str
     quantization: str
@@ -150,7 +150,7 @@ class Cache:
     def readout_tensors(self) -> dict[str, Tensor]:
         return load_shard(self.folder / READOUT)
 
-    def readout(self, device: torch.device) -> StoredReadout:
+    def view(self, device: torch.device) -> StoredView:
         """The backbone's readout, without the backbone."""
         found = self.manifest
         if "last_block" not in found:
@@ -165,7 +165,7 @@ class Cache:
         lm_head = tensors["lm_head"].to(device)
         bias = tensors["norm_bias"].to(device) if "norm_bias" in tensors else None
         shape = found["last_block"]
-        return StoredReadout(
+        return StoredView(
             name=found["request"]["backbone.model_name"],
             quantization=found["fingerprint"]["quantization"],
             fingerprint=found["fingerprint"],
@@ -272,11 +272,11 @@ def unpacked(name: str, tensors: dict[str, Tensor], dtype: torch.dtype) -> Tenso
 def verify(cache: Cache, on_shard: Report | None = None) -> list[Damage]:
     """Check every file against the manifest."""
     found = []
-    readout = cache.folder / READOUT
+    view = cache.folder / READOUT
     expected = cache.manifest.get("readout", {}).get("sha256")
-    if not readout.is_file():
+    if not view.is_file():
         found.append(Damage(READOUT, "missing"))
-    elif expected and file_sha256(readout) != expected:
+    elif expected and file_sha256(view) != expected:
         found.append(Damage(READOUT, "its content is not what was written"))
     started, tokens = time.perf_counter(), 0
     for number, shard in enumerate(cache.shards, start=1):

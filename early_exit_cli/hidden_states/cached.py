@@ -18,7 +18,7 @@ from early_exit_cli.errors import CacheError
 from early_exit_cli.files.atomic import sha256_of
 from early_exit_cli.hidden_states.cache import (
     Cache,
-    StoredReadout,
+    StoredView,
     load_shard,
     measured_positions,
     owned_text,
@@ -32,15 +32,15 @@ class _LoadedShard:
     """One shard in memory; rows are cut from it."""
 
     def __init__(
-        self, path: Path, shard: dict[str, Any], layers: list[int], readout: StoredReadout, device: torch.device
+        self, path: Path, shard: dict[str, Any], layers: list[int], view: StoredView, device: torch.device
     ) -> None:
         tensors = load_shard(path)
         names = [*(f"block.{layer}" for layer in layers), "final"]
-        what = shard_misfit(tensors, shard, names, readout.hidden_size, readout.vocab_size)
+        what = shard_misfit(tensors, shard, names, view.hidden_size, view.vocab_size)
         if what:
             raise CacheError(f"{path} is no shard of this cache: {what}", hint="eexit cache verify names all damage")
         # clone: the file is mapped into memory, and is read here rather than in the middle of a step
-        self.states = [unpacked(name, tensors, readout.dtype).clone().to(device) for name in names]
+        self.states = [unpacked(name, tensors, view.dtype).clone().to(device) for name in names]
         self.normalizer = tensors["normalizer"].clone().to(device)
         self.measured = measured_positions(tensors).to(device)
         self.row_starts = tensors["row_starts"].tolist()
@@ -74,7 +74,7 @@ class CachedStates:
                 f"the cache in {cache.folder} holds states after blocks {cache.layers}; heads ask for {self.layers}",
                 hint="extract them, or --head-layer-indices",
             )
-        self.readout = cache.readout(device)
+        self.view = cache.view(device)
         self.batch_size, self.seed, self.device = training.batch_size, training.seed, device
         self.loaded: OrderedDict[str, _LoadedShard] = OrderedDict()
         self.loading: dict[str, Future[_LoadedShard]] = {}
@@ -89,7 +89,7 @@ class CachedStates:
 
     def identity(self) -> dict[str, Any]:
         return {
-            "fingerprint": self.readout.fingerprint,
+            "fingerprint": self.view.fingerprint,
             "sequences": self.cache.sequences(),
             "cache": sha256_of(*(str(shard["sha256"]) for shard in self.cache.shards))[:16],
         }
@@ -150,7 +150,7 @@ class CachedStates:
         return self.loaded[name]
 
     def _read(self, shard: dict[str, Any]) -> _LoadedShard:
-        return _LoadedShard(self.cache.path(shard), shard, self.layers, self.readout, self.device)
+        return _LoadedShard(self.cache.path(shard), shard, self.layers, self.view, self.device)
 
     def _prefetch(self, shard: dict[str, Any]) -> None:
         name = str(shard["file"])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from early_exit_cli.backbone.backbone import Backbone
-from early_exit_cli.backbone.output import Readout
+from early_exit_cli.backbone.output import BackboneView
 from early_exit_cli.config import DataConfig, TrainingConfig
 from early_exit_cli.data.documents import Document
 from early_exit_cli.data.packing import Batch, batches, pack
@@ -46,7 +46,7 @@ class BackboneStates:
         data: DataConfig,
         training: TrainingConfig,
     ) -> None:
-        self.readout: Readout = backbone
+        self.view: BackboneView = backbone
         self.backbone = backbone
         self.layers = layers
         self.batch_size, self.seed = training.batch_size, training.seed

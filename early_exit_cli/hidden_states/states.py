@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from early_exit_cli.backbone.output import Readout
+from early_exit_cli.backbone.output import BackboneView
 from early_exit_cli.data.packing import Batch
 
 
@@ -45,7 +45,7 @@ class StateSource(Protocol):
     """0-based blocks whose output the heads read."""
 
     @property
-    def readout(self) -> Readout:
+    def view(self) -> BackboneView:
         """The backbone, or what is known of it."""
 
     def token_counts(self) -> Tensor:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -28,21 +27,12 @@ from torch import Tensor
 
 from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.runtime.exact_argmax import ExactArgmax, full_argmax
-from early_exit_cli.runtime.kv_cache import KVCache, Rotary, Rows
+from early_exit_cli.runtime.kv_cache import KVCache, Part, Rotary, Rows
 
 LARGEST_WIDTH = 16
 PREFILL_WIDTH = 64
 KEY_STEP = 64
 GROWTH = 256
-
-
-@dataclass(frozen=True)
-class Part:
-    """Rows of one text in a pass over several: `width` of them, at `position` of its KV cache."""
-
-    cache: KVCache
-    position: int
-    width: int
 
 
 class Blocks(ABC):
@@ -98,7 +88,7 @@ class Blocks(ABC):
         """All blocks over embedded tokens, as `run_through`."""
         return self.run_through(self.embed_tokens(tokens), cache, position, stops)
 
-    def run_together(self, hidden: Tensor, parts: list[Part], stops: Sequence[int]) -> list[Tensor]:
+    def run_batch(self, hidden: Tensor, parts: list[Part], stops: Sequence[int]) -> list[Tensor]:
         """`run_through` for the rows of several texts, one after another; rows behind the last part are padding."""
         pieces = hidden[: sum(part.width for part in parts)].split([part.width for part in parts])
         outputs = [
@@ -218,7 +208,7 @@ class Blocks(ABC):
         return masks, grouped
 
     @property
-    def rows_together(self) -> int:
+    def batch_rows(self) -> int:
         """The most rows of several texts that a pass takes."""
         return self.widths[-1]
 

@@ -2,7 +2,7 @@
 
 Nothing in a recording is a text's own: where it stands, its KV cache and its tokens are read from device memory, so that one
 recording serves all texts. The order of every sum depends on shapes alone (`cuda/`), hence the same bits at every width, in any
-company and any buffer. Prompts, which are wider than a pass, go through PyTorch (`fused_blocks`), always cut the same way.
+neighbours and any buffer. Prompts, which are wider than a pass, go through PyTorch (`fused_blocks`), always cut the same way.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.errors import UnsupportedBackboneError
 from early_exit_cli.runtime import cuda_code
-from early_exit_cli.runtime.blocks import LARGEST_WIDTH, Part
+from early_exit_cli.runtime.blocks import LARGEST_WIDTH
 from early_exit_cli.runtime.cuda_kernels import (
     PAIRS,
     QUANTIZED_TOGETHER,
@@ -34,9 +34,9 @@ from early_exit_cli.runtime.cuda_kernels import (
     recorder,
 )
 from early_exit_cli.runtime.device_pass import BlockWeights, Buffers, block_steps
-from early_exit_cli.runtime.fused_blocks import FusedBlocks
-from early_exit_cli.runtime.kv_cache import KVCache, Rotary
-from early_exit_cli.runtime.nf4_linear import MergedNF4, is_plain_nf4, why_not_nf4
+from early_exit_cli.runtime.fused_blocks import FusedBlocks, why_not_nf4
+from early_exit_cli.runtime.kv_cache import KVCache, Part, Rotary
+from early_exit_cli.runtime.nf4_linear import MergedNF4, is_plain_nf4
 from early_exit_cli.runtime.reference_kernels import ReferenceKernels
 
 HEAD_SIZES = (64, 128)
@@ -225,11 +225,11 @@ class CudaBlocks(FusedBlocks):
         self._pass(width, 0, self.num_blocks, by_token=True)()
         return [self.buffers[width].hidden[stop].clone() for stop in stops]
 
-    def run_together(self, hidden: Tensor, parts: list[Part], stops: Sequence[int]) -> list[Tensor]:
+    def run_batch(self, hidden: Tensor, parts: list[Part], stops: Sequence[int]) -> list[Tensor]:
         """Every product is over the rows of all texts; attention is each text's own. Not recorded: texts come and go."""
         width = hidden.shape[0]
         if width > LARGEST_WIDTH:
-            return super().run_together(hidden, parts, stops)
+            return super().run_batch(hidden, parts, stops)
         buffers = self._buffers(width)
         ends = list(itertools.accumulate(part.width for part in parts))
         places = self._places(len(parts))

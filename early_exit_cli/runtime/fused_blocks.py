@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.errors import UnsupportedBackboneError
-from early_exit_cli.runtime.blocks import LARGEST_WIDTH, Blocks, Part
+from early_exit_cli.runtime.blocks import LARGEST_WIDTH, Blocks
 from early_exit_cli.runtime.cuda_graphs import Graphs, kv_bucket
-from early_exit_cli.runtime.kv_cache import KVCache, Rotary, Rows
-from early_exit_cli.runtime.nf4_linear import LinearMap, merged_linear
+from early_exit_cli.runtime.kv_cache import KVCache, Part, Rotary, Rows
+from early_exit_cli.runtime.nf4_linear import SCALED_TOGETHER, VOCAB_TILE, LinearMap, merged_linear
 
 SHORT_BUFFER = 512
 """Up to so many keys the library's attention kernel is the faster one on a CPU (docs/experiments.md)."""
@@ -102,7 +102,7 @@ class FusedBlocks(Blocks):
         rows = self.rows(cache, position, hidden.shape[0])
         return self._through(hidden, rows.rotary[None], [(cache, rows)], first, last)
 
-    def run_together(self, hidden: Tensor, parts: list[Part], stops: Sequence[int]) -> list[Tensor]:
+    def run_batch(self, hidden: Tensor, parts: list[Part], stops: Sequence[int]) -> list[Tensor]:
         """Every product is over the rows of all texts; attention is each text's own."""
         texts = [(part.cache, self.rows(part.cache, part.position, part.width)) for part in parts]
         padding = hidden.shape[0] - sum(part.width for part in parts)
@@ -219,3 +219,27 @@ class _FusedBlock:
     gate_up: LinearMap
     down: LinearMap
     inner: int
+
+
+def why_not_nf4(backbone: Backbone, is_nf4: Callable[[Any], bool], where: str) -> str | None:
+    """Why no code of our own, for CPUs or GPUs, takes this backbone's blocks and LM head; None where some may.
+
+    Args:
+        is_nf4: whether a linear map's weight is packed as that code reads it. where: on what such code runs.
+    """
+    if not backbone.has_llama_shape:
+        return f"they are for blocks of the Llama shape, and {backbone.config.model_type} has others"
+    products = [module for module in backbone.blocks.modules() if isinstance(module, nn.Linear)]
+    if not all(map(is_nf4, products)):
+        return f"they are for weights in 4 bit (NF4) {where}"
+    if any(cast(Any, module).weight.quant_state.blocksize != SCALED_TOGETHER for module in products):
+        return f"they are for weights of which {SCALED_TOGETHER} share a scale"
+    if backbone.config.hidden_act != "silu":
+        return f"they know the activation silu, not {backbone.config.hidden_act}"
+    head, block = backbone.lm_head, cast(Any, backbone.blocks[0])
+    norms = (block.input_layernorm.weight, backbone.final_norm.weight)
+    if {backbone.dtype, backbone.embedding_weight.dtype, *(norm.dtype for norm in norms)} != {torch.bfloat16}:
+        return "they compute in bfloat16"
+    if head.bias is not None or head.weight.dtype != torch.bfloat16 or head.weight.shape[0] % VOCAB_TILE:
+        return "its LM head has another form"
+    return None

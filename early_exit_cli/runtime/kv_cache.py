@@ -55,3 +55,12 @@ class KVCache:
         for buffers in (self.keys, self.values):
             for block, old in enumerate(buffers):
                 buffers[block] = F.pad(old, (0, 0, 0, capacity - old.shape[1]))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of one text in a pass over several: `width` of them, at `position` of its KV cache."""
+
+    cache: KVCache
+    position: int
+    width: int

@@ -15,15 +15,15 @@ from torch import Tensor
 
 from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.errors import UnsupportedBackboneError
-from early_exit_cli.runtime.blocks import LARGEST_WIDTH, Blocks, Part
-from early_exit_cli.runtime.fused_blocks import FusedBlocks
-from early_exit_cli.runtime.kv_cache import KVCache, Rotary
+from early_exit_cli.runtime.blocks import LARGEST_WIDTH, Blocks
+from early_exit_cli.runtime.fused_blocks import FusedBlocks, why_not_nf4
+from early_exit_cli.runtime.kv_cache import KVCache, Part, Rotary
 from early_exit_cli.runtime.native_buffers import TILE, Held, int8_tiles, native_part
 from early_exit_cli.runtime.native_code import Block, LMHead, Model, NoNativeCode, Product, code_key, native_code
 from early_exit_cli.runtime.native_code import Part as NativePart
-from early_exit_cli.runtime.nf4_linear import is_packed_nf4, why_not_nf4
+from early_exit_cli.runtime.nf4_linear import is_packed_nf4
 
-ROWS_TOGETHER = 64
+BATCH_ROWS = 64
 
 
 class NativeBlocks(FusedBlocks):
@@ -47,9 +47,9 @@ class NativeBlocks(FusedBlocks):
         self.embedded = self.backbone.embedding.num_embeddings
 
     @property
-    def rows_together(self) -> int:
+    def batch_rows(self) -> int:
         """Any number has the same bits; more than these hardly cost less for each."""
-        return ROWS_TOGETHER
+        return BATCH_ROWS
 
     @property
     def name(self) -> str:
@@ -117,7 +117,7 @@ class NativeBlocks(FusedBlocks):
             raise IndexError(f"tokens {min(tokens)} to {max(tokens)}, of which {self.embedded} are embedded")
         return self._pass(tokens, [Part(cache, position, len(tokens))], 0, stops)
 
-    def run_together(self, hidden: Tensor, parts: list[Part], stops: Sequence[int]) -> list[Tensor]:
+    def run_batch(self, hidden: Tensor, parts: list[Part], stops: Sequence[int]) -> list[Tensor]:
         return self._pass(hidden, parts, 0, stops)
 
     def _pass(self, rows: Tensor | list[int], parts: list[Part], first: int, stops: Sequence[int]) -> list[Tensor]:
@@ -190,7 +190,7 @@ class NativeBlocks(FusedBlocks):
         owners = (documents * len(documents) + rows).flatten()[real]  # one that goes on in another row begins again
         widths = owners.unique_consecutive(return_counts=True)[1].tolist()
         parts = [Part(self.new_cache(width), 0, width) for width in widths]
-        *states, last = self.run_together(self.embed(input_ids.flatten()[real]), parts, [*exit_layers, self.num_blocks])
+        *states, last = self.run_batch(self.embed(input_ids.flatten()[real]), parts, [*exit_layers, self.num_blocks])
         found = []
         for state in (*states, self.final_norm(last)):
             whole = state.new_zeros(real.numel(), state.shape[-1])

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from early_exit_cli.backbone.output import AttentionShape
-from early_exit_cli.runtime.blocks import Part
 from early_exit_cli.runtime.exact_argmax import int8_rows
-from early_exit_cli.runtime.kv_cache import KVCache
+from early_exit_cli.runtime.kv_cache import KVCache, Part
 from early_exit_cli.runtime.native_code import Attention, Int8
 from early_exit_cli.runtime.native_code import Part as NativePart
 from early_exit_cli.runtime.nf4_linear import VOCAB_TILE

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from early_exit_cli.backbone.backbone import Backbone
 
 LinearMap = Callable[[Tensor], Tensor]
 
@@ -151,27 +149,3 @@ class PackedNF4:
 
 SCALED_TOGETHER, VOCAB_TILE = 64, 16
 """NF4 weights that share a scale, and rows of the LM head that are multiplied together, where a pass is code of our own."""
-
-
-def why_not_nf4(backbone: Backbone, is_nf4: Callable[[Any], bool], where: str) -> str | None:
-    """Why no code of our own, for CPUs or GPUs, takes this backbone's blocks and LM head; None where some may.
-
-    Args:
-        is_nf4: whether a linear map's weight is packed as that code reads it. where: on what such code runs.
-    """
-    if not backbone.has_llama_shape:
-        return f"they are for blocks of the Llama shape, and {backbone.config.model_type} has others"
-    products = [module for module in backbone.blocks.modules() if isinstance(module, nn.Linear)]
-    if not all(map(is_nf4, products)):
-        return f"they are for weights in 4 bit (NF4) {where}"
-    if any(cast(Any, module).weight.quant_state.blocksize != SCALED_TOGETHER for module in products):
-        return f"they are for weights of which {SCALED_TOGETHER} share a scale"
-    if backbone.config.hidden_act != "silu":
-        return f"they know the activation silu, not {backbone.config.hidden_act}"
-    head, block = backbone.lm_head, cast(Any, backbone.blocks[0])
-    norms = (block.input_layernorm.weight, backbone.final_norm.weight)
-    if {backbone.dtype, backbone.embedding_weight.dtype, *(norm.dtype for norm in norms)} != {torch.bfloat16}:
-        return "they compute in bfloat16"
-    if head.bias is not None or head.weight.dtype != torch.bfloat16 or head.weight.shape[0] % VOCAB_TILE:
-        return "its LM head has another form"
-    return None

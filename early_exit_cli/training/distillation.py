@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from early_exit_cli.backbone.output import Readout, logits_of
+from early_exit_cli.backbone.output import BackboneView, logits_of
 from early_exit_cli.hidden_states.states import States, log_normalizer
 from early_exit_cli.numerics import require_finite
 
@@ -55,7 +55,7 @@ class Teacher:
         )
 
 
-def teach(readout: Readout, states: States, draft_vocab: Tensor | None, only_measured: bool = False) -> Teacher:
+def teach(view: BackboneView, states: States, draft_vocab: Tensor | None, only_measured: bool = False) -> Teacher:
     """The teacher's view; only the rows of the draft vocabulary are multiplied where the normalizer is known.
 
     Args:
@@ -70,14 +70,14 @@ def teach(readout: Readout, states: States, draft_vocab: Tensor | None, only_mea
     places[learned] = torch.arange(int(learned.sum()), device=learned.device)
     final = states.final[learned]
     if draft_vocab is None:
-        probabilities = torch.softmax(logits_of(readout, final), -1, dtype=torch.float32)
+        probabilities = torch.softmax(logits_of(view, final), -1, dtype=torch.float32)
         require_finite(probabilities.amax(-1))
         mass = torch.ones(probabilities.shape[0], device=probabilities.device)
     else:
         normalizer = states.normalizer
-        normalizer = log_normalizer(logits_of(readout, final)) if normalizer is None else normalizer[learned]
+        normalizer = log_normalizer(logits_of(view, final)) if normalizer is None else normalizer[learned]
         require_finite(normalizer)
-        kept = logits_of(readout, final, draft_vocab).float()
+        kept = logits_of(view, final, draft_vocab).float()
         mass = (kept.logsumexp(-1) - normalizer).exp().clamp(max=1.0)
         probabilities = torch.softmax(kept, -1)
     return Teacher(probabilities, mass, torch.xlogy(probabilities, probabilities).sum(-1), places)

@@ -24,7 +24,7 @@ from early_exit_cli.hidden_states.states import Prediction, States, StateSource
 from early_exit_cli.training.distillation import draft_vocabulary
 
 
-class Pupil(Protocol):
+class Student(Protocol):
     """Something trainable that predicts what the backbone says."""
 
     parts: list[str]
@@ -43,7 +43,7 @@ class Pupil(Protocol):
     def draft_vocab(self) -> Tensor | None: ...
 
     def predict(self, module: nn.Module, states: States, *, only_measured: bool = False) -> list[Prediction]:
-        """A prediction for each part, by `module`: the pupil's own, or what accelerate wrapped around it."""
+        """A prediction for each part, by `module`: the student's own, or what accelerate wrapped around it."""
 
     def token_ids(self, columns: Tensor) -> Tensor: ...
 
@@ -54,25 +54,25 @@ class Pupil(Protocol):
         """What must be equal when a run is resumed."""
 
 
-class ExitPupil:
+class ExitStudent:
     """All exit heads of a bundle, trained together."""
 
     variation = 0.0
     only_answers = False
 
     def __init__(self, source: StateSource, config: HeadsConfig) -> None:
-        self.readout = source.readout
-        vocab = draft_vocabulary(source.token_counts(), config.draft_vocab, self.readout.eos_token_ids)
+        self.view = source.view
+        vocab = draft_vocabulary(source.token_counts(), config.draft_vocab, self.view.eos_token_ids)
         self.module = ExitHeads(
-            self.readout, config.kind, source.layers, config.rank, None if config.kind == "linear" else vocab
-        ).to(self.readout.device)
-        self.module.start_from(self.readout)
+            self.view, config.kind, source.layers, config.rank, None if config.kind == "linear" else vocab
+        ).to(self.view.device)
+        self.module.start_from(self.view)
         if config.start_from is not None:
             folder, record = _same_heads(config.start_from, "heads", self.module.exit_layers)
             kind, rank = kind_of_heads(record, folder)
             if (kind, rank) != (config.kind, self.module.rank):
                 raise BundleError(f"{folder} has {kind} heads of rank {rank}", hint="--head and --rank as there")
-            _take_over(self.module, load_heads(folder / HEADS_FILE, self.readout, kind, source.layers, rank))
+            _take_over(self.module, load_heads(folder / HEADS_FILE, self.view, kind, source.layers, rank))
         self.exit_layers = self.module.exit_layers
         self.parts = [f"head {head}, after {layer} blocks" for head, layer in enumerate(self.exit_layers)]
 
@@ -89,27 +89,27 @@ class ExitPupil:
         return self.module.token_ids(columns)
 
     def save(self, folder: Path, training_config: dict[str, Any], record: dict[str, Any]) -> None:
-        save_bundle(folder, self.readout, self.module, training_config, record)
+        save_bundle(folder, self.view, self.module, training_config, record)
 
     def identity(self) -> dict[str, Any]:
         heads = self.module
         return {"head_layer_indices": heads.layers, "kind": heads.kind, "rank": heads.rank}
 
 
-class EaglePupil:
+class EagleStudent:
     """An EAGLE head, trained in roll-outs of `config.roll_out` steps."""
 
     only_answers = True
 
     def __init__(self, source: StateSource, config: HeadsConfig) -> None:
-        self.readout = source.readout
+        self.view = source.view
         self.steps, self.variation = config.roll_out, config.variation
-        vocab = draft_vocabulary(source.token_counts(), config.draft_vocab, self.readout.eos_token_ids)
-        self.module = EagleHead(self.readout, source.layers, vocab).to(self.readout.device)
-        self.module.start_from(self.readout)
+        vocab = draft_vocabulary(source.token_counts(), config.draft_vocab, self.view.eos_token_ids)
+        self.module = EagleHead(self.view, source.layers, vocab).to(self.view.device)
+        self.module.start_from(self.view)
         if config.start_from is not None:
             folder, _ = _same_heads(config.start_from, "eagle", self.module.exit_layers)
-            _take_over(self.module, load_eagle(eagle_file(folder), self.readout, source.layers))
+            _take_over(self.module, load_eagle(eagle_file(folder), self.view, source.layers))
         self.exit_layers = self.module.exit_layers
         self.parts = [f"draft position {step + 1}" for step in range(self.steps)]
 
@@ -124,7 +124,7 @@ class EaglePupil:
         return self.module.token_ids(columns)
 
     def save(self, folder: Path, training_config: dict[str, Any], record: dict[str, Any]) -> None:
-        save_eagle(folder, self.readout, self.module, training_config, record)
+        save_eagle(folder, self.view, self.module, training_config, record)
 
     def identity(self) -> dict[str, Any]:
         return {"kind": "eagle", "exit_layers": self.exit_layers, "roll_out": self.steps}
@@ -153,6 +153,6 @@ def _take_over(module: nn.Module, found: nn.Module) -> None:
     module.load_state_dict(weights, strict=False)
 
 
-def make_pupil(source: StateSource, config: HeadsConfig) -> Pupil:
+def make_student(source: StateSource, config: HeadsConfig) -> Student:
     """What the configuration asks for, with its starting weights."""
-    return EaglePupil(source, config) if config.kind == "eagle" else ExitPupil(source, config)
+    return EagleStudent(source, config) if config.kind == "eagle" else ExitStudent(source, config)

@@ -34,7 +34,7 @@ from early_exit_cli.numerics import require_finite
 from early_exit_cli.training.checkpoints import KEPT_CHECKPOINTS, MARKER, complete_checkpoints, resumable
 from early_exit_cli.training.distillation import Teacher, distillation_loss, teach
 from early_exit_cli.training.launch import stop_requests
-from early_exit_cli.training.students import Pupil, make_pupil
+from early_exit_cli.training.students import Student, make_student
 
 
 @dataclass(frozen=True)
@@ -73,20 +73,20 @@ class Lessons:
         self.source = source
         self._key: tuple[int, int, int] | None = None
         self._states: States | None = None
-        self._teachers: list[tuple[Pupil, Teacher]] = []
+        self._teachers: list[tuple[Student, Teacher]] = []
 
-    def get(self, number: int, rank: int, world: int, pupil: Pupil) -> tuple[States, Teacher]:
-        """The number-th training batch of a process, and what this pupil shall learn of it."""
+    def get(self, number: int, rank: int, world: int, student: Student) -> tuple[States, Teacher]:
+        """The number-th training batch of a process, and what this student shall learn of it."""
         if self._states is None or self._key != (number, rank, world):
             with torch.no_grad():
                 self._states = self.source.batch(number, rank, world)
             self._key, self._teachers = (number, rank, world), []
         for other, teacher in self._teachers:
-            if other.only_answers == pupil.only_answers and _same_vocab(other.draft_vocab, pupil.draft_vocab):
+            if other.only_answers == student.only_answers and _same_vocab(other.draft_vocab, student.draft_vocab):
                 return self._states, teacher
         with torch.no_grad():
-            teacher = teach(self.source.readout, self._states, pupil.draft_vocab, pupil.only_answers)
-        self._teachers.append((pupil, teacher))
+            teacher = teach(self.source.view, self._states, student.draft_vocab, student.only_answers)
+        self._teachers.append((student, teacher))
         return self._states, teacher
 
 
@@ -105,16 +105,16 @@ class Trainer:
         data_config: DataConfig,
         record: dict[str, Any],
     ) -> None:
-        self.lessons, self.source, self.readout = lessons, lessons.source, lessons.source.readout
+        self.lessons, self.source, self.view = lessons, lessons.source, lessons.source.view
         self.config, self.data_config, self.record = config, data_config, record
         self.accelerator = Accelerator(
             gradient_accumulation_steps=config.gradient_accumulation_steps,
-            cpu=self.readout.device.type == "cpu",
+            cpu=self.view.device.type == "cpu",
             log_with=None if config.report_to == "none" else config.report_to,
             project_dir=str(config.output_dir),
         )
         set_seed(config.seed)
-        self.pupil = make_pupil(self.source, heads_config)
+        self.student = make_student(self.source, heads_config)
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         self.place = (rank, world)
         if not self.source.sequences(rank, world):
@@ -128,10 +128,10 @@ class Trainer:
         optimizer = self._optimizer()
         # accelerate steps a prepared scheduler once per process and step; the counts are scaled to match.
         schedule = get_cosine_schedule_with_warmup(optimizer, warmup * world, max(config.max_steps, 1) * world)
-        self.model, self.optimizer, self.schedule = self.accelerator.prepare(self.pupil.module, optimizer, schedule)
+        self.model, self.optimizer, self.schedule = self.accelerator.prepare(self.student.module, optimizer, schedule)
         self.step = 0
         self.tokens_seen = 0
-        self.best_step, self.best_agreement = 0, [-1.0] * len(self.pupil.parts)
+        self.best_step, self.best_agreement = 0, [-1.0] * len(self.student.parts)
         self.last_agreement: list[float] = []
         self.started, self.seen_before = time.perf_counter(), 0
         if config.resume:
@@ -140,15 +140,13 @@ class Trainer:
     def _optimizer(self) -> torch.optim.Optimizer:
         parameters = [
             {
-                "params": [p for p in self.pupil.module.parameters() if p.ndim > 1],
+                "params": [p for p in self.student.module.parameters() if p.ndim > 1],
                 "weight_decay": self.config.weight_decay,
             },
-            {"params": [p for p in self.pupil.module.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+            {"params": [p for p in self.student.module.parameters() if p.ndim <= 1], "weight_decay": 0.0},
         ]
         eight_bit = self.config.optimizer == "adamw8bit" or (
-            self.config.optimizer == "auto"
-            and self.readout.quantization != "none"
-            and self.readout.device.type == "cuda"
+            self.config.optimizer == "auto" and self.view.quantization != "none" and self.view.device.type == "cuda"
         )
         if eight_bit:
             import bitsandbytes
@@ -202,8 +200,8 @@ class Trainer:
             self.step,
             self.tokens_seen,
             time.perf_counter() - self.started,
-            self.pupil.exit_layers,
-            self.pupil.parts,
+            self.student.exit_layers,
+            self.student.parts,
             self.best_step,
             self.best_agreement,
             self.last_agreement,
@@ -211,19 +209,19 @@ class Trainer:
 
     def _autocast(self) -> torch.autocast:
         """bfloat16 products for the heads where the backbone computes in it; weights and losses stay float32."""
-        return torch.autocast(self.readout.device.type, torch.bfloat16, enabled=self.readout.dtype == torch.bfloat16)
+        return torch.autocast(self.view.device.type, torch.bfloat16, enabled=self.view.dtype == torch.bfloat16)
 
     def _optimizer_step(self) -> list[float]:
-        sums = [0.0] * len(self.pupil.parts)
+        sums = [0.0] * len(self.student.parts)
         accumulation = self.config.gradient_accumulation_steps
         for micro in range(accumulation):
             number = self.step * accumulation + micro
-            states, teacher = self.lessons.get(number, *self.place, self.pupil)
+            states, teacher = self.lessons.get(number, *self.place, self.student)
             with self.accelerator.accumulate(self.model):
                 with self._autocast():
-                    predictions = self.pupil.predict(self.model, states, only_measured=self.pupil.only_answers)
+                    predictions = self.student.predict(self.model, states, only_measured=self.student.only_answers)
                 losses = [
-                    distillation_loss(said.logits, teacher.at(said.positions), self.pupil.variation)
+                    distillation_loss(said.logits, teacher.at(said.positions), self.student.variation)
                     for said in predictions
                 ]
                 self.accelerator.backward(torch.stack(losses).sum())
@@ -241,19 +239,21 @@ class Trainer:
 
     def evaluate(self) -> list[float]:
         """Held-out agreement per part: share of predictions whose argmax equals the backbone's."""
-        hits = torch.zeros(len(self.pupil.parts), dtype=torch.float64)
+        hits = torch.zeros(len(self.student.parts), dtype=torch.float64)
         totals = torch.zeros_like(hits)
         with torch.no_grad():
             for states in self.source.held_out():
                 choices = torch.full(states.measured.shape, -1, device=states.final.device)
-                best, choices[states.measured] = F.linear(
-                    states.final[states.measured], self.readout.lm_head_weight
-                ).max(-1)
+                best, choices[states.measured] = F.linear(states.final[states.measured], self.view.lm_head_weight).max(
+                    -1
+                )
                 require_finite(best)
                 with self._autocast():
-                    predictions = self.pupil.predict(self.pupil.module, states, only_measured=True)
+                    predictions = self.student.predict(self.student.module, states, only_measured=True)
                 for part, said in enumerate(predictions):
-                    hits[part] += (self.pupil.token_ids(said.logits.argmax(-1)) == choices[said.positions]).sum().cpu()
+                    hits[part] += (
+                        (self.student.token_ids(said.logits.argmax(-1)) == choices[said.positions]).sum().cpu()
+                    )
                     totals[part] += said.positions.numel()
         return (hits / totals.clamp(min=1)).tolist()
 
@@ -283,7 +283,7 @@ class Trainer:
                 }
             }
             for folder in [self.config.output_dir / "last", *([self.config.output_dir] if better else [])]:
-                self.pupil.save(folder, training_config, record)
+                self.student.save(folder, training_config, record)
         self.accelerator.wait_for_everyone()
 
     def _identity(self) -> dict[str, Any]:
@@ -294,7 +294,7 @@ class Trainer:
         return {
             "world_size": self.accelerator.num_processes,
             **self.source.identity(),
-            **self.pupil.identity(),
+            **self.student.identity(),
             **config,
         }
 
@@ -353,9 +353,9 @@ class Trainer:
             "tokens_per_second": report.tokens_per_second,
             "learning_rate": report.learning_rate,
         }
-        for part, loss in zip(self.pupil.parts, report.losses, strict=True):
+        for part, loss in zip(self.student.parts, report.losses, strict=True):
             values[f"{part}/loss"] = loss
-        for part, share in zip(self.pupil.parts, report.agreement or []):  # noqa: B905 (empty between evaluations)
+        for part, share in zip(self.student.parts, report.agreement or []):  # noqa: B905 (empty between evaluations)
             values[f"{part}/agreement"] = share
         self.accelerator.log(values, step=report.step)
 

@@ -40,7 +40,7 @@ class Terminal:
         }
         self.log = open(home / "stderr", "w+")  # noqa: SIM115 (closed with the process)
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).parent.parent / "command_worker.py")],
+            [sys.executable, str(Path(__file__).parents[1] / "support" / "command_worker.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from early_exit_cli.bundle.load import load_model
+from early_exit_cli.bundle.load import load_engine
 from early_exit_cli.config import DataConfig, HeadsConfig, TrainingConfig
 from early_exit_cli.data.documents import Document
 from early_exit_cli.data.packing import pack
@@ -113,7 +113,7 @@ def test_training_raises_agreement_and_leaves_a_bundle(tmp_path, tiny_backbone, 
     assert [report.step for report in reports if report.agreement] == [100, 200]
     assert all(torch.equal(value, before[name]) for name, value in backbone.model.state_dict().items())
     assert not (tmp_path / "run" / "aux_heads.pt").exists()
-    model = load_model(
+    model = load_engine(
         BackboneConfig(model_name=str(tiny_folder("llama")), quantization="none"),
         BundleConfig(bundle=str(tmp_path / "run" / "config.json")),
     )

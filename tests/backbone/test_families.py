@@ -33,7 +33,7 @@ from early_exit_cli.runtime.select import make_blocks
 NF4_FAMILIES = ("llama", "gemma2", "gpt2", "gpt_neox", "qwen2_moe")
 """Decoded in 4 bit too, as tiny models; SmolLM2 is a real one."""
 
-DOCS = Path(__file__).parent.parent / "docs" / "families.md"
+DOCS = Path(__file__).parents[2] / "docs" / "families.md"
 WINDOW = 24
 LONG_PROMPT = [(7 * i * i + 3 * i) % 251 for i in range(3 * WINDOW)]
 
@@ -184,7 +184,7 @@ def test_heads_train_from_a_cache_and_decode_by_the_commands(tmp_path, tiny_fold
         app([str(word) for word in command], standalone_mode=False)
     verdict = json.loads(capsys.readouterr().out)
     assert verdict["identical"] is verdict["bit_exact"] is True
-    backbone, stored = tiny_backbone(family), Cache(cache).readout(torch.device("cpu"))
+    backbone, stored = tiny_backbone(family), Cache(cache).view(torch.device("cpu"))
     hidden = torch.randn(4, 64, generator=torch.Generator().manual_seed(1))
     assert torch.equal(stored.final_norm(hidden), backbone.final_norm(hidden))
     assert torch.equal(logits_of(stored, hidden), logits_of(backbone, hidden))

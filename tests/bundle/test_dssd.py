@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from early_exit_cli.bundle.load import load_model
+from early_exit_cli.bundle.load import load_engine
 from early_exit_cli.bundle.push import import_dssd
 from early_exit_cli.cli.app import app
 from early_exit_cli.config import BackboneConfig, BundleConfig
@@ -57,7 +57,7 @@ def test_the_heads_are_the_same_afterwards(dssd, linear_bundle, tmp_path, tiny_f
         "quantization": "none",
     }
     backbone = BackboneConfig(model_name=str(tiny_folder("llama")), quantization="none")
-    model = load_model(backbone, BundleConfig(bundle=str(tmp_path / "bundle")))
+    model = load_engine(backbone, BundleConfig(bundle=str(tmp_path / "bundle")))
     assert model.heads.kind == "linear"
     assert model.thresholds is not None
 
@@ -68,7 +68,7 @@ def test_what_config_json_declares_is_compared_with_the_backbone(dssd, tmp_path,
     import_dssd(dssd, tmp_path / "bundle")
     backbone = BackboneConfig(model_name=str(tiny_folder("llama")), quantization="none")
     with pytest.raises(BundleError, match="num_hidden_layers: heads 7, backbone 6"):
-        load_model(backbone, BundleConfig(bundle=str(tmp_path / "bundle")))
+        load_engine(backbone, BundleConfig(bundle=str(tmp_path / "bundle")))
 
 
 def with_tensors(change):

@@ -4,14 +4,14 @@ import pytest
 import torch
 from conftest import FAMILIES
 
-from early_exit_cli.bundle.load import load_model
+from early_exit_cli.bundle.load import load_engine
 from early_exit_cli.calibration.draft_chances import fit_eagle, fit_lookup, fit_survival, roll_out
 from early_exit_cli.config import BackboneConfig, BundleConfig, DataConfig, HeadsConfig, TrainingConfig
 from early_exit_cli.data.documents import Document
 from early_exit_cli.data.packing import pack
 from early_exit_cli.decoding.answer import generate
 from early_exit_cli.decoding.loop import decode
-from early_exit_cli.drafting.chances import Survival, policy_of
+from early_exit_cli.drafting.chances import Survival, draft_chances_of
 from early_exit_cli.drafting.choose import auto_drafter, eagle_drafter
 from early_exit_cli.drafting.drafter import Draft, NoDrafter
 from early_exit_cli.drafting.eagle import EagleDrafter
@@ -104,9 +104,9 @@ class Oracle(EagleDrafter):
         super().begin(prompt_ids)
         self.runner.choose = self.say
 
-    def propose(self, model, cache, pending, limit, stop_ids):
+    def draft(self, model, cache, pending, limit, stop_ids):
         self.place = cache.length + 1
-        return super().propose(model, cache, pending, limit, stop_ids)
+        return super().draft(model, cache, pending, limit, stop_ids)
 
     def say(self, hidden, *_):
         self.place += 1
@@ -155,10 +155,10 @@ def test_what_a_text_shows_moves_the_chances(tiny_model):
     assert good._chance(0) == pytest.approx(0.5)
     draft = Draft([1, 2, 3, 4], [Step(n, 1.0, 0.5) for n in (1, 2, 3, 4)])
     for _ in range(20):
-        good.observe(draft, [1, 2, 3, 4, 5], 4)
+        good.accept(draft, [1, 2, 3, 4, 5], 4)
     assert good._chance(0) > 0.8
     for _ in range(400):
-        good.observe(draft, [9], 0)
+        good.accept(draft, [9], 0)
     assert good._chance(0) < 0.4
 
 
@@ -171,7 +171,7 @@ def test_reading_is_worth_it_where_some_tokens_are_sure(tiny_model):
     for survival in (blind, knowing):
         made = EagleDrafter(head, [survival], lambda rows: 2.0 + rows, 0.1, 0.05)
         made.begin(PROMPT)
-        made.see([1], [])
+        made.process([1], [])
         rates.append(made.expected_rate(7))
     plain = 1 / 3.0
     assert rates[0] < 1.03 * plain < rates[1]
@@ -183,7 +183,7 @@ def test_a_first_token_that_was_not_drafted_still_teaches(tiny_model):
     for right, wanted in ((True, 1.0), (False, 0.0)):
         unsure.begin(PROMPT)
         unsure.guess = (7, 0.4)
-        unsure.observe(Draft(), [7 if right else 8], 0)
+        unsure.accept(Draft(), [7 if right else 8], 0)
         assert (unsure.hits, unsure.expected) == (wanted, 0.4)
 
 
@@ -237,7 +237,7 @@ def test_training_learns_and_leaves_a_head_that_drafts(tmp_path, tiny_backbone, 
     assert result.last_agreement[0] > start[0] + 0.2
     assert result.last_agreement[1] > start[1] + 0.1
     settings = BackboneConfig(model_name=str(tiny_folder("llama")), quantization="none")
-    model = load_model(settings, BundleConfig(bundle=str(tmp_path)))
+    model = load_engine(settings, BundleConfig(bundle=str(tmp_path)))
     assert model.heads is None
     with pytest.raises(BundleError, match="not calibrated"):
         eagle_drafter(model)
@@ -290,7 +290,7 @@ def test_it_joins_a_bundle_of_the_same_backbone_only(tmp_path, tiny_backbone):
 )
 def test_a_damaged_policy_is_refused(damaged):
     with pytest.raises(BundleError, match="drafting record is damaged"):
-        policy_of({"drafting": damaged})
+        draft_chances_of({"drafting": damaged})
 
 
 def test_a_bundle_without_one_says_how_to_get_one(tiny_model):
@@ -324,7 +324,7 @@ def test_an_exported_checkpoint_holds_the_head_and_what_it_borrows(tmp_path, tin
 def test_the_shipped_head_drafts_in_bfloat16_without_changing_a_bit(smollm2):
     from early_exit_cli.config import SHIPPED_BUNDLE
 
-    model = load_model(BackboneConfig(), BundleConfig(bundle=SHIPPED_BUNDLE))
+    model = load_engine(BackboneConfig(), BundleConfig(bundle=SHIPPED_BUNDLE))
     prompt = smollm2.encode_prompt("Explain step by step how to solve 2x + 6 = 14.")
     plain = generate(model, prompt, NoDrafter(), 48, mode="full", keep_states=True)
     run = generate(model, prompt, eagle_drafter(model), 48, mode="eagle", width=16, keep_states=True)

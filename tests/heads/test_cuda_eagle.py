@@ -71,7 +71,7 @@ def test_a_chain_is_reading_and_single_steps(head, rows, monkeypatch):
 
 def test_texts_do_not_share_what_they_have_read(head):
     first = CudaEagle(head, ReferenceKernels(), lambda step: step)
-    second = first.another()
+    second = first.fork()
     with torch.inference_mode():
         expected = first.chain([1, 2, 3], states_of(head, 3, 1), 4)
         second.chain([9] * 8, states_of(head, 8, 2), 4)
@@ -92,7 +92,7 @@ def test_drafting_in_chains_leaves_the_words(head, backbone):  # noqa: F811
     head.on_device = CudaEagle(head, ReferenceKernels(), lambda step: step)
     plain = answer(model)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("early_exit_cli.drafting.eagle.eagle_runner", lambda head: head.on_device.another())
+        patch.setattr("early_exit_cli.drafting.eagle.eagle_runner", lambda head: head.on_device.fork())
         for chance in (0.9, 0.5):
             drafter = EagleDrafter(head, [Survival(2.0, -0.5, chance)], lambda rows: 1.0 + 0.01 * rows, 0.05, 0.02)
             drafted = answer(model, drafter)
@@ -104,7 +104,7 @@ def test_drafting_in_chains_leaves_the_words(head, backbone):  # noqa: F811
 def test_a_chain_is_as_long_as_its_chances_pay_for(head):
     head.on_device = CudaEagle(head, ReferenceKernels(), lambda step: step)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("early_exit_cli.drafting.eagle.eagle_runner", lambda head: head.on_device.another())
+        patch.setattr("early_exit_cli.drafting.eagle.eagle_runner", lambda head: head.on_device.fork())
         lengths = [
             EagleDrafter(head, [Survival(0, 0, chance)], lambda rows: 1.0, 0.05, step)._chain_length(MOST_STEPS)
             for chance, step in ((0.95, 0.02), (0.7, 0.02), (0.7, 0.2), (0.3, 0.2))

@@ -29,7 +29,7 @@ def python(tmp_path_factory):
     folder = tmp_path_factory.mktemp("speculators")
     venv.create(folder, with_pip=True)
     pip = [str(folder / "bin" / "pip"), "install", "--quiet"]
-    constraints = Path(__file__).parent.parent / "constraints.txt"
+    constraints = Path(__file__).parents[2] / "constraints.txt"
     pins = [line for line in constraints.read_text().splitlines() if line.startswith("torch==")]
     subprocess.run([*pip, *pins, *PACKAGES], check=True)
     subprocess.run([*pip, "--no-deps", *UNRESOLVED], check=True)
@@ -53,7 +53,7 @@ def test_an_exported_head_has_equal_logits_in_speculators(python, tmp_path, tiny
     hook.remove()
     raw = torch.cat([*states.exits, kept["last"][0]], -1)  # that checkpoint norms the last state itself
     save_file({"states": raw, "ids": ids}, tmp_path / "inputs.safetensors")
-    worker = Path(__file__).parent / "speculators_worker.py"
+    worker = Path(__file__).parents[1] / "support" / "speculators_worker.py"
     subprocess.run(
         [python, str(worker), tmp_path / "head", tmp_path / "inputs.safetensors", tmp_path / "outputs.safetensors"],
         check=True,

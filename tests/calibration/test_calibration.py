@@ -12,7 +12,7 @@ from early_exit_cli.calibration.calibrate import (
     calibration_record,
     save_calibration,
 )
-from early_exit_cli.calibration.head_outputs import join_readings, read_batch
+from early_exit_cli.calibration.head_outputs import join_head_outputs, read_batch
 from early_exit_cli.calibration.intervals import lower_bound
 from early_exit_cli.calibration.thresholds import Sample
 from early_exit_cli.config import CalibrationConfig
@@ -119,7 +119,9 @@ def calibrated(tiny_model):
 
 def test_coverage_agreement_and_check_are_those_of_the_thresholds(calibrated):
     model, batches, calibration = calibrated
-    first, second = (join_readings([read_batch(model, batch) for batch in part]) for part in (batches[:6], batches[6:]))
+    first, second = (
+        join_head_outputs([read_batch(model, batch) for batch in part]) for part in (batches[:6], batches[6:])
+    )
     assert any(cell.coverage > 0 for _, _, cell in calibration.cells())
     for index, head in enumerate(calibration.heads):
         assert head.samples == first.choices.numel()

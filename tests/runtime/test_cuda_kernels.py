@@ -12,9 +12,9 @@ import torch
 from test_cuda_graphs import answer, ids_of, same
 from test_decoding import tokens_of
 
-from early_exit_cli.bundle.load import load_model
+from early_exit_cli.bundle.load import load_engine
 from early_exit_cli.config import BackboneConfig, BundleConfig, InferenceConfig
-from early_exit_cli.decoding.batch import Request, decode_together, generate_together
+from early_exit_cli.decoding.batch import Request, decode_batch, generate_batch
 from early_exit_cli.decoding.loop import decode
 from early_exit_cli.drafting.chances import Survival
 from early_exit_cli.drafting.choose import make_drafter
@@ -494,7 +494,7 @@ TOKENS = 64
 
 @pytest.fixture(scope="module")
 def model():
-    return load_model(BackboneConfig(device="cuda"), BundleConfig())
+    return load_engine(BackboneConfig(device="cuda"), BundleConfig())
 
 
 @pytest.fixture(scope="module")
@@ -519,7 +519,7 @@ class AlmostKnown(Drafter):
     def __init__(self, continuation, prompt_length):
         self.continuation, self.prompt_length = continuation, prompt_length
 
-    def propose(self, model, cache, pending, limit, stop_ids):
+    def draft(self, model, cache, pending, limit, stop_ids):
         done = cache.length + 1 - self.prompt_length
         tokens = self.continuation[done : done + limit]
         return Draft(tokens=[token ^ 1 if (done + i) % 11 in (1, 2, 8) else token for i, token in enumerate(tokens)])
@@ -564,11 +564,11 @@ def test_texts_decoded_together_are_each_what_they_are_alone(model, plain, kind)
     drafter, width = drafter_of(model, kind)
     requests = [Request(prompt) for prompt, _ in plain]
     for batch in (2, 3):
-        texts = generate_together(model, requests, drafter, TOKENS, mode="", batch=batch, width=width)
+        texts = generate_batch(model, requests, drafter, TOKENS, mode="", batch=batch, width=width)
         assert [text.token_ids for text in texts] == [expected.token_ids for _, expected in plain]
         rounds = [[] for _ in requests]
         options = dict(batch=batch, width=width, keep_states=True)
-        for number, step, _ in decode_together(model, requests, drafter, TOKENS, **options):
+        for number, step, _ in decode_batch(model, requests, drafter, TOKENS, **options):
             rounds[number].append(step)
         for own, (_, expected) in zip(rounds, plain, strict=True):
             assert tokens_of(own) == expected.token_ids

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import VOCAB
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from large_body import Shape, large_backbone, large_eagle, large_exits
 from test_cuda_blocks import backbone, distance  # noqa: F401 (a fixture)

@@ -6,12 +6,12 @@ from test_decoding import tokens_of
 from test_sampling import make_drafter
 
 from early_exit_cli.config import SamplingConfig
-from early_exit_cli.decoding.batch import Request, decode_together, generate_together
+from early_exit_cli.decoding.batch import Request, decode_batch, generate_batch
 from early_exit_cli.decoding.loop import decode
 from early_exit_cli.drafting.drafter import NoDrafter
 from early_exit_cli.drafting.round_costs import share_of_pass
 from early_exit_cli.errors import ConfigError
-from early_exit_cli.runtime.blocks import Part
+from early_exit_cli.runtime.kv_cache import Part
 from early_exit_cli.sampling import make_chooser
 
 PROMPTS = [
@@ -43,7 +43,7 @@ def together(model, drafter, width, make_chooser, stops, batch):
     requests = [Request(prompt, make_chooser(number)) for number, prompt in enumerate(PROMPTS)]
     options = dict(batch=batch, width=width, stop_ids=stops, keep_states=True)
     ended = []
-    for number, step, is_last in decode_together(model, requests, drafter, TOKENS, **options):
+    for number, step, is_last in decode_batch(model, requests, drafter, TOKENS, **options):
         rounds[number].append(step)
         ended += [number] * is_last
     assert sorted(ended) == list(range(len(PROMPTS)))
@@ -96,13 +96,13 @@ def test_texts_that_end_make_room_and_change_nothing_for_the_others(tiny_model):
 def test_one_pass_holds_the_rows_of_all_texts(tiny_model, monkeypatch):
     model = tiny_model("llama")
     seen = []
-    original = model.blocks.run_together
+    original = model.blocks.run_batch
 
     def spy(hidden, parts, stops):
         seen.append((hidden.shape[0], [part.width for part in parts]))
         return original(hidden, parts, stops)
 
-    monkeypatch.setattr(model.blocks, "run_together", spy)
+    monkeypatch.setattr(model.blocks, "run_batch", spy)
     together(model, NoDrafter(), 8, choosers(0.0), (), 5)
     assert len(seen) == TOKENS  # a pass for each new token of all five texts
     most = model.blocks.widths[-1] // model.blocks.pass_width(1)  # what rows have to be padded to takes room too
@@ -114,12 +114,12 @@ def test_padding_rows_of_a_pass_are_nobodys(tiny_model):
     """Behind the texts' rows stand some that belong to none: the bits of each alone, and nothing written for them."""
     model = tiny_model("llama")
     width, prompts = model.blocks.pass_width(1), PROMPTS[:2]
-    caches, others = ([model.start(prompt, 8) for prompt in prompts] for _ in range(2))
+    caches, others = ([model.prefill(prompt, 8) for prompt in prompts] for _ in range(2))
     rows = [model.embed(prompt[-1:]).expand(width, -1) for prompt in prompts]
     padding = 9 * rows[0][:1].expand(model.blocks.widths[-1] - 2 * width, -1)
     parts = [Part(cache, cache.length, width) for cache in caches]
     with torch.inference_mode():
-        (joined,) = model.blocks.run_together(torch.cat((*rows, padding)), parts, [6])
+        (joined,) = model.blocks.run_batch(torch.cat((*rows, padding)), parts, [6])
         alone = [model.run(own, cache, cache.length, 0, 6) for own, cache in zip(rows, others, strict=True)]
     assert len(padding)
     assert torch.equal(joined, torch.cat(alone))
@@ -131,7 +131,7 @@ def test_padding_rows_of_a_pass_are_nobodys(tiny_model):
 def test_a_bad_prompt_is_refused(tiny_model):
     model = tiny_model("llama")
     with pytest.raises(ConfigError, match="empty"):
-        list(decode_together(model, [Request([65]), Request([])], NoDrafter(), 4, batch=2, width=4))
+        list(decode_batch(model, [Request([65]), Request([])], NoDrafter(), 4, batch=2, width=4))
 
 
 def test_the_share_of_a_pass_adds_up():
@@ -140,18 +140,18 @@ def test_the_share_of_a_pass_adds_up():
     def cost(rows):
         return 10 + rows**1.5
 
-    assert share_of_pass(cost, 3, 0) == cost(3)
-    assert 4 * share_of_pass(cost, 1, 3) == pytest.approx(cost(4))
-    assert share_of_pass(cost, 3, 3) - share_of_pass(cost, 1, 3) == pytest.approx(cost(6) - cost(4))
+    assert share_of_pass(cost, 3, 1) == cost(3)
+    assert 4 * share_of_pass(cost, 1, 4) == pytest.approx(cost(4))
+    assert share_of_pass(cost, 3, 4) - share_of_pass(cost, 1, 4) == pytest.approx(cost(6) - cost(4))
 
 
 def test_the_shipped_model_answers_together_as_alone(smollm2):
     """NF4 in bfloat16, with its heads: bits do not depend on who else is in the pass."""
-    from early_exit_cli.bundle.load import load_model
+    from early_exit_cli.bundle.load import load_engine
     from early_exit_cli.config import BackboneConfig, BundleConfig
     from early_exit_cli.drafting.choose import auto_drafter
 
-    model = load_model(BackboneConfig(), BundleConfig())
+    model = load_engine(BackboneConfig(), BundleConfig())
     prompts = [
         smollm2.encode_prompt(text)
         for text in ("Name three colours.", "What is 12 times 12?", "Repeat: one two three one two three one two")
@@ -160,9 +160,9 @@ def test_the_shipped_model_answers_together_as_alone(smollm2):
     rounds = [[] for _ in prompts]
     drafter = auto_drafter(model, 0.9, 8, "auto")
     requests = [Request(ids) for ids in prompts]
-    for number, step, _ in decode_together(model, requests, drafter, 24, batch=3, width=8, keep_states=True):
+    for number, step, _ in decode_batch(model, requests, drafter, 24, batch=3, width=8, keep_states=True):
         rounds[number].append(step)
-    texts = generate_together(model, requests, drafter, 24, mode="auto", batch=2, width=8)
+    texts = generate_batch(model, requests, drafter, 24, mode="auto", batch=2, width=8)
     assert [text.token_ids for text in texts] == [tokens_of(plain) for plain in expected]
     assert [text.text for text in texts] == [
         smollm2.tokenizer.decode(t.token_ids, skip_special_tokens=True) for t in texts

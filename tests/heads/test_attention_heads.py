@@ -11,7 +11,7 @@ from early_exit_cli.cli.app import app
 from early_exit_cli.data.documents import Document
 from early_exit_cli.data.packing import pack
 from early_exit_cli.decoding.answer import generate
-from early_exit_cli.decoding.batch import Request, generate_together
+from early_exit_cli.decoding.batch import Request, generate_batch
 from early_exit_cli.drafting.auto import AutoDrafter
 from early_exit_cli.drafting.costs import measure_costs
 from early_exit_cli.drafting.drafter import NoDrafter
@@ -20,7 +20,7 @@ from early_exit_cli.drafting.lookup import LookupDrafter
 from early_exit_cli.engine import Engine
 from early_exit_cli.errors import BundleError, UnsupportedBackboneError
 from early_exit_cli.heads.exit_heads import ExitHeads, load_heads, read_heads
-from early_exit_cli.heads.exit_runner import ExitReader, NativeExitReader, exit_reader
+from early_exit_cli.heads.exit_runner import ExitRunner, NativeExitRunner, exit_runner
 from early_exit_cli.heads.uncertainty import entropy
 from early_exit_cli.hidden_states.live import run_states
 from early_exit_cli.runtime.native_code import has_native_code
@@ -133,9 +133,9 @@ def test_a_trace_shows_every_heads_view_whoever_drafts(model, drafter):
     }[drafter]
     run = generate(model, OTHER, made, NEW, mode="traced", trace=True, width=8)
     expected = entropies_over(model, [*OTHER, *run.token_ids])
-    readings = [readings for step in run.rounds for readings in step.readings]
-    assert len(readings) == len(run.token_ids)
-    for place, views in enumerate(readings, start=len(OTHER) - 1):
+    traced = [traced for step in run.rounds for traced in step.traced]
+    assert len(traced) == len(run.token_ids)
+    for place, views in enumerate(traced, start=len(OTHER) - 1):
         assert [view.head for view in views] == [0, 1, 2]
         for view in views:
             assert view.entropy == pytest.approx(float(expected[view.head, place]), abs=1e-4)
@@ -146,7 +146,7 @@ def test_texts_together_keep_to_their_own(model):
     drafter = ExitDrafter(thresholds(model, 0.6))
     prompts = [PROMPT, OTHER, [1, 2, 3], PROMPT[:5]]
     requests = [Request(prompt) for prompt in prompts]
-    found = generate_together(model, requests, drafter, NEW, mode="adaptive", batch=3, width=4)
+    found = generate_batch(model, requests, drafter, NEW, mode="adaptive", batch=3, width=4)
     assert any(run.stats.partly_rejected_drafts for run in found)
     for prompt, run in zip(prompts, found, strict=True):
         alone = generate(model, prompt, drafter, NEW, mode="adaptive", width=4)
@@ -164,8 +164,8 @@ def test_compiled_readings_say_what_pytorchs_say(smollm2):
     heads = some_heads(smollm2, (3, 7), torch.arange(8192))
     for head in heads.heads:
         head.up.weight.mul_(0.02)
-    native, plain = exit_reader(heads), ExitReader(heads)
-    assert type(native) is NativeExitReader
+    native, plain = exit_runner(heads), ExitRunner(heads)
+    assert type(native) is NativeExitRunner
     ids = smollm2.tokenizer("The sea is wide, and the ships that sail on it are small. " * 40)["input_ids"]
     agreed = rounds = 0
     with torch.inference_mode():
@@ -175,7 +175,7 @@ def test_compiled_readings_say_what_pytorchs_say(smollm2):
             rows = all_states.split(1)
             place = 500  # the buffers grow at 512
             for reader in (native, plain):
-                reader.see(number, all_states[:place])
+                reader.process(number, all_states[:place])
             while place + 4 < len(rows):
                 for count in (1, 2, 4):
                     found = [reader.read(number, rows[place : place + count]) for reader in (native, plain)]
@@ -187,7 +187,7 @@ def test_compiled_readings_say_what_pytorchs_say(smollm2):
                     agreed += native.token() == plain.token()
                     rounds += 1
                 for reader in (native, plain):
-                    reader.see(number, all_states[place : place + 3])
+                    reader.process(number, all_states[place : place + 3])
                 place += 3
     assert rounds > 50
     assert agreed > 0.9 * rounds

@@ -92,7 +92,7 @@ class Proposing(Drafter):
     def __init__(self, continuation):
         self.continuation = continuation
 
-    def propose(self, model, cache, pending, limit, stop_ids):
+    def draft(self, model, cache, pending, limit, stop_ids):
         done = cache.length + 1 - len(PROMPT)
         tokens = self.continuation[done : done + limit]
         return Draft(tokens=[token ^ 1 if (done + i) % 4 == 3 else token for i, token in enumerate(tokens)])
@@ -646,5 +646,5 @@ class Known(Proposing):
         super().__init__(continuation)
         self.shift = len(PROMPT) - prompt_length
 
-    def propose(self, model, cache, pending, limit, stop_ids):
-        return super().propose(model, SimpleNamespace(length=cache.length + self.shift), pending, limit, stop_ids)
+    def draft(self, model, cache, pending, limit, stop_ids):
+        return super().draft(model, SimpleNamespace(length=cache.length + self.shift), pending, limit, stop_ids)

@@ -16,9 +16,9 @@ from early_exit_cli.drafting.exit import ExitDrafter
 from early_exit_cli.engine import Engine
 from early_exit_cli.errors import UnsupportedBackboneError
 from early_exit_cli.heads.exit_heads import ExitHeads
-from early_exit_cli.runtime.blocks import Part
 from early_exit_cli.runtime.cuda_blocks import CudaBlocks, why_not_ours
 from early_exit_cli.runtime.fused_blocks import FusedBlocks
+from early_exit_cli.runtime.kv_cache import Part
 from early_exit_cli.runtime.reference_kernels import ReferenceKernels
 
 SIZES = dict(
@@ -143,7 +143,7 @@ def test_texts_together_have_the_bits_of_each_alone(backbone):
             caches.append(pair[1])
         parts = [Part(cache, 12, len(tokens)) for cache, tokens in zip(caches, texts, strict=True)]
         rows = torch.cat([blocks.embed(torch.cat(texts)), blocks.embed(texts[0])])  # the last row is padding
-        together = blocks.run_together(rows, parts, [1, 4])
+        together = blocks.run_batch(rows, parts, [1, 4])
     for place, states in enumerate(zip(*alone, strict=True)):
         assert torch.equal(together[place], torch.cat(states))
 

@@ -84,9 +84,9 @@ def test_stored_states_are_the_backbones(cache, tiny_backbone):
                 assert torch.allclose(stored, computed, rtol=2**-7, atol=1e-4)
             assert torch.equal(ours.measured, theirs.measured)
             assert torch.allclose(ours.normalizer, backbone.lm_head(theirs.final).logsumexp(-1), atol=1e-4)
-    readout = cache.readout(CPU)
-    assert torch.equal(readout.lm_head_weight, backbone.lm_head.weight)
-    assert readout.fingerprint == backbone.fingerprint
+    view = cache.view(CPU)
+    assert torch.equal(view.lm_head_weight, backbone.lm_head.weight)
+    assert view.fingerprint == backbone.fingerprint
 
 
 def test_measured_positions_survive_the_form_on_disk():

@@ -20,7 +20,7 @@ class ScriptedDrafter(Drafter):
     def __init__(self, continuation, wrong=lambda index: False, prompt=PROMPT):
         self.continuation, self.wrong, self.prompt = continuation, wrong, prompt
 
-    def propose(self, model, cache, pending, limit, stop_ids):
+    def draft(self, model, cache, pending, limit, stop_ids):
         done = cache.length + 1 - len(self.prompt)
         tokens = [
             (token + 1) % 256 if self.wrong(done + index) else token
@@ -88,8 +88,8 @@ def test_the_token_cap_inside_a_draft_is_kept(model, plain, cap):
 
 def test_a_drafter_that_overshoots_the_cap_changes_nothing(model, plain):
     class Eager(ScriptedDrafter):
-        def propose(self, model, cache, pending, limit, stop_ids):
-            return super().propose(model, cache, pending, 7, stop_ids)
+        def draft(self, model, cache, pending, limit, stop_ids):
+            return super().draft(model, cache, pending, 7, stop_ids)
 
     rounds = list(decode(model, PROMPT, Eager(plain), 10, width=8, stop_ids=()))
     assert tokens_of(rounds) == plain[:10]
@@ -98,7 +98,7 @@ def test_a_drafter_that_overshoots_the_cap_changes_nothing(model, plain):
 def thresholds_between(model, share):
     """Thresholds at which about `share` of the plain text's tokens would exit."""
     run = generate(model, PROMPT, NoDrafter(), 40, mode="full", trace=True)
-    rows = [[reading.entropy for reading in token] for step in run.rounds for token in step.readings]
+    rows = [[reading.entropy for reading in token] for step in run.rounds for token in step.traced]
     return torch.tensor(rows).quantile(share, 0).tolist()
 
 
@@ -131,18 +131,18 @@ def test_states_of_adaptive_decoding_are_the_plain_ones_bit_for_bit(smollm2_mode
     model = smollm2_model
     prompt = model.backbone.encode_prompt("Tell me three facts about the sea.")
     plain = generate(model, prompt, NoDrafter(), 48, mode="full", keep_states=True)
-    readings = torch.tensor(
+    entropies = torch.tensor(
         [
             [reading.entropy for reading in token]
             for step in generate(model, prompt, NoDrafter(), 48, mode="full", trace=True).rounds
-            for token in step.readings
+            for token in step.traced
         ]
     )
     partly = accepted = 0
-    some = readings.quantile(0.5, 0).tolist()
-    mixed = [readings.quantile(0.1, 0).tolist()[0], some[1], 1e9]  # rows of one draft stop at different depths
+    some = entropies.quantile(0.5, 0).tolist()
+    mixed = [entropies.quantile(0.1, 0).tolist()[0], some[1], 1e9]  # rows of one draft stop at different depths
     for drafter in (
-        *(ExitDrafter(readings.quantile(share, 0).tolist()) for share in (0.2, 0.5, 0.9)),
+        *(ExitDrafter(entropies.quantile(share, 0).tolist()) for share in (0.2, 0.5, 0.9)),
         ExitDrafter(mixed),
         ExitDrafter(some, active=[2]),
         ExitDrafter(some, active=[0, 2]),

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from early_exit_cli.backbone.load import load_backbone
 from early_exit_cli.backbone.output import LogitMap
-from early_exit_cli.bundle.load import load_model
+from early_exit_cli.bundle.load import load_engine
 from early_exit_cli.config import SHIPPED_BUNDLE, BackboneConfig, BundleConfig, SamplingConfig
 from early_exit_cli.data.answers import answer_side_by_side
 from early_exit_cli.data.documents import Document
@@ -22,12 +22,12 @@ from early_exit_cli.engine import Engine
 from early_exit_cli.errors import UnsupportedBackboneError
 from early_exit_cli.heads.eagle_runner import EagleRunner
 from early_exit_cli.heads.exit_heads import ExitHeads
-from early_exit_cli.heads.exit_runner import ExitReader, NativeExitReader, exit_reader
+from early_exit_cli.heads.exit_runner import ExitRunner, NativeExitRunner, exit_runner
 from early_exit_cli.heads.native_eagle import NativeEagle, eagle_runner
 from early_exit_cli.heads.uncertainty import entropy
 from early_exit_cli.runtime import native_code as native_module
-from early_exit_cli.runtime.blocks import Part
 from early_exit_cli.runtime.fused_blocks import FusedBlocks
+from early_exit_cli.runtime.kv_cache import Part
 from early_exit_cli.runtime.native_blocks import NativeBlocks, why_not_native
 from early_exit_cli.runtime.native_code import NoNativeCode, native_code
 from early_exit_cli.runtime.select import make_blocks
@@ -234,7 +234,7 @@ def test_texts_together_have_the_bits_of_each_alone(blocks, smollm2):
             alone.append(blocks.run(blocks.embed(text[start : start + width]), cache, start, 0, blocks.num_blocks))
         parts = [Part(cache, len(text) - 4, width) for text, cache, width in zip(texts, caches, (1, 4, 3), strict=True)]
         rows = torch.cat([text[len(text) - 4 :][:width] for text, width in zip(texts, (1, 4, 3), strict=True)])
-        (together,) = blocks.run_together(blocks.embed(rows), parts, [blocks.num_blocks])
+        (together,) = blocks.run_batch(blocks.embed(rows), parts, [blocks.num_blocks])
     assert torch.equal(together, torch.cat(alone))
 
 
@@ -300,7 +300,7 @@ def test_other_precisions_say_why(tiny_backbone):
 
 def test_compiled_eagle_steps_say_what_pytorchs_say(blocks, smollm2):
     """The shipped head, over a prompt read in pieces and rolled forward: near states, the same choices, near entropies."""
-    head = load_model(BackboneConfig(), BundleConfig(bundle=SHIPPED_BUNDLE)).eagle
+    head = load_engine(BackboneConfig(), BundleConfig(bundle=SHIPPED_BUNDLE)).eagle
     ids = real_ids(smollm2, 160)
     words = ids.tolist()
     native, plain = eagle_runner(head), EagleRunner(head)
@@ -330,7 +330,7 @@ def test_compiled_eagle_steps_say_what_pytorchs_say(blocks, smollm2):
 
 def test_what_the_compiled_eagle_says_of_itself_is_so(smollm2):
     """Choice and entropy of the logits beside them, and another text does not disturb the first."""
-    head = load_model(BackboneConfig(), BundleConfig(bundle=SHIPPED_BUNDLE)).eagle
+    head = load_engine(BackboneConfig(), BundleConfig(bundle=SHIPPED_BUNDLE)).eagle
     runner = eagle_runner(head)
     states = [torch.randn(5, smollm2.hidden_size, dtype=torch.bfloat16) for _ in range(3)]
     with torch.inference_mode():
@@ -338,7 +338,7 @@ def test_what_the_compiled_eagle_says_of_itself_is_so(smollm2):
         token, uncertainty = runner.choose(hidden)
         assert uncertainty == pytest.approx(float(entropy(runner.logits)), abs=1e-3)
         assert token == int(head.draft_vocab[runner.logits.argmax()])
-        other = runner.another()
+        other = runner.fork()
         other.read([1, 2], [state[:2] for state in states])
         assert runner.choose(hidden) == (token, uncertainty)
         assert runner.cache.length == 5
@@ -349,9 +349,9 @@ def test_what_the_compiled_eagle_says_of_itself_is_so(smollm2):
 
 def test_compiled_exit_heads_say_what_pytorchs_say(blocks, smollm2):
     """Each shipped head over each place of a text: near logits, and choice, entropy and confidence of these."""
-    heads = load_model(BackboneConfig(), BundleConfig(bundle=SHIPPED_BUNDLE)).heads
-    native, plain = exit_reader(heads), ExitReader(heads)
-    assert type(native) is NativeExitReader
+    heads = load_engine(BackboneConfig(), BundleConfig(bundle=SHIPPED_BUNDLE)).heads
+    native, plain = exit_runner(heads), ExitRunner(heads)
+    assert type(native) is NativeExitRunner
     ids = real_ids(smollm2, 60)
     with torch.inference_mode():
         states = blocks.run_through(blocks.embed(ids), blocks.new_cache(96), 0, heads.exit_layers)
@@ -371,8 +371,8 @@ def test_compiled_exit_heads_say_what_pytorchs_say(blocks, smollm2):
 
 
 def test_a_sampled_draft_of_a_compiled_exit_head_is_made_from_its_logits(smollm2):
-    heads = load_model(BackboneConfig(), BundleConfig(bundle=SHIPPED_BUNDLE)).heads
-    reader = exit_reader(heads)
+    heads = load_engine(BackboneConfig(), BundleConfig(bundle=SHIPPED_BUNDLE)).heads
+    reader = exit_runner(heads)
     state = torch.randn(1, smollm2.hidden_size, dtype=torch.bfloat16)
     drawn = set()
     for seed in range(20):
@@ -393,7 +393,7 @@ def test_exit_heads_of_other_forms_are_read_by_pytorch(smollm2, other):
     )
     if other == "cap":
         heads.lm_head.logit_map = LogitMap(cap=30.0)
-    assert type(exit_reader(heads)) is ExitReader
+    assert type(exit_runner(heads)) is ExitRunner
 
 
 def test_packed_text_has_the_states_of_each_document_alone(blocks, smollm2):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from early_exit_cli.cli.reference import commands, file_name, page
 
-FOLDER = Path(__file__).parent.parent / "docs" / "commands"
+FOLDER = Path(__file__).parents[2] / "docs" / "commands"
 
 
 def test_every_command_has_its_page_and_it_is_current():

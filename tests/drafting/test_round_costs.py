@@ -48,9 +48,9 @@ def a_lookup(times):
 
 
 def test_lookup_ends_where_its_rounds_are_too_long():
-    assert a_lookup(None).propose(None, None, 6, 5, ()).tokens == [7, 8, 1, 2, 3]
-    assert a_lookup(times_of([0.0] * 3, lookup=[0.1] * 3)).propose(None, None, 6, 5, ()).tokens
-    assert not a_lookup(times_of([0.0] * 3, lookup=[9.0] * 3)).propose(None, None, 6, 5, ()).tokens
+    assert a_lookup(None).draft(None, None, 6, 5, ()).tokens == [7, 8, 1, 2, 3]
+    assert a_lookup(times_of([0.0] * 3, lookup=[0.1] * 3)).draft(None, None, 6, 5, ()).tokens
+    assert not a_lookup(times_of([0.0] * 3, lookup=[9.0] * 3)).draft(None, None, 6, 5, ()).tokens
 
 
 def test_auto_begins_plainly_where_it_learns_and_counts_rounds_by_who_drafted():
@@ -58,9 +58,9 @@ def test_auto_begins_plainly_where_it_learns_and_counts_rounds_by_who_drafted():
     drafter = AutoDrafter([(a_lookup(times), 15)], plain_cost=1.0)
     drafter.times = times
     for _ in range(RoundTimes.NEEDED):
-        assert not drafter.propose(None, None, 6, 5, ()).tokens
+        assert not drafter.draft(None, None, 6, 5, ()).tokens
         assert not drafter.timed(Draft(), 1.5)
-    draft = drafter.propose(None, None, 6, 5, ())
+    draft = drafter.draft(None, None, 6, 5, ())
     assert draft.tokens == [7, 8, 1, 2, 3]
     assert drafter.timed(draft, 3.0)
     assert list(times.beyond[""]) == [0.5] * RoundTimes.NEEDED

@@ -35,15 +35,15 @@ def test_the_match_is_the_longest_end_that_stands_in_the_corpus(letters):
             assert cursor.match_length == length
             if length:
                 assert tokens[cursor.continuation - length : cursor.continuation] == text[-length:]
-                assert cursor.propose(7) == tokens[cursor.continuation : cursor.continuation + 7]
+                assert cursor.predict(7) == tokens[cursor.continuation : cursor.continuation + 7]
             else:
-                assert cursor.propose(7) == []
+                assert cursor.predict(7) == []
 
 
 def test_of_several_places_the_one_that_most_share_is_taken():
     cursor = CorpusCursor(Corpus([1, 2, 3, 1, 2, 9, 1, 2, 3, 1, 2, 3, 1, 2, 4]))
     cursor.extend([1, 2])
-    assert cursor.propose(1) == [3]
+    assert cursor.predict(1) == [3]
 
 
 def test_passages_of_the_corpus_are_drafted_and_the_answer_is_the_plain_one(tiny_model):
@@ -55,7 +55,7 @@ def test_passages_of_the_corpus_are_drafted_and_the_answer_is_the_plain_one(tiny
     without, with_corpus = (generate(model, prompt, made, 60, mode="lookup", width=8) for made in (alone, helped))
     assert without.token_ids == with_corpus.token_ids == plain
     assert with_corpus.stats.accept_length > without.stats.accept_length + 1
-    again = generate(model, prompt, helped.another(), 60, mode="lookup", width=8)
+    again = generate(model, prompt, helped.fork(), 60, mode="lookup", width=8)
     assert again.rounds == with_corpus.rounds
 
 

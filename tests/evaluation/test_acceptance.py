@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from early_exit_cli.calibration.head_outputs import Readings, join_readings, read_batch
+from early_exit_cli.calibration.head_outputs import HeadOutputs, join_head_outputs, read_batch
 from early_exit_cli.data.documents import Document
 from early_exit_cli.data.packing import pack
 from early_exit_cli.decoding.answer import generate
@@ -15,7 +15,7 @@ from early_exit_cli.evaluation.agreement import agreement_by
 SURE, UNSURE = 0.1, 0.9
 
 
-def readings(*rows, documents=None):
+def head_outputs(*rows, documents=None):
     """rows: (backbone's choice, (token, uncertainty) of each head) per position."""
     count = len(rows)
     owners = torch.tensor(documents or [0] * count)
@@ -23,7 +23,7 @@ def readings(*rows, documents=None):
     choices = torch.tensor([row[0] for row in rows])
     tokens, uncertainties = (torch.tensor([[head[part] for head in row[1:]] for row in rows]).T for part in (0, 1))
     five = torch.zeros(count, 5, dtype=torch.int64)
-    return Readings(choices, choices, owners, places, five, tokens, uncertainties, five.expand(len(tokens), -1, -1))
+    return HeadOutputs(choices, choices, owners, places, five, tokens, uncertainties, five.expand(len(tokens), -1, -1))
 
 
 def walk(found, draft_vocab=None, heads=1, draft_length=7):
@@ -39,7 +39,7 @@ def test_every_reason_is_counted_where_it_belongs():
     one: it drafts what round 1 threw away, and stops at the same token, now for lack of certainty. Round 3: nobody
     knows. Round 4: nobody can say 9."""
     found = walk(
-        readings(RIGHT, RIGHT, WRONG, RIGHT, UNSURE_RIGHT, UNSURE_WRONG, (9, (6, UNSURE))), torch.tensor([5, 6])
+        head_outputs(RIGHT, RIGHT, WRONG, RIGHT, UNSURE_RIGHT, UNSURE_WRONG, (9, (6, UNSURE))), torch.tensor([5, 6])
     )
     assert found.counts == {"accepted": 3, "vocabulary": 1, "head": 2, "threshold": 1, "position": 2}
     assert (found.tokens, found.rounds, found.asked, found.drafted) == (7, 4, 9, 5)
@@ -50,19 +50,19 @@ def test_every_reason_is_counted_where_it_belongs():
 
 
 def test_a_deeper_head_that_would_have_known_does_not_excuse_the_one_that_exited():
-    assert walk(readings((5, (6, SURE), (5, SURE))), heads=2).counts["head"] == 1
-    assert walk(readings((5, (6, UNSURE), (5, SURE))), heads=2).counts["accepted"] == 1
-    assert walk(readings((5, (6, UNSURE), (5, UNSURE))), heads=2).counts["threshold"] == 1
+    assert walk(head_outputs((5, (6, SURE), (5, SURE))), heads=2).counts["head"] == 1
+    assert walk(head_outputs((5, (6, UNSURE), (5, SURE))), heads=2).counts["accepted"] == 1
+    assert walk(head_outputs((5, (6, UNSURE), (5, UNSURE))), heads=2).counts["threshold"] == 1
 
 
 def test_a_full_draft_is_followed_by_a_token_that_was_not_asked_for():
-    found = walk(readings(*[RIGHT] * 6), draft_length=2)
+    found = walk(head_outputs(*[RIGHT] * 6), draft_length=2)
     assert (found.rounds, found.asked, found.counts["accepted"]) == (2, 4, 4)
     assert found.record()["accept_length"] == 3
 
 
 def test_a_draft_ends_with_its_answer():
-    found = walk(readings(*[RIGHT] * 5, documents=[0, 0, 1, 1, 1]))
+    found = walk(head_outputs(*[RIGHT] * 5, documents=[0, 0, 1, 1, 1]))
     assert (found.rounds, found.asked, found.counts["accepted"]) == (2, 5, 5)
 
 
@@ -81,7 +81,7 @@ def test_the_walk_counts_what_decoding_does(tiny_model):
         accepted += run.stats.tokens_accepted
         documents.append(Document(prompt + answer, "s", len(prompt)))
     rows = [row for document in documents for row in pack([document], len(document.ids), 0)]  # none is cut
-    found = explain_acceptance(join_readings([read_batch(model, row) for row in rows]), thresholds, None, 0.9, 3)
+    found = explain_acceptance(join_head_outputs([read_batch(model, row) for row in rows]), thresholds, None, 0.9, 3)
 
     assert 0 < accepted < drafted
     assert found.rounds == rounds
@@ -91,14 +91,14 @@ def test_the_walk_counts_what_decoding_does(tiny_model):
 def test_agreement_is_grouped_by_position_frequency_and_source():
     """Token 5 is 6 of 8 choices, 9 and 7 one each; the second document begins at the seventh position."""
     rows = [RIGHT, RIGHT, WRONG, RIGHT, RIGHT, (9, (6, SURE)), RIGHT, (7, (7, SURE))]
-    found = agreement_by(readings(*rows, documents=[0] * 6 + [1] * 2), ["b", "a"])
+    found = agreement_by(head_outputs(*rows, documents=[0] * 6 + [1] * 2), ["b", "a"])
     shown = {title: [(g.name, g.tokens, g.agreement) for g in groups] for title, groups in found.items()}
     assert shown == {
         "position": [("1", 2, [1.0]), ("2-4", 4, [0.75]), ("5-16", 2, [0.5])],
         "frequency": [("1 % or more", 8, [0.75])],
         "source": [("a", 2, [1.0]), ("b", 6, [pytest.approx(4 / 6)])],
     }
-    many = readings(*[RIGHT] * 996, *[(token, (token if token < 52 else 6, SURE)) for token in range(50, 54)])
+    many = head_outputs(*[RIGHT] * 996, *[(token, (token if token < 52 else 6, SURE)) for token in range(50, 54)])
     assert [(g.name, g.tokens, g.agreement) for g in agreement_by(many, ["s"])["frequency"]] == [
         ("1 % or more", 996, [1.0]),
         ("0.1 % to 1 %", 4, [0.5]),

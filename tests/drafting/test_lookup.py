@@ -34,15 +34,15 @@ def test_the_match_is_the_longest_suffix_seen_before(letters):
                 end = automaton.continuation
                 assert tokens[end - length : end] == tokens[-length:]
                 assert end < len(tokens)
-                assert automaton.propose(1) == [tokens[end]]
+                assert automaton.predict(1) == [tokens[end]]
 
 
 def test_a_proposal_runs_on_into_itself():
     automaton = SuffixAutomaton()
     automaton.extend([9, 1, 2, 1, 2])
-    assert automaton.propose(5) == [1, 2, 1, 2, 1]
+    assert automaton.predict(5) == [1, 2, 1, 2, 1]
     automaton.extend([7])
-    assert automaton.propose(3) == []
+    assert automaton.predict(3) == []
 
 
 def test_a_long_text_takes_time_in_proportion():
@@ -56,7 +56,7 @@ def test_drafts_grow_with_the_chance_and_stop_where_they_cost_more():
     def length(chance, pass_cost):
         drafter = LookupDrafter(pass_cost, [chance] * 6)
         drafter.begin([1, 1])
-        return len(drafter.propose(None, None, 1, 15, ()).tokens)
+        return len(drafter.draft(None, None, 1, 15, ()).tokens)
 
     lengths = [length(chance, lambda rows: 10.0 + rows) for chance in (0.01, 0.3, 0.6, 0.9, 0.99)]
     assert lengths == sorted(lengths)
@@ -68,13 +68,13 @@ def test_drafts_grow_with_the_chance_and_stop_where_they_cost_more():
 def test_what_was_wrong_before_is_drafted_less(tiny_model):
     drafter = LookupDrafter(lambda rows: 10.0 + rows)
     drafter.begin([1, 2, 3, 4, 1, 2])
-    first = drafter.propose(None, None, 2, 15, ())
+    first = drafter.draft(None, None, 2, 15, ())
     for _ in range(12):
-        drafter.observe(first, [], 0)
-    assert len(drafter.propose(None, None, 2, 15, ()).tokens) < len(first.tokens)
+        drafter.accept(first, [], 0)
+    assert len(drafter.draft(None, None, 2, 15, ()).tokens) < len(first.tokens)
     drafter.begin([5, 6, 7, 8, 5, 6])  # another text is another matter
-    assert len(drafter.propose(None, None, 6, 15, ()).tokens) == len(first.tokens)
-    assert drafter.propose(None, None, 6, 15, {8}).tokens == [7, 8]  # nothing is drafted after the end
+    assert len(drafter.draft(None, None, 6, 15, ()).tokens) == len(first.tokens)
+    assert drafter.draft(None, None, 6, 15, {8}).tokens == [7, 8]  # nothing is drafted after the end
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral-window", "qwen3"])
