@@ -18,7 +18,7 @@ from early_exit_cli.bundle.load import load_engine
 from early_exit_cli.config import BackboneConfig, BundleConfig, DataConfig
 from early_exit_cli.data.rows import read_records
 from early_exit_cli.decoding.answer import generate
-from early_exit_cli.decoding.loop import accepted_length
+from early_exit_cli.decoding.text import Request, accepted_length
 from early_exit_cli.drafting.choose import auto_drafter, eagle_drafter, lookup_drafter
 from early_exit_cli.drafting.costs import Costs, cost_table, pass_costs
 from early_exit_cli.drafting.drafter import Drafter, NoDrafter
@@ -62,7 +62,7 @@ class Replay:
 def record(engine: Engine, source: str, prompt: list[int], max_tokens: int) -> Recorded:
     """Answer a prompt and roll out everywhere."""
     assert engine.eagle is not None
-    answer = generate(engine, prompt, NoDrafter(), max_tokens, mode="full").token_ids
+    answer = generate(engine, Request(prompt, max_tokens), NoDrafter(), mode="full").token_ids
     text, layers = prompt + answer, engine.eagle.exit_layers
     parts: list[list[Tensor]] = []
     with torch.inference_mode():

@@ -31,6 +31,7 @@ from early_exit_cli.bundle.load import load_engine
 from early_exit_cli.config import BackboneConfig, BenchConfig, BundleConfig, InferenceConfig
 from early_exit_cli.data.rows import read_prompts
 from early_exit_cli.decoding.answer import Generation, generate
+from early_exit_cli.decoding.text import Request
 from early_exit_cli.drafting.choose import make_drafter
 from early_exit_cli.drafting.costs import cost_table
 from early_exit_cli.engine import Engine
@@ -198,7 +199,7 @@ def answers(
             found = []
             for place, ids in enumerate(prompts):
                 drafter, width = make_drafter(engine, settings, kind)
-                answer = generate(engine, ids, drafter, tokens, mode=name, width=width, keep_states=True)
+                answer = generate(engine, Request(ids, tokens), drafter, mode=name, width=width, keep_states=True)
                 if len(known) <= place:
                     known.append(answer)
                 words = answer.token_ids == known[place].token_ids

@@ -319,6 +319,7 @@ class InferenceConfig(Section):
         None,
         "Rows of a verifying pass: at most width - 1 tokens are drafted. Default: measured choice.",
         ge=2,
+        le=16,
     )
     read_heads: Literal["auto", "all"] = setting(
         "auto",
@@ -335,11 +336,11 @@ class InferenceConfig(Section):
     repeats: int = setting(3, "compare, comprehensive: timed repeats of each method, in turns; medians count.", ge=1)
     trace: Path | None = setting(None, "Write a record per token (every head's choice and entropy) to this JSON file.")
     html: Path | None = setting(
-        None, "Write the answer as one page to look at and share: tokens coloured by who decided them, rounds, methods."
+        None, "Write the answer as one page to look at and share: tokens coloured by drafter, rounds, methods."
     )
     color: Literal["auto", "always", "never"] = setting(
         "auto",
-        "Colour the answer's tokens by who decided them. auto: in a terminal, unless NO_COLOR is set.",
+        "Colour the answer's tokens by drafter. auto: in a terminal, unless NO_COLOR is set.",
     )
 
 

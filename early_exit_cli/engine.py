@@ -1,4 +1,4 @@
-"""`Engine`: a backbone, its block runner, its heads and their thresholds, loaded from a bundle and saved as one."""
+"""`Engine`: a backbone, its block runner, its heads and their thresholds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from early_exit_cli.backbone.backbone import Backbone
@@ -16,9 +15,9 @@ from early_exit_cli.heads.eagle import EagleHead
 from early_exit_cli.heads.exit_heads import ExitHeads
 from early_exit_cli.heads.exit_runner import ExitRunner, exit_runner
 from early_exit_cli.heads.uncertainty import Thresholds
-from early_exit_cli.numerics import not_finite, require_finite
 from early_exit_cli.runtime.blocks import LARGEST_WIDTH, Blocks
-from early_exit_cli.runtime.kv_cache import KVCache, Part
+from early_exit_cli.runtime.kv_cache import KVCache
+from early_exit_cli.runtime.passes import Passes
 
 DEFAULT_WIDTH = 8
 OnStates = Callable[[list[int], list[Tensor]], None]
@@ -35,7 +34,12 @@ class Engine:
     eagle: EagleHead | None = None
     record: dict[str, Any] = field(default_factory=dict)
     round_times: Any = None
-    """What rounds take here beyond their parts (`drafters.RoundTimes`), learned while it decodes."""
+    """What rounds take here beyond their parts (`round_costs.RoundTimes`), learned while it decodes."""
+
+    @functools.cached_property
+    def passes(self) -> Passes:
+        """Blocks and LM head over any number of rows."""
+        return Passes(self.blocks)
 
     @functools.cached_property
     def exit_runner(self) -> ExitRunner:
@@ -54,7 +58,8 @@ class Engine:
         The number of keys read may decide a token's last bits, so the capacity depends on the request alone.
 
         Args:
-            see: called with the prompt's states after `exit_layers` and the final normed ones (`Drafter.process`).
+            on_states: called with each piece's following tokens, and its states after `exit_layers` and the final
+                normed ones (`Drafter.process`).
 
         Raises:
             ConfigError: empty prompt, or prompt and new tokens beyond the context.
@@ -89,94 +94,32 @@ class Engine:
         return self.blocks.embed_tokens(tokens)
 
     def run(self, hidden: Tensor, cache: KVCache, position: int, first: int, last: int) -> Tensor:
-        """Blocks first .. last - 1 over [rows, hidden] at `position`, padded to an invariant width.
-
-        What padding rows leave in the KV cache lies behind the last row and is overwritten before any real row can
-        see it.
-        """
-        return self.run_through(hidden, cache, position, [last], first)[0]
+        """Blocks first .. last - 1 over [rows, hidden] at `position`."""
+        return self.passes.run_through(hidden, cache, position, [last], first)[0]
 
     def run_through(
         self, hidden: Tensor, cache: KVCache, position: int, stops: Sequence[int], first: int = 0
     ) -> list[Tensor]:
-        """States of [rows, hidden] at `position` after each of `stops` blocks, as `run` gives them."""
-        rows, largest = hidden.shape[0], self.blocks.widths[-1]
-        if largest < rows <= LARGEST_WIDTH:  # a device whose invariant widths end earlier takes several passes
-            parts = ((hidden[:largest], position), (hidden[largest:], position + largest))
-            found = (self.run_through(part, cache, place, stops, first) for part, place in parts)
-            return [torch.cat(pair) for pair in zip(*found, strict=True)]
-        states = self.blocks.run_through(self._padded(hidden), cache, position, stops, first)
-        return [state[:rows] for state in states]
+        """`Passes.run_through`."""
+        return self.passes.run_through(hidden, cache, position, stops, first)
 
     def run_tokens(self, tokens: list[int], cache: KVCache, position: int, stops: Sequence[int]) -> list[Tensor]:
-        """States of embedded tokens at `position` after each of `stops` blocks, [rows, hidden] each, as `run` gives them."""
-        rows, largest = len(tokens), self.blocks.widths[-1]
-        if largest < rows <= LARGEST_WIDTH:
-            return self.run_through(self.embed(tokens), cache, position, stops)
-        width = self.blocks.pass_width(rows) if rows <= LARGEST_WIDTH else rows
-        states = self.blocks.run_tokens(tokens + tokens[-1:] * (width - rows), cache, position, stops)
-        return states if width == rows else [state[:rows] for state in states]
+        """`Passes.run_tokens`."""
+        return self.passes.run_tokens(tokens, cache, position, stops)
 
     def run_batch(
         self, texts: list[Tensor], caches: list[KVCache], positions: list[int], stops: Sequence[int]
     ) -> list[list[Tensor]]:
-        """`run_through` for several texts, [rows, hidden] each, in as few passes as their widths allow; the same bits.
-
-        Returns:
-            For each text its states after each of `stops` blocks.
-        """
-        widths = [self.blocks.pass_width(hidden.shape[0]) for hidden in texts]
-        outputs: list[list[Tensor]] = []
-        while len(outputs) < len(texts):
-            start = end = len(outputs)
-            while end < len(texts) and sum(widths[start : end + 1]) <= self.blocks.batch_rows:
-                end += 1
-            if end <= start + 1:  # alone, or wider than any pass
-                outputs.append(self.run_through(texts[start], caches[start], positions[start], stops))
-                continue
-            parts = [Part(caches[text], positions[text], widths[text]) for text in range(start, end)]
-            rows = self._padded(torch.cat([self._padded(hidden) for hidden in texts[start:end]]))
-            split = [state.split(widths[start:end]) for state in self.blocks.run_batch(rows, parts, stops)]
-            for number, hidden in enumerate(texts[start:end]):
-                outputs.append([states[number][: hidden.shape[0]] for states in split])
-        return outputs
-
-    def _padded(self, hidden: Tensor) -> Tensor:
-        """[rows, hidden] with its last row repeated up to an invariant width."""
-        rows = hidden.shape[0]
-        width = self.blocks.pass_width(rows) if rows <= LARGEST_WIDTH else rows
-        return hidden if width == rows else torch.cat((hidden, hidden[-1:].expand(width - rows, -1)))
+        """`Passes.run_batch`."""
+        return self.passes.run_batch(texts, caches, positions, stops)
 
     def finish(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """States after the last block -> (normed states [rows, hidden], the backbone's choices [rows] on the CPU).
-
-        Raises:
-            NumericsError: a NaN or infinite state.
-        """
-        rows, largest = hidden.shape[0], self.blocks.widths[-1]
-        if largest < rows <= LARGEST_WIDTH:
-            (head, first), (tail, others) = self.finish(hidden[:largest]), self.finish(hidden[largest:])
-            return torch.cat((head, tail)), torch.cat((first, others))
-        normed, choices = self.blocks.finish(self._padded(hidden))
-        choices = choices[:rows].cpu()  # the one time that a pass waits for the device
-        if min(choices.tolist()) < 0:
-            raise not_finite()
-        return normed[:rows], choices
+        """`Passes.finish`."""
+        return self.passes.finish(hidden)
 
     def logits(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """States after the last block -> (normed states [rows, hidden], the backbone's logits [rows, vocab]).
-
-        Raises:
-            NumericsError: a NaN or infinite state.
-        """
-        rows, largest = hidden.shape[0], self.blocks.widths[-1]
-        if largest < rows <= LARGEST_WIDTH:
-            (head, first), (tail, others) = self.logits(hidden[:largest]), self.logits(hidden[largest:])
-            return torch.cat((head, tail)), torch.cat((first, others))
-        normed = self.blocks.final_norm(self._padded(hidden))
-        logits = self.blocks.logits(normed)[:rows]
-        require_finite(logits.amax(-1))
-        return normed[:rows], logits
+        """`Passes.logits`."""
+        return self.passes.logits(hidden)
 
 
 def require_heads(engine: Engine) -> ExitHeads:

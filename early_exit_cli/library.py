@@ -34,8 +34,8 @@ from early_exit_cli.backbone.load import adopt_backbone
 from early_exit_cli.bundle.load import bundle_source, load_engine, with_names_of_bundle
 from early_exit_cli.config import SHIPPED_BUNDLE, SamplingConfig
 from early_exit_cli.decoding.answer import Generation, generate
-from early_exit_cli.decoding.batch import Request, generate_batch
-from early_exit_cli.decoding.loop import StopsAfter
+from early_exit_cli.decoding.batch import generate_batch
+from early_exit_cli.decoding.text import Request, StopsAfter
 from early_exit_cli.drafting.choose import HEADLESS, make_drafter
 from early_exit_cli.drafting.drafter import Drafter
 from early_exit_cli.engine import Engine
@@ -231,19 +231,15 @@ class EarlyExitModel:
             row = input_ids[number : number + 1]
             own = processors_of(logits_processor, number, len(input_ids))
             chooser = chooser_of(generation_config, own, row[:, : row.shape[1] - len(prompt)])
-            requests.append(Request(prompt, chooser, other_stops(stopping_criteria, row, max_new_tokens)))
+            stops_after = other_stops(stopping_criteria, row, max_new_tokens)
+            requests.append(Request(prompt, max_new_tokens, chooser, stop_ids, stops_after))
         if len(requests) == 1:
-            (request,) = requests
             answer = generate(
                 self.engine,
-                request.prompt_ids,
+                requests[0],
                 self.drafter,
-                max_new_tokens,
                 mode=self.drafter.name,
                 width=self.width,
-                chooser=request.chooser,
-                stop_ids=stop_ids,
-                stops_after=request.stops_after,
                 on_token=None if streamer is None else lambda token: streamer.put(torch.tensor([token])),
             )
             self.answers = [answer]
@@ -252,11 +248,9 @@ class EarlyExitModel:
                 self.engine,
                 requests,
                 self.drafter,
-                max_new_tokens,
                 mode=self.drafter.name,
                 batch=len(requests),
                 width=self.width,
-                stop_ids=stop_ids,
             )
         if streamer is not None:
             streamer.end()

@@ -1,4 +1,4 @@
-"""Finite logits, and clocks that wait for the device."""
+"""Finite logits, products in bfloat16, and clocks that wait for the device."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ def synchronize(device: torch.device) -> None:
     """Wait for a GPU, so that a clock read after it counts finished work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def bfloat16_products(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Heads' products in bfloat16 where the backbone computes in it, `dtype`; weights and losses stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def require_finite(best_logits: Tensor) -> None:

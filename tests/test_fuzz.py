@@ -43,6 +43,7 @@ from early_exit_cli.config import (
 from early_exit_cli.data import on_policy
 from early_exit_cli.data.documents import Document
 from early_exit_cli.decoding.loop import decode
+from early_exit_cli.decoding.text import Request
 from early_exit_cli.drafting import choose, costs
 from early_exit_cli.drafting.drafter import NoDrafter
 from early_exit_cli.engine import Engine
@@ -128,12 +129,14 @@ def draft_with(model: Engine) -> None:
         drafters.append(choose.eagle_drafter(model))
     expected = plain_tokens(model)
     for drafter in drafters:
-        assert [t for step in decode(model, PROMPT, drafter, 4, stop_ids=()) for t in step.tokens] == expected
+        assert [t for step in decode(model, Request(PROMPT, 4, stop_ids=()), drafter) for t in step.tokens] == expected
 
 
 def plain_tokens(model: Engine) -> list[int]:
     if not hasattr(plain_tokens, "kept"):
-        plain_tokens.kept = [t for step in decode(model, PROMPT, NoDrafter(), 4, stop_ids=()) for t in step.tokens]
+        plain_tokens.kept = [
+            t for step in decode(model, Request(PROMPT, 4, stop_ids=()), NoDrafter()) for t in step.tokens
+        ]
     return plain_tokens.kept
 
 

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.decoding.answer import collect_stats
-from early_exit_cli.decoding.loop import Round, decode
+from early_exit_cli.decoding.loop import decode
+from early_exit_cli.decoding.text import Request, Round
 from early_exit_cli.drafting.auto import AutoDrafter
 from early_exit_cli.drafting.chances import Survival
 from early_exit_cli.drafting.drafter import Draft, Drafter, NoDrafter
@@ -144,8 +145,8 @@ PROMPTS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=30) | st.tupl
 ).map(lambda drawn: drawn[0] * drawn[1])
 
 
-def answer(model: Engine, prompt: list[int], drafter: Drafter, cap: int, **more) -> list[Round]:
-    return list(decode(model, prompt, drafter, cap, keep_states=True, **more))
+def answer(model: Engine, request: Request, drafter: Drafter, **more) -> list[Round]:
+    return list(decode(model, request, drafter, keep_states=True, **more))
 
 
 def tokens_of(rounds: list[Round]) -> list[int]:
@@ -156,22 +157,23 @@ def check_case(pool: list[Subject], data: st.DataObject, seen: Counter) -> None:
     subject = data.draw(st.sampled_from(pool), label="model")
     model = subject.model
     prompt, cap = data.draw(PROMPTS, label="prompt"), data.draw(st.integers(1, 28), label="cap")
-    truth = tokens_of(answer(model, prompt, NoDrafter(), cap, stop_ids=()))
+    truth = tokens_of(answer(model, Request(prompt, cap, stop_ids=()), NoDrafter()))
     ends = st.sampled_from(truth) | st.integers(0, VOCAB - 1)
     stops = data.draw(st.frozensets(ends, max_size=3), label="ends")
     width = data.draw(st.integers(1, 16), label="width")
     trace = data.draw(st.integers(0, 9), label="trace") == 0
     drafter = data.draw(drafters(subject, prompt, truth), label="drafter")
 
-    plain = answer(model, prompt, NoDrafter(), cap, stop_ids=stops)
+    request = Request(prompt, cap, stop_ids=stops)
+    plain = answer(model, request, NoDrafter())
     end = next((place + 1 for place, token in enumerate(truth) if token in stops), cap)
     assert tokens_of(plain) == truth[:end]
-    found = answer(model, prompt, drafter, cap, width=width, stop_ids=stops, trace=trace)
+    found = answer(model, request, drafter, width=width, trace=trace)
     assert tokens_of(found) == truth[:end]
     states, theirs = (torch.cat([step.states for step in rounds]) for rounds in (found, plain))
     assert torch.equal(states, theirs)
     check_counts(model, found, cap, end, trace)
-    again = answer(model, prompt, drafter, cap, width=width, stop_ids=stops)  # nothing is left over from a text
+    again = answer(model, request, drafter, width=width)  # nothing is left over from a text
     assert tokens_of(again) == truth[:end]
 
     seen["cases"] += 1
@@ -215,7 +217,9 @@ COMMON = dict(
 
 def test_the_small_models_are_of_many_kinds_and_keep_their_bits(pool):
     assert all(subject.model.blocks.is_invariant for subject in pool)
-    plain = [tuple(tokens_of(answer(subject.model, [1, 2, 3], NoDrafter(), 20, stop_ids=()))) for subject in pool]
+    plain = [
+        tuple(tokens_of(answer(subject.model, Request([1, 2, 3], 20, stop_ids=()), NoDrafter()))) for subject in pool
+    ]
     assert len(set(plain)) == len(pool)
 
 

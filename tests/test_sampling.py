@@ -27,6 +27,7 @@ from early_exit_cli.data.documents import Document
 from early_exit_cli.data.packing import pack
 from early_exit_cli.decoding.answer import generate
 from early_exit_cli.decoding.loop import decode
+from early_exit_cli.decoding.text import Request
 from early_exit_cli.drafting.auto import AutoDrafter
 from early_exit_cli.drafting.chances import Survival
 from early_exit_cli.drafting.drafter import NoDrafter
@@ -75,7 +76,9 @@ def test_a_seed_gives_the_same_words_and_bits_with_every_drafter(tiny_model, fam
     for seed in range(2):
         settings = SamplingConfig(**SETTINGS[name], seed=seed)
         plain, drafted = (
-            generate(model, PROMPT, drafter, 24, mode="x", width=6, chooser=make_chooser(settings), keep_states=True)
+            generate(
+                model, Request(PROMPT, 24, chooser=make_chooser(settings)), drafter, mode="x", width=6, keep_states=True
+            )
             for drafter in (NoDrafter(), make_drafter(who, model))
         )
         assert drafted.token_ids == plain.token_ids
@@ -91,7 +94,11 @@ def test_a_seed_is_reproducible_and_another_one_says_something_else(tiny_model):
 
     def text(seed):
         chooser = make_chooser(SamplingConfig(temperature=1.0, seed=seed))
-        return [t for step in decode(model, PROMPT, NoDrafter(), 20, chooser=chooser, stop_ids=()) for t in step.tokens]
+        return [
+            t
+            for step in decode(model, Request(PROMPT, 20, chooser=chooser, stop_ids=()), NoDrafter())
+            for t in step.tokens
+        ]
 
     assert text(0) == text(0)
     assert len({tuple(text(seed)) for seed in range(5)}) == 5
@@ -218,7 +225,7 @@ def test_three_tokens_together_have_the_exact_distribution(small, name, settings
     counts, accepted, rejected = Counter(), 0, 0
     for seed in range(samples):
         chooser = Sampler(SamplingConfig(**settings, seed=seed))
-        rounds = list(decode(small, prompt, drafter, length, width=4, chooser=chooser, stop_ids=()))
+        rounds = list(decode(small, Request(prompt, length, chooser=chooser, stop_ids=()), drafter, width=4))
         counts[tuple(itertools.chain.from_iterable(step.tokens for step in rounds))] += 1
         accepted += sum(step.accepted for step in rounds)
         rejected += sum(step.drafted - step.accepted for step in rounds)

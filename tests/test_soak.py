@@ -12,6 +12,7 @@ import torch
 from early_exit_cli.bundle.load import load_engine
 from early_exit_cli.config import SHIPPED_BUNDLE, BackboneConfig, BundleConfig
 from early_exit_cli.decoding.answer import generate
+from early_exit_cli.decoding.text import Request
 from early_exit_cli.drafting.chances import Survival
 from early_exit_cli.drafting.choose import auto_drafter, eagle_drafter, exit_drafter, lookup_drafter
 from early_exit_cli.drafting.drafter import Drafter, NoDrafter
@@ -48,9 +49,9 @@ def soak(model: Engine, drafters: list[Drafter], texts: list[list[int]], tokens:
     held, tensors = [], 0
     for number, ids in enumerate(texts, start=1):
         drafter = drafters[number % len(drafters)]
-        found = generate(model, ids, drafter, tokens, mode="soak")
+        found = generate(model, Request(ids, tokens), drafter, mode="soak")
         if number % 50 == 0:
-            assert found.token_ids == generate(model, ids, NoDrafter(), tokens, mode="soak").token_ids
+            assert found.token_ids == generate(model, Request(ids, tokens), NoDrafter(), mode="soak").token_ids
         if number % SETTLED == 0:
             held.append(resident())
             tensors = tensors or living_tensors()

@@ -1,12 +1,12 @@
 """The backbone: a frozen causal language model in 4 bit, and the few library internals the rest relies on.
 
-The only module that knows how `transformers` lays out a model. Everyone else sees `Backbone`; `loading` makes one.
+The only module that knows how `transformers` lays out a model. Everyone else sees `Backbone`; `load` makes one.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, get_args
 
@@ -33,9 +33,6 @@ class Backbone:
     name: str
     quantization: str
     revision: str | None = None
-    compiled: Any = field(default=None, repr=False, compare=False)
-    asked_for_compiled: bool = field(default=False, repr=False, compare=False)
-    """Both kept for `native_blocks.compiled_blocks`."""
 
     @property
     def config(self) -> Any:

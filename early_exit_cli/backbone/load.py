@@ -163,7 +163,7 @@ def _return_freed_memory() -> None:
 def _limit_compiled_products() -> None:
     """oneDNN, and what torch puts around it, each keep the last 1,024 products that they compiled for a shape: 300 MB in a
     process that answers long, since every length of a text is another shape. A few hold all that one text needs again and
-    again. Read when the first is compiled (docs/experiments.md).
+    again. Read when the first is compiled (docs/measurements/exactness.md).
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, COMPILED_PRODUCTS)

@@ -22,7 +22,7 @@ from early_exit_cli.drafting.suffix_automaton import PRIOR, PRIOR_STRENGTH, Suff
 from early_exit_cli.engine import Engine
 from early_exit_cli.heads.uncertainty import entropy
 from early_exit_cli.hidden_states.live import run_states
-from early_exit_cli.numerics import require_finite
+from early_exit_cli.numerics import bfloat16_products, require_finite
 
 STEPS = 7
 """Draft positions that are told apart."""
@@ -67,7 +67,7 @@ def roll_out(
             states = run_states(engine.backbone, batch, head.exit_layers)
             best, choices = engine.backbone.lm_head(states.final).max(-1)
             require_finite(best)
-            with autocast(engine):
+            with bfloat16_products(engine.backbone.device, engine.backbone.dtype):
                 predictions = head(states, STEPS, only_measured=True)
             for step, said in enumerate(predictions):
                 agreed = head.token_ids(said.logits.argmax(-1)) == choices[said.positions]
@@ -107,7 +107,7 @@ def fit_temperatures(engine: Engine, batches: Iterable[Batch]) -> tuple[float, f
                 overlaps["exit"] += [overlap(expected, said, heads.draft_vocab) for said in heads(states, places)]
             if eagle is not None:
                 states = run_states(engine.backbone, batch, eagle.exit_layers)
-                with autocast(engine):
+                with bfloat16_products(engine.backbone.device, engine.backbone.dtype):
                     first = eagle(states, 1, only_measured=True)[0]
                 expected = logits_of(engine.backbone, states.final[first.positions[::TEMPERATURE_STRIDE]])
                 logits = first.logits[::TEMPERATURE_STRIDE]
@@ -125,12 +125,6 @@ def overlap(backbone: Tensor, head: Tensor, draft_vocab: Tensor | None) -> Tenso
     return torch.stack(
         [torch.minimum(p, (head.float() / temperature).softmax(-1)).sum(-1) for temperature in TEMPERATURES], -1
     )
-
-
-def autocast(engine: Engine) -> torch.autocast:
-    """Products in bfloat16, as in training, where the backbone computes in it."""
-    dtype = engine.backbone.dtype
-    return torch.autocast(engine.backbone.device.type, dtype, enabled=dtype == torch.bfloat16)
 
 
 def fit_survival(entropies: Tensor, agreed: Tensor) -> Survival:

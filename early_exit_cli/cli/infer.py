@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from early_exit_cli.resolve import Resolved
 
 if TYPE_CHECKING:
     from early_exit_cli.decoding.answer import Generation
+    from early_exit_cli.decoding.text import Request
     from early_exit_cli.drafting.drafter import Drafter
     from early_exit_cli.engine import Engine
     from early_exit_cli.sampling import Chooser
@@ -56,6 +58,12 @@ class Job:
     width: int
     as_json: bool
     coloured: bool
+
+    def request(self, ids: list[int]) -> Request:
+        """What is asked for of a prompt's token ids."""
+        from early_exit_cli.decoding.text import Request
+
+        return Request(ids, self.settings.max_tokens, self.chooser)
 
     @property
     def title(self) -> str:
@@ -222,12 +230,10 @@ def answer_one(job: Job, prompt: str, ids: list[int]) -> None:
     settings = job.settings
     result = generate(
         job.engine,
-        ids,
+        job.request(ids),
         job.drafter,
-        settings.max_tokens,
         mode=job.drafter.name,
         width=job.width,
-        chooser=job.chooser,
         trace=settings.trace is not None,
         on_text=None if job.as_json else show.writer(job.coloured),
     )
@@ -248,8 +254,8 @@ def warm_up(job: Job, ids: list[int], drafter: Drafter) -> None:
     """A few tokens that nobody sees, so that a timed run does not pay for what is made once."""
     from early_exit_cli.decoding.answer import generate
 
-    tokens = min(8, job.settings.max_tokens)
-    generate(job.engine, ids, drafter, tokens, mode="warm-up", width=job.width, chooser=job.chooser)
+    request = dataclasses.replace(job.request(ids), max_new_tokens=min(8, job.settings.max_tokens))
+    generate(job.engine, request, drafter, mode="warm-up", width=job.width)
 
 
 def answer_compare(job: Job, prompt: str, ids: list[int]) -> None:
@@ -260,15 +266,7 @@ def answer_compare(job: Job, prompt: str, ids: list[int]) -> None:
     settings = job.settings
     for warm in (job.drafter, NoDrafter()):
         warm_up(job, ids, warm)
-    result = compare(
-        job.engine,
-        ids,
-        job.drafter,
-        settings.max_tokens,
-        width=job.width,
-        repeats=settings.repeats,
-        chooser=job.chooser,
-    )
+    result = compare(job.engine, job.request(ids), job.drafter, width=job.width, repeats=settings.repeats)
     if job.as_json:
         console.emit_json(result.record())
     else:
@@ -288,7 +286,7 @@ def answer_comprehensive(job: Job, prompt: str, ids: list[int]) -> None:
     settings = job.settings
     methods = all_methods(job.engine, job.width, settings.read_heads)
     with console.progress("runs", len(methods) * settings.repeats) as ticker:
-        results = run_all(job.engine, ids, methods, settings.max_tokens, settings.repeats, ticker.update, job.chooser)
+        results = run_all(job.engine, job.request(ids), methods, settings.repeats, ticker.update)
     records = {name: result.record() for name, result in results.items()}
     best = max(
         (result.run for name, result in results.items() if name != "full"), key=lambda r: r.stats.tokens_per_second
@@ -314,7 +312,7 @@ def answer_many(job: Job, prompts: list[dict[str, Any]], encoded: list[list[int]
     warm_up(job, encoded[0], job.drafter)
     started = time.perf_counter()
     with console.progress("prompts", len(prompts)) as ticker:
-        found = (answer_together if job.settings.batch > 1 else answer_in_turn)(job, encoded, ticker.update)
+        found = (answer_in_batches if job.settings.batch > 1 else answer_in_turn)(job, encoded, ticker.update)
     seconds = time.perf_counter() - started
     records: list[dict[str, Any]] = []
     for prompt, ids, record in zip(prompts, encoded, found, strict=True):
@@ -344,41 +342,25 @@ def answer_in_turn(job: Job, encoded: list[list[int]], on_answer: Callable[[int]
     settings, records = job.settings, []
     for ids in encoded:
         if settings.mode == "compare":
-            compared = compare(
-                job.engine,
-                ids,
-                job.drafter,
-                settings.max_tokens,
-                width=job.width,
-                repeats=settings.repeats,
-                chooser=job.chooser,
-            )
+            request = job.request(ids)
+            compared = compare(job.engine, request, job.drafter, width=job.width, repeats=settings.repeats)
             records.append(compared.record())
         else:
-            run = generate(
-                job.engine,
-                ids,
-                job.drafter,
-                settings.max_tokens,
-                mode=job.drafter.name,
-                width=job.width,
-                chooser=job.chooser,
-            )
+            run = generate(job.engine, job.request(ids), job.drafter, mode=job.drafter.name, width=job.width)
             records.append({job.drafter.name: run.record()})
         on_answer(len(records))
     return records
 
 
-def answer_together(job: Job, encoded: list[list[int]], on_answer: Callable[[int], None]) -> list[dict[str, Any]]:
+def answer_in_batches(job: Job, encoded: list[list[int]], on_answer: Callable[[int], None]) -> list[dict[str, Any]]:
     """`--batch` prompts at a time in the same passes."""
-    from early_exit_cli.decoding.batch import Request, generate_batch
+    from early_exit_cli.decoding.batch import generate_batch
 
-    requests = [Request(ids, job.chooser.fork()) for ids in encoded]
+    requests = [dataclasses.replace(job.request(ids), chooser=job.chooser.fork()) for ids in encoded]
     runs = generate_batch(
         job.engine,
         requests,
         job.drafter,
-        job.settings.max_tokens,
         mode=job.drafter.name,
         batch=job.settings.batch,
         width=job.width,

@@ -1,4 +1,4 @@
-"""What `eexit infer` shows: answers in the deciders' colours, statistics, tables, and the page of `--html`."""
+"""What `eexit infer` shows: answers in the drafters' colours, statistics, tables, and the page of `--html`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def writer(coloured: bool) -> Callable[[str, str], None]:
-    """What takes the pieces of an answer and who decided them."""
+    """What takes the pieces of an answer, and the drafter of each."""
     return console.stream_coloured if coloured else lambda piece, decider: console.stream_text(piece)
 
 
@@ -39,7 +39,7 @@ def finished_answer(engine: Engine, run: Generation, coloured: bool) -> None:
 
 
 def legend(stats: Stats) -> None:
-    """Who decided how many tokens, and the statistics in a line."""
+    """Tokens by drafter, and the statistics in a line."""
     backbone_last = sorted(stats.exit_distribution.items(), key=lambda item: item[0] == "full")
     counts = {decider_name(name): count for name, count in backbone_last}
     line = f"{stats.total_tokens_generated} tokens, {stats.tokens_per_second:.1f} tokens/s"
@@ -59,7 +59,7 @@ def share(value: float | None) -> str:
 
 
 def distribution(stats: Stats) -> str:
-    """How many tokens each decided."""
+    """Tokens by drafter."""
     return "  ".join(f"{decider_name(name)}: {count}" for name, count in stats.exit_distribution.items())
 
 
@@ -76,7 +76,7 @@ def stats_rows(stats: Stats) -> list[tuple[str, str]]:
             f"{stats.tokens_drafted}, {stats.tokens_accepted} ({share(stats.acceptance_rate)})",
         ),
         ("average exit layer", f"{stats.average_exit_layer:.1f}"),
-        ("decided by", distribution(stats)),
+        ("tokens by drafter", distribution(stats)),
         *memory,
     ]
 
@@ -92,7 +92,7 @@ def comparison(result: Comparison, title: str, repeats: int) -> None:
 
 def all_methods(results: dict[str, MethodRun], title: str, repeats: int) -> None:
     """Every method in a table."""
-    columns = ["method", "tokens/s", "speed-up", "drafted", "accepted", "acceptance", "layer", "text", "decided by"]
+    columns = ["method", "tokens/s", "speed-up", "drafted", "accepted", "acceptance", "layer", "text", "tokens by drafter"]
     rows = []
     for name, result in results.items():
         stats = result.run.stats
@@ -111,7 +111,7 @@ def all_methods(results: dict[str, MethodRun], title: str, repeats: int) -> None
             )
         )
     console.table(title, columns, rows)
-    console.note(f"median of {repeats} repeats, methods in turns; decided by: head numbers, full is the backbone")
+    console.note(f"median of {repeats} repeats, methods in turns; tokens by drafter: head numbers, full is the backbone")
 
 
 def write_page(

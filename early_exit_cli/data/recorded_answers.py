@@ -16,7 +16,6 @@ import contextlib
 import math
 from collections import OrderedDict
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from early_exit_cli.runtime.cuda_graphs import CudaRecorder, Recorder, Step
 from early_exit_cli.runtime.fused_blocks import FusedBlocks
+from early_exit_cli.runtime.llama_block import LlamaBlock
 from early_exit_cli.runtime.padded import PaddedRows, dense_bytes, dense_layers
 
 MOST_ROWS = 1024
@@ -198,7 +198,7 @@ class _Memory:
     text: [rows, capacity] int64. position: [1] int64, the token that a step reads. temperature: [] float32.
     """
 
-    def __init__(self, blocks: FusedBlocks, layers: list[Any], rows: int, capacity: int) -> None:
+    def __init__(self, blocks: FusedBlocks, layers: list[LlamaBlock], rows: int, capacity: int) -> None:
         device = blocks.backbone.device
         starts = torch.zeros(rows, dtype=torch.int64, device=device)
         self.all = PaddedRows.allocate(blocks, layers, starts, capacity)

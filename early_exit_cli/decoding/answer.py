@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,12 +12,12 @@ import torch
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
-from early_exit_cli.decoding.loop import Round, StopsAfter, decode
+from early_exit_cli.decoding.loop import decode
+from early_exit_cli.decoding.text import Request, Round
 from early_exit_cli.drafting.drafter import Drafter
 from early_exit_cli.drafting.reasons import Exit, Reason, decider
 from early_exit_cli.engine import DEFAULT_WIDTH, Engine
 from early_exit_cli.numerics import synchronize
-from early_exit_cli.sampling import GREEDY, Chooser
 
 REPLACEMENT = "\ufffd"
 
@@ -93,24 +94,20 @@ class TextStream:
 
 def generate(
     engine: Engine,
-    prompt_ids: list[int],
+    request: Request,
     drafter: Drafter,
-    max_new_tokens: int,
     *,
     mode: str,
     width: int = DEFAULT_WIDTH,
-    chooser: Chooser = GREEDY,
-    stop_ids: Container[int] | None = None,
-    stops_after: StopsAfter | None = None,
     keep_states: bool = False,
     trace: bool = False,
     on_text: Callable[[str, str], None] | None = None,
     on_token: Callable[[int], None] | None = None,
 ) -> Generation:
-    """Decode to the end, timed from before the prompt is run to after the last token.
+    """Decode to the end, timed from before the prefill to after the last token.
 
     Args:
-        stop_ids, stops_after: as for `decode`.
+        width, keep_states, trace: as for `decode`.
         on_text: called with each piece of text as its token is committed, and with who decided that token (a character
             of several tokens belongs to the last one).
         on_token: called with each committed token.
@@ -120,18 +117,7 @@ def generate(
     first_token = 0.0
     synchronize(engine.backbone.device)
     reason: Reason | None = None
-    steps = decode(
-        engine,
-        prompt_ids,
-        drafter,
-        max_new_tokens,
-        width=width,
-        chooser=chooser,
-        stop_ids=stop_ids,
-        stops_after=stops_after,
-        keep_states=keep_states,
-        trace=trace,
-    )
+    steps = decode(engine, request, drafter, width=width, keep_states=keep_states, trace=trace)
     started = time.perf_counter()
     for step in steps:
         rounds.append(step)
@@ -184,3 +170,9 @@ def collect_stats(engine: Engine, mode: str, rounds: list[Round], seconds: float
         average_exit_layer=layers / tokens,
         peak_gpu_memory_gb=None if device.type == "cpu" else torch.cuda.max_memory_allocated(device) / 1e9,
     )
+
+
+def median_run(runs: list[Generation]) -> Generation:
+    """The run whose speed is the (lower) median."""
+    median = statistics.median_low(run.stats.tokens_per_second for run in runs)
+    return next(run for run in runs if run.stats.tokens_per_second == median)

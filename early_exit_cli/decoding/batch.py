@@ -1,56 +1,35 @@
 """Several texts in one pass of the backbone, each with its own drafter, accept length and end.
 
-A pass reads the weights once for all its rows, and the rows of a pass do not see each other's bits (`blocks.py`), so
-every text is what it would be alone, token for token and bit for bit. A text that ends makes room for the next one.
+A pass reads the weights once for all its rows, and the rows of a pass do not see each other's bits (`runtime/blocks.py`),
+so every text is what it would be alone, token for token and bit for bit. A text that ends makes room for the next one.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from early_exit_cli.decoding.answer import Generation, TextStream, collect_stats
-from early_exit_cli.decoding.loop import Round, StopsAfter, Text, states_after
+from early_exit_cli.decoding.loop import states_after
+from early_exit_cli.decoding.text import Request, Round, Text, Verified
 from early_exit_cli.drafting.drafter import Draft, Drafter
 from early_exit_cli.engine import Engine
 from early_exit_cli.numerics import synchronize
 from early_exit_cli.runtime.blocks import LARGEST_WIDTH
-from early_exit_cli.sampling import GREEDY, Chooser
-
-
-@dataclass(frozen=True)
-class Request:
-    """One text to be: its prompt, how its tokens are chosen, and a further rule that ends it."""
-
-    prompt_ids: list[int]
-    chooser: Chooser = GREEDY
-    stops_after: StopsAfter | None = None
-
-
-@dataclass(frozen=True)
-class _Verified:
-    """What `decoding.verify` says of one text."""
-
-    deep: list[Tensor]
-    states: Tensor
-    choices: list[int]
 
 
 def generate_batch(
     engine: Engine,
     requests: Sequence[Request],
     drafter: Drafter,
-    max_new_tokens: int,
     *,
     mode: str,
     batch: int,
     width: int,
-    stop_ids: Container[int] | None = None,
     on_end: Callable[[int], None] | None = None,
 ) -> list[Generation]:
     """`decode_batch` to the end. A text's seconds count from the start of all, so they hold its wait.
@@ -65,9 +44,7 @@ def generate_batch(
     synchronize(engine.backbone.device)
     started = time.perf_counter()
     ended = 0
-    for number, step, is_last in decode_batch(
-        engine, requests, drafter, max_new_tokens, batch=batch, width=width, stop_ids=stop_ids
-    ):
+    for number, step, is_last in decode_batch(engine, requests, drafter, batch=batch, width=width):
         last[number] = time.perf_counter() - started
         first[number] = first[number] or last[number]
         rounds[number].append(step)
@@ -86,19 +63,16 @@ def decode_batch(
     engine: Engine,
     requests: Sequence[Request],
     drafter: Drafter,
-    max_new_tokens: int,
     *,
     batch: int,
     width: int,
-    stop_ids: Container[int] | None = None,
     keep_states: bool = False,
 ) -> Iterator[tuple[int, Round, bool]]:
     """Decode all texts, at most `batch` at a time.
 
     Args:
-        drafter: every text gets `fork` one of it.
+        drafter: every text gets a `fork` of it.
         width: rows of one text in a pass, at most; fewer where the texts would not all fit into one pass.
-        stop_ids: tokens that end a text; the backbone's by default.
 
     Returns:
         (number of the request, one Round of it, whether it was the last), as they come.
@@ -112,24 +86,23 @@ def decode_batch(
     room = engine.blocks.batch_rows
     while waiting or live:
         while waiting and len(live) < batch:
-            number, asked = waiting.popleft()
-            own = (drafter.fork(), asked.chooser, max_new_tokens, stop_ids, asked.stops_after)
-            live.append((number, Text(engine, asked.prompt_ids, *own)))
+            number, request = waiting.popleft()
+            live.append((number, Text(engine, request, drafter.fork())))
         limit = min(width, max(1, room // len(live))) - 1
         with torch.inference_mode():
             drafts = []
             for _, text in live:
                 text.drafter.resize_batch(len(live))
                 drafts.append(text.draft(limit))
-            found = _verify(engine, [text for _, text in live], drafts)
-        for (number, text), draft, said in zip(live, drafts, found, strict=True):
-            step = text.commit(draft, said.deep, said.states, said.choices, [], keep_states)
+            every = _verify(engine, [text for _, text in live], drafts)
+        for (number, text), draft, verified in zip(live, drafts, every, strict=True):
+            step = text.commit(draft, verified, keep_states)
             yield number, step, text.ended
         live = [(number, text) for number, text in live if not text.ended]
 
 
-def _verify(engine: Engine, texts: list[Text], drafts: list[Draft]) -> list[_Verified]:
-    """`decoding.verify` for all texts; drafts whose rows have run already are finished each by itself."""
+def _verify(engine: Engine, texts: list[Text], drafts: list[Draft]) -> list[Verified]:
+    """`loop.verify` for all texts; drafts whose rows have run already are finished each by itself."""
     depth = engine.blocks.num_blocks
     layers = [[*text.exit_layers, depth] for text in texts]
     every: list[list[Tensor]] = [[] for _ in texts]
@@ -151,7 +124,7 @@ def _verify(engine: Engine, texts: list[Text], drafts: list[Draft]) -> list[_Ver
     return _decide(engine, texts, drafts, every)
 
 
-def _decide(engine: Engine, texts: list[Text], drafts: list[Draft], every: list[list[Tensor]]) -> list[_Verified]:
+def _decide(engine: Engine, texts: list[Text], drafts: list[Draft], every: list[list[Tensor]]) -> list[Verified]:
     """Final norm and LM head over the rows of all texts, then each text's own choices.
 
     Args:
@@ -166,5 +139,5 @@ def _decide(engine: Engine, texts: list[Text], drafts: list[Draft], every: list[
     verified = []
     for text, draft, states, own_normed, own in zip(texts, drafts, every, normed, said, strict=True):
         best = own.argmax(-1) if reads_logits and not text.chooser.reads_logits else own
-        verified.append(_Verified(states[:-1], own_normed, text.chooser.choose(best, draft.tokens)))
+        verified.append(Verified(states[:-1], own_normed, text.chooser.choose(best, draft.tokens)))
     return verified

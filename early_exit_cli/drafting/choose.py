@@ -14,15 +14,12 @@ from early_exit_cli.drafting.drafter import Drafter, NoDrafter
 from early_exit_cli.drafting.eagle import EagleDrafter
 from early_exit_cli.drafting.exit import DynamicDrafter, ExitDrafter, FixedDrafter
 from early_exit_cli.drafting.lookup import LookupDrafter
+from early_exit_cli.drafting.round_costs import NEED
 from early_exit_cli.engine import Engine, default_width
-from early_exit_cli.errors import BundleError, ConfigError
+from early_exit_cli.errors import BundleError
 from early_exit_cli.files.atomic import read_text
 from early_exit_cli.heads.uncertainty import level_key
 from early_exit_cli.runtime.blocks import LARGEST_WIDTH
-
-NEED = 1.02
-"""A set of heads must be expected to beat plain decoding by this factor: exits come in runs, the model takes them as
-independent, and ties should fall to the simpler side."""
 
 
 @dataclass(frozen=True)
@@ -151,13 +148,11 @@ def exit_drafter(engine: Engine, level: float, width: int, read_heads: str) -> E
 
     Raises:
         BundleError: no calibration.
-        ConfigError: a level that was not calibrated, or a width out of range.
+        ConfigError: a level that was not calibrated.
     """
     if engine.thresholds is None:
         raise BundleError("the bundle is not calibrated", hint="eexit calibrate --bundle FOLDER")
     thresholds = engine.thresholds.at(level)
-    if not 2 <= width <= LARGEST_WIDTH:
-        raise ConfigError(f"width {width} is out of range", hint=f"--width takes 2 to {LARGEST_WIDTH}")
     active = choose_heads(engine, level, width) if read_heads == "auto" else None
     return ExitDrafter(thresholds, active, engine.thresholds.metric, draft_chances_of(engine.record).exit_temperature)
 
@@ -174,7 +169,7 @@ def make_drafter(engine: Engine, settings: InferenceConfig, kind: str) -> tuple[
 
     Raises:
         BundleError: the bundle lacks what the kind drafts with, or is not calibrated.
-        ConfigError: a level that was not calibrated, or a width out of range.
+        ConfigError: a level that was not calibrated.
         DataError: the lookup corpus cannot be read.
     """
     level, read_heads = settings.accuracy_level, settings.read_heads

@@ -17,7 +17,7 @@ from torch import Tensor
 from early_exit_cli.drafting.chances import Survival
 from early_exit_cli.drafting.drafter import Draft, Drafter
 from early_exit_cli.drafting.reasons import Step
-from early_exit_cli.drafting.round_costs import PassShares
+from early_exit_cli.drafting.round_costs import NEED, PassShares
 from early_exit_cli.engine import Engine
 from early_exit_cli.heads.eagle import EagleHead
 from early_exit_cli.heads.native_eagle import eagle_runner
@@ -26,8 +26,6 @@ from early_exit_cli.sampling import GREEDY, Chooser
 
 STRENGTH = 4.0
 """Drafted tokens that the calibrated probabilities count for against what this text has shown."""
-NEED = 1.03
-"""A draft must be expected to beat plain decoding by this factor."""
 ADAPTATIONS = 20
 """Steps of a text's adaptation that a promise tells apart."""
 LOOKED_AHEAD = 8

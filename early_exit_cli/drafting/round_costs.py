@@ -8,6 +8,10 @@ from statistics import median
 
 from early_exit_cli.runtime.blocks import LARGEST_WIDTH
 
+NEED = 1.03
+"""A draft must be expected to beat plain decoding by this factor: what the models of its worth leave out (exits come in
+runs, they are taken as independent) is of this size, and ties should fall to the simpler side."""
+
 
 class RoundTimes:
     """How much longer rounds take than their parts were measured to, by who drafted; "" where nobody did.

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from typing import Any
 
 from early_exit_cli.config import BenchConfig
-from early_exit_cli.decoding.loop import accepted_length
+from early_exit_cli.decoding.text import accepted_length
 from early_exit_cli.drafting.suffix_automaton import SuffixAutomaton
 from early_exit_cli.errors import ConfigError, DataError
 from early_exit_cli.evaluation.bench_methods import PEERS, Setup, Worker, check_methods

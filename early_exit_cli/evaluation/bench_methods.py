@@ -102,15 +102,14 @@ class _Ours:
         import torch
 
         from early_exit_cli.decoding.answer import generate
+        from early_exit_cli.decoding.text import Request
 
         run = generate(
             self.engine,
-            prompt_ids,
+            Request(prompt_ids, max_tokens, self.chooser),
             self.drafter,
-            max_tokens,
             mode=self.kind,
             width=self.width,
-            chooser=self.chooser,
             keep_states=True,
         )
         states = run.states.contiguous().view(torch.uint8).cpu().numpy().tobytes() if run.states is not None else b""

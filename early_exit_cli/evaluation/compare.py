@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from early_exit_cli.decoding.answer import Generation, generate
-from early_exit_cli.decoding.loop import accepted_length
+from early_exit_cli.decoding.answer import Generation, generate, median_run
+from early_exit_cli.decoding.text import Request, accepted_length
 from early_exit_cli.drafting.drafter import Drafter, NoDrafter
 from early_exit_cli.engine import Engine
-from early_exit_cli.sampling import GREEDY, Chooser
 
 
 @dataclass(frozen=True)
@@ -47,31 +45,18 @@ class Comparison:
 
 def compare(
     engine: Engine,
-    prompt_ids: list[int],
+    request: Request,
     drafter: Drafter,
-    max_new_tokens: int,
     *,
     width: int,
     repeats: int,
-    chooser: Chooser = GREEDY,
 ) -> Comparison:
     """Decode a prompt with and without drafts, in turns, `repeats` times each, with no warm-up of its own."""
     methods = (NoDrafter(), drafter)
     runs: dict[str, list[Generation]] = {method.name: [] for method in methods}
     for _ in range(repeats):
         for method in methods:
-            runs[method.name].append(
-                generate(
-                    engine,
-                    prompt_ids,
-                    method,
-                    max_new_tokens,
-                    mode=method.name,
-                    width=width,
-                    chooser=chooser,
-                    keep_states=True,
-                )
-            )
+            runs[method.name].append(generate(engine, request, method, mode=method.name, width=width, keep_states=True))
     full, drafted = (median_run(runs[method.name]) for method in methods)
     identical = all(run.token_ids == full.token_ids for run in runs[drafter.name])
     bit_exact = identical and all(torch.equal(_states(run), _states(full)) for run in runs[drafter.name])
@@ -89,12 +74,6 @@ def _states(run: Generation) -> torch.Tensor:
     if run.states is None:
         raise ValueError("compared runs keep their states")
     return run.states
-
-
-def median_run(runs: list[Generation]) -> Generation:
-    """The run whose speed is the (lower) median."""
-    median = statistics.median_low(run.stats.tokens_per_second for run in runs)
-    return next(run for run in runs if run.stats.tokens_per_second == median)
 
 
 def _first_difference(engine: Engine, full: Generation, drafted: Generation) -> dict[str, Any]:

@@ -6,19 +6,18 @@ What the seed calls `comprehensive`. The methods take turns, so that a machine t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from early_exit_cli.decoding.answer import Generation, generate
+from early_exit_cli.decoding.answer import Generation, generate, median_run
+from early_exit_cli.decoding.text import Request
 from early_exit_cli.drafting.choose import exit_drafter
 from early_exit_cli.drafting.drafter import Drafter, NoDrafter
 from early_exit_cli.drafting.exit import FixedDrafter
 from early_exit_cli.engine import Engine, require_heads
 from early_exit_cli.errors import BundleError
-from early_exit_cli.evaluation.compare import median_run
-from early_exit_cli.sampling import GREEDY, Chooser
 
 DRAFT_LENGTHS = (5, 10, 15)
 WARM_UP_TOKENS = 8
@@ -69,12 +68,10 @@ def all_methods(engine: Engine, width: int, read_heads: str) -> dict[str, tuple[
 
 def run_all(
     engine: Engine,
-    prompt_ids: list[int],
+    request: Request,
     methods: dict[str, tuple[Drafter, int]],
-    max_new_tokens: int,
     repeats: int,
     on_run: Callable[[int, str], None],
-    chooser: Chooser = GREEDY,
 ) -> dict[str, MethodRun]:
     """Decode a prompt by every method, in turns, `repeats` times each, after a warm-up that is not counted.
 
@@ -83,15 +80,12 @@ def run_all(
         on_run: called with the number of runs done and the method's name.
     """
     runs: dict[str, list[Generation]] = {name: [] for name in methods}
+    short = replace(request, max_new_tokens=min(WARM_UP_TOKENS, request.max_new_tokens))
     for name, (drafter, width) in methods.items():
-        tokens = min(WARM_UP_TOKENS, max_new_tokens)
-        generate(engine, prompt_ids, drafter, tokens, mode=name, width=width, chooser=chooser)
+        generate(engine, short, drafter, mode=name, width=width)
     for _ in range(repeats):
         for name, (drafter, width) in methods.items():
-            run = generate(
-                engine, prompt_ids, drafter, max_new_tokens, mode=name, width=width, chooser=chooser, keep_states=True
-            )
-            runs[name].append(run)
+            runs[name].append(generate(engine, request, drafter, mode=name, width=width, keep_states=True))
             on_run(sum(map(len, runs.values())), name)
     full = median_run(runs[NoDrafter.name])
     return {name: _against(full, of_method) for name, of_method in runs.items()}

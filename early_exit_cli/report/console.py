@@ -57,13 +57,13 @@ def wants_colour(choice: str) -> bool:
 
 
 def stream_coloured(piece: str, decider: str) -> None:
-    """Answer text, as it comes, in the colour of who decided it. Each piece ends its colour, so that an interruption
+    """Answer text, as it comes, in the colour of its drafter. Each piece ends its colour, so that an interruption
     leaves the terminal as it was."""
     stream_text(_paint(piece, decider))
 
 
 def legend(counts: dict[str, int], statistics: str) -> None:
-    """Who decided how many tokens, in their colours, and a line of statistics; for an answer that was coloured.
+    """Tokens by drafter, in their colours, and a line of statistics; for an answer that was coloured.
 
     Where the answer is in a terminal and stderr is not, the legend is plain.
     """

@@ -1,4 +1,4 @@
-"""One answer as a page that stands alone: who decided each token, every round, the methods. From records to text.
+"""One answer as a page that stands alone: the drafter of each token, every round, the methods. From records to text.
 
 No request leaves the page (its policy forbids them), everything that comes from a model or a person is escaped, and all
 pictures are SVG drawn here. `page.html` is the frame: style, and the script of the tooltips.
@@ -43,7 +43,7 @@ def render_page(record: Record) -> str:
         _footer(record),
     ]
     frame = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
-    title = f"{record['model']}: who decided each token"
+    title = f"{record['model']}: the drafter of each token"
     return frame.substitute(title=_text(title), colours=_colours(record), body="\n".join(filter(None, parts)))
 
 
@@ -113,7 +113,7 @@ def _header(record: Record) -> str:
     headline = f"{stats['tokens_per_second']:.0f} tokens a second"
     badges = []
     if "speedup" in shown:
-        headline = f"{shown['speedup']:.2f}× as fast as the model alone"
+        headline = f"{shown['speedup']:.2f}× as fast as plain decoding"
         badges.append(_same_badge(shown))
     badges.append(("good", "every token verified by the model"))
     badges.append(("", f"{stats['total_tokens_generated']} tokens"))
@@ -130,8 +130,8 @@ def _header(record: Record) -> str:
 
 def _same_badge(method: Record) -> tuple[str, str]:
     if method["bit_exact"]:
-        return "good", "same words as the model alone, bit for bit"
-    return ("good", "same words as the model alone") if method["identical"] else ("bad", "other words than the model's")
+        return "good", "same tokens as plain decoding, bit for bit"
+    return ("good", "same tokens as plain decoding") if method["identical"] else ("bad", "other tokens than plain decoding")
 
 
 def _figures(record: Record) -> str:
@@ -277,7 +277,7 @@ def _timeline(record: Record) -> str:
 
 
 def _depths(record: Record) -> str:
-    """A bar per committed token, as high as the blocks that were run to decide it."""
+    """A bar per committed token, as high as the blocks that ran for it."""
     tokens = _tokens(record)
     depth = record["num_blocks"]
     width, height, plot = _plot()
@@ -294,7 +294,7 @@ def _depths(record: Record) -> str:
     for name, layer in labels.items():
         marks += _right_label(plot, plot[1] + plot[3] * (1 - layer / depth), name)
     marks += _axis_words(plot, len(tokens), "blocks")
-    words = "Blocks that were run to decide each token. The backbone runs all; a head decides after its exit layer."
+    words = "Blocks that ran for each token. The backbone runs all of them, an exit head those up to its exit layer."
     return _section("How deep each token went", words, _chart(width, height, marks))
 
 
@@ -323,7 +323,7 @@ def _entropies(record: Record) -> str:
         )
     for at, token, rejected in dots:
         x, y = plot[0] + (at + 0.5) / place * plot[2], plot[1] + plot[3] * (1 - token["entropy"] / top)
-        verdict = "rejected" if rejected else "decided"
+        verdict = "rejected" if rejected else "accepted"
         position = "" if rejected else f'data-p="{token["position"]}"'
         lines = [
             f"{_quoted(token['token_text'])} by {decider_of(token)}, {verdict}",
@@ -331,7 +331,7 @@ def _entropies(record: Record) -> str:
         ]
         marks += f'<circle class="dot{rejected} {_class(decider_of(token))}" {position} cx="{x:.1f}" cy="{y:.1f}" r="3.6" {_tip(lines)}/>'
     marks += _axis_words(plot, place, "nats")
-    words = "Entropy of the head at each token it decided. Dashed: its threshold. Hollow: drafted, and rejected by the backbone."
+    words = "Entropy of the head at each token it drafted. Dashed: its threshold. Hollow: rejected by the backbone."
     return _section("How sure the heads were", words, _chart(width, height, marks))
 
 
@@ -389,7 +389,7 @@ def _methods(record: Record) -> str:
             ("n", _share(stats["acceptance_rate"])),
             ("n", f"{stats['accept_length']:.2f}"),
             ("n", f"{stats['average_exit_layer']:.1f}"),
-            ("", _same_words(method)),
+            ("", _same_tokens(method)),
             ("", _share_bar(counts)),
         ]
         row = "".join(f'<td class="{kind}">{cell}</td>' if kind else f"<td>{cell}</td>" for kind, cell in cells)
@@ -403,14 +403,14 @@ def _methods(record: Record) -> str:
             ("n", "accepted"),
             ("n", "acceptance"),
         ),
-        *(("n", "accept length"), ("n", "exit layer"), ("", "text"), ("", "decided by")),
+        *(("n", "accept length"), ("n", "exit layer"), ("", "text"), ("", "tokens by drafter")),
     ]
     head = "".join(f'<th class="{kind}">{name}</th>' if kind else f"<th>{name}</th>" for kind, name in heads)
     words = "The same prompt, every method in turns on the same machine; medians. Bold: the answer above."
     return _section("Methods", words, f'<div class="scroll"><table><tr>{head}</tr>{rows}</table></div>')
 
 
-def _same_words(method: Record) -> str:
+def _same_tokens(method: Record) -> str:
     if "identical" not in method:
         return "baseline"
     if not method["identical"]:
@@ -421,7 +421,7 @@ def _same_words(method: Record) -> str:
 def _footer(record: Record) -> str:
     how = (
         "Drafted tokens are proposals; the model itself checks all of them in one pass and keeps those it would have chosen. "
-        "So the words are its own."
+        "So the tokens are its own."
     )
     if any(token["threshold"] is not None for token in _drafted(record)):
         how += (

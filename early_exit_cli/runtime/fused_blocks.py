@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -21,12 +21,13 @@ from early_exit_cli.errors import UnsupportedBackboneError
 from early_exit_cli.runtime.blocks import LARGEST_WIDTH, Blocks
 from early_exit_cli.runtime.cuda_graphs import Graphs, kv_bucket
 from early_exit_cli.runtime.kv_cache import KVCache, Part, Rotary, Rows
-from early_exit_cli.runtime.nf4_linear import SCALED_TOGETHER, VOCAB_TILE, LinearMap, merged_linear
+from early_exit_cli.runtime.llama_block import LlamaBlock
+from early_exit_cli.runtime.nf4_linear import SCALED_TOGETHER, VOCAB_TILE
 
 SHORT_BUFFER = 512
-"""Up to so many keys the library's attention kernel is the faster one on a CPU (docs/experiments.md)."""
+"""Up to so many keys the library's attention kernel is the faster one on a CPU (docs/measurements/passes.md)."""
 KEYS_AT_ONCE = 1024
-"""A product over more keys is summed in an order that depends on their number (docs/experiments.md)."""
+"""A product over more keys is summed in an order that depends on their number (docs/measurements/passes.md)."""
 
 
 class FusedBlocks(Blocks):
@@ -46,34 +47,14 @@ class FusedBlocks(Blocks):
         super().__init__(backbone)
         from transformers.activations import ACT2FN
 
-        self.activation = ACT2FN[backbone.config.hidden_act]
         self.eps = float(backbone.config.rms_norm_eps)
         self.scale = self.head_dim**-0.5
         self.longest_short = SHORT_BUFFER if backbone.device.type == "cpu" else math.inf
         self.graphs: Graphs | None = None
         """Recorded passes, where `runners.use_graphs` found them to give the same bits."""
-        self.layers = [self._merge(block) for block in backbone.blocks]
-
-    def _merge(self, block: Any) -> _FusedBlock:
-        attention, mlp = block.self_attn, block.mlp
-        qk_norm = None
-        if getattr(attention, "q_norm", None) is not None:
-            qk_norm = torch.cat(
-                (
-                    attention.q_norm.weight.expand(self.query_heads, -1),
-                    attention.k_norm.weight.expand(self.kv_heads, -1),
-                )
-            )
-        return _FusedBlock(
-            input_norm=block.input_layernorm.weight,
-            qkv=merged_linear([attention.q_proj, attention.k_proj, attention.v_proj]),
-            qk_norm=qk_norm,
-            output=merged_linear([attention.o_proj]),
-            mlp_norm=block.post_attention_layernorm.weight,
-            gate_up=merged_linear([mlp.gate_proj, mlp.up_proj]),
-            down=merged_linear([mlp.down_proj]),
-            inner=int(mlp.down_proj.in_features),
-        )
+        shape = (self.eps, self.query_heads, self.kv_heads, self.head_dim)
+        activation = ACT2FN[backbone.config.hidden_act]
+        self.layers = [LlamaBlock.merged(block, activation, *shape) for block in backbone.blocks]
 
     @property
     def name(self) -> str:
@@ -130,35 +111,22 @@ class FusedBlocks(Blocks):
         first: int,
         last: int,
     ) -> Tensor:
-        width = hidden.shape[0]
-        heads = self.query_heads + self.kv_heads
-        half = self.head_dim // 2
-        sizes = [rows.width for _, rows in texts]
-        padding = width - sum(sizes)
-        shape = (hidden.shape[1],)
-        cos, sin = rotary
         for block in range(first, last):
-            layer = self.layers[block]
-            normed = layer.input_norm * F.rms_norm(hidden, shape, None, self.eps)
-            qkv = layer.qkv(normed)  # [width, (query_heads + 2 kv_heads) * head_dim]
-            qk = qkv[:, : heads * self.head_dim].view(width, heads, self.head_dim)
-            if layer.qk_norm is not None:
-                qk = layer.qk_norm * F.rms_norm(qk, (self.head_dim,), None, self.eps)
-            qk = qk * cos + qk.roll(half, -1) * sin
-            values = qkv[:, heads * self.head_dim :].view(width, self.kv_heads, self.head_dim)
-            if len(texts) == 1 and not padding:
-                attended = self._attention(block, qk, values, *texts[0])
-            else:
-                own = zip(qk.split([*sizes, padding]), values.split([*sizes, padding]), texts)  # noqa: B905 (padding)
-                parts = [self._attention(block, own_qk, own_values, *text) for own_qk, own_values, text in own]
-                attended = F.pad(torch.cat(parts), (0, 0, 0, padding))
-            hidden = hidden + layer.output(attended)
-            normed = layer.mlp_norm * F.rms_norm(hidden, shape, None, self.eps)
-            gate_up = layer.gate_up(normed)  # [width, 2 * inner]
-            hidden = hidden + layer.down(self.activation(gate_up[:, : layer.inner]) * gate_up[:, layer.inner :])
+            attention = partial(self._attention, block, texts)
+            hidden = self.layers[block].run(hidden, hidden.shape[:1], rotary, attention)
         return hidden
 
-    def _attention(self, block: int, qk: Tensor, values: Tensor, cache: KVCache, rows: Rows) -> Tensor:
+    def _attention(self, block: int, texts: list[tuple[KVCache, Rows]], qk: Tensor, values: Tensor) -> Tensor:
+        """Each text's own attention over its rows, one text's behind another's; rows behind the last are padding."""
+        if len(texts) == 1 and texts[0][1].width == qk.shape[0]:
+            return self._attend_text(block, *texts[0], qk, values)
+        sizes = [rows.width for _, rows in texts]
+        padding = qk.shape[0] - sum(sizes)
+        own = zip(qk.split([*sizes, padding]), values.split([*sizes, padding]), texts)  # noqa: B905 (padding)
+        parts = [self._attend_text(block, *text, own_qk, own_values) for own_qk, own_values, text in own]
+        return F.pad(torch.cat(parts), (0, 0, 0, padding))
+
+    def _attend_text(self, block: int, cache: KVCache, rows: Rows, qk: Tensor, values: Tensor) -> Tensor:
         """One text's attention in a block, with its new keys and values written first.
 
         Args:
@@ -207,18 +175,6 @@ class FusedBlocks(Blocks):
         for part, part_values in rest:
             attended = attended + torch.bmm(part, part_values.contiguous())
         return attended
-
-
-@dataclass(frozen=True)
-class _FusedBlock:
-    input_norm: Tensor
-    qkv: LinearMap
-    qk_norm: Tensor | None
-    output: LinearMap
-    mlp_norm: Tensor
-    gate_up: LinearMap
-    down: LinearMap
-    inner: int
 
 
 def why_not_nf4(backbone: Backbone, is_nf4: Callable[[Any], bool], where: str) -> str | None:

@@ -24,6 +24,7 @@ from early_exit_cli.runtime.native_code import Part as NativePart
 from early_exit_cli.runtime.nf4_linear import is_packed_nf4
 
 BATCH_ROWS = 64
+KEPT_AS = "_compiled_blocks"
 
 
 class NativeBlocks(FusedBlocks):
@@ -200,11 +201,15 @@ class NativeBlocks(FusedBlocks):
 
 
 def compiled_blocks(backbone: Backbone) -> NativeBlocks | None:
-    """The backbone's one compiled runner, made when first asked for; None where it cannot be had."""
-    if not backbone.asked_for_compiled:
-        backbone.asked_for_compiled = True
-        backbone.compiled = NativeBlocks(backbone) if why_not_native(backbone) is None else None
-    return backbone.compiled
+    """The backbone's one compiled runner, made when first asked for; None where it cannot be had.
+
+    Kept among the backbone's attributes, as a cached property would be: the runner holds the backbone, so a table of them
+    elsewhere, weak or not, would keep both alive.
+    """
+    kept = vars(backbone)
+    if KEPT_AS not in kept:
+        kept[KEPT_AS] = NativeBlocks(backbone) if why_not_native(backbone) is None else None
+    return cast("NativeBlocks | None", kept[KEPT_AS])
 
 
 def why_not_native(backbone: Backbone) -> str | None:

@@ -1,8 +1,8 @@
 """Passes over many texts side by side, padded on the left: a batch dimension that the single text's path does without.
 
-The blocks are those of `FusedBlocks`: its merged products over the rows of all texts, its grouped-query attention. Two ways
-in: `run` at a place that the host knows, for prompts; `run_at` at one that only the device knows, for decoding steps that
-are recorded. Nothing is promised about bits here.
+The blocks are those of `FusedBlocks`, over the rows of all texts; only the attention, over a batch of buffers, is another.
+Two ways in: `run` at a place that the host knows, for prompts; `run_at` at one that only the device knows, for decoding
+steps that are recorded. Nothing is promised about bits here.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from early_exit_cli.runtime.fused_blocks import FusedBlocks
+from early_exit_cli.runtime.llama_block import LlamaBlock
 from early_exit_cli.runtime.nf4_linear import LinearMap, MergedNF4, PackedNF4
 
 PRODUCTS = ("qkv", "output", "gate_up", "down")
@@ -27,12 +29,12 @@ COLUMNS_AT_ONCE = 1024
 class PaddedRows:
     """Texts, and their keys and values.
 
-    starts: [rows] int64, where each text begins. keys, values: [rows, kv_heads, capacity, head_dim] per block. cos, sin:
-    [capacity, 1, head_dim] each. layers: those of `blocks`, or the same with their weights unpacked (`dense_layers`).
+    starts: [rows] int64, where each text begins. keys, values: [rows, kv_heads, capacity, head_dim] per block.
+    cos, sin: [capacity, 1, head_dim] each. layers: those of `blocks`, or these with unpacked weights (`dense_layers`).
     """
 
     blocks: FusedBlocks
-    layers: list[Any]
+    layers: list[LlamaBlock]
     starts: Tensor
     keys: list[Tensor]
     values: list[Tensor]
@@ -40,7 +42,7 @@ class PaddedRows:
     sin: Tensor
 
     @classmethod
-    def allocate(cls, blocks: FusedBlocks, layers: list[Any], starts: Tensor, capacity: int) -> PaddedRows:
+    def allocate(cls, blocks: FusedBlocks, layers: list[LlamaBlock], starts: Tensor, capacity: int) -> PaddedRows:
         """Buffers of zeros for texts of up to `capacity` tokens, padding included."""
         backbone = blocks.backbone
         shape = (starts.numel(), blocks.kv_heads, capacity, blocks.head_dim)
@@ -84,35 +86,44 @@ class PaddedRows:
     def _through(
         self, ids: Tensor, place: slice | Tensor, end: int, cos: Tensor, sin: Tensor, masks: dict[int | None, Tensor]
     ) -> Tensor:
-        blocks = self.blocks
-        count, width = ids.shape
-        heads, group = blocks.query_heads + blocks.kv_heads, blocks.query_heads // blocks.kv_heads
-        half = blocks.head_dim // 2
-        hidden = blocks.embed(ids.flatten())  # [rows * width, hidden]
-        shape = (hidden.shape[-1],)
+        """All blocks over [rows, width] token ids, reading the first `end` keys; the last token's states."""
+        hidden = self.blocks.embed(ids.flatten())  # [rows * width, hidden]
         for block, layer in enumerate(self.layers):
-            qkv = layer.qkv(layer.input_norm * F.rms_norm(hidden, shape, None, blocks.eps)).view(count, width, -1)
-            qk = qkv[..., : heads * blocks.head_dim].view(count, width, heads, blocks.head_dim)
-            if layer.qk_norm is not None:
-                qk = layer.qk_norm * F.rms_norm(qk, (blocks.head_dim,), None, blocks.eps)
-            qk = qk * cos + qk.roll(half, -1) * sin
-            keys, values = self.keys[block], self.values[block]
-            keys[:, :, place] = qk[:, :, blocks.query_heads :].transpose(1, 2)
-            new_values = qkv[..., heads * blocks.head_dim :]
-            values[:, :, place] = new_values.view(count, width, blocks.kv_heads, -1).transpose(1, 2)
-            query = qk[:, :, : blocks.query_heads].unflatten(2, (blocks.kv_heads, group)).permute(0, 2, 1, 3, 4)
-            attended = F.scaled_dot_product_attention(
-                query.flatten(2, 3),  # [rows, kv_heads, width * group, head_dim]
-                keys[:, :, :end],
-                values[:, :, :end],
-                attn_mask=masks[blocks.windows[block]],
-                scale=blocks.scale,
-            )
-            attended = attended.unflatten(2, (width, group)).transpose(1, 2)  # the kernel decides how it lies in memory
-            hidden = hidden + layer.output(attended.reshape(count * width, -1))
-            gate_up = layer.gate_up(layer.mlp_norm * F.rms_norm(hidden, shape, None, blocks.eps))
-            hidden = hidden + layer.down(blocks.activation(gate_up[:, : layer.inner]) * gate_up[:, layer.inner :])
-        return hidden.view(count, width, -1)[:, -1]
+            mask = masks[self.blocks.windows[block]]
+            attention = partial(self._attention, self.keys[block], self.values[block], place, end, mask)
+            hidden = layer.run(hidden, ids.shape, (cos, sin), attention)
+        return hidden.view(*ids.shape, -1)[:, -1]
+
+    def _attention(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        place: slice | Tensor,
+        end: int,
+        mask: Tensor,
+        qk: Tensor,
+        new_values: Tensor,
+    ) -> Tensor:
+        """The texts' attention in a block, with their new keys and values written first.
+
+        Args:
+            qk: [rows, width, query_heads + kv_heads, head_dim]. new_values: [rows, width, kv_heads, head_dim].
+        """
+        count, width = qk.shape[:2]
+        query_heads, kv_heads = self.blocks.query_heads, self.blocks.kv_heads
+        group = query_heads // kv_heads
+        keys[:, :, place] = qk[:, :, query_heads:].transpose(1, 2)
+        values[:, :, place] = new_values.transpose(1, 2)
+        query = qk[:, :, :query_heads].unflatten(2, (kv_heads, group)).permute(0, 2, 1, 3, 4)
+        attended = F.scaled_dot_product_attention(
+            query.flatten(2, 3),  # [rows, kv_heads, width * group, head_dim]
+            keys[:, :, :end],
+            values[:, :, :end],
+            attn_mask=mask,
+            scale=self.blocks.scale,
+        )
+        attended = attended.unflatten(2, (width, group)).transpose(1, 2)  # the kernel decides how it lies in memory
+        return attended.reshape(count * width, -1)
 
     def _seen(self, place: Tensor, end: int, window: int | None) -> Tensor:
         """[rows, 1, width * group, end] bool: causal, from the row's start on; padding sees itself, to stay finite."""
@@ -131,7 +142,7 @@ def dense_bytes(blocks: FusedBlocks) -> int:
     return sum(product.out_features * product.in_features for product in packed) * blocks.backbone.dtype.itemsize
 
 
-def dense_layers(blocks: FusedBlocks) -> list[Any]:
+def dense_layers(blocks: FusedBlocks) -> list[LlamaBlock]:
     """The blocks' layers with NF4 weights unpacked: for passes so wide that unpacking anew each time is what costs."""
     found = []
     for layer in blocks.layers:

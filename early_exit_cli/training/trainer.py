@@ -30,7 +30,7 @@ from early_exit_cli.config import DataConfig, HeadsConfig, TrainingConfig
 from early_exit_cli.errors import CheckpointError, DataError, NumericsError
 from early_exit_cli.files.atomic import atomic_folder, write_errno, write_json
 from early_exit_cli.hidden_states.states import States, StateSource
-from early_exit_cli.numerics import require_finite
+from early_exit_cli.numerics import bfloat16_products, require_finite
 from early_exit_cli.training.checkpoints import KEPT_CHECKPOINTS, MARKER, complete_checkpoints, resumable
 from early_exit_cli.training.distillation import Teacher, distillation_loss, teach
 from early_exit_cli.training.launch import stop_requests
@@ -207,10 +207,6 @@ class Trainer:
             self.last_agreement,
         )
 
-    def _autocast(self) -> torch.autocast:
-        """bfloat16 products for the heads where the backbone computes in it; weights and losses stay float32."""
-        return torch.autocast(self.view.device.type, torch.bfloat16, enabled=self.view.dtype == torch.bfloat16)
-
     def _optimizer_step(self) -> list[float]:
         sums = [0.0] * len(self.student.parts)
         accumulation = self.config.gradient_accumulation_steps
@@ -218,7 +214,7 @@ class Trainer:
             number = self.step * accumulation + micro
             states, teacher = self.lessons.get(number, *self.place, self.student)
             with self.accelerator.accumulate(self.model):
-                with self._autocast():
+                with bfloat16_products(self.view.device, self.view.dtype):
                     predictions = self.student.predict(self.model, states, only_measured=self.student.only_answers)
                 losses = [
                     distillation_loss(said.logits, teacher.at(said.positions), self.student.variation)
@@ -248,7 +244,7 @@ class Trainer:
                     -1
                 )
                 require_finite(best)
-                with self._autocast():
+                with bfloat16_products(self.view.device, self.view.dtype):
                     predictions = self.student.predict(self.student.module, states, only_measured=True)
                 for part, said in enumerate(predictions):
                     hits[part] += (

@@ -19,6 +19,7 @@ from early_exit_cli.data.documents import Document
 from early_exit_cli.data.packing import pack
 from early_exit_cli.decoding.answer import generate
 from early_exit_cli.decoding.loop import decode
+from early_exit_cli.decoding.text import Request
 from early_exit_cli.drafting.drafter import NoDrafter
 from early_exit_cli.drafting.exit import ExitDrafter
 from early_exit_cli.drafting.lookup import LookupDrafter
@@ -67,7 +68,7 @@ def test_decoding_equals_transformers_generate(tiny_model, family):
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False
         )[0, len(prompt) :].tolist()
         distinct |= set(expected)
-        assert tokens_of(decode(model, prompt, NoDrafter(), 40)) == expected
+        assert tokens_of(decode(model, Request(prompt, 40), NoDrafter())) == expected
         drafters = [
             ("exits", ExitDrafter(thresholds_between(model, 0.5)), 8),
             ("exits", ExitDrafter([1e9] * 3), 4),
@@ -75,7 +76,7 @@ def test_decoding_equals_transformers_generate(tiny_model, family):
             ("scripted", ScriptedDrafter(expected, lambda index: index % 5 == 3, prompt), 8),
         ]
         for kind, drafter, width in drafters:
-            run = generate(model, prompt, drafter, 40, mode=kind, width=width)
+            run = generate(model, Request(prompt, 40), drafter, mode=kind, width=width)
             assert run.token_ids == expected, (kind, len(prompt))
             accepted[kind] += run.stats.tokens_accepted
             partly[kind] += run.stats.partly_rejected_drafts
@@ -202,7 +203,7 @@ def test_padding_behind_the_last_position_is_no_fault(tiny_folder, family):
     expected = backbone.model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False
     )[0, len(prompt) :].tolist()
-    assert tokens_of(decode(model, prompt, NoDrafter(), 3)) == expected
+    assert tokens_of(decode(model, Request(prompt, 3), NoDrafter())) == expected
 
 
 @pytest.mark.parametrize("family", NF4_FAMILIES)
@@ -214,14 +215,14 @@ def test_decoding_in_4_bit_is_bit_exact(tiny_folder, family):
     torch.manual_seed(2)
     heads = ExitHeads(backbone, "adapter", [0, 2, 4], 16, None).to(backbone.dtype).requires_grad_(False)
     model = Engine(backbone, blocks, heads)
-    plain = generate(model, LONG_PROMPT, NoDrafter(), 40, mode="full", keep_states=True)
+    plain = generate(model, Request(LONG_PROMPT, 40), NoDrafter(), mode="full", keep_states=True)
     accepted = partly = 0
     for drafter in (
         ExitDrafter(thresholds_between(model, 0.5)),
         LookupDrafter(lambda rows: 1.0, [0.99] * 6),
         ScriptedDrafter(plain.token_ids, lambda index: index % 5 == 3, LONG_PROMPT),
     ):
-        run = generate(model, LONG_PROMPT, drafter, 40, mode="adaptive", width=8, keep_states=True)
+        run = generate(model, Request(LONG_PROMPT, 40), drafter, mode="adaptive", width=8, keep_states=True)
         assert run.token_ids == plain.token_ids
         assert torch.equal(run.states, plain.states)
         accepted += run.stats.tokens_accepted
@@ -309,7 +310,9 @@ def test_a_checkpoint_saved_in_4_bit_loads_as_it_was_saved(tmp_path, tiny_folder
     linear = next(module for module in backbone.blocks.modules() if type(module).__name__ == "Linear4bit")
     assert linear.compute_dtype == torch.bfloat16
     model = Engine(backbone, make_blocks(backbone))
-    plain = generate(model, LONG_PROMPT, NoDrafter(), 24, mode="full", keep_states=True)
-    run = generate(model, LONG_PROMPT, LookupDrafter(lambda rows: 1.0, [0.99] * 6), 24, mode="lookup", keep_states=True)
+    plain = generate(model, Request(LONG_PROMPT, 24), NoDrafter(), mode="full", keep_states=True)
+    run = generate(
+        model, Request(LONG_PROMPT, 24), LookupDrafter(lambda rows: 1.0, [0.99] * 6), mode="lookup", keep_states=True
+    )
     assert run.token_ids == plain.token_ids
     assert torch.equal(run.states, plain.states)

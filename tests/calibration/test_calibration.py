@@ -19,6 +19,7 @@ from early_exit_cli.config import CalibrationConfig
 from early_exit_cli.data.documents import Document
 from early_exit_cli.data.packing import pack
 from early_exit_cli.decoding.answer import generate
+from early_exit_cli.decoding.text import Request
 from early_exit_cli.drafting.choose import exit_drafter
 from early_exit_cli.drafting.drafter import NoDrafter
 from early_exit_cli.errors import BundleError
@@ -151,8 +152,8 @@ def test_a_bundle_calibrated_by_confidence_is_gated_by_it(calibrated, tmp_path):
     assert all(-1 <= threshold <= 0 for threshold in thresholds.at(0.1))
     drafter = exit_drafter(replace(model, thresholds=thresholds), 0.1, 8, "all")
     prompt = batches[0].input_ids[0, :20].tolist()
-    plain = generate(model, prompt, NoDrafter(), 40, mode="full")
-    run = generate(model, prompt, drafter, 40, mode="adaptive", trace=True)
+    plain = generate(model, Request(prompt, 40), NoDrafter(), mode="full")
+    run = generate(model, Request(prompt, 40), drafter, mode="adaptive", trace=True)
     assert run.token_ids == plain.token_ids
     exits = [reason for step in run.rounds for reason in step.decided_by if reason is not None]
     assert exits

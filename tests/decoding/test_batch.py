@@ -6,8 +6,9 @@ from test_decoding import tokens_of
 from test_sampling import make_drafter
 
 from early_exit_cli.config import SamplingConfig
-from early_exit_cli.decoding.batch import Request, decode_batch, generate_batch
+from early_exit_cli.decoding.batch import decode_batch, generate_batch
 from early_exit_cli.decoding.loop import decode
+from early_exit_cli.decoding.text import Request
 from early_exit_cli.drafting.drafter import NoDrafter
 from early_exit_cli.drafting.round_costs import share_of_pass
 from early_exit_cli.errors import ConfigError
@@ -32,18 +33,18 @@ def alone(model, drafter, width, make_chooser, stops):
     """Tokens and states of each prompt by itself."""
     found = []
     for number, prompt in enumerate(PROMPTS):
-        options = dict(width=width, chooser=make_chooser(number), stop_ids=stops, keep_states=True)
-        rounds = list(decode(model, prompt, drafter, TOKENS, **options))
+        request = Request(prompt, TOKENS, make_chooser(number), stops)
+        rounds = list(decode(model, request, drafter, width=width, keep_states=True))
         found.append((tokens_of(rounds), torch.cat([step.states for step in rounds])))
     return found
 
 
 def together(model, drafter, width, make_chooser, stops, batch):
     rounds = [[] for _ in PROMPTS]
-    requests = [Request(prompt, make_chooser(number)) for number, prompt in enumerate(PROMPTS)]
-    options = dict(batch=batch, width=width, stop_ids=stops, keep_states=True)
+    requests = [Request(prompt, TOKENS, make_chooser(number), stops) for number, prompt in enumerate(PROMPTS)]
+    options = dict(batch=batch, width=width, keep_states=True)
     ended = []
-    for number, step, is_last in decode_batch(model, requests, drafter, TOKENS, **options):
+    for number, step, is_last in decode_batch(model, requests, drafter, **options):
         rounds[number].append(step)
         ended += [number] * is_last
     assert sorted(ended) == list(range(len(PROMPTS)))
@@ -131,7 +132,7 @@ def test_padding_rows_of_a_pass_are_nobodys(tiny_model):
 def test_a_bad_prompt_is_refused(tiny_model):
     model = tiny_model("llama")
     with pytest.raises(ConfigError, match="empty"):
-        list(decode_batch(model, [Request([65]), Request([])], NoDrafter(), 4, batch=2, width=4))
+        list(decode_batch(model, [Request([65], 4), Request([], 4)], NoDrafter(), batch=2, width=4))
 
 
 def test_the_share_of_a_pass_adds_up():
@@ -156,13 +157,13 @@ def test_the_shipped_model_answers_together_as_alone(smollm2):
         smollm2.encode_prompt(text)
         for text in ("Name three colours.", "What is 12 times 12?", "Repeat: one two three one two three one two")
     ]
-    expected = [list(decode(model, ids, NoDrafter(), 24, keep_states=True)) for ids in prompts]
+    expected = [list(decode(model, Request(ids, 24), NoDrafter(), keep_states=True)) for ids in prompts]
     rounds = [[] for _ in prompts]
     drafter = auto_drafter(model, 0.9, 8, "auto")
-    requests = [Request(ids) for ids in prompts]
-    for number, step, _ in decode_batch(model, requests, drafter, 24, batch=3, width=8, keep_states=True):
+    requests = [Request(ids, 24) for ids in prompts]
+    for number, step, _ in decode_batch(model, requests, drafter, batch=3, width=8, keep_states=True):
         rounds[number].append(step)
-    texts = generate_batch(model, requests, drafter, 24, mode="auto", batch=2, width=8)
+    texts = generate_batch(model, requests, drafter, mode="auto", batch=2, width=8)
     assert [text.token_ids for text in texts] == [tokens_of(plain) for plain in expected]
     assert [text.text for text in texts] == [
         smollm2.tokenizer.decode(t.token_ids, skip_special_tokens=True) for t in texts

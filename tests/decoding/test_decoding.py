@@ -5,8 +5,9 @@ import torch
 from conftest import END, FAMILIES
 
 from early_exit_cli.decoding.answer import TextStream, generate
-from early_exit_cli.decoding.loop import accepted_length, cut_at_stop, decode
+from early_exit_cli.decoding.loop import decode
 from early_exit_cli.decoding.records import trace_records
+from early_exit_cli.decoding.text import Request, accepted_length, cut_at_stop
 from early_exit_cli.drafting.drafter import Draft, Drafter, NoDrafter
 from early_exit_cli.drafting.exit import ExitDrafter
 from early_exit_cli.errors import ConfigError, NumericsError
@@ -40,31 +41,33 @@ def model(tiny_model):
 
 @pytest.fixture(scope="module")
 def plain(model):
-    return tokens_of(decode(model, PROMPT, NoDrafter(), 40, stop_ids=()))
+    return tokens_of(decode(model, Request(PROMPT, 40, stop_ids=()), NoDrafter()))
 
 
 def test_plain_decoding_commits_one_token_a_round(model, plain):
-    rounds = list(decode(model, PROMPT, NoDrafter(), 40, stop_ids=()))
+    rounds = list(decode(model, Request(PROMPT, 40, stop_ids=()), NoDrafter()))
     assert [len(step.tokens) for step in rounds] == [1] * 40
     assert all(step.drafted == 0 for step in rounds)
     assert len(set(plain)) > 5  # a text, not one token over and over
 
 
 def test_right_drafts_are_all_accepted(model, plain):
-    rounds = list(decode(model, PROMPT, ScriptedDrafter(plain), 40, width=8, stop_ids=()))
+    rounds = list(decode(model, Request(PROMPT, 40, stop_ids=()), ScriptedDrafter(plain), width=8))
     assert tokens_of(rounds) == plain
     assert [len(step.tokens) for step in rounds] == [8] * 5
     assert [step.accepted for step in rounds] == [7] * 5
 
 
 def test_wrong_drafts_are_never_accepted(model, plain):
-    rounds = list(decode(model, PROMPT, ScriptedDrafter(plain, lambda _: True), 40, width=8, stop_ids=()))
+    rounds = list(decode(model, Request(PROMPT, 40, stop_ids=()), ScriptedDrafter(plain, lambda _: True), width=8))
     assert tokens_of(rounds) == plain
     assert [step.accepted for step in rounds] == [0] * 40
 
 
 def test_half_right_drafts_are_accepted_up_to_the_first_error(model, plain):
-    rounds = list(decode(model, PROMPT, ScriptedDrafter(plain, lambda i: i % 3 == 2), 40, width=8, stop_ids=()))
+    rounds = list(
+        decode(model, Request(PROMPT, 40, stop_ids=()), ScriptedDrafter(plain, lambda i: i % 3 == 2), width=8)
+    )
     assert tokens_of(rounds) == plain
     assert [step.accepted for step in rounds[:4]] == [2, 2, 2, 2]
     assert all(len(step.tokens) == step.accepted + 1 for step in rounds)
@@ -75,13 +78,13 @@ def test_half_right_drafts_are_accepted_up_to_the_first_error(model, plain):
 def test_the_end_token_inside_a_draft_ends_the_text_there(model, plain, place, wrong):
     end = plain[place]
     expected = plain[: plain.index(end) + 1]
-    rounds = list(decode(model, PROMPT, ScriptedDrafter(plain, wrong), 40, width=8, stop_ids={end}))
+    rounds = list(decode(model, Request(PROMPT, 40, stop_ids={end}), ScriptedDrafter(plain, wrong), width=8))
     assert tokens_of(rounds) == expected
 
 
 @pytest.mark.parametrize("cap", [1, 2, 3, 7, 8, 9, 15, 16, 17])
 def test_the_token_cap_inside_a_draft_is_kept(model, plain, cap):
-    rounds = list(decode(model, PROMPT, ScriptedDrafter(plain), cap, width=8, stop_ids=()))
+    rounds = list(decode(model, Request(PROMPT, cap, stop_ids=()), ScriptedDrafter(plain), width=8))
     assert tokens_of(rounds) == plain[:cap]
     assert all(step.accepted <= len(step.tokens) for step in rounds)
 
@@ -91,13 +94,13 @@ def test_a_drafter_that_overshoots_the_cap_changes_nothing(model, plain):
         def draft(self, model, cache, pending, limit, stop_ids):
             return super().draft(model, cache, pending, 7, stop_ids)
 
-    rounds = list(decode(model, PROMPT, Eager(plain), 10, width=8, stop_ids=()))
+    rounds = list(decode(model, Request(PROMPT, 10, stop_ids=()), Eager(plain), width=8))
     assert tokens_of(rounds) == plain[:10]
 
 
 def thresholds_between(model, share):
     """Thresholds at which about `share` of the plain text's tokens would exit."""
-    run = generate(model, PROMPT, NoDrafter(), 40, mode="full", trace=True)
+    run = generate(model, Request(PROMPT, 40), NoDrafter(), mode="full", trace=True)
     rows = [[reading.entropy for reading in token] for step in run.rounds for token in step.traced]
     return torch.tensor(rows).quantile(share, 0).tolist()
 
@@ -113,11 +116,11 @@ def test_adaptive_decoding_equals_transformers_generate(tiny_model, family, runn
         expected = model.backbone.model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, do_sample=False
         )[0, len(prompt) :].tolist()
-        assert tokens_of(decode(model, prompt, NoDrafter(), 48)) == expected
+        assert tokens_of(decode(model, Request(prompt, 48), NoDrafter())) == expected
         for width in (2, 3, 8, 16) if runner == "fused" else (8,):
             for share in (0.0, 0.3, 0.7, 1.0) if width == 8 else (0.5,):
                 thresholds = [1e9] * 3 if share == 1.0 else thresholds_between(model, share)
-                run = generate(model, prompt, ExitDrafter(thresholds), 48, mode="adaptive", width=width)
+                run = generate(model, Request(prompt, 48), ExitDrafter(thresholds), mode="adaptive", width=width)
                 assert run.token_ids == expected, (prompt, width, share)
                 accepted += run.stats.tokens_accepted
                 partly += run.stats.partly_rejected_drafts
@@ -130,11 +133,11 @@ def test_adaptive_decoding_equals_transformers_generate(tiny_model, family, runn
 def test_states_of_adaptive_decoding_are_the_plain_ones_bit_for_bit(smollm2_model):
     model = smollm2_model
     prompt = model.backbone.encode_prompt("Tell me three facts about the sea.")
-    plain = generate(model, prompt, NoDrafter(), 48, mode="full", keep_states=True)
+    plain = generate(model, Request(prompt, 48), NoDrafter(), mode="full", keep_states=True)
     entropies = torch.tensor(
         [
             [reading.entropy for reading in token]
-            for step in generate(model, prompt, NoDrafter(), 48, mode="full", trace=True).rounds
+            for step in generate(model, Request(prompt, 48), NoDrafter(), mode="full", trace=True).rounds
             for token in step.traced
         ]
     )
@@ -148,7 +151,7 @@ def test_states_of_adaptive_decoding_are_the_plain_ones_bit_for_bit(smollm2_mode
         ExitDrafter(some, active=[0, 2]),
     ):
         for width in (4, 8, 16):
-            run = generate(model, prompt, drafter, 48, mode="adaptive", width=width, keep_states=True)
+            run = generate(model, Request(prompt, 48), drafter, mode="adaptive", width=width, keep_states=True)
             assert run.token_ids == plain.token_ids
             assert torch.equal(run.states, plain.states)
             partly += run.stats.partly_rejected_drafts
@@ -170,20 +173,20 @@ def smollm2_model(smollm2):
 
 def test_statistics_count_committed_tokens_only(model, plain):
     end = plain[12]
-    run = generate(model, PROMPT, ExitDrafter([1e9] * 3), 40, mode="adaptive")
+    run = generate(model, Request(PROMPT, 40), ExitDrafter([1e9] * 3), mode="adaptive")
     assert run.stats.total_tokens_generated == len(run.token_ids) == sum(run.stats.exit_distribution.values())
     assert run.stats.tokens_accepted == sum(n for name, n in run.stats.exit_distribution.items() if name != "full")
     assert run.stats.acceptance_rate == run.stats.tokens_accepted / run.stats.tokens_drafted
     assert run.stats.accept_length == len(run.token_ids) / len(run.rounds)
     assert end in plain
-    full = generate(model, PROMPT, NoDrafter(), 5, mode="full")
+    full = generate(model, Request(PROMPT, 5), NoDrafter(), mode="full")
     assert full.stats.acceptance_rate is None
     assert full.stats.exit_distribution == {"0": 0, "1": 0, "2": 0, "full": 5}
     assert full.stats.average_exit_layer == model.blocks.num_blocks
 
 
 def test_the_trace_names_every_heads_view_of_every_token(model):
-    run = generate(model, PROMPT, ExitDrafter(thresholds_between(model, 0.6)), 20, mode="adaptive", trace=True)
+    run = generate(model, Request(PROMPT, 20), ExitDrafter(thresholds_between(model, 0.6)), mode="adaptive", trace=True)
     records = trace_records(model, run, len(PROMPT))
     assert [record["position"] for record in records] == list(range(len(PROMPT), len(PROMPT) + len(run.token_ids)))
     assert [record["token_id"] for record in records] == run.token_ids
@@ -199,9 +202,9 @@ def test_the_trace_names_every_heads_view_of_every_token(model):
 
 
 def test_nothing_exits_at_thresholds_that_no_entropy_is_below(model, plain):
-    run = generate(model, PROMPT, ExitDrafter([float("-inf")] * 3), 40, mode="adaptive")
+    run = generate(model, Request(PROMPT, 40), ExitDrafter([float("-inf")] * 3), mode="adaptive")
     assert run.stats.tokens_drafted == 0
-    assert run.token_ids == generate(model, PROMPT, NoDrafter(), 40, mode="full").token_ids
+    assert run.token_ids == generate(model, Request(PROMPT, 40), NoDrafter(), mode="full").token_ids
 
 
 def test_accepted_length_stops_at_the_first_difference():
@@ -239,9 +242,9 @@ def test_a_character_cut_by_the_cap_is_dropped(model):
 
 def test_refuses_an_empty_prompt_and_one_beyond_the_context(model):
     with pytest.raises(ConfigError, match="empty"):
-        list(decode(model, [], NoDrafter(), 4))
+        list(decode(model, Request([], 4), NoDrafter()))
     with pytest.raises(ConfigError, match="500 tokens and 13 new ones exceed the context of 512"):
-        list(decode(model, [1] * 500, NoDrafter(), 13))
+        list(decode(model, Request([1] * 500, 13), NoDrafter()))
 
 
 def test_nan_logits_stop_the_run(tiny_model):
@@ -252,7 +255,7 @@ def test_nan_logits_stop_the_run(tiny_model):
         with torch.no_grad():
             weight[3] = float("nan")
         with pytest.raises(NumericsError, match="NaN or infinite"):
-            list(decode(model, PROMPT, NoDrafter(), 4))
+            list(decode(model, Request(PROMPT, 4), NoDrafter()))
     finally:
         with torch.no_grad():
             weight.copy_(kept)

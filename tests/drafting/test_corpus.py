@@ -5,6 +5,7 @@ import random
 import pytest
 
 from early_exit_cli.decoding.answer import generate
+from early_exit_cli.decoding.text import Request
 from early_exit_cli.drafting.corpus import LONGEST, Corpus, CorpusCursor
 from early_exit_cli.drafting.drafter import NoDrafter
 from early_exit_cli.drafting.lookup import LookupDrafter
@@ -49,21 +50,25 @@ def test_of_several_places_the_one_that_most_share_is_taken():
 def test_passages_of_the_corpus_are_drafted_and_the_answer_is_the_plain_one(tiny_model):
     model = tiny_model("llama")
     prompt = [5, 77, 3]
-    plain = generate(model, prompt, NoDrafter(), 60, mode="full").token_ids
+    plain = generate(model, Request(prompt, 60), NoDrafter(), mode="full").token_ids
     alone = LookupDrafter(lambda rows: 10.0 + rows)
     helped = LookupDrafter(lambda rows: 10.0 + rows, corpus=Corpus([8, 9, *prompt[-2:], *plain, 7]))
-    without, with_corpus = (generate(model, prompt, made, 60, mode="lookup", width=8) for made in (alone, helped))
+    without, with_corpus = (
+        generate(model, Request(prompt, 60), made, mode="lookup", width=8) for made in (alone, helped)
+    )
     assert without.token_ids == with_corpus.token_ids == plain
     assert with_corpus.stats.accept_length > without.stats.accept_length + 1
-    again = generate(model, prompt, helped.fork(), 60, mode="lookup", width=8)
+    again = generate(model, Request(prompt, 60), helped.fork(), mode="lookup", width=8)
     assert again.rounds == with_corpus.rounds
 
 
 def test_a_corpus_that_misleads_is_soon_left_alone(tiny_model):
     model = tiny_model("llama")
     prompt = [5, 77, 3]
-    plain = generate(model, prompt, NoDrafter(), 60, mode="full").token_ids
+    plain = generate(model, Request(prompt, 60), NoDrafter(), mode="full").token_ids
     wrong = [token for known in plain for token in (known, 300)]
-    misled = generate(model, prompt, LookupDrafter(lambda rows: 10.0 + rows, corpus=Corpus(wrong)), 60, mode="lookup")
+    misled = generate(
+        model, Request(prompt, 60), LookupDrafter(lambda rows: 10.0 + rows, corpus=Corpus(wrong)), mode="lookup"
+    )
     assert misled.token_ids == plain
     assert misled.stats.tokens_drafted < 60

@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 
 from early_exit_cli.decoding.answer import generate
+from early_exit_cli.decoding.text import Request
 from early_exit_cli.drafting.drafter import NoDrafter
 from early_exit_cli.drafting.lookup import LookupDrafter
 from early_exit_cli.drafting.suffix_automaton import SuffixAutomaton
@@ -85,9 +86,9 @@ def test_lookup_gives_the_words_of_plain_decoding(tiny_model, family):
         dice = random.Random(seed)
         phrase = [dice.randrange(250) for _ in range(9)]
         prompt = phrase * 3 + phrase[:4]
-        plain = generate(model, prompt, NoDrafter(), 40, mode="full", keep_states=True)
+        plain = generate(model, Request(prompt, 40), NoDrafter(), mode="full", keep_states=True)
         drafter = LookupDrafter(lambda rows: 10.0 + 0.1 * rows)
-        drafted = generate(model, prompt, drafter, 40, mode="lookup", width=16, keep_states=True)
+        drafted = generate(model, Request(prompt, 40), drafter, mode="lookup", width=16, keep_states=True)
         assert drafted.token_ids == plain.token_ids
         assert (drafted.states - plain.states).abs().max() < 1e-4
         accepted += drafted.stats.tokens_accepted
@@ -104,9 +105,14 @@ def test_lookup_is_bit_exact_in_four_bit(smollm2):
     model = Engine(smollm2, make_blocks(smollm2))
     prompt = smollm2.encode_prompt("Repeat this list three times: apple, pear, plum, fig, grape, lemon.")
     for room in (48, 600):  # a short request and a long one: both forms of attention
-        plain = generate(model, prompt, NoDrafter(), room, mode="full", keep_states=True)
+        plain = generate(model, Request(prompt, room), NoDrafter(), mode="full", keep_states=True)
         drafted = generate(
-            model, prompt, LookupDrafter(lambda rows: 10.0 + rows), room, mode="lookup", width=16, keep_states=True
+            model,
+            Request(prompt, room),
+            LookupDrafter(lambda rows: 10.0 + rows),
+            mode="lookup",
+            width=16,
+            keep_states=True,
         )
         assert drafted.token_ids == plain.token_ids
         assert drafted.states.equal(plain.states)
@@ -123,9 +129,9 @@ def test_auto_asks_the_heads_where_the_text_does_not_repeat(tiny_model):
         dice = random.Random(seed)
         phrase = [dice.randrange(250) for _ in range(9)]
         prompt = phrase * 3 + phrase[:4]
-        plain = generate(model, prompt, NoDrafter(), 40, mode="full")
+        plain = generate(model, Request(prompt, 40), NoDrafter(), mode="full")
         lookup, exits = LookupDrafter(lambda rows: 10.0 + 0.1 * rows), ExitDrafter([0.0, 0.0, 9.0])
-        run = generate(model, prompt, AutoDrafter([(lookup, 15), (exits, 3)]), 40, mode="auto", width=16)
+        run = generate(model, Request(prompt, 40), AutoDrafter([(lookup, 15), (exits, 3)]), mode="auto", width=16)
         assert run.token_ids == plain.token_ids
         decided.update(run.stats.exit_distribution)
     assert decided["lookup"] > 0

@@ -3,6 +3,7 @@
 import pytest
 
 from early_exit_cli.decoding.answer import generate
+from early_exit_cli.decoding.text import Request
 from early_exit_cli.drafting.auto import AutoDrafter
 from early_exit_cli.drafting.chances import Survival
 from early_exit_cli.drafting.drafter import Draft, NoDrafter
@@ -103,7 +104,7 @@ def test_every_round_of_an_answer_is_timed(tiny_model):
             return False
 
     drafter = Watching()
-    answer = generate(tiny_model("llama"), PROMPT, drafter, 6, mode="")
+    answer = generate(tiny_model("llama"), Request(PROMPT, 6), drafter, mode="")
     assert len(drafter.seen) == len(answer.rounds)
     assert all(milliseconds > 0 for milliseconds in drafter.seen)
     assert drafter.times is None  # on a CPU the parts are what a round takes

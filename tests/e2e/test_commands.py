@@ -259,7 +259,7 @@ def test_a_broken_bundle_is_one_clear_line_and_code_1(bundle, tmp_path, change, 
         (["infer", "--prompt", "a", "--prompt-file", "b"], 2, "several prompts"),
         (["infer", "--prompt", "a" * 600], 2, "exceed the context of 512"),
         (["infer", "--prompt", "a", "--accuracy-level", "0.77"], 2, "0.77 was not calibrated"),
-        (["infer", "--prompt", "a", "--width", "40"], 2, "width 40"),
+        (["infer", "--prompt", "a", "--width", "40"], 2, "inference.width"),
         (
             ["infer", "--prompt", "a", "--set", "inference.max_token=3"],
             2,

@@ -7,6 +7,7 @@ from early_exit_cli.calibration.head_outputs import HeadOutputs, join_head_outpu
 from early_exit_cli.data.documents import Document
 from early_exit_cli.data.packing import pack
 from early_exit_cli.decoding.answer import generate
+from early_exit_cli.decoding.text import Request
 from early_exit_cli.drafting.drafter import NoDrafter
 from early_exit_cli.drafting.exit import ExitDrafter
 from early_exit_cli.evaluation.acceptance import explain_acceptance
@@ -75,8 +76,8 @@ def test_the_walk_counts_what_decoding_does(tiny_model):
     documents = []
     for seed in range(10):
         prompt = torch.randint(255, (12,), generator=torch.Generator().manual_seed(seed)).tolist()
-        answer = generate(model, prompt, NoDrafter(), 40, mode="full").token_ids
-        run = generate(model, prompt, ExitDrafter(thresholds), 40, mode="adaptive", width=4)
+        answer = generate(model, Request(prompt, 40), NoDrafter(), mode="full").token_ids
+        run = generate(model, Request(prompt, 40), ExitDrafter(thresholds), mode="adaptive", width=4)
         rounds, drafted = rounds + len(run.rounds), drafted + run.stats.tokens_drafted
         accepted += run.stats.tokens_accepted
         documents.append(Document(prompt + answer, "s", len(prompt)))

@@ -11,6 +11,7 @@ from test_decoding import thresholds_between
 from early_exit_cli.cli import show
 from early_exit_cli.decoding.answer import generate
 from early_exit_cli.decoding.records import round_records
+from early_exit_cli.decoding.text import Request
 from early_exit_cli.drafting.drafter import NoDrafter
 from early_exit_cli.drafting.exit import DynamicDrafter, FixedDrafter
 from early_exit_cli.errors import BundleError
@@ -28,14 +29,16 @@ def model(tiny_model):
 
 @pytest.fixture(scope="module")
 def plain(model):
-    return generate(model, PROMPT, NoDrafter(), NEW, mode="full", keep_states=True)
+    return generate(model, Request(PROMPT, NEW), NoDrafter(), mode="full", keep_states=True)
 
 
 @pytest.mark.parametrize("head", [0, 1, 2])
 def test_fixed_drafts_of_every_head_and_length_change_no_token(model, plain, head):
     accepted = partly = 0
     for length in (1, 2, 3, 5, 8, 10, 15):
-        run = generate(model, PROMPT, FixedDrafter(head), NEW, mode="fixed", width=length + 1, keep_states=True)
+        run = generate(
+            model, Request(PROMPT, NEW), FixedDrafter(head), mode="fixed", width=length + 1, keep_states=True
+        )
         assert run.token_ids == plain.token_ids
         assert torch.equal(run.states, plain.states)
         left = NEW
@@ -50,7 +53,9 @@ def test_fixed_drafts_of_every_head_and_length_change_no_token(model, plain, hea
 
 
 def test_dynamic_exits_draft_up_to_ten_tokens_and_change_none(model, plain):
-    run = generate(model, PROMPT, DynamicDrafter([math.inf] * 3), NEW, mode="dynamic", width=11, keep_states=True)
+    run = generate(
+        model, Request(PROMPT, NEW), DynamicDrafter([math.inf] * 3), mode="dynamic", width=11, keep_states=True
+    )
     assert run.token_ids == plain.token_ids
     assert torch.equal(run.states, plain.states)
     assert max(step.drafted for step in run.rounds) == 10
@@ -58,7 +63,7 @@ def test_dynamic_exits_draft_up_to_ten_tokens_and_change_none(model, plain):
 
 def test_a_round_keeps_what_was_rejected_and_why(model):
     rejected = 0
-    run = generate(model, PROMPT, FixedDrafter(2), NEW, mode="fixed", width=6)
+    run = generate(model, Request(PROMPT, NEW), FixedDrafter(2), mode="fixed", width=6)
     for step, record in zip(run.rounds, round_records(model, run, len(PROMPT)), strict=True):
         assert len(step.rejected) + step.accepted == step.drafted
         assert all(reason.head == 2 for _, reason in step.rejected)
@@ -74,7 +79,9 @@ def test_a_round_keeps_what_was_rejected_and_why(model):
 def test_text_is_told_with_who_decided_it(model):
     told = []
     drafter = FixedDrafter(2)
-    run = generate(model, PROMPT, drafter, NEW, mode="fixed", width=6, on_text=lambda *piece: told.append(piece))
+    run = generate(
+        model, Request(PROMPT, NEW), drafter, mode="fixed", width=6, on_text=lambda *piece: told.append(piece)
+    )
     assert "".join(piece for piece, _ in told) == run.text
     assert {decider for _, decider in told} == {"head 2", "backbone"}
 
@@ -84,7 +91,7 @@ def test_comprehensive_runs_every_method_and_all_texts_are_equal(model):
     model = replace(model, thresholds=Thresholds(levels))
     methods = all_methods(model, 8, "all")
     done = []
-    results = run_all(model, PROMPT, methods, NEW, 2, lambda number, name: done.append((number, name)))
+    results = run_all(model, Request(PROMPT, NEW), methods, 2, lambda number, name: done.append((number, name)))
     fixed = {f"layerskip_h{head}_d{length}" for head in range(3) for length in DRAFT_LENGTHS}
     assert set(results) == {"full", *fixed, "adaptive_acc0.60", "adaptive_acc0.90"}
     assert [number for number, _ in done] == list(range(1, 2 * 12 + 1))
@@ -101,7 +108,7 @@ def test_comprehensive_runs_every_method_and_all_texts_are_equal(model):
 
 def test_the_table_of_all_methods_goes_to_stderr(model, capsys):
     methods = {"full": (NoDrafter(), 8), "layerskip_h2_d5": (FixedDrafter(2), 6)}
-    show.all_methods(run_all(model, PROMPT, methods, 16, 1, lambda number, name: None), "tiny", 1)
+    show.all_methods(run_all(model, Request(PROMPT, 16), methods, 1, lambda number, name: None), "tiny", 1)
     out, err = capsys.readouterr()
     assert out == ""
     row = next(line for line in err.splitlines() if line.startswith("layerskip_h2_d5"))

@@ -11,7 +11,8 @@ from early_exit_cli.cli.app import app
 from early_exit_cli.data.documents import Document
 from early_exit_cli.data.packing import pack
 from early_exit_cli.decoding.answer import generate
-from early_exit_cli.decoding.batch import Request, generate_batch
+from early_exit_cli.decoding.batch import generate_batch
+from early_exit_cli.decoding.text import Request
 from early_exit_cli.drafting.auto import AutoDrafter
 from early_exit_cli.drafting.costs import measure_costs
 from early_exit_cli.drafting.drafter import NoDrafter
@@ -56,7 +57,7 @@ def entropies_over(model, ids) -> torch.Tensor:
 
 def thresholds(model, share) -> list[float]:
     """Below which so large a share of an answer's places lies, for each head."""
-    plain = generate(model, PROMPT, NoDrafter(), NEW, mode="full").token_ids
+    plain = generate(model, Request(PROMPT, NEW), NoDrafter(), mode="full").token_ids
     found = entropies_over(model, [*PROMPT, *plain])[:, len(PROMPT) - 1 : -1]
     return found.quantile(share, 1).tolist()
 
@@ -93,12 +94,12 @@ def test_a_state_depends_on_what_was_before_it_and_on_nothing_later(model):
 @pytest.mark.parametrize("width", [2, 4, 8])
 def test_drafts_are_gated_by_what_training_sees_and_change_nothing(model, active, width):
     """Through accepted, partly and wholly rejected drafts, the entropies are those of the whole text."""
-    plain = generate(model, PROMPT, NoDrafter(), NEW, mode="full", keep_states=True)
+    plain = generate(model, Request(PROMPT, NEW), NoDrafter(), mode="full", keep_states=True)
     expected = entropies_over(model, [*PROMPT, *plain.token_ids])
     partly = checked = 0
     for share in (0.3, 0.7):
         drafter = ExitDrafter(thresholds(model, share), active)
-        run = generate(model, PROMPT, drafter, NEW, mode="adaptive", width=width, keep_states=True)
+        run = generate(model, Request(PROMPT, NEW), drafter, mode="adaptive", width=width, keep_states=True)
         assert run.token_ids == plain.token_ids
         assert torch.equal(run.states, plain.states)
         place = len(PROMPT) - 1
@@ -114,11 +115,11 @@ def test_drafts_are_gated_by_what_training_sees_and_change_nothing(model, active
 
 
 def test_every_kind_of_decoding_reads_them(model):
-    plain = generate(model, PROMPT, NoDrafter(), NEW, mode="full", keep_states=True)
+    plain = generate(model, Request(PROMPT, NEW), NoDrafter(), mode="full", keep_states=True)
     lookup = LookupDrafter(lambda rows: 10.0 + 0.1 * rows)
     auto = AutoDrafter([(lookup, 7), (ExitDrafter(thresholds(model, 0.7)), 3)])
     for drafter in (FixedDrafter(1), auto, FixedDrafter(2)):
-        run = generate(model, PROMPT, drafter, NEW, mode="some", width=8, keep_states=True)
+        run = generate(model, Request(PROMPT, NEW), drafter, mode="some", width=8, keep_states=True)
         assert run.token_ids == plain.token_ids
         assert torch.equal(run.states, plain.states)
         assert run.stats.tokens_drafted > 0
@@ -131,7 +132,7 @@ def test_a_trace_shows_every_heads_view_whoever_drafts(model, drafter):
         "exit": ExitDrafter(thresholds(model, 0.6), [1]),
         "lookup": LookupDrafter(lambda rows: 10.0 + 0.1 * rows),
     }[drafter]
-    run = generate(model, OTHER, made, NEW, mode="traced", trace=True, width=8)
+    run = generate(model, Request(OTHER, NEW), made, mode="traced", trace=True, width=8)
     expected = entropies_over(model, [*OTHER, *run.token_ids])
     traced = [traced for step in run.rounds for traced in step.traced]
     assert len(traced) == len(run.token_ids)
@@ -145,11 +146,11 @@ def test_a_trace_shows_every_heads_view_whoever_drafts(model, drafter):
 def test_texts_together_keep_to_their_own(model):
     drafter = ExitDrafter(thresholds(model, 0.6))
     prompts = [PROMPT, OTHER, [1, 2, 3], PROMPT[:5]]
-    requests = [Request(prompt) for prompt in prompts]
-    found = generate_batch(model, requests, drafter, NEW, mode="adaptive", batch=3, width=4)
+    requests = [Request(prompt, NEW) for prompt in prompts]
+    found = generate_batch(model, requests, drafter, mode="adaptive", batch=3, width=4)
     assert any(run.stats.partly_rejected_drafts for run in found)
     for prompt, run in zip(prompts, found, strict=True):
-        alone = generate(model, prompt, drafter, NEW, mode="adaptive", width=4)
+        alone = generate(model, Request(prompt, NEW), drafter, mode="adaptive", width=4)
         assert run.token_ids == alone.token_ids
         assert run.stats.tokens_drafted == alone.stats.tokens_drafted
 

@@ -11,6 +11,7 @@ from early_exit_cli.data.documents import Document
 from early_exit_cli.data.packing import pack
 from early_exit_cli.decoding.answer import generate
 from early_exit_cli.decoding.loop import decode
+from early_exit_cli.decoding.text import Request
 from early_exit_cli.drafting.chances import Survival, draft_chances_of
 from early_exit_cli.drafting.choose import auto_drafter, eagle_drafter
 from early_exit_cli.drafting.drafter import Draft, NoDrafter
@@ -90,8 +91,8 @@ def test_predictions_stay_within_their_document(tiny_backbone, text):
 def test_its_drafts_never_change_a_token_or_a_bit(tiny_model, family, runner):
     model = tiny_model(family, runner)
     head = some_head(model.backbone)
-    plain = generate(model, PROMPT, NoDrafter(), 40, mode="full", keep_states=True)
-    run = generate(model, PROMPT, drafter(head), 40, mode="eagle", width=5, keep_states=True)
+    plain = generate(model, Request(PROMPT, 40), NoDrafter(), mode="full", keep_states=True)
+    run = generate(model, Request(PROMPT, 40), drafter(head), mode="eagle", width=5, keep_states=True)
     assert run.token_ids == plain.token_ids
     assert torch.equal(run.states, plain.states)
     assert run.stats.tokens_drafted >= 3 * (len(plain.token_ids) - 2)
@@ -116,11 +117,11 @@ class Oracle(EagleDrafter):
 
 def test_accepted_and_partly_rejected_drafts_leave_only_verified_states_behind(tiny_model):
     model = tiny_model("llama")
-    plain = [token for step in decode(model, PROMPT, NoDrafter(), 60, stop_ids=()) for token in step.tokens]
+    plain = [token for step in decode(model, Request(PROMPT, 60, stop_ids=()), NoDrafter()) for token in step.tokens]
     oracle = Oracle(some_head(model.backbone), CERTAIN, lambda rows: 10.0, 0.1, 0.1)
     oracle.truth = [*PROMPT, *plain]
     done, partly = len(PROMPT), 0
-    for step in decode(model, PROMPT, oracle, 40, width=8, stop_ids=()):
+    for step in decode(model, Request(PROMPT, 40, stop_ids=()), oracle, width=8):
         assert step.tokens == oracle.truth[done : done + len(step.tokens)]
         done += len(step.tokens)
         partly += 0 < step.accepted < step.drafted
@@ -140,11 +141,11 @@ def test_a_draft_ends_where_it_stops_paying(tiny_model):
     model = tiny_model("llama")
     head = some_head(model.backbone)
     hopeless = drafter(head, [Survival(-30.0, 0.0, 0.0)])
-    rounds = list(decode(model, PROMPT, hopeless, 12, width=8, stop_ids=()))
+    rounds = list(decode(model, Request(PROMPT, 12, stop_ids=()), hopeless, width=8))
     assert all(step.drafted == 0 for step in rounds)
     dear = EagleDrafter(head, CERTAIN, lambda rows: 10.0 * rows, 0.1, 0.1)  # a pass costs what its rows cost
-    assert all(step.drafted == 0 for step in decode(model, PROMPT, dear, 12, width=8, stop_ids=()))
-    certain = list(decode(model, PROMPT, drafter(head), 12, width=8, stop_ids=()))
+    assert all(step.drafted == 0 for step in decode(model, Request(PROMPT, 12, stop_ids=()), dear, width=8))
+    certain = list(decode(model, Request(PROMPT, 12, stop_ids=()), drafter(head), width=8))
     assert max(step.drafted for step in certain) == 7
 
 
@@ -253,9 +254,9 @@ def test_training_learns_and_leaves_a_head_that_drafts(tmp_path, tiny_backbone, 
         "checked": checked,
     }
     prompt = texts[0].ids[:12]
-    plain = generate(model, prompt, NoDrafter(), 20, mode="full").token_ids
+    plain = generate(model, Request(prompt, 20), NoDrafter(), mode="full").token_ids
     for made in (eagle_drafter(model), auto_drafter(model, 0.9, 8, "auto")):
-        assert generate(model, prompt, made, 20, mode="x", width=8).token_ids == plain
+        assert generate(model, Request(prompt, 20), made, mode="x", width=8).token_ids == plain
 
 
 def test_training_goes_on_from_an_earlier_head(tmp_path, tiny_backbone):
@@ -326,8 +327,8 @@ def test_the_shipped_head_drafts_in_bfloat16_without_changing_a_bit(smollm2):
 
     model = load_engine(BackboneConfig(), BundleConfig(bundle=SHIPPED_BUNDLE))
     prompt = smollm2.encode_prompt("Explain step by step how to solve 2x + 6 = 14.")
-    plain = generate(model, prompt, NoDrafter(), 48, mode="full", keep_states=True)
-    run = generate(model, prompt, eagle_drafter(model), 48, mode="eagle", width=16, keep_states=True)
+    plain = generate(model, Request(prompt, 48), NoDrafter(), mode="full", keep_states=True)
+    run = generate(model, Request(prompt, 48), eagle_drafter(model), mode="eagle", width=16, keep_states=True)
     assert run.token_ids == plain.token_ids
     assert torch.equal(run.states, plain.states)
     assert run.stats.tokens_accepted > 10

@@ -83,7 +83,7 @@ def test_everything_is_escaped_and_well_formed():
     assert [attributes["href"] for tag, attributes in page.elements if tag == "link"] == ["data:,"]
 
 
-def test_every_token_says_who_decided_it_and_why():
+def test_every_token_says_its_drafter_and_why():
     page = Page(render_page(record()))
     tips = [a["data-tip"] for tag, a in page.elements if tag == "span" and a.get("class", "").startswith("t ")]
     assert len(tips) == 4
@@ -133,8 +133,8 @@ def test_a_traced_answer_shows_what_every_head_said():
     assert "head 0 says “↵”, entropy 2.50" in render_page(record(rounds=rounds))
 
 
-def test_other_words_are_called_so():
+def test_other_tokens_are_called_so():
     other = answer("auto", speedup=1.5, identical=False, bit_exact=False)
     text = render_page(record(methods={"full": answer("full"), "auto": other}))
-    assert "other words than the model" in text
+    assert "other tokens than plain decoding" in text
     assert ">different<" in text

@@ -22,6 +22,7 @@ from early_exit_cli.backbone.load import load_backbone
 from early_exit_cli.config import BackboneConfig
 from early_exit_cli.decoding.answer import generate
 from early_exit_cli.decoding.loop import decode
+from early_exit_cli.decoding.text import Request
 from early_exit_cli.drafting.drafter import Draft, Drafter, NoDrafter
 from early_exit_cli.drafting.exit import ExitDrafter
 from early_exit_cli.engine import Engine
@@ -120,7 +121,7 @@ def pair(tiny_model):
 
 
 def answer(model, drafter=None, prompt=PROMPT, tokens=24, width=8):
-    return generate(model, prompt, drafter or NoDrafter(), tokens, mode="", width=width, keep_states=True)
+    return generate(model, Request(prompt, tokens), drafter or NoDrafter(), mode="", width=width, keep_states=True)
 
 
 def same(first, second):
@@ -251,7 +252,7 @@ def test_two_texts_at_once_do_not_share_buffers(pair):
     model, plain = pair()
     prompts = (PROMPT, list(range(60, 100)))
     expected = [answer(plain, prompt=prompt).token_ids for prompt in prompts]
-    both = [decode(model, prompt, NoDrafter(), 24, stop_ids=()) for prompt in prompts]
+    both = [decode(model, Request(prompt, 24, stop_ids=()), NoDrafter()) for prompt in prompts]
     found = [[], []]
     for steps in zip(*both, strict=True):
         for tokens, step in zip(found, steps, strict=True):

@@ -14,8 +14,9 @@ from test_decoding import tokens_of
 
 from early_exit_cli.bundle.load import load_engine
 from early_exit_cli.config import BackboneConfig, BundleConfig, InferenceConfig
-from early_exit_cli.decoding.batch import Request, decode_batch, generate_batch
+from early_exit_cli.decoding.batch import decode_batch, generate_batch
 from early_exit_cli.decoding.loop import decode
+from early_exit_cli.decoding.text import Request
 from early_exit_cli.drafting.chances import Survival
 from early_exit_cli.drafting.choose import make_drafter
 from early_exit_cli.drafting.drafter import Draft, Drafter, NoDrafter
@@ -562,13 +563,13 @@ def test_the_eagle_head_runs_on_our_kernels(model):
 @pytest.mark.parametrize("kind", ["none", "every exit", "eager eagle", "auto"])
 def test_texts_decoded_together_are_each_what_they_are_alone(model, plain, kind):
     drafter, width = drafter_of(model, kind)
-    requests = [Request(prompt) for prompt, _ in plain]
+    requests = [Request(prompt, TOKENS) for prompt, _ in plain]
     for batch in (2, 3):
-        texts = generate_batch(model, requests, drafter, TOKENS, mode="", batch=batch, width=width)
+        texts = generate_batch(model, requests, drafter, mode="", batch=batch, width=width)
         assert [text.token_ids for text in texts] == [expected.token_ids for _, expected in plain]
         rounds = [[] for _ in requests]
         options = dict(batch=batch, width=width, keep_states=True)
-        for number, step, _ in decode_batch(model, requests, drafter, TOKENS, **options):
+        for number, step, _ in decode_batch(model, requests, drafter, **options):
             rounds[number].append(step)
         for own, (_, expected) in zip(rounds, plain, strict=True):
             assert tokens_of(own) == expected.token_ids
@@ -577,7 +578,7 @@ def test_texts_decoded_together_are_each_what_they_are_alone(model, plain, kind)
 
 def test_an_answer_is_the_same_every_time_and_after_other_texts(model, plain):
     for prompt, expected in (*plain, *plain[::-1]):
-        rounds = list(decode(model, prompt, NoDrafter(), TOKENS, keep_states=True))
+        rounds = list(decode(model, Request(prompt, TOKENS), NoDrafter(), keep_states=True))
         assert tokens_of(rounds) == expected.token_ids
         assert torch.equal(torch.cat([step.states for step in rounds]), expected.states)
 

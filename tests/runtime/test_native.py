@@ -17,6 +17,7 @@ from early_exit_cli.data.answers import answer_side_by_side
 from early_exit_cli.data.documents import Document
 from early_exit_cli.data.packing import pack, stacked
 from early_exit_cli.decoding.answer import generate
+from early_exit_cli.decoding.text import Request
 from early_exit_cli.drafting.drafter import NoDrafter
 from early_exit_cli.engine import Engine
 from early_exit_cli.errors import UnsupportedBackboneError
@@ -243,7 +244,7 @@ def test_answers_side_by_side_are_those_of_decoding(blocks, smollm2):
     model = Engine(smollm2, blocks)
     answers = answer_side_by_side(blocks, prompts, 24)
     for prompt, answer in zip(prompts, answers, strict=True):
-        assert answer == generate(model, prompt, NoDrafter(), 24, mode="full").token_ids
+        assert answer == generate(model, Request(prompt, 24), NoDrafter(), mode="full").token_ids
 
 
 def test_rows_beyond_the_kv_cache_are_refused(blocks):
