@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from early_exit_cli.backbone.load import load_backbone
-from early_exit_cli.bundle.files import EAGLE_FILE, read_bundle_record
+from early_exit_cli.bundle.files import EAGLE_FILE, RECORD_FILE, record_json
 from early_exit_cli.config import BackboneConfig, DataConfig
 from early_exit_cli.data.documents import Document
 from early_exit_cli.data.load import load_documents
@@ -81,7 +81,7 @@ def main() -> None:
     for document in load_documents(data, backbone, "eval"):
         by_source[document.source].append(document)
 
-    records = [read_bundle_record(folder) for folder in options.bundles]
+    records = [record_json(folder / RECORD_FILE) for folder in options.bundles]
     layers = [layer - 1 for layer in records[0]["eagle"]["exit_layers"]]
     states: dict[str, list[States]] = {}
     choices: dict[str, list[torch.Tensor]] = {}

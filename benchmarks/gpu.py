@@ -242,7 +242,7 @@ def first_tokens(engine: Engine, lengths: list[int]) -> list[dict[str, float]]:
         inputs = torch.tensor([ids], device=engine.backbone.device)
         drafter, width = make_drafter(engine, InferenceConfig(), "none")
         calls = {
-            "ours": partial(generate, engine, ids, drafter, 1, mode="full", width=width),
+            "ours": partial(generate, engine, Request(ids, 1), drafter, mode="full", width=width),
             "transformers": partial(
                 *(engine.backbone.model.generate, inputs),
                 attention_mask=torch.ones_like(inputs),
@@ -286,9 +286,9 @@ def by_library(engine: Engine, prompts: list[list[int]], tokens: int) -> dict[st
 
 def kernel_tests() -> str:
     """What the tests on a card say of the kernels, in a process of their own: their last line."""
-    tests = Path(__file__).parent.parent / "tests" / "test_cuda_kernels.py"
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(tests)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tests.parent.parent)
+    tests = ("tests/runtime/test_cuda_kernels.py", "tests/runtime/test_cuda_passes.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *tests]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     return (done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["they did not run"])[-1]
 
 

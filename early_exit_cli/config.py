@@ -115,8 +115,11 @@ class DataConfig(Section):
         None, "Hub data set, or a local .txt, .jsonl, .json, .parquet file or a folder from save_to_disk."
     )
     dataset_config_name: str | None = setting(None, "Configuration of a Hub data set.", aliases=("--dataset-config",))
-    split: str = setting("train", "Split of a Hub data set.", aliases=("--dataset-split",))
-    text_column: str | None = setting(None, "Column that holds the text; default: text, prompt, turns or messages.")
+    split: str = setting("train", "Split of a data set that has several.", aliases=("--dataset-split",))
+    text_column: str | None = setting(
+        None,
+        "Column that holds the text. Default: a row's text, conversation, or prompt with its answer, as they come.",
+    )
     max_length: int = setting(512, "Tokens of one packed sequence.", ge=8)
     max_documents: int | None = setting(None, "Use at most this many texts or prompts (a seeded sample).", ge=1)
     holdout: float = setting(
@@ -128,6 +131,10 @@ class DataConfig(Section):
     on_policy: bool = setting(
         False,
         "Let the backbone answer each prompt first, and use prompt and answer: the text that heads will meet.",
+    )
+    answer_turns: Literal["first", "every"] = setting(
+        "first",
+        "On-policy: what is answered of a conversation: its first user turn, or every one after what precedes it.",
     )
     answer_tokens: int = setting(128, "On-policy: new tokens of an answer, at most.", ge=1)
     prompt_tokens: int = setting(384, "On-policy: longer prompts are left out.", ge=1)

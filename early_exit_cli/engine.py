@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.errors import BundleError, ConfigError
+from early_exit_cli.files.schemas import RecordForm
 from early_exit_cli.heads.eagle import EagleHead
 from early_exit_cli.heads.exit_heads import ExitHeads
 from early_exit_cli.heads.exit_runner import ExitRunner, exit_runner
@@ -32,7 +33,8 @@ class Engine:
     heads: ExitHeads | None = None
     thresholds: Thresholds | None = None
     eagle: EagleHead | None = None
-    record: dict[str, Any] = field(default_factory=dict)
+    record: RecordForm | None = None
+    """eexit.json of the bundle."""
     round_times: Any = None
     """What rounds take here beyond their parts (`round_costs.RoundTimes`), learned while it decodes."""
 

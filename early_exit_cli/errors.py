@@ -7,6 +7,8 @@ They are raised anywhere and caught in one place, `cli.app.main`.
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -19,6 +21,10 @@ class EexitError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+
+
+class EexitWarning(UserWarning):
+    """What a person should know although everything goes on; the command shows it as one line, once."""
 
 
 class ConfigError(EexitError):
@@ -59,6 +65,10 @@ class HubError(EexitError):
     """The Hub cannot be reached, refuses, or does not hold what was asked for."""
 
 
+class StepError(EexitError):
+    """A step in which a library failed in a way of its own, with its message."""
+
+
 class TargetMissedError(EexitError):
     """A demanded quality was not reached (`--strict`)."""
 
@@ -79,3 +89,28 @@ class _Short(reprlib.Repr):
 def shown(value: Any) -> str:
     """A value as a message shows it: `repr`, cut where it is long or deep. A file may hold anything."""
     return _Short().repr(value)
+
+
+def said(error: BaseException) -> str:
+    """What an exception says, in one line; its kind where it says nothing."""
+    text = " ".join(str(error).split())[:300]
+    kind = type(error).__name__
+    return (
+        f"{kind}: {text}" if text and isinstance(error, LookupError | AssertionError | AttributeError) else text or kind
+    )
+
+
+@contextmanager
+def doing(step: str) -> Iterator[None]:
+    """Name a step: whatever a library raises in the block becomes one line with it. Errors of ours and of the operating
+    system say themselves what happened.
+
+    Raises:
+        StepError: from the library's exception.
+    """
+    try:
+        yield
+    except (EexitError, OSError):
+        raise
+    except Exception as error:
+        raise StepError(f"{step}: {said(error)}") from error

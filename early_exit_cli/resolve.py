@@ -97,8 +97,8 @@ def nearest(word: str, known: Mapping[str, Any] | list[str]) -> str:
     return f", did you mean {close[0]!r}?" if close else ""
 
 
-def parse_yaml(text: str) -> Any:
-    """A YAML value, of plain types only.
+def parse_yaml(text: str | bytes) -> Any:
+    """A YAML value, of plain types only; bytes in the encodings that YAML knows, by their byte order mark.
 
     Raises:
         ValueError: whatever is wrong with it: a damaged scalar fails in any way its constructor likes.
@@ -113,7 +113,7 @@ def parse_yaml(text: str) -> Any:
 
 def _read_yaml(path: Path, faults: list[str]) -> dict[str, dict[str, Any]]:
     try:
-        tree = parse_yaml(path.read_text(encoding="utf-8"))
+        tree = parse_yaml(path.read_bytes())
         tree = {} if tree is None else tree
     except FileNotFoundError:
         raise ConfigError(f"no configuration file at {path}", hint="configs/ holds examples") from None

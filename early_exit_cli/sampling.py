@@ -1,15 +1,10 @@
-"""How the next token follows from the backbone's logits: the best one, or one sampled with noise that belongs to its place.
+"""How the next token follows from the backbone's logits: the best one, or one sampled with noise of its place.
 
 Sampling is the Gumbel-max trick (Gumbel 1954; Maddison et al. 2014): the argmax of log p + G, with independent standard
-Gumbel noise G for every token of the vocabulary, is distributed as p. The noise is drawn from the seed, a row for each new
-token in order, so what a place draws does not depend on who drafted what. A drafter chooses by the same noise, from its own
-distribution q: it proposes what the backbone would draw if q were p. Verification then stays what it is in greedy decoding,
-comparing with the backbone's own choice, and with one seed every drafter gives the very tokens of plain sampling.
-
-A drafted token survives with a probability of at least (1 - TV) / (1 + TV), TV the total variation between p and q (Daliri
-et al. 2024); accepting with min(1, p/q) and sampling the rest anew (Leviathan et al. 2023) reaches 1 - TV, the best there
-is, but changes the text with the drafter. docs/decisions/0013 has the measured difference. For a draft that is certain of
-itself, as lookup's are, both accept with p.
+Gumbel noise G for every token of the vocabulary, is distributed as p. The noise is drawn from the seed, a row for each
+new token in order. A drafter takes the argmax of its own log q and the same noise, and verification compares, as in
+greedy decoding: with one seed every drafter gives the very tokens of plain sampling. docs/decisions/0013 says why this
+and not min(1, p/q), and what it costs.
 """
 
 from __future__ import annotations
@@ -151,13 +146,13 @@ class Sampler(Chooser):
 
 
 def penalized(scores: Tensor, token_ids: Tensor, text: list[int], penalty: float) -> Tensor:
-    """Scores [n] of tokens that the text holds divided by the penalty, multiplied where negative (Keskar et al. 2019)."""
+    """Scores [n] of tokens that the text holds over the penalty, times it where negative (Keskar et al. 2019)."""
     repeated = torch.isin(token_ids, torch.tensor(text, device=token_ids.device))
     return torch.where(repeated, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
 def truncated(scores: Tensor, settings: SamplingConfig) -> tuple[Tensor, Tensor | None]:
-    """What top-k, then the nucleus of top-p, then min-p leave of scores [n]: (scores [kept], their places; None for all).
+    """What top-k, then the nucleus of top-p, then min-p leave of scores [n]: (scores [kept], their places; None: all).
 
     The same tokens as transformers' warpers keep, in that order; where scores tie at an edge, top-k keeps all of them.
     """

@@ -12,46 +12,26 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from commands import LAUNCHER, ONE_THREAD, command_line, eexit, eexit_process, one_line, started
+from dssd_files import Touch
 from hub_server import Fault, HubServer
 from safetensors.torch import load_file, save_file
-from test_cache import make
-from test_cache_commands import content
-from test_commands import eexit
+from small_caches import content, make_cache
 
 from early_exit_cli.backbone.load import load_backbone
 from early_exit_cli.bundle.load import load_engine
 from early_exit_cli.bundle.save import save_bundle
-from early_exit_cli.cli import app
 from early_exit_cli.config import BackboneConfig, BundleConfig
 from early_exit_cli.errors import BackboneError, CacheError, UnsupportedBackboneError
 from early_exit_cli.files.atomic import file_sha256
 from early_exit_cli.heads.exit_heads import ExitHeads
 
 DOCS = Path(__file__).parent.parent / "docs" / "faults.md"
-
-
-@pytest.fixture
-def here(monkeypatch, capsys):
-    """Run a command in this process; returns (exit code, stdout, stderr). What is no clear error is raised."""
-
-    def run(*arguments) -> tuple[int, str, str]:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["eexit", *map(str, arguments)])
-        try:
-            app.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -87,16 +67,6 @@ def hear_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def started(*arguments, before=hear_ctrl_c) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "early_exit_cli", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=before,
-    )
-
-
 def training(model: Path, text: Path, folder: Path, *more) -> list:
     return [
         "train", "--model-name", model, "--quantization", "none", "--dataset-name", text, "--max-length", 64,
@@ -109,13 +79,6 @@ def extraction(model: Path, text: Path, folder: Path, *more) -> list:
         "cache", "extract", "--model-name", model, "--quantization", "none", "--dataset-name", text, "--max-length", 64,
         "--num-heads", 2, "--shard-tokens", 256, "--cache-dir", folder, *more,
     ]  # fmt: skip
-
-
-def one_line(err: str) -> str:
-    """The error of a command; there is one, and no traceback."""
-    (line,) = [line for line in err.splitlines() if line.startswith("error:")]
-    assert "Traceback" not in err
-    return line
 
 
 def wait_while_running(process: subprocess.Popen, condition, seconds: float = 100.0) -> None:
@@ -133,7 +96,7 @@ def test_a_gated_backbone_says_where_and_how_to_log_in(tmp_path):
     with HubServer() as hub:
         hub.make_repo("org/gated", {"config.json": b"{}"})
         hub.faults += [Fault(method, "/org/gated/resolve", "gated", times=50) for method in ("HEAD", "GET")]
-        code, out, err = eexit(
+        code, out, err = eexit_process(
             "infer", "--mode", "full", "--model-name", "org/gated", "--prompt", "a",
             HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path), HF_HUB_DISABLE_XET="1",
         )  # fmt: skip
@@ -145,10 +108,10 @@ def test_a_gated_backbone_says_where_and_how_to_log_in(tmp_path):
 @pytest.mark.parametrize(
     ("name", "size"), [("model.safetensors", 20_000), ("config.json", 40), ("tokenizer.json", 500), ("config.json", 0)]
 )
-def test_a_truncated_backbone_is_named(here, tiny_folder, tmp_path, name, size):
+def test_a_truncated_backbone_is_named(tiny_folder, tmp_path, name, size):
     folder = shutil.copytree(tiny_folder("llama"), tmp_path / "model")
     os.truncate(folder / name, size)
-    code, out, err = here("infer", "--mode", "full", "--model-name", folder, "--quantization", "none", "--prompt", "a")
+    code, out, err = eexit("infer", "--mode", "full", "--model-name", folder, "--quantization", "none", "--prompt", "a")
     assert (code, out) == (1, "")
     assert str(folder) in one_line(err)
 
@@ -161,18 +124,16 @@ def test_code_that_a_backbone_brings_along_is_never_run(tiny_folder, tmp_path):
     for model_type, error in (("theirs", UnsupportedBackboneError), ("llama", None)):
         (folder / "config.json").write_text(json.dumps(config | {"model_type": model_type, "auto_map": classes}))
         with pytest.raises(error, match="brings code of its own") if error else contextlib.nullcontext():
-            load_backbone(BackboneConfig(model_name=str(folder), quantization="none"))
+            load_backbone(BackboneConfig(model_name=str(folder), quantization="none", device="cpu"))
     assert not (tmp_path / "canary").exists()
 
 
 def test_a_backbone_in_a_pickle_with_code_is_not_loaded(tiny_folder, tmp_path):
-    from test_dssd import Touch
-
     folder = shutil.copytree(tiny_folder("llama"), tmp_path / "model")
     (folder / "model.safetensors").unlink()
     torch.save({"model.norm.weight": Touch(tmp_path / "canary")}, folder / "pytorch_model.bin")
     with pytest.raises(BackboneError, match="could run code"):
-        load_backbone(BackboneConfig(model_name=str(folder), quantization="none"))
+        load_backbone(BackboneConfig(model_name=str(folder), quantization="none", device="cpu"))
     assert not (tmp_path / "canary").exists()
 
 
@@ -198,19 +159,19 @@ def nan_model(tiny_folder, tmp_path_factory):
     return folder
 
 
-def test_a_token_without_a_number_stops_the_answer(here, nan_model):
+def test_a_token_without_a_number_stops_the_answer(nan_model):
     model = ["--model-name", nan_model, "--quantization", "none", "--mode", "full", "--max-tokens", 4]
-    assert here("infer", *model, "--prompt", "abc")[0] == 0
-    code, out, err = here("infer", *model, "--prompt", "abcz")
+    assert eexit("infer", *model, "--prompt", "abc")[0] == 0
+    code, out, err = eexit("infer", *model, "--prompt", "abcz")
     assert (code, out) == (1, "")
     assert "the backbone's logits are NaN or infinite" in one_line(err)
 
 
-def test_a_token_without_a_number_stops_the_extraction_and_is_placed(here, nan_model, tmp_path):
+def test_a_token_without_a_number_stops_the_extraction_and_is_placed(nan_model, tmp_path):
     text = tmp_path / "text.jsonl"
     rows = [{"text": f"line {i} of a text" + (" with a z in it" if i == 3 else "")} for i in range(40)]
     text.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code, out, err = here(*extraction(nan_model, text, tmp_path / "cache"))
+    code, out, err = eexit(*extraction(nan_model, text, tmp_path / "cache"))
     assert (code, out) == (1, "")
     assert re.search(
         "NaN or infinite states after block 2 in sequences [0-9]+ to [0-9]+ of the train text", one_line(err)
@@ -229,17 +190,17 @@ def test_a_token_without_a_number_stops_the_extraction_and_is_placed(here, nan_m
         ('{"text": "a"}\n{"body": "b"}\n', "row 2 has no column"),
     ],
 )
-def test_text_that_is_none_is_refused_before_anything_loads(here, tmp_path, content, words):
+def test_text_that_is_none_is_refused_before_anything_loads(tmp_path, content, words):
     path = tmp_path / "text.jsonl"
     path.write_text(content)
-    code, out, err = here("train", "--dataset-name", path, "--model-name", "not/loaded")
+    code, out, err = eexit("train", "--dataset-name", path, "--model-name", "not/loaded")
     assert (code, out) == (2, "")
     assert words in one_line(err)
 
 
 def test_a_prompt_of_broken_bytes_is_refused(tiny_folder):
     model = ["--model-name", str(tiny_folder("llama")), "--quantization", "none", "--mode", "full"]
-    command = [sys.executable, "-m", "early_exit_cli", "infer", *model]
+    command = command_line("infer", *model)
     for encoding in ("utf-8:strict", "utf-8:surrogateescape"):
         environment = {**os.environ, "PYTHONIOENCODING": encoding}
         result = subprocess.run(command, input=b"caf\xe9", capture_output=True, env=environment, timeout=60)
@@ -247,9 +208,9 @@ def test_a_prompt_of_broken_bytes_is_refused(tiny_folder):
         assert "not UTF-8" in one_line(result.stderr.decode())
 
 
-def test_launchers_that_shard_the_model_are_refused_at_once(here, text, monkeypatch):
+def test_launchers_that_shard_the_model_are_refused_at_once(text, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    code, out, err = here(*training(Path("not/loaded"), text, Path("nowhere")))
+    code, out, err = eexit(*training(Path("not/loaded"), text, Path("nowhere")))
     assert (code, out) == (2, "")
     assert "DDP only" in one_line(err)
     assert "ddp_config.yaml" in err
@@ -258,36 +219,36 @@ def test_launchers_that_shard_the_model_are_refused_at_once(here, text, monkeypa
 # Disks
 
 
-def test_a_cache_too_large_for_the_disk_is_refused_with_both_numbers(here, tiny_folder, text, disk):
+def test_a_cache_too_large_for_the_disk_is_refused_with_both_numbers(tiny_folder, text, disk):
     folder = disk("150k") / "cache"
-    code, out, err = here(*extraction(tiny_folder("llama"), text, folder))
+    code, out, err = eexit(*extraction(tiny_folder("llama"), text, folder))
     assert (code, out) == (1, "")
     assert re.search(r"the cache needs 0\.\d\d GB more, but .* has 0\.00 GB free", one_line(err))
     assert "--cache-gb" in err
     assert not folder.exists()
 
 
-def test_a_full_disk_stops_training_and_leaves_the_bundle_that_was_there(here, tiny_folder, text, tmp_path, disk):
+def test_a_full_disk_stops_training_and_leaves_the_bundle_that_was_there(tiny_folder, text, tmp_path, disk):
     model, folder = tiny_folder("llama"), disk("4m") / "run"
     quick = ["--head", "linear", "--max-steps", 2, "--save-every", 100]
-    assert here(*training(model, text, folder, *quick))[0] == 0
+    assert eexit(*training(model, text, folder, *quick))[0] == 0
     before = {name: data for name, data in content(folder).items() if name != "run.json"}
     used = shutil.disk_usage(folder).used
     disk(f"{used // 1024 + 60}k")
-    code, out, err = here(*training(model, text, folder, *quick, "--lr", 0.01))
+    code, out, err = eexit(*training(model, text, folder, *quick, "--lr", 0.01))
     assert (code, out) == (1, "")
     assert "No space left on device" in one_line(err)
     assert not list(folder.rglob("*.tmp"))
     after = {name: data for name, data in content(folder).items() if name != "run.json"}
     assert {name: after[name] for name in before} == before
-    config = BackboneConfig(model_name=str(model), quantization="none")
+    config = BackboneConfig(model_name=str(model), quantization="none", device="cpu")
     assert len(load_engine(config, BundleConfig(bundle=str(folder))).heads) == 2
 
 
 def test_a_file_that_may_not_grow_is_one_line(tiny_folder, text, tmp_path):
     process = started(
         *training(tiny_folder("llama"), text, tmp_path / "run", "--head", "linear", "--max-steps", 2),
-        before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)),
     )
     out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (1, "")
@@ -301,7 +262,7 @@ def test_a_file_that_may_not_grow_is_one_line(tiny_folder, text, tmp_path):
 
 def test_a_cache_by_another_tokenizer_or_other_weights_is_refused(tmp_path, tiny_backbone):
     backbone = tiny_backbone("llama")
-    cache = make(tmp_path / "cache", backbone)
+    cache = make_cache(tmp_path / "cache", backbone)
     before = content(cache.folder)
 
     class OtherTokens:
@@ -315,12 +276,12 @@ def test_a_cache_by_another_tokenizer_or_other_weights_is_refused(tmp_path, tiny
 
     other = dataclasses.replace(backbone, tokenizer=OtherTokens())
     with pytest.raises(CacheError, match=r"tokenizer: '[0-9a-f]{16}' there, '[0-9a-f]{16}' here"):
-        make(cache.folder, other)
+        make_cache(cache.folder, other)
     theirs = dataclasses.replace(tiny_backbone("linear-rope"), name=backbone.name)
     theirs.norm.weight.data.add_(1)
     try:
         with pytest.raises(CacheError, match="weights: "):
-            make(cache.folder, theirs)
+            make_cache(cache.folder, theirs)
     finally:
         theirs.norm.weight.data.sub_(1)
     assert content(cache.folder) == before
@@ -340,7 +301,7 @@ def test_a_failed_save_leaves_the_old_bundle(tiny_folder, tiny_model, tmp_path, 
 # Kills and interruptions
 
 
-def test_a_checkpoint_that_a_kill_cut_off_is_passed_over(here, tiny_folder, text, tmp_path):
+def test_a_checkpoint_that_a_kill_cut_off_is_passed_over(tiny_folder, text, tmp_path):
     run = tmp_path / "run"
     more = ["--rank", 4096, "--max-steps", 40, "--save-every", 1, "--eval-every", 40]
     arguments = training(tiny_folder("llama"), text, run, *more)
@@ -356,38 +317,38 @@ def test_a_checkpoint_that_a_kill_cut_off_is_passed_over(here, tiny_folder, text
     newest = max(int(folder.name[5:]) for folder in checkpoints.glob("step-*"))
     assert newest < 40
     (left,) = checkpoints.glob(".step-*")
-    code, out, err = here(*arguments, "--resume")
+    code, out, err = eexit(*arguments, "--resume")
     assert code == 0, err
     assert f"{left} was never finished; it is passed over" in err
     assert f"resuming at step {newest}" in err
     assert "40 steps" in out
 
 
-def test_a_damaged_checkpoint_is_named_with_the_way_back(here, tiny_folder, text, tmp_path):
+def test_a_damaged_checkpoint_is_named_with_the_way_back(tiny_folder, text, tmp_path):
     arguments = training(tiny_folder("llama"), text, tmp_path / "run", "--max-steps", 4, "--save-every", 2)
-    assert here(*arguments)[0] == 0
+    assert eexit(*arguments)[0] == 0
     first, newest = sorted((tmp_path / "run" / "checkpoints").iterdir())
     os.truncate(next(newest.glob("*.safetensors")), 100)
-    code, out, err = here(*arguments, "--resume")
+    code, out, err = eexit(*arguments, "--resume")
     assert (code, out) == (1, "")
     assert f"the checkpoint {newest} is damaged" in one_line(err)
     assert f"rm -r {newest}" in err
     shutil.rmtree(newest)
-    code, _, err = here(*arguments, "--resume")
+    code, _, err = eexit(*arguments, "--resume")
     assert code == 0
     assert f"resuming at step {int(first.name[5:])}" in err
 
 
 def test_a_killed_rank_ends_all_of_them(tiny_folder, text, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     arguments = training(
         tiny_folder("llama"), text, tmp_path / "run", "--max-steps", 1_000_000, "--eval-every", 5, "--save-every", 5
     )
-    process = subprocess.Popen(
-        [*command, "-m", "early_exit_cli", *map(str, arguments)],
+    process = started(
+        *arguments,
+        launcher=LAUNCHER,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        env={**os.environ, **ONE_THREAD},
     )
     checkpoints = tmp_path / "run" / "checkpoints"
     wait_while_running(process, lambda: list(checkpoints.glob("*/complete.json")))
@@ -399,7 +360,7 @@ def test_a_killed_rank_ends_all_of_them(tiny_folder, text, tmp_path):
     assert list(checkpoints.glob("*/complete.json"))
 
 
-def test_ctrl_c_stops_an_extraction_which_goes_on_later(here, tiny_folder, tmp_path):
+def test_ctrl_c_stops_an_extraction_which_goes_on_later(tiny_folder, tmp_path):
     text, cut, whole = tmp_path / "text.jsonl", tmp_path / "cut", tmp_path / "whole"
     rows = [{"text": f"line {i}: {i * i} is the square of {i}."} for i in range(900)]
     text.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -411,8 +372,8 @@ def test_ctrl_c_stops_an_extraction_which_goes_on_later(here, tiny_folder, tmp_p
     assert "Traceback" not in err
     finished = {path.stem: file_sha256(path.with_suffix(".safetensors")) for path in cut.glob("shards/*.json")}
     assert len(finished) >= 3
-    assert here(*extraction(tiny_folder("llama"), text, cut))[0] == 0
-    assert here(*extraction(tiny_folder("llama"), text, whole))[0] == 0
+    assert eexit(*extraction(tiny_folder("llama"), text, cut))[0] == 0
+    assert eexit(*extraction(tiny_folder("llama"), text, whole))[0] == 0
     assert content(cut) == content(whole)
     assert {name: content(cut)[f"{name}.safetensors"] for name in finished} == finished
 

@@ -25,6 +25,7 @@ from fuzzing import (
     mutated_tensors,
     mutated_yaml,
 )
+from small_training import trainer
 
 from early_exit_cli.bundle import dssd
 from early_exit_cli.bundle import load as bundle_load
@@ -115,7 +116,7 @@ def world(tiny_model, tiny_backbone):
 
 def use_bundle(folder: Path) -> None:
     """All that commands do with a bundle: load it, draft with all it has, find its text, check and describe it."""
-    model = bundle_load.load_engine(BackboneConfig(), BundleConfig(bundle=str(folder)))
+    model = bundle_load.load_engine(BackboneConfig(device="cpu"), BundleConfig(bundle=str(folder)))
     data_of_bundle(resolve({}), model.record)
     draft_with(model)
     write_card(check_bundle(folder), "org/heads", PushConfig())
@@ -226,16 +227,16 @@ def shard_record(tmp_path, world, **_) -> Target:
     """What a stopped extraction leaves beside a shard."""
     cache = make_cache(tmp_path / "cache", world.backbone)
     plan = cache.shards[0]
-    path = (cache.folder / "shards" / plan["file"]).with_suffix(".json")
+    path = (cache.folder / "shards" / plan.file).with_suffix(".json")
     manifest = cache.folder / "manifest.json"
-    manifest.write_text(json.dumps(cache.manifest | {"shards": [], "complete": False}))
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"shards": [], "complete": False}))
 
     def load():
         known = _recorded_shards(cache.folder)
-        if not _is_done(cache.folder, plan, known.get(plan["file"])):
+        if not _is_done(cache.folder, plan, known.get(plan.file)):
             raise Again("computed again")
 
-    return Target(path, [json.dumps(plan).encode()], mutated_json, load)
+    return Target(path, [json.dumps(plan.as_json()).encode()], mutated_json, load)
 
 
 def prompts(tmp_path, world, **_) -> Target:
@@ -356,8 +357,6 @@ def dssd_file(name: str, canary: Path | None = None) -> Callable[..., Target]:
 
 def marker(tmp_path, tiny_backbone, **_) -> Target:
     """What a checkpoint says of itself."""
-    from test_training import trainer
-
     from early_exit_cli.training.checkpoints import resumable
 
     training = trainer(tiny_backbone("llama"), tmp_path / "run", max_steps=1)

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import END, FAMILIES, VOCAB, byte_tokenizer
+from tiny_models import END, FAMILIES, VOCAB, byte_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,

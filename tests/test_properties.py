@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import byte_tokenizer, family_config
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from tiny_models import byte_tokenizer, family_config
 from transformers import AutoModelForCausalLM
 
 from early_exit_cli.backbone.backbone import Backbone
@@ -117,7 +117,9 @@ def drafters(subject: Subject, prompt: list[int], truth: list[int]) -> st.Search
     costs = st.sampled_from([lambda rows: 1.0, lambda rows: 1.0 + 0.05 * rows, lambda rows: float(rows)])
     chances = st.lists(st.floats(0.01, 0.99), min_size=6, max_size=6)
     survivals = st.lists(
-        st.builds(Survival, st.floats(-9, 9), st.floats(-3, 3), st.floats(0.0, 1.0)), min_size=1, max_size=4
+        st.builds(Survival, intercept=st.floats(-9, 9), slope=st.floats(-3, 3), mean=st.floats(0.0, 1.0)),
+        min_size=1,
+        max_size=4,
     )
     free = st.floats(0.0, 0.2)
     exits = st.builds(

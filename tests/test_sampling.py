@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import byte_tokenizer
+from drafters import always, make_drafter, some_head, tokens_of
 from pydantic import ValidationError
-from test_eagle import some_head
+from tiny_models import byte_tokenizer, family_config
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -26,10 +26,10 @@ from early_exit_cli.config import BackboneConfig, SamplingConfig
 from early_exit_cli.data.documents import Document
 from early_exit_cli.data.packing import pack
 from early_exit_cli.decoding.answer import generate
+from early_exit_cli.decoding.batch import decode_batch
 from early_exit_cli.decoding.loop import decode
 from early_exit_cli.decoding.text import Request
 from early_exit_cli.drafting.auto import AutoDrafter
-from early_exit_cli.drafting.chances import Survival
 from early_exit_cli.drafting.drafter import NoDrafter
 from early_exit_cli.drafting.eagle import EagleDrafter
 from early_exit_cli.drafting.exit import ExitDrafter, FixedDrafter
@@ -49,22 +49,6 @@ SETTINGS = {
     "penalty alone": dict(repetition_penalty=1.3),
 }
 DRAFTERS = ("exit", "fixed", "lookup", "eagle", "auto")
-
-
-def always(limit=4):
-    return [Survival(30.0, 0.0, 1.0)] * limit
-
-
-def make_drafter(name, model):
-    eagle = EagleDrafter(some_head(model.backbone), always(), lambda rows: 10.0, 0.1, 0.1, 0.8)
-    lookup = LookupDrafter(lambda rows: 10.0 + 0.1 * rows)
-    return {
-        "exit": lambda: ExitDrafter([3.0, 3.4, 3.6], temperature=0.8),
-        "fixed": lambda: FixedDrafter(len(model.heads) - 1),
-        "lookup": lambda: lookup,
-        "eagle": lambda: eagle,
-        "auto": lambda: AutoDrafter([(lookup, 15), (eagle, 15)]),
-    }[name]()
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -164,7 +148,7 @@ def small(tmp_path_factory):
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
-    backbone = load_backbone(BackboneConfig(model_name=str(folder), quantization="none"))
+    backbone = load_backbone(BackboneConfig(model_name=str(folder), quantization="none", device="cpu"))
     blocks = FusedBlocks(backbone)
     with torch.inference_mode():
         measure_widths(blocks)
@@ -280,3 +264,122 @@ def test_temperatures_are_fitted_for_the_heads_that_are_there(tiny_model):
 def test_a_cut_without_a_temperature_is_refused(cut):
     with pytest.raises(ValidationError, match="temperature"):
         SamplingConfig(**cut)
+
+
+# Shared noise (docs/decisions/0013): where head and backbone have one distribution, every draft is accepted
+
+
+@pytest.mark.parametrize("vocab", [None, torch.arange(0, 50, 2)], ids=["whole", "draft vocabulary"])
+@pytest.mark.parametrize("kept", [5, 3, 1])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_equal_distributions_choose_alike_at_every_place(settings, kept, vocab):
+    """Round by round, of which `kept` tokens are committed: where a draft stands counts, not when it was made."""
+    chooser = make_chooser(SamplingConfig(**settings, seed=3))
+    chooser.begin(50, [4, 7, 7])
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(12):
+        logits = 2 * torch.randn(5, 50, generator=generator)
+        if vocab is not None:  # the backbone, too, says nothing else
+            logits[:, 1::2] = -math.inf
+        drafted = []
+        for row in logits[:4]:
+            said = row[None] if vocab is None else row[None, vocab]
+            drafted.append(chooser.draft(said, vocab, drafted))
+        choices = chooser.choose(logits, drafted)
+        assert choices[:4] == drafted
+        assert len(choices) == 5
+        chooser.commit(choices[:kept])
+
+
+def test_every_place_has_noise_of_its_own():
+    """The same logits everywhere: what is chosen differs from place to place, within a round and between rounds."""
+    chooser = make_chooser(SamplingConfig(temperature=1.0, seed=1))
+    chooser.begin(1000, [1])
+    flat = torch.zeros(5, 1000)
+    tokens = []
+    for _ in range(4):
+        drafted = []
+        for row in flat[:4]:
+            drafted.append(chooser.draft(row[None], None, drafted))
+        tokens += chooser.choose(flat, drafted)
+        chooser.commit(tokens[-5:])
+    assert len(set(tokens)) == 20
+
+
+@pytest.fixture(scope="module")
+def echoing(tmp_path_factory):
+    """Its last two blocks add nothing, so a head that reads before them has the backbone's own distribution."""
+    folder = tmp_path_factory.mktemp("echoing")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(family_config("llama"))
+    for block in model.model.layers[4:]:
+        block.self_attn.o_proj.weight.data.zero_()
+        block.mlp.down_proj.weight.data.zero_()
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    backbone = load_backbone(BackboneConfig(model_name=str(folder), quantization="none", device="cpu"))
+    blocks = FusedBlocks(backbone)
+    with torch.inference_mode():
+        measure_widths(blocks)
+    heads = ExitHeads(backbone, "adapter", [1, 3], 4, None).requires_grad_(False)
+    return Engine(backbone, blocks, heads, eagle=some_head(backbone))
+
+
+class Informed(EagleDrafter):
+    """Its head says of each place what the backbone says there, as long as its drafts are accepted."""
+
+    def __init__(self, engine, truth):
+        super().__init__(engine.eagle, always(), lambda rows: 10.0, 0.1, 0.1)
+        self.truth = truth  # [positions, vocab]
+        self.runner.lm_head = self.say
+
+    def draft(self, engine, cache, pending, limit, stop_ids):
+        self.place = cache.length
+        return super().draft(engine, cache, pending, limit, stop_ids)
+
+    def say(self, hidden):
+        self.place += 1
+        return self.truth[self.place - 1][None]
+
+
+def informed(name, engine, text):
+    """A drafter whose distribution is the backbone's."""
+    if name == "exit":
+        return ExitDrafter([-math.inf, math.inf])
+    if name == "fixed":
+        return FixedDrafter(1)
+    with torch.inference_mode():
+        truth = engine.backbone.model(input_ids=torch.tensor([text])).logits[0]
+    eagle = Informed(engine, truth)
+    return eagle if name == "eagle" else AutoDrafter([(eagle, 15)])
+
+
+@pytest.mark.parametrize("who", ["exit", "fixed", "eagle", "auto"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_where_head_and_backbone_agree_every_sampled_draft_is_accepted(echoing, who, name):
+    settings = SamplingConfig(**SETTINGS[name], seed=11)
+    request = Request(PROMPT, 41, chooser=make_chooser(settings), stop_ids=())
+    plain = tokens_of(decode(echoing, request, NoDrafter()))
+    assert len(set(plain)) > 10
+    request = Request(PROMPT, 41, chooser=make_chooser(settings), stop_ids=())
+    rounds = list(decode(echoing, request, informed(who, echoing, PROMPT + plain), width=6))
+    assert tokens_of(rounds) == plain
+    assert [step.drafted for step in rounds[:-1]] == [5] * 6
+    assert [step.accepted for step in rounds[:-1]] == [5] * 6
+    assert rounds[-1].accepted == rounds[-1].drafted
+
+
+def test_each_text_of_a_batch_drafts_with_noise_of_its_own(echoing):
+    """The same prompt with other seeds: other texts, and in each of them every draft is accepted."""
+
+    def requests():
+        return [Request(PROMPT, 31, make_chooser(SamplingConfig(temperature=1.0, seed=seed)), ()) for seed in range(3)]
+
+    plain = [tokens_of(decode(echoing, request, NoDrafter())) for request in requests()]
+    assert len(set(map(tuple, plain))) == 3
+    rounds = [[], [], []]
+    for number, step, _ in decode_batch(echoing, requests(), FixedDrafter(1), batch=2, width=6):
+        rounds[number].append(step)
+    assert [tokens_of(steps) for steps in rounds] == plain
+    assert all(step.accepted == step.drafted for steps in rounds for step in steps)
+    assert all(sum(step.drafted for step in steps) >= 20 for steps in rounds)

@@ -71,7 +71,7 @@ def test_memory_is_flat_over_two_thousand_prompts(tiny_model):
         ExitDrafter([3.4, 3.4, 3.6]),
         FixedDrafter(1),
         LookupDrafter(lambda rows: 1.0 + 0.05 * rows),
-        EagleDrafter(head, [Survival(0.0, -0.1, 0.5)], lambda rows: 1.0, 0.05, 0.05),
+        EagleDrafter(head, [Survival(intercept=0.0, slope=-0.1, mean=0.5)], lambda rows: 1.0, 0.05, 0.05),
     ]
     dice = random.Random(0)
     texts = [[dice.randrange(256) for _ in range(dice.randrange(1, 200))] for _ in range(PROMPTS)]
@@ -81,7 +81,7 @@ def test_memory_is_flat_over_two_thousand_prompts(tiny_model):
 
 @pytest.mark.slow
 def test_memory_is_flat_over_two_thousand_prompts_of_the_embedded_model(smollm2):
-    model = load_engine(BackboneConfig(), BundleConfig(bundle=SHIPPED_BUNDLE))
+    model = load_engine(BackboneConfig(device="cpu"), BundleConfig(bundle=SHIPPED_BUNDLE))
     drafters = [
         NoDrafter(),
         exit_drafter(model, 0.9, 8, "all"),

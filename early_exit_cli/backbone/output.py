@@ -7,9 +7,11 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from early_exit_cli.errors import UnsupportedBackboneError
+from early_exit_cli.files.forms import Form, Positive
 
 
 @dataclass(frozen=True)
@@ -38,16 +40,15 @@ def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * F.rms_norm(hidden, (hidden.shape[-1],), None, eps)
 
 
-@dataclass(frozen=True)
-class LogitMap:
+class LogitMap(Form, extra="forbid"):
     """What some families do to the LM head's product: divide it (Granite), bend it below a cap (Gemma 2).
 
     It grows with the product, so that the best token stays the best; entropies and probabilities change. In float32, where
     it rounds no two logits to one.
     """
 
-    divisor: float = 1.0
-    cap: float | None = None
+    divisor: float = Field(gt=0.0, default=1.0)
+    cap: float | None = Field(gt=0.0, default=None)
 
     def __call__(self, product: Tensor) -> Tensor:
         if self.divisor != 1.0:
@@ -55,25 +56,31 @@ class LogitMap:
         return product if self.cap is None else torch.tanh(product.float() / self.cap) * self.cap
 
 
-@dataclass(frozen=True)
-class LastBlock:
-    """Shape and weights of the backbone's last block, from which heads with an attention of their own start.
+class BlockShape(Form, extra="forbid"):
+    """A block of the Llama shape, without its weights."""
 
-    weights: as `transformers` names them within the block, dequantized, [out, in].
-    """
-
-    query_heads: int
-    kv_heads: int
-    head_dim: int
-    inner: int
+    query_heads: Positive
+    kv_heads: Positive
+    head_dim: Positive
+    inner: Positive
     activation: str
-    rope_theta: float
-    weights: dict[str, Tensor]
+    rope_theta: float = Field(gt=0.0)
 
     @property
     def attention(self) -> AttentionShape:
         """Its attention's shape."""
         return AttentionShape(self.query_heads, self.kv_heads, self.head_dim, self.rope_theta)
+
+
+@dataclass(frozen=True)
+class LastBlock:
+    """The backbone's last block, from which heads with an attention of their own start.
+
+    weights: as `transformers` names them within the block, dequantized, [out, in].
+    """
+
+    shape: BlockShape
+    weights: dict[str, Tensor]
 
 
 class BackboneView(Protocol):
@@ -122,10 +129,11 @@ class BackboneView(Protocol):
         """
 
 
-def no_last_block(name: str) -> UnsupportedBackboneError:
-    """What to say where a backbone's blocks have not the Llama shape."""
+def no_last_block(name: str, changed: str | None = None) -> UnsupportedBackboneError:
+    """What to say where a backbone's blocks have not the Llama shape, or had it before somebody changed them."""
     return UnsupportedBackboneError(
-        f"a head with an attention of its own starts from a block of the Llama shape, and {name} has none",
+        f"a head with an attention of its own starts from a block of the Llama shape, and {name} has none"
+        + (f": {changed}" if changed else ""),
         hint="--head adapter",
     )
 

@@ -12,38 +12,25 @@ import contextlib
 import copy
 import json
 import os
-import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from early_exit_cli.backbone.contents import SETTINGS, contents_of, files_of, unread_bytes, weights_folder
 from early_exit_cli.errors import BackboneError, BundleError
-from early_exit_cli.files.atomic import file_sha256, read_json, sha256_of, write_json
-from early_exit_cli.files.environment import user_cache_dir, versions
+from early_exit_cli.files.atomic import sha256_of
+from early_exit_cli.files.environment import versions
 
 LAYOUT = 1
 """Of a copy; another number, and those that are there are not found."""
-HASHES = "hashes.json"
-WEIGHTS = (("model.safetensors", "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
-"""One file, or the index of several, in the order in which transformers looks for them."""
-SETTINGS = ("config.json", "generation_config.json")
 SPARE_BYTES = 10**9
 """So much of the disk stays free."""
 ABANDONED_SECONDS = 3600.0
-SETTLED_NS = 10**8
-READERS = 4
-BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-
-
-def weights_folder() -> Path:
-    """Where copies are kept, a folder each, and the hashes of the files that they were made from."""
-    return user_cache_dir() / "weights"
 
 
 @dataclass
@@ -113,11 +100,22 @@ class WeightCopy:
         found = cached_file(self.source, SETTINGS[0], revision=self.revision, local_files_only=True)
         return Path(str(found)).parent
 
+    def _contents(self) -> dict[str, str] | None:
+        """What the checkpoint's files hold; None also where neither a copy nor hashes can be kept: all of it would have to
+        be read at every start.
+        """
+        folder = self._folder()
+        files = files_of(folder)
+        unread = unread_bytes(files or [])
+        if files is None or (unread and not _has_room(weights_folder(), unread // 3)):
+            return None
+        return contents_of(folder)
+
     def _place(self) -> Path | None:
         if self.device.type not in ("cuda", "cpu"):
             return None
         try:
-            contents = contents_of(self._folder())
+            contents = self._contents()
         except (OSError, BundleError):
             return None
         if contents is None:
@@ -183,84 +181,6 @@ def load_copy(
         raise BackboneError(f"the copy in {folder} is not whole: {', '.join(faults)}")
     model.name_or_path = model.config._name_or_path = source
     return model
-
-
-def contents_of(folder: Path) -> dict[str, str] | None:
-    """What a checkpoint's files hold, by name: each one's hash.
-
-    Returns:
-        None where that cannot be told: files are missing or change right now, or all would have to be read at every start,
-        since neither a copy nor hashes can be kept.
-
-    Raises:
-        OSError, BundleError: a file cannot be read.
-    """
-    names = _files_of(folder)
-    if names is None:
-        return None
-    hashes = _hashes_of([folder / name for name in names])
-    return None if hashes is None else dict(zip(names, hashes, strict=True))
-
-
-def _files_of(folder: Path) -> list[str] | None:
-    """Names of the files that decide a model's weights and defaults; None for what is more than a plain checkpoint."""
-    settings = [name for name in SETTINGS if (folder / name).is_file()]
-    if (folder / "adapter_config.json").exists() or "transformers_weights" in read_json(folder / SETTINGS[0]):
-        return None
-    for single, index in WEIGHTS:
-        if (folder / single).is_file():
-            return [*settings, single]
-        if (folder / index).is_file():
-            shards = read_json(folder / index).get("weight_map")
-            return [*settings, index, *sorted(set(map(str, shards.values())))] if isinstance(shards, dict) else None
-    return None
-
-
-def _hashes_of(paths: Sequence[Path]) -> list[str] | None:
-    """The hash of each file, remembered by where it lies, its size and its times.
-
-    The Hub's own cache names files by their hashes; those are not read.
-    """
-    table = weights_folder() / HASHES
-    known = _remembered(table)
-    found = {path: blob for path in paths if (blob := _blob_name(path)) is not None}
-    places = {path: _stat_of(path) for path in paths if path not in found}
-    found |= {path: known[place] for path, place in places.items() if place in known}
-    unread = [path for path in places if path not in found]
-    if unread:
-        if not _has_room(table.parent, sum(path.stat().st_size for path in unread) // 3):
-            return None
-        started = time.time_ns()
-        with ThreadPoolExecutor(READERS) as pool:
-            found |= dict(zip(unread, pool.map(file_sha256, unread), strict=True))
-        if any(_stat_of(path) != places[path] for path in unread):
-            return None
-        # a file that changed just now may change again without a difference in its times
-        settled = {places[path]: found[path] for path in unread if started - path.stat().st_ctime_ns > SETTLED_NS}
-        if settled:
-            with contextlib.suppress(OSError):
-                write_json(table, known | settled)
-    return [found[path] for path in paths]
-
-
-def _remembered(table: Path) -> dict[str, str]:
-    try:
-        return {place: known for place, known in read_json(table).items() if isinstance(known, str)}
-    except BundleError:
-        return {}
-
-
-def _stat_of(path: Path) -> str:
-    stat = path.stat()
-    return f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
-
-
-def _blob_name(path: Path) -> str | None:
-    """The hash by which the Hub's cache names the file that `path` is a link to."""
-    if not path.is_symlink():
-        return None
-    target = path.resolve(strict=True)
-    return target.name if target.parent.name == "blobs" and BLOB.fullmatch(target.name) else None
 
 
 def _order_of_sums(device: torch.device) -> str:

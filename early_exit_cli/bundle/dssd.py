@@ -29,9 +29,6 @@ from early_exit_cli.files.atomic import file_sha256, write_json
 from early_exit_cli.files.schemas import FORMAT_VERSION
 from early_exit_cli.heads.exit_heads import head_shapes, require_tensors
 
-DECLARED = ("hidden_size", "vocab_size", "num_hidden_layers", "quantization")
-"""What config.json says of the backbone: all that is known of the fingerprint."""
-
 
 def convert(folder: Path, target: Path) -> None:
     """Write the bundle of DSSD's `folder` into the existing folder `target`; eexit.json comes last.
@@ -40,7 +37,7 @@ def convert(folder: Path, target: Path) -> None:
         BundleError: a file missing or damaged, a pickle that holds more than tensors, names or shapes that do not fit.
     """
     config = read_bundle_config(folder)
-    shapes = head_shapes("linear", config["num_heads"], config["hidden_size"], config["vocab_size"], 0)
+    shapes = head_shapes("linear", config.num_heads, config.hidden_size, config.vocab_size, 0)
     source = folder / DSSD_HEADS_FILE
     heads = load_tensors(source)
     require_tensors(source, heads, shapes)
@@ -52,7 +49,7 @@ def convert(folder: Path, target: Path) -> None:
             shutil.copyfile(folder / name, target / name)
     record = {
         "format_version": FORMAT_VERSION,
-        "fingerprint": {key: config[key] for key in DECLARED},
+        "fingerprint": config.declared,
         "heads": {"kind": "linear", "rank": 0, "draft_vocab": 0},
         "imported": {"from": "DSSD", "sha256": file_sha256(source)},
     }

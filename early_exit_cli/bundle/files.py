@@ -15,7 +15,7 @@ from early_exit_cli.config import Quantization
 from early_exit_cli.config_fields import FORMER_WORDS
 from early_exit_cli.errors import BundleError
 from early_exit_cli.files.atomic import file_sha256, read_json
-from early_exit_cli.files.schemas import BundleForm, RecordForm, read_form, require_form
+from early_exit_cli.files.schemas import BundleForm, Eagle, Heads, RecordForm, read_form, require_form
 
 CONFIG_FILE, CALIBRATION_FILE, HEADS_FILE, DSSD_HEADS_FILE, EAGLE_FILE, RECORD_FILE = (
     "config.json",
@@ -48,7 +48,7 @@ class BundleSource:
         return {"repo_id": self.repo_id, "commit": self.commit, **held}
 
 
-def read_bundle_config(folder: Path) -> dict[str, Any]:
+def read_bundle_config(folder: Path) -> BundleForm:
     """config.json of a bundle, with the seven keys that DSSD's loader requires; without exit heads, of no layers.
 
     Raises:
@@ -62,16 +62,19 @@ def applied_quantization(quantization: str) -> str:
     return quantization if quantization in get_args(Quantization) else "none"
 
 
-def read_bundle_record(folder: Path) -> dict[str, Any]:
+def read_bundle_record(folder: Path) -> RecordForm:
     """eexit.json of a bundle.
 
     Raises:
         BundleError: missing, damaged, or written by a newer version.
     """
     path = folder / RECORD_FILE
-    record = in_todays_words(read_json(path))
-    require_form(record, RecordForm, str(path))
-    return record
+    return require_form(record_json(path), RecordForm, str(path))
+
+
+def record_json(path: Path) -> dict[str, Any]:
+    """A record as it stands in its file, in today's words: to change it, keys that nobody here reads stay."""
+    return in_todays_words(read_json(path))
 
 
 def in_todays_words(record: dict[str, Any]) -> dict[str, Any]:
@@ -90,25 +93,24 @@ def eagle_file(folder: Path) -> Path:
     return former if former.is_file() and not (folder / EAGLE_FILE).is_file() else folder / EAGLE_FILE
 
 
-def kind_of_heads(record: dict[str, Any], folder: Path) -> tuple[str, int]:
-    """(kind, rank) of the heads, as the record of the bundle in `folder` has them.
+def kind_of_heads(record: RecordForm, folder: Path) -> Heads:
+    """Kind and rank of the exit heads, as the record of the bundle in `folder` has them.
 
     Raises:
         BundleError: not there.
     """
-    heads = record.get("heads")
-    if heads is None:
+    if record.heads is None:
         raise BundleError(f"{folder / RECORD_FILE} does not say of what kind the heads are")
-    return heads["kind"], heads.get("rank", 0)
+    return record.heads
 
 
-def eagle_layers(record: dict[str, Any], folder: Path, num_blocks: int) -> list[int]:
+def eagle_layers(eagle: Eagle, folder: Path, num_blocks: int) -> list[int]:
     """0-based blocks whose output the EAGLE head reads, as the record of the bundle in `folder` has them.
 
     Raises:
         BundleError: not ascending, or beyond the backbone.
     """
-    layers = [layer - 1 for layer in record["eagle"]["exit_layers"]]
+    layers = [layer - 1 for layer in eagle.exit_layers]
     if sorted(set(layers)) != layers or layers[-1] >= num_blocks:
         raise BundleError(
             f"{folder / RECORD_FILE}: the EAGLE head's exit_layers must be ascending, at most {num_blocks}"

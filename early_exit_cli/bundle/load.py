@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
 
 from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.backbone.load import load_backbone
@@ -26,7 +25,14 @@ from early_exit_cli.config_fields import HUB_ID
 from early_exit_cli.engine import Engine
 from early_exit_cli.errors import BundleError, HubError, shown
 from early_exit_cli.files.atomic import fingerprint_differences
-from early_exit_cli.files.schemas import CalibrationBeside, CalibrationForm, read_form
+from early_exit_cli.files.schemas import (
+    BundleForm,
+    CalibrationBeside,
+    CalibrationForm,
+    CalibrationRecord,
+    RecordForm,
+    read_form,
+)
 from early_exit_cli.heads.cuda_eagle import cuda_eagle
 from early_exit_cli.heads.eagle import load_eagle
 from early_exit_cli.heads.exit_heads import load_heads
@@ -80,15 +86,15 @@ def read_thresholds(path: Path, num_heads: int) -> Thresholds:
     """
     record = read_form(path, CalibrationForm)
     found: dict[str, list[float]] = {}
-    for level in record["accuracy_levels"]:
-        block = record["thresholds"].get(level_key(level))
+    for level in record.accuracy_levels:
+        block = record.thresholds.get(level_key(level))
         if block is None:
             raise BundleError(f"{path}: level {level!r} has no thresholds")
         missing = [head for head in range(num_heads) if str(head) not in block]
         if missing:
             raise BundleError(f"{path}: level {level_key(level)}, head {missing[0]}: no threshold")
-        found[level_key(level)] = [float(block[str(head)]) for head in range(num_heads)]
-    return Thresholds(found, record.get("uncertainty_metric", "entropy"))
+        found[level_key(level)] = [block[str(head)] for head in range(num_heads)]
+    return Thresholds(found, record.uncertainty_metric)
 
 
 def calibration_record_path(folder: Path, calibration: Path) -> Path:
@@ -100,7 +106,7 @@ def calibration_record_path(folder: Path, calibration: Path) -> Path:
 def with_names_of_bundle(config: BackboneConfig, folder: Path) -> BackboneConfig:
     """The backbone section, with name and quantization taken from the bundle unless somebody set them."""
     known = read_bundle_config(folder)
-    changes = {name: known[name] for name in ("model_name", "quantization") if name not in config.model_fields_set}
+    changes = known.model_dump(include={"model_name", "quantization"} - config.model_fields_set)
     return BackboneConfig.model_validate(config.model_dump() | changes)
 
 
@@ -125,49 +131,49 @@ def load_engine(
     engine = Engine(backbone, make_blocks(backbone, backbone_config.runner, backbone_config.cuda_graphs))
     if folder is None or config is None or bundle is None:
         return engine
-    engine.record = read_bundle_record(folder)
-    check_fingerprint(config, engine.record, backbone, folder)
-    if config["num_heads"]:
-        kind, rank = kind_of_heads(engine.record, folder)
-        engine.heads = load_heads(folder / HEADS_FILE, backbone, kind, config["head_layer_indices"], rank)
-    if "eagle" in engine.record:
-        layers = eagle_layers(engine.record, folder, backbone.num_blocks)
+    engine.record = record = read_bundle_record(folder)
+    check_fingerprint(config, record, backbone, folder)
+    if config.num_heads:
+        made = kind_of_heads(record, folder)
+        engine.heads = load_heads(folder / HEADS_FILE, backbone, made.kind, config.head_layer_indices, made.rank)
+    if record.eagle is not None:
+        layers = eagle_layers(record.eagle, folder, backbone.num_blocks)
         engine.eagle = load_eagle(eagle_file(folder), backbone, layers)
         if backbone.device.type == "cuda":
             cuda_eagle(engine.eagle)  # recorded now, not inside an answer
     calibration = bundle.calibration_path or folder / CALIBRATION_FILE
     if with_thresholds and (bundle.calibration_path or calibration.exists()):
-        engine.thresholds = read_thresholds(calibration, config["num_heads"])
-        beside = calibration_record_path(folder, calibration)
-        record = read_form(beside, CalibrationBeside) if beside.exists() else {}
-        engine.record["calibration"] = calibration_of(record, config["num_heads"], beside)
+        engine.thresholds = read_thresholds(calibration, config.num_heads)
+        found = read_calibration_record(calibration_record_path(folder, calibration), config.num_heads)
+        engine.record = record.model_copy(update={"calibration": found})
     return engine
 
 
-def calibration_of(record: dict[str, Any], num_heads: int, path: Path) -> dict[str, Any]:
-    """The calibration in a record read from `path`; empty where there is none.
+def read_calibration_record(path: Path, num_heads: int) -> CalibrationRecord:
+    """The calibration in the record at `path`; an empty one where there is none.
 
     Raises:
-        BundleError: of another number of heads.
+        BundleError: damaged, or of another number of heads.
     """
-    calibration = record.get("calibration", {})
-    if calibration.get("heads") and len(calibration["heads"]) != num_heads:
+    calibration = read_form(path, CalibrationBeside).calibration if path.exists() else CalibrationRecord()
+    if calibration.heads and len(calibration.heads) != num_heads:
         raise BundleError(
-            f"{path}: the calibration is of {len(calibration['heads'])} heads, the bundle has {num_heads}",
+            f"{path}: the calibration is of {len(calibration.heads)} heads, the bundle has {num_heads}",
             hint="eexit calibrate",
         )
     return calibration
 
 
-def check_fingerprint(config: dict[str, Any], record: dict[str, Any], backbone: Backbone, folder: Path) -> None:
+def check_fingerprint(config: BundleForm, record: RecordForm, backbone: Backbone, folder: Path) -> None:
     """Refuse heads of another backbone, naming the field and both values."""
     found = backbone.fingerprint
-    declared = {key: config[key] for key in ("hidden_size", "vocab_size", "num_hidden_layers", "quantization")}
     applied = {**found, "quantization": applied_quantization(backbone.quantization)}
-    differences = fingerprint_differences(declared, applied) or fingerprint_differences(record["fingerprint"], found)
+    differences = fingerprint_differences(config.declared, applied) or fingerprint_differences(
+        record.fingerprint, found
+    )
     if differences:
         named = "; ".join(f"{key}: heads {shown(theirs)}, backbone {ours!r}" for key, theirs, ours in differences)
         raise BundleError(
             f"the heads in {folder} were made for another backbone than {backbone.name} ({named})",
-            hint=f"their backbone is {config['model_name']} in {config['quantization']}",
+            hint=f"their backbone is {config.model_name} in {config.quantization}",
         )

@@ -19,7 +19,16 @@ from early_exit_cli.bundle.files import (
 )
 from early_exit_cli.config_fields import HUB_ID, todays_word
 from early_exit_cli.errors import ConfigError
-from early_exit_cli.files.schemas import BenchForm, EvaluationForm, read_form
+from early_exit_cli.files.schemas import (
+    BenchForm,
+    BundleForm,
+    CalibrationForm,
+    EvaluationForm,
+    Heads,
+    RecordForm,
+    Source,
+    read_form,
+)
 
 TAGS = ["speculative-decoding", "self-speculative-decoding", "early-exit", "dynamic-inference", "lossless"]
 DATA_SET = re.compile(r"[\w-]+(/[\w.-]+)?", re.ASCII)
@@ -33,51 +42,50 @@ CONTENTS = {
 }
 
 
-def read_evaluation(path: Path, heads: str) -> dict[str, Any]:
+def read_evaluation(path: Path, heads: str) -> EvaluationForm:
     """The record of `eexit evaluate`, of the heads whose file has this SHA-256.
 
     Raises:
         ConfigError: of other heads.
     """
     record = read_form(path, EvaluationForm)
-    require_heads(path, record, heads)
+    require_heads(path, record.bundle, heads)
     return record
 
 
-def read_bench(path: Path, heads: str) -> dict[str, Any]:
+def read_bench(path: Path, heads: str) -> BenchForm:
     """The report of `eexit bench`, as `read_evaluation`."""
     report = read_form(path, BenchForm)
-    require_heads(path, report["environment"], heads)
-    report["methods"] = {todays_word(name): found for name, found in report["methods"].items()}
-    return report
+    require_heads(path, report.environment.bundle, heads)
+    return report.model_copy(update={"methods": {todays_word(name): found for name, found in report.methods.items()}})
 
 
-def require_heads(path: Path, record: dict[str, Any], heads: str) -> None:
+def require_heads(path: Path, source: Source, heads: str) -> None:
     """Refuse numbers that were measured on other heads, or without saying on which."""
-    found = record.get("bundle", {}).get("heads")
-    if found != heads:
-        measured = f"heads with SHA-256 {found[:12]}" if isinstance(found, str) else "heads it does not name"
+    if source.heads != heads:
+        measured = "heads it does not name" if source.heads is None else f"heads with SHA-256 {source.heads[:12]}"
         raise ConfigError(f"{path} was measured on {measured}, the bundle's have {heads[:12]}")
 
 
 def model_card(
     repo_id: str,
-    config: dict[str, Any],
-    calibration: dict[str, Any],
-    record: dict[str, Any],
+    config: BundleForm,
+    heads: Heads,
+    calibration: CalibrationForm,
+    record: RecordForm,
     files: Sequence[str],
     *,
-    evaluation: dict[str, Any] | None = None,
-    bench: dict[str, Any] | None = None,
+    evaluation: EvaluationForm | None = None,
+    bench: BenchForm | None = None,
     license: str | None = None,
 ) -> str:
     """README.md: metadata for the Hub, then what a person asks first.
 
     Args:
-        config, calibration, record: config.json, calibration.json and eexit.json of the bundle.
+        config, calibration, record: config.json, calibration.json and eexit.json of the bundle. heads: as in the record.
         files: names of what is uploaded beside the card.
     """
-    backbone = config["model_name"]
+    backbone = config.model_name
     trained_on = training_data(config, record)
     name = repo_id.split("/")[1]
     data = ModelCardData(
@@ -93,7 +101,7 @@ def model_card(
         f"# {name}",
         introduction(config),
         usage(repo_id),
-        contents(config, record, trained_on, files),
+        contents(config, heads, record, trained_on, files),
         thresholds(calibration, record),
         evaluated(evaluation) if evaluation else "",
         speed(bench) if bench else "",
@@ -112,28 +120,27 @@ def is_data_set(name: str) -> bool:
     return DATA_SET.fullmatch(name) is not None and not Path(name).exists()
 
 
-def training_data(config: dict[str, Any], record: dict[str, Any]) -> str | None:
+def training_data(config: BundleForm, record: RecordForm) -> str | None:
     """Name of the data set that the heads were trained on, where that is recorded."""
-    data = record.get("training", {}).get("data") or config.get("training_config") or {}
-    name = data.get("dataset_name")
+    data = record.training.data or config.training_config
+    name = None if data is None else data.dataset_name
     return Path(name).name if name and Path(name).is_absolute() else name
 
 
-def eval_results(evaluation: dict[str, Any]) -> list[EvalResult]:
+def eval_results(evaluation: EvaluationForm) -> list[EvalResult]:
     """The evaluation as the Hub's metadata has it: per head, agreement with the backbone and accuracy on the text."""
-    data_set = evaluation.get("dataset", "unnamed text")
     found = []
-    for head in evaluation["auxiliary_heads"]:
-        named = f"head {head['head_idx']} after {head['layer_idx'] + 1} blocks"
+    for head in evaluation.auxiliary_heads:
+        named = f"head {head.head_idx} after {head.layer_idx + 1} blocks"
         for metric, value in (
-            ("agreement with the backbone", head["accuracy_vs_lm_head"]),
-            ("accuracy on the text", head["accuracy"]),
+            ("agreement with the backbone", head.accuracy_vs_lm_head),
+            ("accuracy on the text", head.accuracy),
         ):
             found.append(
                 EvalResult(
                     task_type="text-generation",
-                    dataset_type=data_set,
-                    dataset_name=data_set,
+                    dataset_type=evaluation.dataset,
+                    dataset_name=evaluation.dataset,
                     metric_type="accuracy",
                     metric_name=f"{metric}, {named}",
                     metric_value=value,
@@ -142,11 +149,11 @@ def eval_results(evaluation: dict[str, Any]) -> list[EvalResult]:
     return found
 
 
-def introduction(config: dict[str, Any]) -> str:
+def introduction(config: BundleForm) -> str:
     """What this is, in a sentence or two."""
-    backbone = config["model_name"]
+    backbone = config.model_name
     named = f"[{backbone}](https://huggingface.co/{backbone})" if is_hub_id(backbone) else f"`{Path(backbone).name}`"
-    precision = "" if config["quantization"] == "none" else f" in {config['quantization']}"
+    precision = "" if config.quantization == "none" else f" in {config.quantization}"
     return (
         f"Exit heads for {named}{precision}: small heads on intermediate layers draft tokens, and the model itself "
         "verifies every draft. The answer is the one the model gives alone, token for token; only the time differs."
@@ -164,55 +171,53 @@ eexit pull {repo_id} --output-dir heads
 ```"""
 
 
-def contents(config: dict[str, Any], record: dict[str, Any], trained_on: str | None, files: Sequence[str]) -> str:
+def contents(config: BundleForm, heads: Heads, record: RecordForm, trained_on: str | None, files: Sequence[str]) -> str:
     """The files, the heads, how they were trained."""
-    heads, training = record["heads"], record.get("training", {})
-    facts = [
-        f"{config['num_heads']} {heads['kind']} heads after {blocks(config)} of {config['num_hidden_layers']} blocks"
-    ]
-    if heads["kind"] != "linear":
-        facts.append(f"rank {heads['rank']}")
-    if heads.get("draft_vocab"):
-        facts.append(f"draft vocabulary of {heads['draft_vocab']:,} tokens")
+    training = record.training
+    facts = [f"{config.num_heads} {heads.kind} heads after {blocks(config)} of {config.num_hidden_layers} blocks"]
+    if heads.kind != "linear":
+        facts.append(f"rank {heads.rank}")
+    if heads.draft_vocab:
+        facts.append(f"draft vocabulary of {heads.draft_vocab:,} tokens")
     lines = [", ".join(facts) + "."]
-    if training.get("tokens_seen"):
-        source = "the backbone's own answers to " if training.get("data", {}).get("on_policy") else ""
+    if training.tokens_seen:
+        source = "the backbone's own answers to " if training.data is not None and training.data.on_policy else ""
         lines.append(
-            f"Trained for {training.get('step', 0):,} steps on {training['tokens_seen']:,} tokens of {source}`{trained_on}`."
+            f"Trained for {training.step:,} steps on {training.tokens_seen:,} tokens of {source}`{trained_on}`."
         )
     elif trained_on:
         lines.append(f"Trained on `{trained_on}`.")
-    if "imported" in record:
-        lines.append(f"Imported from {record['imported']['from']}.")
+    if record.imported is not None:
+        lines.append(f"Imported from {record.imported.source}.")
     rows = [(f"`{name}`", meaning) for name, meaning in CONTENTS.items() if name in files]
     return "## What is inside\n\n" + " ".join(lines) + "\n\n" + table(["file", "holds"], rows)
 
 
-def blocks(config: dict[str, Any]) -> str:
+def blocks(config: BundleForm) -> str:
     """Numbers of blocks run before each head, as words."""
-    numbers = [str(layer + 1) for layer in config["head_layer_indices"]]
+    numbers = [str(layer + 1) for layer in config.head_layer_indices]
     return " and ".join([", ".join(numbers[:-1]), numbers[-1]] if len(numbers) > 1 else numbers)
 
 
-def thresholds(calibration: dict[str, Any], record: dict[str, Any]) -> str:
+def thresholds(calibration: CalibrationForm, record: RecordForm) -> str:
     """Agreement of each head, and what calibration found for every target accuracy."""
-    measured = record.get("calibration", {}).get("heads", [])
-    statistics = calibration.get("statistics", {})
+    measured = record.calibration.heads
     heads = [
-        (index, percent(found.get("overall_accuracy")), f"{found.get('num_samples', 0):,}")
-        for index, found in statistics.items()
+        (index, percent(found.overall_accuracy), f"{found.num_samples:,}")
+        for index, found in calibration.statistics.items()
     ]
     rows = []
-    for level, found in calibration["thresholds"].items():
-        for index, threshold in found.items():
-            head = measured[int(index)] if int(index) < len(measured) else {}
-            coverage, agreement = (head.get(key, {}).get(level) for key in ("coverage", "agreement_at"))
-            known = (percent(coverage), percent(agreement)) if head else ()
+    for level, of_heads in calibration.thresholds.items():
+        for index, threshold in of_heads.items():
+            known = []
+            if int(index) < len(measured):
+                head = measured[int(index)]
+                known = [percent(head.coverage.get(level)), percent(head.agreement_at.get(level))]
             rows.append((level, index, f"{threshold:.4f}", *known))
     columns = ["target accuracy", "head", "threshold (nats)", *(["coverage", "agreement"] if measured else [])]
     title = (
         "Agreement is the share of tokens where the head's choice is the backbone's; coverage the share that exits. On "
-        f"{calibration['calibration_samples']:,} sequences of `{calibration['calibration_dataset']}`."
+        f"{calibration.calibration_samples:,} sequences of `{calibration.calibration_dataset}`."
     )
     parts = ["## Agreement and coverage", title]
     if heads:
@@ -220,46 +225,46 @@ def thresholds(calibration: dict[str, Any], record: dict[str, Any]) -> str:
     return "\n\n".join([*parts, table(columns, rows)])
 
 
-def evaluated(evaluation: dict[str, Any]) -> str:
+def evaluated(evaluation: EvaluationForm) -> str:
     """The evaluation as a table."""
     rows = [
         (
-            head["head_idx"],
-            head["layer_idx"] + 1,
-            percent(head["accuracy_vs_lm_head"]),
-            percent(head["top5_accuracy_vs_lm_head"]),
-            percent(head["accuracy"]),
+            head.head_idx,
+            head.layer_idx + 1,
+            percent(head.accuracy_vs_lm_head),
+            percent(head.top5_accuracy_vs_lm_head),
+            percent(head.accuracy),
         )
-        for head in evaluation["auxiliary_heads"]
+        for head in evaluation.auxiliary_heads
     ]
     columns = ["head", "blocks run", "agreement", "backbone's choice in top 5", "accuracy on the text"]
-    data_set = f" of `{evaluation['dataset']}`" if "dataset" in evaluation else ""
+    data_set = f" of `{evaluation.dataset}`" if "dataset" in evaluation.model_fields_set else ""
     title = (
-        f"{evaluation['num_samples']:,} sequences{data_set}, {evaluation['total_tokens']:,} tokens; the backbone's own "
-        f"accuracy on the text is {percent(evaluation['main_head']['accuracy'])}."
+        f"{evaluation.num_samples:,} sequences{data_set}, {evaluation.total_tokens:,} tokens; the backbone's own "
+        f"accuracy on the text is {percent(evaluation.main_head.accuracy)}."
     )
     return "\n\n".join(["## Evaluation", title, table(columns, rows)])
 
 
-def speed(bench: dict[str, Any]) -> str:
+def speed(bench: BenchForm) -> str:
     """The bench as a table, with the machine and the protocol."""
-    where, rows = bench["environment"], []
-    for name, found in bench["methods"].items():
-        accept = found["accept_length"]
-        rows.append(
-            (
-                name,
-                f"{found['tokens_per_second']:.1f}",
-                f"{found['speedup_over_full']:.2f}x",
-                f"{accept:.2f}" if accept else "-",
-                f"{found['identical_prompts']}/{found['prompts']}",
-            )
+    where = bench.environment
+    rows = [
+        (
+            name,
+            f"{found.tokens_per_second:.1f}",
+            f"{found.speedup_over_full:.2f}x",
+            f"{found.accept_length:.2f}" if found.accept_length else "-",
+            f"{found.identical_prompts}/{found.prompts}",
         )
-    versions = where.get("versions", {})
-    made_with = ", ".join(f"{name} {versions[name]}" for name in ("eexit", "torch", "transformers") if name in versions)
+        for name, found in bench.methods.items()
+    ]
+    made_with = ", ".join(
+        f"{name} {where.versions[name]}" for name in ("eexit", "torch", "transformers") if name in where.versions
+    )
     title = (
-        f"{where['processor']}; {made_with}. Greedy, one text at a time, at most {where['max_tokens']} new tokens; whole "
-        f"answers are timed, methods take turns, and the median of {where['repeats']} repeats counts. `full` is plain decoding "
+        f"{where.processor}; {made_with}. Greedy, one text at a time, at most {where.max_tokens} new tokens; whole "
+        f"answers are timed, methods take turns, and the median of {where.repeats} repeats counts. `full` is plain decoding "
         "in the same program."
     )
     columns = ["method", "tokens/s", "over full", "accept length", "same tokens"]

@@ -22,7 +22,7 @@ from early_exit_cli.bundle.hub_client import Repository
 from early_exit_cli.config import HubConfig
 from early_exit_cli.errors import BundleError
 from early_exit_cli.files.atomic import atomic_folder, file_sha256, require_new_folder
-from early_exit_cli.files.environment import user_cache_dir
+from early_exit_cli.files.environment import kept_path
 
 SAFE_FILES = (CONFIG_FILE, CALIBRATION_FILE, HEADS_FILE, EAGLE_FILE, FORMER_EAGLE_FILE, RECORD_FILE, CARD_FILE)
 DSSD_FILES = (CONFIG_FILE, CALIBRATION_FILE, DSSD_HEADS_FILE)
@@ -44,9 +44,9 @@ def pull(config: HubConfig) -> BundleSource:
     folder, commit = Repository(config.model_copy(update={"revision": commit})).download(DSSD_FILES)
     if not (folder / DSSD_HEADS_FILE).is_file():
         raise BundleError(f"{repository.name} is no bundle: it has neither {RECORD_FILE} nor {DSSD_HEADS_FILE}")
-    converted = user_cache_dir() / "dssd" / repository.repo_id.replace("/", "--") / commit
+    converted = kept_path("dssd", repository.repo_id.replace("/", "--"), commit)
     if not (converted / RECORD_FILE).is_file():
-        with atomic_folder(converted) as temporary:
+        with atomic_folder(converted, keep=True) as temporary:
             dssd.convert(folder, temporary)
     return BundleSource(converted, repository.repo_id, commit)
 

@@ -28,6 +28,7 @@ from early_exit_cli.bundle.files import (
     kind_of_heads,
     read_bundle_config,
     read_bundle_record,
+    record_json,
 )
 from early_exit_cli.bundle.hub_client import Commit, Repository
 from early_exit_cli.bundle.load import read_thresholds
@@ -42,19 +43,8 @@ from early_exit_cli.files.atomic import (
     require_new_folder,
     write_json,
 )
-from early_exit_cli.files.schemas import CalibrationForm, read_form
+from early_exit_cli.files.schemas import BundleForm, CalibrationForm, Heads, RecordForm, read_form
 from early_exit_cli.heads.exit_heads import read_heads, read_tensors
-
-CALIBRATION_KEYS = {
-    "model_config_path",
-    "calibration_dataset",
-    "calibration_samples",
-    "uncertainty_metric",
-    "accuracy_levels",
-    "thresholds",
-    "statistics",
-}
-"""What DSSD's loader takes, by keyword: no more, no less."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +52,19 @@ class Bundle:
     """A bundle whose files were checked. `calibration` is none where there is none."""
 
     folder: Path
-    kind: str
-    rank: int
-    config: dict[str, Any]
-    record: dict[str, Any]
-    calibration: dict[str, Any] | None
+    heads: Heads
+    config: BundleForm
+    record: RecordForm
+    calibration: CalibrationForm | None
 
     def local_paths(self) -> list[str]:
         """Settings that name a place on this machine, as `config.json: model_name = /home/me/model`."""
-        files = {CONFIG_FILE: self.config, CALIBRATION_FILE: self.calibration, RECORD_FILE: self.record}
-        return [f"{name}: {key} = {value}" for name, content in files.items() for key, value in absolute_paths(content)]
+        files = [name for name in (CONFIG_FILE, CALIBRATION_FILE, RECORD_FILE) if (self.folder / name).is_file()]
+        return [
+            f"{name}: {key} = {value}"
+            for name in files
+            for key, value in absolute_paths(record_json(self.folder / name))
+        ]
 
 
 def check_bundle(folder: Path) -> Bundle:
@@ -84,21 +77,21 @@ def check_bundle(folder: Path) -> Bundle:
     if missing:
         raise BundleError(f"{folder} is no bundle: no {', no '.join(missing)}", hint="eexit train makes one")
     config, record = read_bundle_config(folder), read_bundle_record(folder)
-    kind, rank = kind_of_heads(record, folder)
-    declared = {key: config[key] for key in dssd.DECLARED}
-    for key, theirs, ours in fingerprint_differences(declared, record["fingerprint"]):
+    heads = kind_of_heads(record, folder)
+    for key, theirs, ours in fingerprint_differences(config.declared, record.fingerprint):
         raise BundleError(f"{folder}: {key} is {theirs!r} in {CONFIG_FILE}, {shown(ours)} in the fingerprint")
-    read_heads(folder / HEADS_FILE, kind, config["num_heads"], config["hidden_size"], config["vocab_size"], rank)
-    if "eagle" in record:
-        eagle_layers(record, folder, config["num_hidden_layers"])
-        read_tensors(eagle_file(folder), config["vocab_size"])
+    shape = (config.num_heads, config.hidden_size, config.vocab_size)
+    read_heads(folder / HEADS_FILE, heads.kind, *shape, heads.rank)
+    if record.eagle is not None:
+        eagle_layers(record.eagle, folder, config.num_hidden_layers)
+        read_tensors(eagle_file(folder), config.vocab_size)
     calibration = None
     if (folder / CALIBRATION_FILE).is_file():
-        calibration = check_calibration(folder, config["num_heads"], record)
-    return Bundle(folder, kind, rank, config, record, calibration)
+        calibration = check_calibration(folder, config.num_heads, record)
+    return Bundle(folder, heads, config, record, calibration)
 
 
-def check_calibration(folder: Path, num_heads: int, record: dict[str, Any]) -> dict[str, Any]:
+def check_calibration(folder: Path, num_heads: int, record: RecordForm) -> CalibrationForm:
     """calibration.json: the keys that DSSD's loader takes, a number for every level and head, and the same calibration
     as in eexit.json.
 
@@ -108,19 +101,19 @@ def check_calibration(folder: Path, num_heads: int, record: dict[str, Any]) -> d
     path = folder / CALIBRATION_FILE
     read_thresholds(path, num_heads)
     calibration = read_form(path, CalibrationForm)
-    wrong = sorted(CALIBRATION_KEYS ^ set(calibration))
+    wrong = sorted(set(CalibrationForm.model_fields) ^ set(read_json(path)))
     if wrong:
         raise BundleError(f"{path}: {', '.join(wrong)} missing or unknown; DSSD's loader takes neither")
     heads = {str(head) for head in range(num_heads)}
-    others = [level for level, block in calibration["thresholds"].items() if set(block) != heads]
+    others = [level for level, block in calibration.thresholds.items() if set(block) != heads]
     if others:
         raise BundleError(f"{path}: level {shown(others[0])[1:-1]} has other heads than {', '.join(sorted(heads))}")
-    statistics = calibration["statistics"]
+    statistics = calibration.statistics
     if set(statistics) != heads:
         raise BundleError(f"{path}: statistics must be of heads {', '.join(sorted(heads))}")
-    if "calibration" in record:
-        ours = [head.get("agreement") for head in record["calibration"].get("heads", [])]
-        if ours != [statistics[str(head)].get("overall_accuracy") for head in range(num_heads)]:
+    if "calibration" in record.model_fields_set:
+        ours = [head.agreement for head in record.calibration.heads]
+        if ours != [statistics[str(head)].overall_accuracy for head in range(num_heads)]:
             raise BundleError(f"{path} and {RECORD_FILE} are of different calibrations", hint="eexit calibrate")
     return calibration
 
@@ -152,6 +145,7 @@ def write_card(bundle: Bundle, repo_id: str, config: PushConfig) -> str:
     return model_card(
         repo_id,
         bundle.config,
+        bundle.heads,
         bundle.calibration,
         bundle.record,
         uploaded(bundle),
@@ -164,8 +158,8 @@ def write_card(bundle: Bundle, repo_id: str, config: PushConfig) -> str:
 def uploaded(bundle: Bundle) -> list[str]:
     """Names of the bundle's files that go up: all, but `aux_heads.pt` only for linear heads, and an EAGLE head only
     where eexit.json has it."""
-    absent = set() if bundle.kind == "linear" else {DSSD_HEADS_FILE}
-    if "eagle" not in bundle.record:
+    absent = set() if bundle.heads.kind == "linear" else {DSSD_HEADS_FILE}
+    if bundle.record.eagle is None:
         absent.add(EAGLE_FILE)
     return [name for name in BUNDLE_FILES if name not in absent]
 
@@ -179,15 +173,16 @@ def staged(bundle: Bundle, card: str) -> Iterator[dict[str, Path]]:
         made = Path(name)
         files = {name: bundle.folder / name for name in uploaded(bundle)}
         if DSSD_HEADS_FILE in files:
-            shape = (bundle.config["num_heads"], bundle.config["hidden_size"], bundle.config["vocab_size"])
-            heads, _ = read_heads(bundle.folder / HEADS_FILE, bundle.kind, *shape, bundle.rank)
+            shape = (bundle.config.num_heads, bundle.config.hidden_size, bundle.config.vocab_size)
+            heads, _ = read_heads(bundle.folder / HEADS_FILE, bundle.heads.kind, *shape, bundle.heads.rank)
             files[DSSD_HEADS_FILE] = made / DSSD_HEADS_FILE
             dssd.save_dssd_heads(heads, files[DSSD_HEADS_FILE])
         if EAGLE_FILE in files:
             files[EAGLE_FILE] = eagle_file(bundle.folder)
-        if bundle.record != read_json(bundle.folder / RECORD_FILE):
+        record = record_json(bundle.folder / RECORD_FILE)
+        if record != read_json(bundle.folder / RECORD_FILE):
             files[RECORD_FILE] = made / RECORD_FILE
-            write_json(files[RECORD_FILE], bundle.record)
+            write_json(files[RECORD_FILE], record)
         files[CARD_FILE] = made / CARD_FILE
         files[CARD_FILE].write_text(card, encoding="utf-8")
         yield files

@@ -18,6 +18,7 @@ from early_exit_cli.bundle.files import (
     RECORD_FILE,
     applied_quantization,
     read_bundle_record,
+    record_json,
 )
 from early_exit_cli.errors import BundleError
 from early_exit_cli.files.atomic import atomic_files, fingerprint_differences, write_atomic, write_json
@@ -37,9 +38,10 @@ def save_bundle(
 
     An EAGLE head of the same backbone that is there stays. A failure leaves the bundle that was there.
     """
-    before = read_bundle_record(folder) if (folder / RECORD_FILE).exists() else {}
-    if "eagle" in before and before.get("fingerprint") == view.fingerprint:
-        record = {**record, "eagle": before["eagle"]}
+    if (folder / RECORD_FILE).exists():
+        before = read_bundle_record(folder)
+        if before.eagle is not None and before.fingerprint == view.fingerprint:
+            record = {**record, "eagle": record_json(folder / RECORD_FILE)["eagle"]}
     described = {
         "format_version": FORMAT_VERSION,
         "fingerprint": view.fingerprint,
@@ -68,26 +70,26 @@ def save_eagle(
         BundleError: the bundle there was made for another backbone.
     """
     if (folder / RECORD_FILE).exists():
-        bundle = read_bundle_record(folder)
-        differences = fingerprint_differences(bundle.get("fingerprint", {}), view.fingerprint)
+        differences = fingerprint_differences(read_bundle_record(folder).fingerprint, view.fingerprint)
         if differences:
             key, theirs, ours = differences[0]
             raise BundleError(
                 f"the bundle in {folder} was made for another backbone ({key}: {theirs!r} there, {ours!r} here)",
                 hint="use another --output-dir",
             )
+        before = record_json(folder / RECORD_FILE)
     else:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / CONFIG_FILE, bundle_config(view, [], training_config))
-        bundle = {"format_version": FORMAT_VERSION, "fingerprint": view.fingerprint}
+        before = {"format_version": FORMAT_VERSION, "fingerprint": view.fingerprint}
     head.save(folder / EAGLE_FILE, view.dtype)
     (folder / FORMER_EAGLE_FILE).unlink(missing_ok=True)
-    bundle["eagle"] = {
+    described = {
         "exit_layers": head.exit_layers,
         "draft_vocab": 0 if head.draft_vocab is None else int(head.draft_vocab.numel()),
         **record,
     }
-    write_json(folder / RECORD_FILE, bundle)
+    write_json(folder / RECORD_FILE, {**before, "eagle": described})
 
 
 def bundle_config(view: BackboneView, layers: list[int], training_config: dict[str, Any]) -> dict[str, Any]:

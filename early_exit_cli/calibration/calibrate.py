@@ -15,7 +15,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from early_exit_cli.bundle.files import CONFIG_FILE
+from early_exit_cli.bundle.files import CONFIG_FILE, record_json
 from early_exit_cli.bundle.load import calibration_record_path
 from early_exit_cli.calibration.head_outputs import read_batches
 from early_exit_cli.calibration.intervals import independent_tokens, lower_bound, tokens_missing
@@ -30,7 +30,8 @@ from early_exit_cli.calibration.thresholds import (
 from early_exit_cli.config import CalibrationConfig, ThresholdRule, UncertaintyMetric
 from early_exit_cli.data.packing import Batch
 from early_exit_cli.engine import Engine
-from early_exit_cli.files.atomic import read_json, write_json
+from early_exit_cli.files.atomic import write_json
+from early_exit_cli.files.schemas import CalibrationForm, HeadSet, Statistics
 from early_exit_cli.heads.uncertainty import level_key
 
 CURVE_POINTS = 50
@@ -95,8 +96,8 @@ class Calibration:
     assurance: float | None
     checked_tokens: int
     edges: list[float]
-    head_sets: dict[str, list[dict[str, list[Any]]]]
-    """level -> for every set of heads: how often each exits when the heads before it declined, and how often rightly."""
+    head_sets: dict[str, list[HeadSet]]
+    """level -> every set of heads."""
 
     def cells(self, rule: ThresholdRule | None = None) -> list[tuple[float, int, Cell]]:
         """(level, head, cell) of a rule, by default of the one that is written."""
@@ -281,27 +282,27 @@ def _head(
 
 
 def calibration_json(calibration: Calibration) -> dict[str, Any]:
-    """What calibration.json holds: exactly the keys that DSSD's loader takes."""
+    """What calibration.json holds."""
     thresholds: dict[str, dict[str, float]] = {level_key(level): {} for level in calibration.levels}
     for level, head, cell in calibration.cells():
         thresholds[level_key(level)][str(head)] = cell.threshold
-    return {
-        "model_config_path": CONFIG_FILE,
-        "calibration_dataset": calibration.dataset,
-        "calibration_samples": calibration.sequences,
-        "uncertainty_metric": calibration.metric,
-        "accuracy_levels": list(calibration.levels),
-        "thresholds": thresholds,
-        "statistics": {
-            str(i): {
-                "mean_uncertainty": head.mean_uncertainty,
-                "std_uncertainty": head.std_uncertainty,
-                "overall_accuracy": head.agreement,
-                "num_samples": head.samples,
-            }
+    return CalibrationForm(
+        model_config_path=CONFIG_FILE,
+        calibration_dataset=calibration.dataset,
+        calibration_samples=calibration.sequences,
+        uncertainty_metric=calibration.metric,
+        accuracy_levels=calibration.levels,
+        thresholds=thresholds,
+        statistics={
+            str(i): Statistics(
+                mean_uncertainty=head.mean_uncertainty,
+                std_uncertainty=head.std_uncertainty,
+                overall_accuracy=head.agreement,
+                num_samples=head.samples,
+            )
             for i, head in enumerate(calibration.heads)
         },
-    }
+    ).model_dump()
 
 
 def calibration_record(calibration: Calibration) -> dict[str, Any]:
@@ -318,7 +319,7 @@ def calibration_record(calibration: Calibration) -> dict[str, Any]:
         "checked_tokens": calibration.checked_tokens,
         "enough_tokens": ENOUGH_CHECKED,
         "promises_kept": {rule: dict(zip(("kept", "of"), calibration.kept(rule), strict=True)) for rule in RULES},
-        "head_sets": calibration.head_sets,
+        "head_sets": {level: [heads.model_dump() for heads in sets] for level, sets in calibration.head_sets.items()},
         "edges": calibration.edges,
         "heads": [
             {
@@ -343,6 +344,6 @@ def save_calibration(calibration: Calibration, folder: Path, output_path: Path) 
     """Write calibration.json to `output_path` and the rest beside it: into eexit.json where it is the bundle's own."""
     write_json(output_path, calibration_json(calibration))
     path = calibration_record_path(folder, output_path)
-    record = read_json(path) if path.exists() else {}
+    record = record_json(path) if path.exists() else {}
     record["calibration"] = calibration_record(calibration)
     write_json(path, record)

@@ -132,4 +132,9 @@ def fit_survival(entropies: Tensor, agreed: Tensor) -> Survival:
     intercept, slope = fit_logistic(entropies, agreed, 1e-4)
     places = (torch.arange(KEPT_ENTROPIES) + 0.5) / KEPT_ENTROPIES
     kept = entropies.float().sort().values[(places * entropies.numel()).long()]
-    return Survival(intercept, slope, float(agreed.double().mean()), tuple(round(value, 4) for value in kept.tolist()))
+    return Survival(
+        intercept=intercept,
+        slope=slope,
+        mean=float(agreed.double().mean()),
+        entropies=tuple(round(value, 4) for value in kept.tolist()),
+    )

@@ -10,13 +10,13 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from early_exit_cli.calibration.intervals import independent_tokens, lower_bound
 from early_exit_cli.config import CalibrationConfig, ThresholdRule
+from early_exit_cli.files.schemas import HeadSet
 
 
 @dataclass(frozen=True)
@@ -138,23 +138,23 @@ def exits_in_order(uncertainties: Tensor, thresholds: list[float]) -> Tensor:
     return below & (below.cumsum(0) == 1)
 
 
-def count_head_sets(uncertainties: Tensor, correct: Tensor, thresholds: list[float]) -> list[dict[str, list[Any]]]:
+def count_head_sets(uncertainties: Tensor, correct: Tensor, thresholds: list[float]) -> list[HeadSet]:
     """For every set of at most four heads: the share of tokens that exits at each, in order, and their agreement.
 
     Args:
         uncertainties, correct: [heads, tokens].
     """
-    counted: list[dict[str, list[Any]]] = []
+    counted = []
     for size in range(1, min(len(thresholds), 4) + 1):
         for heads in map(list, itertools.combinations(range(len(thresholds)), size)):
             exits = exits_in_order(uncertainties[heads], [thresholds[head] for head in heads])
             counts = exits.sum(-1).tolist()
             hits = (exits & correct[heads]).sum(-1).tolist()
             counted.append(
-                {
-                    "heads": heads,
-                    "exit_share": [count / uncertainties.shape[1] for count in counts],
-                    "agreement": [hit / count if count else 0.0 for hit, count in zip(hits, counts, strict=True)],
-                }
+                HeadSet(
+                    heads=heads,
+                    exit_share=[count / uncertainties.shape[1] for count in counts],
+                    agreement=[hit / count if count else 0.0 for hit, count in zip(hits, counts, strict=True)],
+                )
             )
     return counted

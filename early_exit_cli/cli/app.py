@@ -12,7 +12,8 @@ import typer
 
 from early_exit_cli import __version__
 from early_exit_cli.cli import bench, cache, calibrate, evaluate, export, hub, infer, train
-from early_exit_cli.errors import EexitError
+from early_exit_cli.errors import EexitError, EexitWarning, said
+from early_exit_cli.files.environment import unsaved
 from early_exit_cli.report import console
 
 app = typer.Typer(
@@ -69,15 +70,24 @@ def root(
 
 def main() -> None:
     """Entry point of `eexit` and `python -m early_exit_cli`. Typer ends an interrupted run with 130."""
+    console.accept_any_text()
+    console.show_warnings(EexitWarning)
     try:
         app()
-    except EexitError as error:
+    except Exception as error:
         if os.environ.get("EEXIT_DEBUG"):
             raise
-        console.error(error.message, error.hint)
-        sys.exit(error.exit_code)
-    except OSError as error:  # a full disk, a folder that may not be written, a name that is too long
-        if os.environ.get("EEXIT_DEBUG"):
-            raise
-        console.error(f"{error.filename}: {error.strerror}" if error.filename else str(error), None)
-        sys.exit(1)
+        console.error(*described(error))
+        sys.exit(error.exit_code if isinstance(error, EexitError) else 1)
+    finally:
+        if (reason := unsaved()) is not None:
+            console.note(reason)
+
+
+def described(error: Exception) -> tuple[str, str | None]:
+    """An exception as a message and a hint."""
+    if isinstance(error, EexitError):
+        return error.message, error.hint
+    if isinstance(error, OSError) and error.strerror:  # a full disk, a folder that may not be written, a long name
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror, None
+    return said(error), "EEXIT_DEBUG=1 shows where this came from"

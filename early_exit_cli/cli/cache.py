@@ -86,9 +86,9 @@ def repair(resolved: Resolved, as_json: bool) -> None:
     damaged = verify_files(cache)
     changed: list[str] = []
     if damaged:
-        made = cache.manifest["request"]
-        settings = {name: made[f"backbone.{name}"] for name in ("model_name", "revision", "quantization")}
-        kept = {name: made[f"cache.{name}"] for name in ("store", "shard_tokens", "held_out_rows")}
+        made = cache.manifest.request
+        settings = made.model_dump(include={"model_name", "revision", "quantization"})
+        kept = made.model_dump(include={"store", "shard_tokens", "held_out_rows"})
         backbone = load_backbone(BackboneConfig.model_validate(settings))
         train, held_out = load_text(cache.data, backbone)
         with console.progress("computing shards", len(damaged)) as ticker:
@@ -165,7 +165,9 @@ def find_or_extract(resolved: Resolved) -> Cache:
     layers = head_layers(config.heads, backbone.num_blocks)
     if config.data.on_policy and processes.is_main_process:
         token_bytes = bytes_per_token(backbone.hidden_size, len(layers), config.cache.store)
-        prompts = min(len(records), config.data.max_documents or len(records))
+        every_turn = config.data.answer_turns == "every"
+        turns = sorted((len(record["sample"].prompts(every_turn)) for record in records), reverse=True)
+        prompts = sum(turns[: config.data.max_documents])
         longest = prompts * (config.data.prompt_tokens + config.data.answer_tokens) // config.data.max_length + 1
         bounds = (config.cache, config.training, config.data.max_length, token_bytes, longest, processes.num_processes)
         most = (wanted_sequences(*bounds) + config.cache.held_out_rows) * config.data.max_length * token_bytes
@@ -196,7 +198,7 @@ def existing_cache(resolved: Resolved) -> Cache:
     cache.require_complete()
     for name in ("model_name", "quantization"):
         asked = getattr(resolved.config.backbone, name)
-        made = cache.manifest["request"][f"backbone.{name}"]
+        made = getattr(cache.manifest.request, name)
         if not resolved.is_default(f"backbone.{name}") and asked != made:
             raise CacheError(
                 f"the cache in {cache.folder} was made otherwise (backbone.{name}: {made!r} there, {asked!r} asked for)"

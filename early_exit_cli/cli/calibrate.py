@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from early_exit_cli.calibration.calibrate import Calibration
     from early_exit_cli.cli.shared import HeldOut
     from early_exit_cli.config import ThresholdRule
-    from early_exit_cli.drafting.chances import DraftChances
+    from early_exit_cli.drafting.chances import DraftChances, Survival
     from early_exit_cli.engine import Engine
 
 
@@ -43,7 +43,7 @@ def command(resolved: Resolved, as_json: bool) -> None:
     print_draft_chances(chances, as_json)
     if engine.heads is None:
         if as_json:
-            console.emit_json({"drafting": chances.record()})
+            console.emit_json({"drafting": chances.model_dump()})
         return
     with console.progress("calibrating", fit.sequences + check.sequences) as ticker:
         result = calibrate(engine, fit.batches, check.batches, config.calibration, dataset_label(data), ticker.update)
@@ -54,7 +54,7 @@ def command(resolved: Resolved, as_json: bool) -> None:
     faults = result.faults()
     if as_json:
         found = {"record": record, "faults": faults, "output_path": str(output), "pictures": [str(p) for p in pictures]}
-        console.emit_json(calibration_json(result) | found | {"drafting": chances.record()})
+        console.emit_json(calibration_json(result) | found | {"drafting": chances.model_dump()})
     else:
         print_calibration(result, engine.blocks.num_blocks)
     print_warnings(result)
@@ -70,13 +70,17 @@ def fit_draft_chances(engine: Engine, fit: HeldOut, check: HeldOut) -> DraftChan
     from early_exit_cli.drafting.chances import DraftChances
 
     lookup = fit_lookup(fit.documents)
-    temperatures = fit_temperatures(engine, fit.batches)
-    if engine.eagle is None:
-        return DraftChances(lookup, [], [], *temperatures)
-    with console.progress("rolling out", fit.sequences + check.sequences) as ticker:
-        first = roll_out(engine, fit.batches, ticker.update)
-        second = roll_out(engine, check.batches, lambda done: ticker.update(fit.sequences + done))
-    return DraftChances(lookup, *fit_eagle(first, second), *temperatures)
+    for_exits, for_eagle = fit_temperatures(engine, fit.batches)
+    survival: list[Survival] = []
+    checked: list[tuple[float, float]] = []
+    if engine.eagle is not None:
+        with console.progress("rolling out", fit.sequences + check.sequences) as ticker:
+            first = roll_out(engine, fit.batches, ticker.update)
+            second = roll_out(engine, check.batches, lambda done: ticker.update(fit.sequences + done))
+        survival, checked = fit_eagle(first, second)
+    return DraftChances(
+        lookup=lookup, eagle=survival, checked=checked, exit_temperature=for_exits, eagle_temperature=for_eagle
+    )
 
 
 def print_draft_chances(chances: DraftChances, as_json: bool) -> None:

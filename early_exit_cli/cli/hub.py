@@ -78,7 +78,7 @@ def import_(resolved: Resolved, as_json: bool) -> None:
         raise ConfigError("from where to where?", hint="eexit import FOLDER --output-dir BUNDLE")
     bundle = import_dssd(config.folder, config.output_dir)
     if as_json:
-        console.emit_json({"folder": str(config.output_dir), "fingerprint": bundle.record["fingerprint"]})
+        console.emit_json({"folder": str(config.output_dir), "fingerprint": bundle.record.fingerprint})
         return
     describe(bundle, str(config.folder))
     console.stream_text(f"{config.output_dir}\n")
@@ -88,7 +88,7 @@ def describe(bundle: Bundle, name: str) -> None:
     """One line on what a bundle is."""
     config = bundle.config
     console.note(
-        f"{name}: {config['num_heads']} {bundle.kind} heads after blocks {config['head_layer_indices']} of "
-        f"{config['model_name']} in {config['quantization']}, "
+        f"{name}: {config.num_heads} {bundle.heads.kind} heads after blocks {config.head_layer_indices} of "
+        f"{config.model_name} in {config.quantization}, "
         f"{'calibrated' if bundle.calibration else 'not calibrated (eexit calibrate)'}"
     )

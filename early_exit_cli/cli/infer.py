@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from early_exit_cli.cli import show
+from early_exit_cli.cli.job import Job, encode, warm_up
+from early_exit_cli.cli.many import answer_many
 from early_exit_cli.cli.options import configured
 from early_exit_cli.config import DYNAMIC_LENGTH, InferenceConfig
 from early_exit_cli.config_fields import is_unicode
@@ -20,10 +18,8 @@ from early_exit_cli.resolve import Resolved
 
 if TYPE_CHECKING:
     from early_exit_cli.decoding.answer import Generation
-    from early_exit_cli.decoding.text import Request
     from early_exit_cli.drafting.drafter import Drafter
     from early_exit_cli.engine import Engine
-    from early_exit_cli.sampling import Chooser
 
 MODE_KINDS = {"fixed_layerskip": "fixed", "dynamic_early_exit": "dynamic", "comprehensive": "all"}
 """Modes that say themselves how tokens are proposed, and the kind of drafter each means."""
@@ -34,47 +30,18 @@ def command(resolved: Resolved, as_json: bool) -> None:
     """Answer prompts."""
     settings = resolved.config.inference
     check_combinations(resolved)
-    prompts = gather_prompts(settings)
-    job = prepare(resolved, as_json)
-    encoded = [encode(job.engine, settings, prompt["prompt"]) for prompt in prompts]
+    require_one_prompt(settings)
     if settings.prompts:
-        answer_many(job, prompts, encoded)
-    elif settings.mode == "compare":
-        answer_compare(job, prompts[0]["prompt"], encoded[0])
-    elif settings.mode == "comprehensive":
-        answer_comprehensive(job, prompts[0]["prompt"], encoded[0])
-    else:
-        answer_one(job, prompts[0]["prompt"], encoded[0])
+        from early_exit_cli.data.rows import prompt_rows
 
-
-@dataclass(frozen=True)
-class Job:
-    """Everything but the prompt."""
-
-    engine: Engine
-    settings: InferenceConfig
-    drafter: Drafter
-    chooser: Chooser
-    width: int
-    as_json: bool
-    coloured: bool
-
-    def request(self, ids: list[int]) -> Request:
-        """What is asked for of a prompt's token ids."""
-        from early_exit_cli.decoding.text import Request
-
-        return Request(ids, self.settings.max_tokens, self.chooser)
-
-    @property
-    def title(self) -> str:
-        """Of a table: what was run."""
-        name = f"{self.engine.backbone.name}, {self.engine.backbone.quantization}"
-        return name if self.level is None else f"{name}, accuracy level {self.level:.2f}"
-
-    @property
-    def level(self) -> float | None:
-        """The target accuracy; None where every level is run."""
-        return None if self.settings.mode == "comprehensive" else self.settings.accuracy_level
+        rows = prompt_rows(settings.prompts)[: settings.limit]
+        answer_many(prepare(resolved, as_json), rows)
+        return
+    prompt = read_prompt(settings)
+    job = prepare(resolved, as_json)
+    ids = encode(job.engine, settings, prompt)
+    answer = {"compare": answer_compare, "comprehensive": answer_comprehensive}.get(settings.mode, answer_one)
+    answer(job, prompt, ids)
 
 
 def prepare(resolved: Resolved, as_json: bool) -> Job:
@@ -127,7 +94,7 @@ def check_combinations(resolved: Resolved) -> None:
         from early_exit_cli.bundle.files import read_bundle_config
         from early_exit_cli.bundle.load import bundle_folder
 
-        heads = read_bundle_config(bundle_folder(resolved.config.bundle))["num_heads"]
+        heads = read_bundle_config(bundle_folder(resolved.config.bundle)).num_heads
         if settings.fixed_head >= heads:
             faults.append(f"--fixed-head {settings.fixed_head}: the bundle has heads 0 to {heads - 1}")
     if faults:
@@ -144,19 +111,19 @@ def drafter_kind(resolved: Resolved) -> str:
     return settings.drafter or ("auto" if resolved.is_default("inference.mode") else "exit")
 
 
-def gather_prompts(settings: InferenceConfig) -> list[dict[str, Any]]:
-    """The prompts to answer, from exactly one place.
-
-    Raises:
-        ConfigError: several places, or an empty prompt.
-    """
+def require_one_prompt(settings: InferenceConfig) -> None:
+    """Refuse prompts from several places."""
     given = [name for name in ("prompt", "prompt_file", "prompts") if getattr(settings, name) is not None]
     if len(given) > 1:
         raise ConfigError(f"several prompts given: {', '.join('--' + name.replace('_', '-') for name in given)}")
-    if settings.prompts:
-        from early_exit_cli.data.rows import read_prompts
 
-        return read_prompts(settings.prompts)[: settings.limit]
+
+def read_prompt(settings: InferenceConfig) -> str:
+    """The prompt of the settings, or of standard input.
+
+    Raises:
+        DataError: not text. ConfigError: empty.
+    """
     if settings.prompt_file:
         prompt = read_text(settings.prompt_file)
     elif settings.prompt is not None:
@@ -165,14 +132,14 @@ def gather_prompts(settings: InferenceConfig) -> list[dict[str, Any]]:
         if sys.stdin.isatty():
             console.note("type the prompt, then Ctrl-D:")
         try:
-            prompt = sys.stdin.read()
+            prompt = sys.stdin.read().removeprefix("\ufeff")
         except UnicodeDecodeError as error:
             raise DataError(f"standard input is not UTF-8: {error.reason} at byte {error.start}") from error
     if not is_unicode(prompt):
         raise DataError("the prompt is not UTF-8")
     if not prompt.strip():
         raise ConfigError("the prompt is empty", hint='eexit infer --prompt "..."')
-    return [{"prompt": prompt}]
+    return prompt
 
 
 def load(resolved: Resolved, kind: str) -> Engine:
@@ -215,13 +182,6 @@ def say_what_is_not_read(engine: Engine, drafter: Drafter) -> None:
         )
 
 
-def encode(engine: Engine, settings: InferenceConfig, prompt: str) -> list[int]:
-    """Token ids of a prompt, refused when it is empty or beyond the context."""
-    ids = engine.backbone.encode_prompt(prompt, raw=settings.raw)
-    engine.check_length(len(ids), settings.max_tokens)
-    return ids
-
-
 def answer_one(job: Job, prompt: str, ids: list[int]) -> None:
     """One prompt, one method, streamed."""
     from early_exit_cli.decoding.answer import generate
@@ -248,14 +208,6 @@ def answer_one(job: Job, prompt: str, ids: list[int]) -> None:
         else:
             console.table("", ["", "value"], show.stats_rows(result.stats))
     write_page(job, prompt, ids, result, {job.drafter.name: result.record()})
-
-
-def warm_up(job: Job, ids: list[int], drafter: Drafter) -> None:
-    """A few tokens that nobody sees, so that a timed run does not pay for what is made once."""
-    from early_exit_cli.decoding.answer import generate
-
-    request = dataclasses.replace(job.request(ids), max_new_tokens=min(8, job.settings.max_tokens))
-    generate(job.engine, request, drafter, mode="warm-up", width=job.width)
 
 
 def answer_compare(job: Job, prompt: str, ids: list[int]) -> None:
@@ -305,65 +257,3 @@ def write_page(job: Job, prompt: str, ids: list[int], shown: Generation, methods
     """The page of `--html`, where one is wanted."""
     if job.settings.html:
         show.write_page(job.settings.html, job.engine, prompt, len(ids), shown, methods, job.level)
-
-
-def answer_many(job: Job, prompts: list[dict[str, Any]], encoded: list[list[int]]) -> None:
-    """A record per prompt."""
-    warm_up(job, encoded[0], job.drafter)
-    started = time.perf_counter()
-    with console.progress("prompts", len(prompts)) as ticker:
-        found = (answer_in_batches if job.settings.batch > 1 else answer_in_turn)(job, encoded, ticker.update)
-    seconds = time.perf_counter() - started
-    records: list[dict[str, Any]] = []
-    for prompt, ids, record in zip(prompts, encoded, found, strict=True):
-        known: dict[str, Any] = {key: prompt[key] for key in ("question_id", "category") if key in prompt}
-        records.append({**known, "prompt_tokens": len(ids), **record})
-    if job.as_json:
-        console.emit_json({"records": records})
-        return
-    methods = ["full", job.drafter.name] if job.settings.mode == "compare" else [job.drafter.name]
-    rows = []
-    for number, record in enumerate(records):
-        speeds = [f"{record[method]['stats']['tokens_per_second']:.1f}" for method in methods]
-        extra = [f"{record['speedup']:.2f}x", record["identical"], record["bit_exact"]] if "speedup" in record else []
-        rows.append((number, str(record.get("category", "")), record["prompt_tokens"], *speeds, *extra))
-    compared = ["speed-up", "identical", "bit-exact"] if job.settings.mode == "compare" else []
-    console.table("tokens/s", ["prompt", "category", "tokens", *methods, *compared], rows, result=True)
-    if job.settings.batch > 1:
-        tokens = sum(record[methods[0]]["stats"]["total_tokens_generated"] for record in records)
-        console.note(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s together")
-
-
-def answer_in_turn(job: Job, encoded: list[list[int]], on_answer: Callable[[int], None]) -> list[dict[str, Any]]:
-    """One prompt after another."""
-    from early_exit_cli.decoding.answer import generate
-    from early_exit_cli.evaluation.compare import compare
-
-    settings, records = job.settings, []
-    for ids in encoded:
-        if settings.mode == "compare":
-            request = job.request(ids)
-            compared = compare(job.engine, request, job.drafter, width=job.width, repeats=settings.repeats)
-            records.append(compared.record())
-        else:
-            run = generate(job.engine, job.request(ids), job.drafter, mode=job.drafter.name, width=job.width)
-            records.append({job.drafter.name: run.record()})
-        on_answer(len(records))
-    return records
-
-
-def answer_in_batches(job: Job, encoded: list[list[int]], on_answer: Callable[[int], None]) -> list[dict[str, Any]]:
-    """`--batch` prompts at a time in the same passes."""
-    from early_exit_cli.decoding.batch import generate_batch
-
-    requests = [dataclasses.replace(job.request(ids), chooser=job.chooser.fork()) for ids in encoded]
-    runs = generate_batch(
-        job.engine,
-        requests,
-        job.drafter,
-        mode=job.drafter.name,
-        batch=job.settings.batch,
-        width=job.width,
-        on_end=on_answer,
-    )
-    return [{job.drafter.name: run.record()} for run in runs]

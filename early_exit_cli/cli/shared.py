@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from early_exit_cli.config import BackboneConfig, DataConfig
 from early_exit_cli.report import console
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from early_exit_cli.data.documents import Document, Split
     from early_exit_cli.data.packing import Batch
     from early_exit_cli.engine import Engine
+    from early_exit_cli.files.schemas import RecordForm
 
 
 def backbone_of_bundle(resolved: Resolved) -> BackboneConfig:
@@ -28,17 +29,17 @@ def backbone_of_bundle(resolved: Resolved) -> BackboneConfig:
     return with_names_of_bundle(resolved.config.backbone, source.folder)
 
 
-def data_of_bundle(resolved: Resolved, record: dict[str, Any]) -> DataConfig:
+def data_of_bundle(resolved: Resolved, record: RecordForm | None) -> DataConfig:
     """The data section; without a data set named, the one the heads were trained on, so that its split is the same."""
-    trained = record.get("training", {}).get("data")
-    if not resolved.is_default("data.dataset_name") or not trained:
+    trained = None if record is None else record.training.data
+    if not resolved.is_default("data.dataset_name") or trained is None:
         return resolved.config.data
     set_here = {
         key.split(".")[1]: value
         for key, value, _ in resolved.rows()
         if key.startswith("data.") and not resolved.is_default(key)
     }
-    return DataConfig.model_validate(trained | set_here)
+    return DataConfig.model_validate(trained.model_dump(exclude_unset=True) | set_here)
 
 
 def load_text(data: DataConfig, backbone: Backbone) -> tuple[list[Document], list[Document]]:
@@ -54,7 +55,8 @@ def load_text(data: DataConfig, backbone: Backbone) -> tuple[list[Document], lis
         def on_answers(done: int, total: int, tokens: int) -> None:
             ticker.update(done, f"{tokens / (time.monotonic() - started):,.0f} tokens/s", total)
 
-        train = load_documents(data, backbone, "train", on_answers)
+        on_read = console.note if processes.is_main_process else None
+        train = load_documents(data, backbone, "train", on_answers, on_read)
         held_out = load_documents(data, backbone, "eval", on_answers)
     return train, held_out
 
@@ -81,7 +83,7 @@ def held_out_text(config: DataConfig, engine: Engine, split: Split, limit: int, 
     from early_exit_cli.data.load import load_documents
     from early_exit_cli.data.packing import batches, pack
 
-    documents = load_documents(config, engine.backbone, split)
+    documents = load_documents(config, engine.backbone, split, on_read=console.note if split == "eval" else None)
     rows = pack(documents, config.max_length, engine.backbone.pad_token_id)[:limit]
     return HeldOut(list(batches(rows, batch_size)), documents)
 

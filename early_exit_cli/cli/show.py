@@ -92,7 +92,17 @@ def comparison(result: Comparison, title: str, repeats: int) -> None:
 
 def all_methods(results: dict[str, MethodRun], title: str, repeats: int) -> None:
     """Every method in a table."""
-    columns = ["method", "tokens/s", "speed-up", "drafted", "accepted", "acceptance", "layer", "text", "tokens by drafter"]
+    columns = [
+        "method",
+        "tokens/s",
+        "speed-up",
+        "drafted",
+        "accepted",
+        "acceptance",
+        "layer",
+        "text",
+        "tokens by drafter",
+    ]
     rows = []
     for name, result in results.items():
         stats = result.run.stats
@@ -111,7 +121,9 @@ def all_methods(results: dict[str, MethodRun], title: str, repeats: int) -> None
             )
         )
     console.table(title, columns, rows)
-    console.note(f"median of {repeats} repeats, methods in turns; tokens by drafter: head numbers, full is the backbone")
+    console.note(
+        f"median of {repeats} repeats, methods in turns; tokens by drafter: head numbers, full is the backbone"
+    )
 
 
 def write_page(

@@ -127,5 +127,5 @@ def offline_states(resolved: Resolved) -> CachedStates | None:
         return None
     layers = config.heads.head_layer_indices
     if config.heads.kind == "eagle":
-        layers = head_layers(config.heads, int(cache.manifest["num_blocks"]))
+        layers = head_layers(config.heads, cache.manifest.num_blocks)
     return CachedStates(cache, layers, config.training, pick_device(config.backbone.device))

@@ -1,8 +1,8 @@
 """Answering many prompts together, for training data.
 
-Texts advance together, a token at a time; those that have ended are dropped. Compiled passes take each with a KV cache of
-its own. Elsewhere prompts of like length stand side by side, padded on the left (`padded_rows`), on a GPU by the hundreds and
-in recorded steps (`recorded_answers`): there only the number of tokens per second counts, a token's bits may differ from
+Texts advance together, a token at a time; those that have ended are dropped. Compiled passes take each with a KV cache
+of its own. Elsewhere prompts of like length stand side by side, padded on the left (`runtime.padded`), on a GPU by the
+hundreds and in recorded steps (`recorded_answers`). There only tokens per second count: a token's bits may differ from
 those of decoding one text. Blocks of other shapes than Llama's are left to the library's own `generate`.
 """
 

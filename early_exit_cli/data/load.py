@@ -1,40 +1,121 @@
 """Texts and prompts from files or data sets, answered by the backbone where asked, packed into token sequences.
 
-A `Document` is one text as token ids. Documents are split once, by a seeded shuffle, into `train`, `eval` and
-`calibrate`; every command draws the same split from the same configuration. Sequences are packed: documents stand one
-after another in rows of `max_length`, and attention never crosses from one to the next (`block_mask`).
+A `Document` is one text as token ids. Records are split once, by a seeded shuffle, into `train`, `eval` and `calibrate`;
+every command draws the same split from the same configuration, and all documents of a conversation are of one split.
+Sequences are packed: documents stand one after another in rows of `max_length`, and attention never crosses from one to
+the next (`block_mask`).
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Iterable
 
 from early_exit_cli.backbone.backbone import Backbone
+from early_exit_cli.backbone.chat import encode_conversation
 from early_exit_cli.config import DataConfig
 from early_exit_cli.data.documents import Document, Progress, Split, split_documents
 from early_exit_cli.data.on_policy import answer_prompts
-from early_exit_cli.data.rows import read_records
-from early_exit_cli.errors import DataError
+from early_exit_cli.data.rows import Reading, Record, read_data
+from early_exit_cli.errors import BackboneError, DataError
+
+Group = list[Document]
+"""The documents of one record: one, or with `answer_turns: every` one for each user turn of a conversation."""
 
 
 def load_documents(
-    config: DataConfig, backbone: Backbone, split: Split, progress: Progress | None = None
+    config: DataConfig,
+    backbone: Backbone,
+    split: Split,
+    progress: Progress | None = None,
+    on_read: Callable[[str], None] | None = None,
 ) -> list[Document]:
-    """The documents of one split, tokenised; with `on_policy`, prompts together with the backbone's own answers."""
-    records = read_records(config)
+    """The documents of one split, tokenised; with `on_policy`, prompts together with the backbone's own answers.
+
+    Args:
+        on_read: called with one line on what was read and what was left out, before anything is answered.
+
+    Raises:
+        DataError: nothing to read or nothing left, or a token that the backbone has no embedding of.
+    """
+    reading = read_data(config)
+    records = list(reading.records)
     random.Random(config.data_seed).shuffle(records)
     if config.max_documents:
         records = records[: config.max_documents]
+    if not backbone.tokenizer.chat_template and any(record["sample"].messages for record in records):
+        reading.notes.append("the tokenizer has no chat template, so roles and texts are joined plainly")
+    groups = _prompts(reading, records, config, backbone) if config.on_policy else _texts(reading, records, backbone)
+    if not groups:
+        raise DataError(f"{config.dataset_name} holds nothing to use; {reading.reasons()}")
+    if on_read:
+        on_read(reading.summary())
     if config.on_policy:
-        documents = answer_prompts(records, config, backbone, progress)
-    else:
-        ids = backbone.tokenizer([record["text"] for record in records])["input_ids"]
-        end = sorted(backbone.eos_token_ids)[:1]
-        documents = [Document([*row, *end], record["source"]) for row, record in zip(ids, records, strict=True)]
-    part = split_documents(documents, config.holdout, split)
+        unanswered = [document for group in groups for document in group]
+        answered = iter(answer_prompts(unanswered, config, backbone, progress))
+        groups = [[next(answered) for _ in group] for group in groups]
+    part = [document for group in split_documents(groups, config.holdout, split) for document in group]
     if not any(len(document.ids) > 1 for document in part):
         raise DataError(
-            f"{config.dataset_name}: the {split} part of {len(documents)} texts is empty",
+            f"{config.dataset_name}: the {split} part of {len(groups)} texts is empty",
             hint="use more text, or --holdout",
         )
     return part
+
+
+def _texts(reading: Reading, records: list[Record], backbone: Backbone) -> list[Group]:
+    """Texts as they are, with an end token; conversations whole, through the chat template."""
+    plain = [record["text"] for record in records if not record["sample"].messages]
+    tokenised = iter(backbone.tokenizer(plain)["input_ids"] if plain else [])
+    end = sorted(backbone.eos_token_ids)[:1]
+    groups = []
+    for record in records:
+        messages = record["sample"].messages
+        if not messages:
+            document = Document([*next(tokenised), *end], record["source"])
+        else:
+            try:
+                ids, start = encode_conversation(backbone.tokenizer, messages)
+            except BackboneError as error:
+                reading.reject(record, error.message)
+                continue
+            document = Document(ids if backbone.tokenizer.chat_template else [*ids, *end], record["source"], start)
+        _require_known(reading, record, backbone, [document])
+        groups.append([document])
+    return groups
+
+
+def _prompts(reading: Reading, records: list[Record], config: DataConfig, backbone: Backbone) -> list[Group]:
+    """Prompts that are not too long, without their answers yet."""
+    groups = []
+    too_long = f"longer than {config.prompt_tokens} tokens"
+    later = 0
+    for record in records:
+        try:
+            prompts = record["sample"].prompts(every_turn=config.answer_turns == "every")
+            encoded = [backbone.encode_prompt(prompt) for prompt in prompts]
+        except BackboneError as error:
+            reading.reject(record, error.message)
+            continue
+        group = [Document(ids, record["source"], len(ids)) for ids in encoded if len(ids) <= config.prompt_tokens]
+        if not group:
+            reading.reject(record, too_long if prompts else "without a user turn")
+            continue
+        later += len(encoded) - len(group)
+        _require_known(reading, record, backbone, group)
+        groups.append(group)
+    if later:
+        reading.notes.append(f"{later:,} later turns left out, {too_long}")
+    if not groups and set(reading.left_out) == {too_long}:
+        raise DataError(f"every prompt is longer than {config.prompt_tokens} tokens", hint="--prompt-tokens N")
+    return groups
+
+
+def _require_known(reading: Reading, record: Record, backbone: Backbone, documents: Iterable[Document]) -> None:
+    for document in documents:
+        fault = backbone.unknown_token(document.ids)
+        if fault is not None:
+            raise DataError(
+                f"{reading.name}: row {record['number']} holds {fault}",
+                hint="give the model a row for each token (resize_token_embeddings), or leave it out of the text",
+            )

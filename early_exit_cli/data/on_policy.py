@@ -6,7 +6,6 @@ import contextlib
 import json
 import random
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,30 +13,27 @@ from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.config import DataConfig
 from early_exit_cli.data.answers import GROUP, Answer, answerer, groups_together
 from early_exit_cli.data.documents import Document, Progress
-from early_exit_cli.errors import BundleError, DataError
+from early_exit_cli.errors import BundleError
 from early_exit_cli.files.atomic import parse_json, sha256_of
-from early_exit_cli.files.environment import user_cache_dir
+from early_exit_cli.files.environment import kept_path
 from early_exit_cli.files.schemas import AnswerForm, require_form
 
 
 def answer_prompts(
-    records: list[dict[str, Any]], config: DataConfig, backbone: Backbone, progress: Progress | None = None
+    unanswered: list[Document], config: DataConfig, backbone: Backbone, progress: Progress | None = None
 ) -> list[Document]:
     """Let the backbone answer each prompt, greedily or sampled; prompt and answer are one document.
 
     Answers are kept in the user's cache folder under a name made of everything that decides them, written batch by
     batch: a stopped run goes on where it was, and calibration reuses what training made.
     """
-    prompts = [(record["source"], backbone.encode_prompt(record["text"])) for record in records]
-    prompts = [(source, ids) for source, ids in prompts if len(ids) <= config.prompt_tokens]
-    if not prompts:
-        raise DataError(f"every prompt is longer than {config.prompt_tokens} tokens", hint="--prompt-tokens N")
+    prompts = [(document.source, document.ids) for document in unanswered]
     key = sha256_of(
-        json.dumps(backbone.fingerprint, sort_keys=True),
+        json.dumps(backbone.identity, sort_keys=True),
         json.dumps([ids for _, ids in prompts]),
         f"{config.answer_tokens} {config.sampled_share} {config.temperature} {config.answer_batch or GROUP} {config.data_seed}",
     )
-    path = user_cache_dir() / "answers" / f"{key[:24]}.jsonl"
+    path = kept_path("answers", f"{key[:24]}.jsonl")
     answers = _read_answers(path, len(prompts), backbone.vocab_size)
     answer_chunk: Answer | None = None
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,10 +72,9 @@ def _read_answers(path: Path, prompts: int, vocab_size: int) -> dict[int, list[i
                 break
             whole += len(line)
             with contextlib.suppress(ValueError, BundleError):
-                record = parse_json(line.decode("utf-8"))
-                require_form(record, AnswerForm, str(path))
-                if record["index"] < prompts and all(token < vocab_size for token in record["answer"]):
-                    answers[record["index"]] = record["answer"]
+                found = require_form(parse_json(line.decode("utf-8")), AnswerForm, str(path))
+                if found.index < prompts and all(token < vocab_size for token in found.answer):
+                    answers[found.index] = found.answer
         file.truncate(whole)
     return answers
 

@@ -1,10 +1,10 @@
-"""Answering many prompts together on a GPU: hundreds of rows, decoding steps recorded, nothing read back but what ended.
+"""Answering many prompts together on a GPU: hundreds of rows, decoding steps recorded, only ends of texts read back.
 
-Memory stands still: keys and values for so many rows, and the texts as token ids [rows, capacity]. A step reads the token
-at `position` of each row, runs the blocks, and writes the next token behind it, chosen or sampled on the device. Running a
-step twice does what running it once does, so a recorder may run it to warm up. The host counts `position` forward, draws
-the noise of a sampled step before it, and looks for end tokens now and then: rows that have ended are dropped when the
-others fit into the next smaller size.
+Memory stands still: keys and values for so many rows, and the texts as token ids [rows, capacity]. A step reads the
+token at `position` of each row, runs the blocks, and writes the next token behind it, chosen or sampled on the device.
+Running a step twice does what running it once does, so a recorder may run it to warm up. The host counts `position`
+forward, draws the noise of a sampled step before it, and looks for end tokens now and then: rows that have ended are
+dropped when the others fit into the next smaller size.
 
 A recording is bound to the number of rows and of keys that it reads. Both come in few sizes, so that recordings serve
 again, and short texts do not pay for long buffers.
@@ -70,7 +70,7 @@ class RecordedAnswers:
         temperature: float | None = None,
         generator: torch.Generator | None = None,
     ) -> list[list[int]]:
-        """As `batched.answer_together`, in as many parts as the memory asks for."""
+        """As `answers.answer_together`, in as many parts as the memory asks for."""
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         answers: list[list[int]] = [[] for _ in prompts]
         is_gpu = self.blocks.backbone.device.type == "cuda"
@@ -263,8 +263,8 @@ class _Batch:
     def choose(self, states: Tensor, count: int) -> Tensor:
         """The next token of the first `count` rows after the last block's states [count, hidden].
 
-        Sampled ones by the Gumbel trick: -log of an exponential variable is one of Gumbel's, and the token with the largest
-        logit / temperature + noise is a draw from the distribution (Maddison et al. 2014).
+        Sampled ones by the Gumbel trick: -log of an exponential variable is one of Gumbel's, and the token with the
+        largest logit / temperature + noise is a draw from the distribution (Maddison et al. 2014).
         """
         blocks = self.rows.blocks
         logits = blocks.logits(blocks.final_norm(states))

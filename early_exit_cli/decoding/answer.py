@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -9,7 +10,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from early_exit_cli.decoding.loop import decode
@@ -20,6 +20,8 @@ from early_exit_cli.engine import DEFAULT_WIDTH, Engine
 from early_exit_cli.numerics import synchronize
 
 REPLACEMENT = "\ufffd"
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
+"""How byte fallback names a byte."""
 
 
 @dataclass(frozen=True)
@@ -64,32 +66,58 @@ class Generation:
 
 
 class TextStream:
-    """Token ids to text, piece by piece; never half a character, and the pieces joined are the final text."""
+    """Token ids to text, piece by piece; never half a character, and the pieces joined are the final text.
+
+    A piece is what a token adds to the text of the tokens of the piece before it. It waits while a character may be
+    incomplete: where the text ends in U+FFFD, or in a byte token, since a decoder with byte fallback shows a run of
+    bytes as a whole. Bytes that are no text become U+FFFD, as the tokenizer decodes them.
+    """
 
     def __init__(self, engine: Engine) -> None:
-        self.tokenizer = engine.backbone.tokenizer
-        self.known = len(self.tokenizer)
-        self.stream = DecodeStream(skip_special_tokens=True)
+        tokenizer = engine.backbone.tokenizer
+        self.decoder, self.known = tokenizer.backend_tokenizer, len(tokenizer)
+        added = self.decoder.get_added_tokens_decoder()
+        self.silent = {number for number, token in added.items() if token.special}
         self.ids: list[int] = []
         self.text = ""
+        self.window: list[int] = []
+        """Tokens of the last piece, and of the one to come."""
+        self.before = 0
+        """How many of the window's tokens are of the last piece."""
+        self.shown = ""
+        """Their text."""
 
     def push(self, tokens: list[int]) -> str:
         """Text that became certain with these tokens."""
-        pieces = []
-        for token in tokens:
-            self.ids.append(token)
-            if token < self.known:  # padded vocabularies hold rows without a token
-                pieces.append(self.stream.step(self.tokenizer.backend_tokenizer, token) or "")
-        piece = "".join(pieces)
-        self.text += piece
+        self.ids += tokens
+        pieces = [
+            self._add(token) for token in tokens if token < self.known
+        ]  # padded vocabularies hold rows without one
+        self.text += "".join(pieces)
+        return "".join(pieces)
+
+    def _add(self, token: int) -> str:
+        self.window.append(token)
+        text = self._decoded(self.window)
+        may_go_on = token in self.silent or text.endswith(REPLACEMENT) or BYTE_TOKEN.fullmatch(self._name(token))
+        if may_go_on or len(text) <= len(self.shown):
+            return ""
+        piece = text[len(self.shown) :]
+        self.window = self.window[self.before :]
+        self.before, self.shown = len(self.window), self._decoded(self.window)
         return piece
 
     def finish(self) -> str:
         """What is left; a character whose bytes never became complete is dropped."""
-        whole = self.tokenizer.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        rest = whole[len(self.text) :].rstrip(REPLACEMENT) if whole.startswith(self.text) else ""
+        rest = self._decoded(self.window)[len(self.shown) :].rstrip(REPLACEMENT)
         self.text += rest
         return rest
+
+    def _decoded(self, ids: list[int]) -> str:
+        return self.decoder.decode(ids, skip_special_tokens=True)
+
+    def _name(self, token: int) -> str:
+        return self.decoder.id_to_token(token) or ""
 
 
 def generate(

@@ -3,36 +3,38 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from early_exit_cli.bundle.files import RECORD_FILE, read_bundle_record
+from pydantic import Field, Strict
+
+from early_exit_cli.bundle.files import RECORD_FILE, read_bundle_record, record_json
 from early_exit_cli.drafting.suffix_automaton import PRIOR, SHORTEST
 from early_exit_cli.errors import BundleError
 from early_exit_cli.files.atomic import write_json
-from early_exit_cli.files.schemas import DraftingForm, require_form
+from early_exit_cli.files.forms import Form, Share
+from early_exit_cli.files.schemas import RecordForm, require_form
 
 
-@dataclass(frozen=True)
-class Survival:
+class Survival(Form):
     """P(the backbone agrees | entropy H, it agreed so far) = sigmoid(intercept + slope H) at one draft position.
 
     mean: the same without knowing the entropy. entropies: some entropies (nats) that stand for those to be met, equally
     many for each; none where calibration has not kept them.
     """
 
-    intercept: float
-    slope: float
-    mean: float
-    entropies: tuple[float, ...] = ()
+    intercept: float = Field(ge=-1e6, le=1e6)
+    slope: float = Field(ge=-1e6, le=1e6)
+    mean: Share
+    entropies: Annotated[tuple[Annotated[float, Field(ge=0.0, le=1e3)], ...], Strict(False)] = Field(
+        default=(), max_length=64
+    )
 
     def at(self, uncertainty: float) -> float:
         return 1 / (1 + math.exp(min(-(self.intercept + self.slope * uncertainty), 700.0)))
 
 
-@dataclass(frozen=True)
-class DraftChances:
+class DraftChances(Form):
     """What drafts are worth.
 
     lookup: P(next token right) by kind of match (`lookup.SHORTEST`). eagle: by draft position, empty without such a
@@ -40,47 +42,32 @@ class DraftChances:
     exit_temperature, eagle_temperature: of sampled drafts, times the text's own.
     """
 
-    lookup: list[float]
+    lookup: list[Share]
     eagle: list[Survival]
-    checked: list[tuple[float, float]]
-    exit_temperature: float = 1.0
-    eagle_temperature: float = 1.0
-
-    def record(self) -> dict[str, Any]:
-        """As JSON."""
-        return asdict(self)
+    checked: list[Annotated[tuple[Share, Share], Strict(False)]]  # JSON has lists only
+    exit_temperature: float = Field(gt=0.0, default=1.0)
+    eagle_temperature: float = Field(gt=0.0, default=1.0)
 
 
-def draft_chances_of(record: dict[str, Any]) -> DraftChances:
-    """The policy in a bundle's record; a default one where it was not calibrated.
+def draft_chances_of(record: RecordForm | None) -> DraftChances:
+    """The chances in a bundle's record; default ones where it was not calibrated.
 
     Raises:
         BundleError: damaged.
     """
-    found = record.get("drafting")
-    if found is None:
-        return DraftChances(list(PRIOR), [], [])
-    require_form(found, DraftingForm, "the bundle's drafting record is damaged")
-    if len(found["lookup"]) != len(SHORTEST):
+    if record is None or record.drafting is None:
+        return DraftChances(lookup=list(PRIOR), eagle=[], checked=[])
+    found = require_form(record.drafting, DraftChances, "the bundle's drafting record is damaged")
+    if len(found.lookup) != len(SHORTEST):
         raise BundleError(
-            f"the bundle's drafting record is damaged: {len(found['lookup'])} chances for {len(SHORTEST)} kinds of match",
+            f"the bundle's drafting record is damaged: {len(found.lookup)} chances for {len(SHORTEST)} kinds of match",
             hint="make it again with eexit calibrate",
         )
-    return DraftChances(
-        found["lookup"],
-        [_survival(entry) for entry in found["eagle"]],
-        [(agreed, expected) for agreed, expected in found["checked"]],
-        *(found.get(f"{kind}_temperature", 1.0) for kind in ("exit", "eagle")),
-    )
-
-
-def _survival(entry: dict[str, Any]) -> Survival:
-    entropies = tuple(entry.get("entropies", ()))
-    return Survival(entry["intercept"], entry["slope"], entry["mean"], entropies)
+    return found
 
 
 def save_draft_chances(chances: DraftChances, folder: Path) -> None:
     """Into the bundle's eexit.json."""
-    record = read_bundle_record(folder)
-    record["drafting"] = chances.record()
-    write_json(folder / RECORD_FILE, record)
+    read_bundle_record(folder)  # refuse a damaged one
+    path = folder / RECORD_FILE
+    write_json(path, {**record_json(path), "drafting": chances.model_dump()})

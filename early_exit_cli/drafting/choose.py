@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
+from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.config import DYNAMIC_LENGTH, InferenceConfig
 from early_exit_cli.drafting.auto import AutoDrafter
 from early_exit_cli.drafting.chances import draft_chances_of
@@ -16,20 +16,11 @@ from early_exit_cli.drafting.exit import DynamicDrafter, ExitDrafter, FixedDraft
 from early_exit_cli.drafting.lookup import LookupDrafter
 from early_exit_cli.drafting.round_costs import NEED
 from early_exit_cli.engine import Engine, default_width
-from early_exit_cli.errors import BundleError
+from early_exit_cli.errors import BundleError, DataError
 from early_exit_cli.files.atomic import read_text
+from early_exit_cli.files.schemas import HeadSet
 from early_exit_cli.heads.uncertainty import level_key
 from early_exit_cli.runtime.blocks import LARGEST_WIDTH
-
-
-@dataclass(frozen=True)
-class HeadSet:
-    """A set of heads at one level: for each, the share of tokens that exit there (after those before it in the set
-    declined) and how many of these agree with the backbone."""
-
-    heads: list[int]
-    exit_share: list[float]
-    agreement: list[float]
 
 
 def expected_rate(
@@ -73,7 +64,7 @@ def choose_heads(engine: Engine, level: float, width: int, costs: Costs | None =
     """
     if engine.heads is None:
         return []
-    counted = engine.record.get("calibration", {}).get("head_sets", {}).get(level_key(level))
+    counted = None if engine.record is None else engine.record.calibration.head_sets.get(level_key(level))
     if not counted:
         return list(range(len(engine.heads)))
     width = min(width, engine.blocks.widths[-1])
@@ -81,8 +72,7 @@ def choose_heads(engine: Engine, level: float, width: int, costs: Costs | None =
     widths = widths if widths[-1] >= width else [*widths, engine.blocks.pass_width(width)]
     costs = costs or cost_table(engine)
     best, best_rate = [], NEED / costs.plain(engine.blocks.num_blocks, min(widths))
-    for entry in counted:
-        choice = HeadSet(entry["heads"], entry["exit_share"], entry["agreement"])
+    for choice in counted:
         rate = expected_rate(costs, choice, engine.heads.exit_layers, engine.blocks.num_blocks, widths, width)
         if rate > best_rate:
             best, best_rate = choice.heads, rate
@@ -98,8 +88,21 @@ def lookup_drafter(engine: Engine, corpus: Path | None = None) -> LookupDrafter:
     Raises:
         DataError: it cannot be read.
     """
-    text = None if corpus is None else Corpus(engine.backbone.tokenizer(read_text(corpus))["input_ids"])
+    text = None if corpus is None else Corpus(corpus_tokens(engine.backbone, corpus))
     return LookupDrafter(pass_costs(cost_table(engine), engine.blocks), draft_chances_of(engine.record).lookup, text)
+
+
+def corpus_tokens(backbone: Backbone, corpus: Path) -> list[int]:
+    """Token ids of a text file.
+
+    Raises:
+        DataError: it cannot be read, or holds a token that the model has no embedding of.
+    """
+    ids: list[int] = backbone.tokenizer(read_text(corpus))["input_ids"]
+    fault = backbone.unknown_token(ids)
+    if fault is not None:
+        raise DataError(f"{corpus} holds {fault}", hint="leave that token out of the text")
+    return ids
 
 
 def eagle_drafter(engine: Engine) -> EagleDrafter:

@@ -13,16 +13,17 @@ import functools
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
+from pydantic import Field, Strict
 from torch import Tensor
 
 from early_exit_cli.engine import Engine
 from early_exit_cli.errors import BundleError
-from early_exit_cli.files.atomic import write_json
-from early_exit_cli.files.schemas import CostsForm, read_form
+from early_exit_cli.files.atomic import keep_json
+from early_exit_cli.files.forms import Form
+from early_exit_cli.files.schemas import read_form
 from early_exit_cli.heads.eagle import EagleHead
 from early_exit_cli.heads.exit_runner import ExitRunner
 from early_exit_cli.heads.native_eagle import eagle_runner
@@ -40,27 +41,32 @@ Call = Callable[[], Any]
 Key = TypeVar("Key")
 
 
-@dataclass(frozen=True)
-class Costs:
+Width = Annotated[int, Strict(False)]  # a key of a JSON object is text
+Cost = Annotated[float, Field(gt=0.0)]
+
+
+class Costs(Form, extra="forbid"):
     """Milliseconds on this device, by width: one block over CONTEXT keys and over FAR_CONTEXT, final norm and LM head;
     for reading one head of one row; and of the EAGLE head, for reading what a pass verified and for a step of its own,
     each with its choice. All is timed where it runs: the finish after the blocks, whose weights have driven the LM head's out
     of the caches, reading right after a pass, a step after reading, which has brought the head's weights into them."""
 
-    per_block: dict[int, float]
-    per_block_far: dict[int, float]
-    finish: dict[int, float]
-    head: float
-    eagle_read: float = 0.0
-    eagle_step: float = 0.0
+    per_block: dict[Width, Cost]
+    per_block_far: dict[Width, Cost]
+    finish: dict[Width, Cost]
+    head: float = Field(ge=0.0)
+    eagle_read: float = Field(ge=0.0)
+    eagle_step: float = Field(ge=0.0)
 
     def plain(self, num_blocks: int, width: int) -> float:
         """A pass through the whole backbone."""
         return self.per_block[width] * num_blocks + self.finish[width]
 
 
-BY_WIDTH = ("per_block", "per_block_far", "finish")
-"""The fields of `Costs` that are tables."""
+class CostsForm(Form):
+    """What is kept of a measurement."""
+
+    costs: Costs
 
 
 def cost_table(engine: Engine, *, refresh: bool = False) -> Costs:
@@ -80,12 +86,12 @@ def cost_table(engine: Engine, *, refresh: bool = False) -> Costs:
     path = measurement_path("costs", identity)
     widths = sorted({1, *engine.blocks.widths})
     if not refresh:
-        with contextlib.suppress(BundleError, KeyError):  # nothing there, or damaged: measured again
-            found = read_form(path, CostsForm)["costs"]
-            by_width = {name: {width: found[name][str(width)] for width in widths} for name in BY_WIDTH}
-            return Costs(**{**found, **by_width})
+        with contextlib.suppress(BundleError):  # nothing there, or damaged: measured again
+            found = read_form(path, CostsForm).costs
+            if all({*widths} <= {*table} for table in (found.per_block, found.per_block_far, found.finish)):
+                return found
     costs = measure_costs(engine, widths)
-    write_json(path, {"costs": asdict(costs), **identity})
+    keep_json(path, {"costs": costs.model_dump(), **identity})
     return costs
 
 
@@ -131,8 +137,12 @@ def measure_costs(engine: Engine, widths: list[int]) -> Costs:
         return never_falling({width: times[kind, width] / parts for width in widths})
 
     return Costs(
-        *(table("near", blocks.num_blocks), table("far", blocks.num_blocks), table("finish", 1)),
-        *(times.get((kind, 1), 0.0) for kind in ("head", "read", "step")),
+        per_block=table("near", blocks.num_blocks),
+        per_block_far=table("far", blocks.num_blocks),
+        finish=table("finish", 1),
+        head=times.get(("head", 1), 0.0),
+        eagle_read=times.get(("read", 1), 0.0),
+        eagle_step=times.get(("step", 1), 0.0),
     )
 
 

@@ -157,7 +157,7 @@ class _Transformers:
         if kind == "transformers-lookup":
             self.options["prompt_lookup_num_tokens"] = LOOKUP_TOKENS
         if kind == "transformers-early-exit":
-            first = read_bundle_config(bundle_folder(setup.bundle))["head_layer_indices"][0]
+            first = read_bundle_config(bundle_folder(setup.bundle)).head_layer_indices[0]
             self.options["assistant_early_exit"] = first + 1
 
     def answer(self, prompt_ids: list[int], max_tokens: int) -> Answer:

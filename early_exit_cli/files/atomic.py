@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import hashlib
 import json
@@ -62,6 +63,15 @@ def write_text(path: Path, text: str) -> None:
     write_atomic(path, write)
 
 
+def keep_json(path: Path, value: Any) -> bool:
+    """`write_json` of what can be made again: whether it could be written, for a full disk stops nobody's answer."""
+    try:
+        write_json(path, value)
+    except OSError:
+        return False
+    return True
+
+
 def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
     """Write one JSON object a line, atomically."""
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -85,14 +95,24 @@ def parse_json(text: str) -> Any:
     return value
 
 
+def decoded(data: bytes) -> str:
+    """Text in UTF-8, or in UTF-16 behind its byte order mark; without the mark, and every line end as `\\n`.
+
+    Raises:
+        UnicodeDecodeError: it is neither.
+    """
+    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    return data.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
+
+
 def read_text(path: Path) -> str:
-    """A text file in UTF-8.
+    """A text file, as `decoded` reads it.
 
     Raises:
         DataError: it cannot be read.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return decoded(path.read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path}: {error}") from error
 
@@ -104,7 +124,7 @@ def read_json(path: Path) -> dict[str, Any]:
         BundleError: missing, unreadable, or not an object.
     """
     try:
-        value = parse_json(path.read_text(encoding="utf-8"))
+        value = parse_json(decoded(path.read_bytes()))
     except FileNotFoundError:
         raise BundleError(f"no file {path}") from None
     except (OSError, ValueError) as error:
@@ -115,16 +135,24 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary sibling folder that becomes `path` when the block ends well, and vanishes when it does not."""
+def atomic_folder(path: Path, *, keep: bool = False) -> Iterator[Path]:
+    """A temporary sibling folder that becomes `path` when the block ends well, and vanishes when it does not.
+
+    Args:
+        keep: what is at `path` by then stays, since another process made the same and may be reading it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
     try:
         yield temporary
         os.chmod(temporary, 0o755)
-        if path.exists():
+        if path.exists() and not keep:
             shutil.rmtree(path)
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            if not (keep and path.is_dir()):
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

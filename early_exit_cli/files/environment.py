@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import importlib.metadata
 import os
 import platform
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +20,56 @@ RECORDED_PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "dat
 
 
 def user_cache_dir() -> Path:
-    """Where converted models, on-policy answers and measurements are kept: `EEXIT_HOME`, else `~/.cache/eexit`."""
+    """Where converted models, on-policy answers and measurements are kept: `EEXIT_HOME`, else `~/.cache/eexit`.
+
+    Where there is no home, as for an unknown user in a container, it is a folder of this process alone.
+    """
     root = os.environ.get("EEXIT_HOME")
     if root:
-        return Path(root)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "eexit"
+        return Path(root).expanduser()
+    caches = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if caches.is_absolute():  # the specification says to ignore any other
+        return caches / "eexit"
+    try:
+        home = Path.home()
+    except RuntimeError:
+        home = Path()
+    return home / ".cache" / "eexit" if home.is_absolute() else _folder_of_process()
+
+
+def kept_path(*parts: str) -> Path:
+    """The place of something that is kept in the user's cache folder, or would be.
+
+    Where that folder cannot be written, what is there already is still read; anything else goes to a folder of this
+    process alone, and `unsaved` says so.
+    """
+    path = user_cache_dir().joinpath(*parts)
+    return path if path.exists() or _can_write(user_cache_dir()) else _folder_of_process().joinpath(*parts)
+
+
+def unsaved() -> str | None:
+    """What to tell a person where this process could keep nothing; None where it could, or had nothing to keep."""
+    if not _folder_of_process.cache_info().currsize:
+        return None
+    return "nothing was kept for the next time: there is no cache folder that can be written; name one with EEXIT_HOME"
+
+
+@functools.cache
+def _can_write(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+@functools.cache
+def _folder_of_process() -> Path:
+    """A folder that nobody else may enter, removed when the process ends."""
+    folder = tempfile.mkdtemp(prefix="eexit-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def versions() -> dict[str, str]:

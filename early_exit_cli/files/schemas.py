@@ -1,28 +1,26 @@
-"""What must stand in the JSON files that we read, a model for each; checked where a file is read, never later.
+"""The JSON files that we read, a model for each, checked where a file is read, never later.
 
-Nothing is converted: a number in quotes is a fault, and so are NaN and infinity. Keys that nobody here reads are left alone.
+Here are those of several folders. What one folder reads alone stands there: `hidden_states.manifest`, `drafting.chances`,
+`drafting.costs`.
 """
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from early_exit_cli.config import DataConfig, Quantization, UncertaintyMetric
 from early_exit_cli.errors import BundleError, EexitError, shown
 from early_exit_cli.files.atomic import read_json
+from early_exit_cli.files.forms import Absent, Count, Form, Name, Positive, Share, require_ascending
 
 FORMAT_VERSION = 1
 """Of bundles and of caches."""
-Count = Annotated[int, Field(ge=0, le=2**53)]
-Positive = Annotated[int, Field(gt=0, le=2**53)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Cost = Annotated[float, Field(gt=0.0)]
-Name = Annotated[str, Field(min_length=1, max_length=1000, pattern=r"^[^\x00]*$")]
-Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+DECLARED = ("hidden_size", "vocab_size", "num_hidden_layers", "quantization")
+"""What config.json says of the backbone: of heads made elsewhere, all that is known of its fingerprint."""
+Read = TypeVar("Read", bound=Form)
 
 
 def _known(version: int) -> int:
@@ -32,18 +30,6 @@ def _known(version: int) -> int:
 
 
 Version = Annotated[int, Field(ge=1), AfterValidator(_known)]
-
-
-class Form(BaseModel):
-    """Base of all."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False, protected_namespaces=())
-
-
-def require_ascending(numbers: list[int], below: int, what: str) -> None:
-    """Refuse numbers that do not rise, or that are not all between 0 and `below` - 1."""
-    if any(b <= a for a, b in itertools.pairwise(numbers)) or (numbers and not 0 <= numbers[0] <= numbers[-1] < below):
-        raise ValueError(f"{what} must be ascending, between 0 and {below - 1}")
 
 
 class TrainingSettings(Form):
@@ -64,6 +50,11 @@ class BundleForm(Form):
     num_hidden_layers: Positive
     training_config: TrainingSettings | None = None
 
+    @property
+    def declared(self) -> dict[str, Any]:
+        """The keys `DECLARED` and their values."""
+        return {key: getattr(self, key) for key in DECLARED}
+
     @model_validator(mode="after")
     def _layers_fit(self) -> BundleForm:
         layers = self.head_layer_indices
@@ -74,21 +65,25 @@ class BundleForm(Form):
 
 
 class Statistics(Form):
-    """A head in calibration.json."""
+    """A head in calibration.json. What is `Any`, here and in `CalibrationForm`, we write for DSSD's loader and never read."""
 
+    mean_uncertainty: Any = None
+    std_uncertainty: Any = None
     overall_accuracy: Share | None = None
     num_samples: Count = 0
 
 
 class CalibrationForm(Form):
-    """calibration.json, as far as thresholds go; `hub.check_calibration` asks for the rest."""
+    """calibration.json: the keys that DSSD's loader takes, by keyword, no more and no less. Heads are used where only the
+    thresholds are there; `push.check_calibration` asks for the rest."""
 
+    model_config_path: Any = None
     calibration_dataset: str = ""
     calibration_samples: Count = 0
     uncertainty_metric: UncertaintyMetric = "entropy"
     accuracy_levels: list[Share]
     thresholds: dict[str, dict[str, float]]
-    statistics: dict[str, Statistics] = {}
+    statistics: dict[str, Statistics] = Field(default_factory=dict)
 
 
 class Heads(Form):
@@ -114,7 +109,8 @@ class Training(Form):
 
 
 class HeadSet(Form):
-    """A set of heads, the share of tokens that exits at each, and their agreement."""
+    """A set of heads at one level: for each, the share of tokens that exit there (after those before it in the set
+    declined) and how many of these agree with the backbone."""
 
     heads: list[Count] = Field(min_length=1)
     exit_share: list[Share]
@@ -131,15 +127,15 @@ class CalibratedHead(Form):
     """What calibration found of a head, at each level."""
 
     agreement: Share | None = None
-    coverage: dict[str, Share] = {}
-    agreement_at: dict[str, Share | None] = {}
+    coverage: dict[str, Share] = Field(default_factory=dict)
+    agreement_at: dict[str, Share | None] = Field(default_factory=dict)
 
 
 class CalibrationRecord(Form):
     """`calibration` of eexit.json."""
 
-    heads: list[CalibratedHead] = []
-    head_sets: dict[str, list[HeadSet]] = {}
+    heads: list[CalibratedHead] = Field(default_factory=list)
+    head_sets: dict[str, list[HeadSet]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _of_these_heads(self) -> CalibrationRecord:
@@ -156,15 +152,16 @@ class Imported(Form):
 
 
 class RecordForm(Form):
-    """eexit.json of a bundle."""
+    """eexit.json of a bundle. `drafting` is checked by who drafts (`chances.draft_chances_of`): the heads work without."""
 
     format_version: Version = FORMAT_VERSION
     fingerprint: dict[str, str | int]
     heads: Heads | None = None
-    eagle: Eagle = Field(default=None)  # type: ignore[assignment]  # absent, never null
+    eagle: Annotated[Eagle | None, Absent] = None
     training: Training = Training()
     calibration: CalibrationRecord = CalibrationRecord()
-    imported: Imported = Field(default=None)  # type: ignore[assignment]
+    drafting: Any = None
+    imported: Annotated[Imported | None, Absent] = None
 
 
 class CalibrationBeside(Form):
@@ -173,131 +170,8 @@ class CalibrationBeside(Form):
     calibration: CalibrationRecord = CalibrationRecord()
 
 
-class Survival(Form):
-    """`eagle_drafter.Survival`."""
-
-    intercept: float = Field(ge=-1e6, le=1e6)
-    slope: float = Field(ge=-1e6, le=1e6)
-    mean: Share
-    entropies: Annotated[list[Annotated[float, Field(ge=0.0, le=1e3)]], Strict(False)] = Field(
-        default=[], max_length=64
-    )
-
-
-class DraftingForm(Form):
-    """`drafting` of eexit.json (`policy.DraftChances`)."""
-
-    lookup: list[Share]
-    eagle: list[Survival]
-    exit_temperature: float = Field(gt=0.0, default=1.0)
-    eagle_temperature: float = Field(gt=0.0, default=1.0)
-    checked: list[Annotated[tuple[Share, Share], Strict(False)]]  # JSON has lists only
-
-
-class Shard(Form):
-    """A shard of a cache."""
-
-    file: str = Field(pattern=r"^(train|eval)-[0-9]{5,9}\.safetensors$")
-    split: Literal["train", "eval"]
-    first: Count
-    last: Positive
-    tokens: Positive
-    text: str
-    bytes: Positive
-    sha256: Hash
-    checked: Count = 0
-    agreed: Count = 0
-
-    @model_validator(mode="after")
-    def _sizes_fit(self) -> Shard:
-        if not 0 < self.last - self.first <= self.tokens <= self.bytes:
-            raise ValueError("a shard has at least a sequence, a token for each, and a byte for each of these")
-        return self
-
-
-class BlockShape(BaseModel):
-    """`backbone.LastBlock` without its weights; nothing else, since it is made of exactly these."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
-    query_heads: Positive
-    kv_heads: Positive
-    head_dim: Positive
-    inner: Positive
-    activation: str
-    rope_theta: float = Field(gt=0.0)
-
-
-class LogitMapForm(BaseModel):
-    """`readout.LogitMap`; nothing else, since one is made of exactly these."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
-    divisor: float = Field(gt=0.0, default=1.0)
-    cap: float | None = Field(gt=0.0, default=None)
-
-
-class Readout(Form):
-    """The readout of a cache."""
-
-    sha256: Hash
-
-
-class Request(Form):
-    """What a cache was asked for, as far as anybody asks back."""
-
-    model_name: Name = Field(alias="backbone.model_name")
-    revision: str | None = Field(alias="backbone.revision", default=None)
-    quantization: Quantization = Field(alias="backbone.quantization")
-    store: Literal["bf16", "fp8"] = Field(alias="cache.store")
-    shard_tokens: Positive = Field(alias="cache.shard_tokens")
-    held_out_rows: Positive = Field(alias="cache.held_out_rows")
-
-
-class CacheFingerprint(Form):
-    """The part of a fingerprint that a cache is read by."""
-
-    vocab_size: Positive
-
-
-class ManifestForm(Form):
-    """manifest.json of a cache."""
-
-    format_version: Version
-    request: Request
-    data: DataConfig
-    fingerprint: CacheFingerprint
-    layers: list[Count] = Field(min_length=1)
-    hidden_size: Positive
-    num_blocks: Positive
-    norm_eps: float = Field(gt=0.0)
-    eos_token_ids: list[Count]
-    store: Literal["bf16", "fp8"]
-    max_length: Positive
-    available_sequences: Positive
-    complete: bool
-    shards: list[Shard]
-    last_block: BlockShape | None = None
-    norm_subtracts_mean: bool = False
-    logit_map: LogitMapForm = Field(default=None)  # type: ignore[assignment]
-    readout: Readout = Field(default=None)  # type: ignore[assignment]
-
-    @model_validator(mode="after")
-    def _belongs_together(self) -> ManifestForm:
-        require_ascending(self.layers, self.num_blocks, "layers")
-        if any(token >= self.fingerprint.vocab_size for token in self.eos_token_ids):
-            raise ValueError("an end token is not in the vocabulary")
-        names = [shard.file for shard in self.shards]
-        if len(set(names)) < len(names):
-            raise ValueError("a shard stands there twice")
-        if self.complete:
-            for split in ("train", "eval"):
-                ends = [0, *(end for shard in self.shards if shard.split == split for end in (shard.first, shard.last))]
-                if len(ends) == 1 or any(a != b for a, b in zip(ends[::2], ends[1::2], strict=False)):
-                    raise ValueError(f"sequences of the {split} text are missing between its shards")
-        return self
-
-
 class WidthsForm(Form):
-    """What `runners.measure_widths` found."""
+    """What `invariant_widths.measure_widths` found."""
 
     widths: list[int] = Field(min_length=1)
     is_invariant: bool
@@ -309,24 +183,6 @@ class WidthsForm(Form):
         for name in ("widths", "argmax_widths"):
             require_ascending([0, *getattr(self, name)], 1 << 20, name)
         return self
-
-
-class CostTable(BaseModel):
-    """`costs.Costs`; nothing else, since one is made of exactly these."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
-    per_block: dict[str, Cost]
-    per_block_far: dict[str, Cost]
-    finish: dict[str, Cost]
-    head: float = Field(ge=0.0)
-    eagle_read: float = Field(ge=0.0)
-    eagle_step: float = Field(ge=0.0)
-
-
-class CostsForm(Form):
-    """What `costs.measure_costs` found."""
-
-    costs: CostTable
 
 
 class AnswerForm(Form):
@@ -395,7 +251,7 @@ class BenchEnvironment(Form):
     processor: str
     max_tokens: Positive
     repeats: Positive
-    versions: dict[str, str] = {}
+    versions: dict[str, str] = Field(default_factory=dict)
     bundle: Source = Source()
 
 
@@ -418,25 +274,23 @@ KINDS = {
 """Pydantic's kinds of faults, in the words of a JSON file."""
 
 
-def read_form(path: Path, form: type[BaseModel], error: type[EexitError] = BundleError) -> dict[str, Any]:
+def read_form(path: Path, form: type[Read], error: type[EexitError] = BundleError) -> Read:
     """Read a JSON object and check it.
 
     Raises:
         BundleError or `error`: missing, damaged, or not of that form; the first fault is named.
     """
-    value = read_json(path)
-    require_form(value, form, str(path), error)
-    return value
+    return require_form(read_json(path), form, str(path), error)
 
 
-def require_form(value: Any, form: type[BaseModel], source: str, error: type[EexitError] = BundleError) -> None:
-    """Refuse a JSON value that is not of the form, naming `source`, the place and what stands there.
+def require_form(value: Any, form: type[Read], source: str, error: type[EexitError] = BundleError) -> Read:
+    """A JSON value in its form, or a refusal that names `source`, the place and what stands there.
 
     Raises:
         error
     """
     try:
-        form.model_validate(value)
+        return form.model_validate(value)
     except ValidationError as fault:
         raise error(f"{source}: {describe(fault)}") from None
 

@@ -1,7 +1,8 @@
 """The EAGLE head on an NVIDIA GPU: reading what was verified and all its steps as one CUDA graph, read back once.
 
-Every step's token goes into the next one on the device. How far the chain goes is chosen before it runs; how much of it is
-proposed, when its entropies are known. Drafts may be approximate, so the block's products are in NF4 (docs/decisions/0019).
+Every step's token goes into the next one on the device. How far the chain goes is chosen before it runs; how much of it
+is proposed, when its entropies are known. Drafts may be approximate, so the block's products are in NF4
+(docs/decisions/0019).
 """
 
 from __future__ import annotations

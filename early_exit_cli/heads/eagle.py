@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from early_exit_cli.backbone.output import AttentionShape, BackboneView, LastBlock
+from early_exit_cli.backbone.output import AttentionShape, BackboneView, BlockShape
 from early_exit_cli.files.atomic import write_atomic
 from early_exit_cli.heads.attention import rotary, rotate
 from early_exit_cli.heads.exit_heads import DRAFT_VOCAB, read_tensors, require_tensors
@@ -42,7 +42,7 @@ class Attention(nn.Module):
 class GatedMLP(nn.Module):
     """[*, hidden] -> [*, hidden]."""
 
-    def __init__(self, hidden: int, shape: LastBlock) -> None:
+    def __init__(self, hidden: int, shape: BlockShape) -> None:
         super().__init__()
         from transformers.activations import ACT2FN
 
@@ -59,7 +59,7 @@ class GatedMLP(nn.Module):
 class Block(nn.Module):
     """One decoder block whose attention reads the normed embedding beside the normed state."""
 
-    def __init__(self, hidden: int, shape: LastBlock, eps: float) -> None:
+    def __init__(self, hidden: int, shape: BlockShape, eps: float) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(hidden, eps)  # of the embedding
         self.hidden_norm = nn.RMSNorm(hidden, eps)
@@ -80,7 +80,7 @@ class EagleHead(nn.Module):
 
     def __init__(self, view: BackboneView, layers: Sequence[int], draft_vocab: Tensor | None) -> None:
         super().__init__()
-        hidden, eps, shape = view.hidden_size, view.final_norm.eps, view.last_block
+        hidden, eps, shape = view.hidden_size, view.final_norm.eps, view.last_block.shape
         self.exit_layers = [layer + 1 for layer in layers]
         self.fc_norm = nn.ModuleList(nn.RMSNorm(hidden, eps) for _ in layers)
         self.fc = nn.Linear((len(layers) + 1) * hidden, hidden, bias=False)

@@ -170,7 +170,7 @@ class ExitHeads(nn.Module):
         make: dict[str, Callable[[], nn.Module]] = {
             "linear": lambda: LinearHead(hidden, vocab, eps),
             "adapter": lambda: AdapterHead(hidden, rank, eps),
-            "attention": lambda: AttentionHead(hidden, rank, eps, view.last_block.attention),
+            "attention": lambda: AttentionHead(hidden, rank, eps, view.last_block.shape.attention),
         }
         if kind not in make:
             raise BundleError(f"heads of kind {kind!r} are unknown here; known: {', '.join(make)}")

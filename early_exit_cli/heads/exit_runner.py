@@ -1,8 +1,8 @@
 """Reading the exit heads over one text, a token at a time: in compiled code where it fits, else in PyTorch.
 
-A head without attention looks at one state. One with attention looks at the text's states after its block as well: those
-of verified tokens, which it is shown, and those of the tokens drafted since. Drafts may be approximate: compiled code
-multiplies in int8, where PyTorch takes the heads' own weights.
+A head without attention looks at one state. One with attention looks at the text's states after its block as well:
+those of verified tokens, which it is shown, and those of the tokens drafted since. Drafts may be approximate: compiled
+code multiplies in int8, where PyTorch takes the heads' own weights.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class Seen:
             self.waiting.append(states[kept:])
 
     def take(self, states: Sequence[Tensor]) -> tuple[Tensor, int]:
-        """A round's states so far, [1, hidden] each -> those that were not read, verified ones first, and their position.
+        """A round's states so far, [1, hidden] each -> those that were not read, verified ones first, and their
+        position.
 
         They count as read from now on.
         """
@@ -104,7 +105,7 @@ class ExitRunner:
         return self.heads.logits(head, torch.cat(list(states[-last:])))
 
     def read(self, head: int, states: Sequence[Tensor], metric: UncertaintyMetric = "entropy") -> float:
-        """How unsure a head is (`gating.uncertainty`) of the last token of a round; `states` as in `logits_of`."""
+        """How unsure a head is (`uncertainty.uncertainty`) of the last token of a round; `states` as in `logits_of`."""
         self.logits = self.logits_of(head, states, 1)
         return float(uncertainty(self.logits, metric))
 
@@ -148,14 +149,14 @@ class NativeExitRunner(ExitRunner):
         return other
 
     def read(self, head: int, states: Sequence[Tensor], metric: UncertaintyMetric = "entropy") -> float:
-        new, position, memory = states[-1].contiguous(), 0, None
+        new, position, buffers = states[-1].contiguous(), 0, None
         if head in self.seen:
             new, position = self.seen[head].take(states)
             cache = cast(NativeHeadCache, self.seen[head].cache)
             cache.reserve(position + len(new))
-            memory = cache.memory
+            buffers = cache.buffers
         results = (self.logits.data_ptr(), self.column, self.entropy, self.confidence)
-        given = (self.weights[head], new.data_ptr(), len(new), position, memory)
+        given = (self.weights[head], new.data_ptr(), len(new), position, buffers)
         if self.code.eexit_read_head(*given, *results, torch.get_num_threads()):
             raise MemoryError
         return self.entropy.value if metric == "entropy" else -self.confidence.value

@@ -74,7 +74,7 @@ class NativeEagle(EagleRunner):
         cache.reserve(position + rows)
         state = torch.empty(1, self.weights.hidden, dtype=torch.bfloat16)
         failed = self.code.eexit_eagle(
-            *(self.weights, states, own, (ctypes.c_int64 * rows)(*tokens), rows, position, cache.memory),
+            *(self.weights, states, own, (ctypes.c_int64 * rows)(*tokens), rows, position, cache.buffers),
             *(state.data_ptr(), self.logits.data_ptr(), self.token, self.entropy, torch.get_num_threads()),
         )
         if failed:

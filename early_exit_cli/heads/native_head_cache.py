@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from early_exit_cli.heads.attention import HeadCache
-from early_exit_cli.runtime.native_code import Memory
+from early_exit_cli.runtime.native_code import KVBuffers
 
 
 class NativeHeadCache(HeadCache):
     """`HeadCache` that compiled code fills."""
 
-    memory: Memory
+    buffers: KVBuffers
 
     def reserve(self, length: int) -> None:
         had = self.keys
         super().reserve(length)
         if self.keys is not had:
-            buffers = (self.keys, self.values, self.cos, self.sin)
-            self.memory = Memory(*(buffer.data_ptr() for buffer in buffers), self.keys.shape[1])
+            tensors = (self.keys, self.values, self.cos, self.sin)
+            self.buffers = KVBuffers(*(tensor.data_ptr() for tensor in tensors), self.keys.shape[1])

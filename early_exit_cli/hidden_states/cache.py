@@ -32,9 +32,10 @@ from early_exit_cli.backbone.output import FinalNorm, LastBlock, LogitMap, no_la
 from early_exit_cli.config import BackboneConfig, CacheConfig, DataConfig, HeadsConfig, TrainingConfig
 from early_exit_cli.errors import BundleError, CacheError, shown
 from early_exit_cli.files.atomic import file_sha256, sha256_of
-from early_exit_cli.files.environment import user_cache_dir
-from early_exit_cli.files.schemas import ManifestForm, read_form
+from early_exit_cli.files.environment import kept_path
+from early_exit_cli.files.schemas import read_form
 from early_exit_cli.hidden_states.cache_checks import LAST_BLOCK, readout_misfit
+from early_exit_cli.hidden_states.manifest import ManifestForm, Shard
 
 MANIFEST, READOUT, SHARDS = "manifest.json", "readout.safetensors", "shards"
 LARGEST_FP8 = 448.0
@@ -98,19 +99,19 @@ class Cache:
             self.manifest = read_form(folder / MANIFEST, ManifestForm)
         except BundleError as error:
             raise CacheError(f"no cache in {folder}: {error.message}", hint="eexit cache extract") from error
-        self.layers: list[int] = self.manifest["layers"]
-        self.shards: list[dict[str, Any]] = self.manifest["shards"]
-        self.tokens = sum(shard["tokens"] for shard in self.shards)
-        self.total_bytes = sum(shard["bytes"] for shard in self.shards)
+        self.layers = self.manifest.layers
+        self.shards = list(self.manifest.shards)
+        self.tokens = sum(shard.tokens for shard in self.shards)
+        self.total_bytes = sum(shard.bytes for shard in self.shards)
 
     @property
     def data(self) -> DataConfig:
         """Where the text came from."""
-        return DataConfig.model_validate(self.manifest["data"])
+        return self.manifest.data
 
     @property
     def is_complete(self) -> bool:
-        return bool(self.manifest["complete"])
+        return self.manifest.complete
 
     def require_complete(self) -> None:
         """Refuse a cache whose extraction was stopped."""
@@ -129,21 +130,20 @@ class Cache:
                     f"{self.path(shard)} is damaged: {what}", hint=f"eexit cache repair --cache-dir {self.folder}"
                 )
 
-    def path(self, shard: dict[str, Any]) -> Path:
-        return self.folder / SHARDS / str(shard["file"])
+    def path(self, shard: Shard) -> Path:
+        return self.folder / SHARDS / shard.file
 
-    def split(self, name: str) -> list[dict[str, Any]]:
-        return [shard for shard in self.shards if shard["split"] == name]
+    def split(self, name: str) -> list[Shard]:
+        return [shard for shard in self.shards if shard.split == name]
 
     def sequences(self) -> int:
-        return sum(shard["last"] - shard["first"] for shard in self.split("train"))
+        return sum(shard.rows for shard in self.split("train"))
 
     def is_shorter_than(self, config: CacheConfig, training: TrainingConfig, world: int) -> bool:
         """Whether the bounds ask for more than is here, and the text has more."""
         found = self.manifest
-        token_bytes = bytes_per_token(found["hidden_size"], len(self.layers), found["store"])
-        available = int(found["available_sequences"])
-        wanted = wanted_sequences(config, training, int(found["max_length"]), token_bytes, available, world)
+        token_bytes = bytes_per_token(found.hidden_size, len(self.layers), found.store)
+        wanted = wanted_sequences(config, training, found.max_length, token_bytes, found.available_sequences, world)
         return wanted > self.sequences()
 
     @cached_property
@@ -153,7 +153,7 @@ class Cache:
     def view(self, device: torch.device) -> StoredView:
         """The backbone's readout, without the backbone."""
         found = self.manifest
-        if "last_block" not in found:
+        if "last_block" not in found.model_fields_set:
             raise CacheError(
                 f"the cache in {self.folder} was begun by an older version and lacks the last block's weights",
                 hint="run eexit cache extract again with the same settings; it adds only these",
@@ -164,28 +164,22 @@ class Cache:
             raise CacheError(f"{self.folder / READOUT} is not this cache's: {what}", hint="eexit cache verify")
         lm_head = tensors["lm_head"].to(device)
         bias = tensors["norm_bias"].to(device) if "norm_bias" in tensors else None
-        shape = found["last_block"]
+        weights = {
+            name.removeprefix(LAST_BLOCK): value.to(device)
+            for name, value in tensors.items()
+            if name.startswith(LAST_BLOCK)
+        }
         return StoredView(
-            name=found["request"]["backbone.model_name"],
-            quantization=found["fingerprint"]["quantization"],
-            fingerprint=found["fingerprint"],
-            eos_token_ids=frozenset(found["eos_token_ids"]),
-            num_blocks=int(found["num_blocks"]),
-            final_norm=FinalNorm(
-                tensors["norm"].to(device), float(found["norm_eps"]), bool(found.get("norm_subtracts_mean")), bias
-            ),
-            logit_map=LogitMap(**found.get("logit_map", {})),
+            name=found.request.model_name,
+            quantization=found.fingerprint.quantization,
+            fingerprint=found.fingerprint.as_json(),
+            eos_token_ids=frozenset(found.eos_token_ids),
+            num_blocks=found.num_blocks,
+            final_norm=FinalNorm(tensors["norm"].to(device), found.norm_eps, found.norm_subtracts_mean, bias),
+            logit_map=found.logit_map or LogitMap(),
             lm_head_weight=lm_head,
             embedding_weight=tensors["embedding"].to(device) if "embedding" in tensors else lm_head,
-            stored_block=shape
-            and LastBlock(
-                **shape,
-                weights={
-                    name.removeprefix(LAST_BLOCK): value.to(device)
-                    for name, value in tensors.items()
-                    if name.startswith(LAST_BLOCK)
-                },
-            ),
+            stored_block=None if found.last_block is None else LastBlock(found.last_block, weights),
         )
 
 
@@ -193,6 +187,10 @@ def bytes_per_token(hidden_size: int, heads: int, store: str) -> int:
     """Bytes of one token: the states after each exit layer and after the last block, and its id, the normalizer."""
     state = hidden_size * 2 if store == "bf16" else hidden_size + 4
     return state * (heads + 1) + 8
+
+
+LATER_SETTINGS = [("data.answer_turns", "first")]
+"""Values that caches were made with before there was a setting: a request does not name them."""
 
 
 def cache_request(backbone: BackboneConfig, heads: HeadsConfig, data: DataConfig, cache: CacheConfig) -> dict[str, Any]:
@@ -208,12 +206,12 @@ def cache_request(backbone: BackboneConfig, heads: HeadsConfig, data: DataConfig
     if path.is_file():
         settings["data.dataset_name"] = path.name
         settings["data.content"] = file_sha256(path)[:16]
-    return settings
+    return {name: value for name, value in settings.items() if (name, value) not in LATER_SETTINGS}
 
 
 def default_folder(request: dict[str, Any]) -> Path:
     """Where the cache of a request stands when no folder is named."""
-    return user_cache_dir() / "states" / sha256_of(json.dumps(request, sort_keys=True))[:24]
+    return kept_path("states", sha256_of(json.dumps(request, sort_keys=True))[:24])
 
 
 def check_request(cache: Cache, request: dict[str, Any]) -> None:
@@ -222,7 +220,7 @@ def check_request(cache: Cache, request: dict[str, Any]) -> None:
     Raises:
         CacheError: every field that differs, with both values.
     """
-    made = cache.manifest["request"]
+    made = cache.manifest.request.as_json()
     differing = [
         f"{shown(key)[1:-1]}: {shown(made.get(key))} there, {request.get(key)!r} asked for"
         for key in sorted({*made, *request})
@@ -273,17 +271,17 @@ def verify(cache: Cache, on_shard: Report | None = None) -> list[Damage]:
     """Check every file against the manifest."""
     found = []
     view = cache.folder / READOUT
-    expected = cache.manifest.get("readout", {}).get("sha256")
+    written = cache.manifest.readout
     if not view.is_file():
         found.append(Damage(READOUT, "missing"))
-    elif expected and file_sha256(view) != expected:
+    elif written and file_sha256(view) != written.sha256:
         found.append(Damage(READOUT, "its content is not what was written"))
     started, tokens = time.perf_counter(), 0
     for number, shard in enumerate(cache.shards, start=1):
         what = _damage_of(cache, shard)
         if what:
-            found.append(Damage(f"{SHARDS}/{shard['file']}", what))
-        tokens += shard["tokens"]
+            found.append(Damage(f"{SHARDS}/{shard.file}", what))
+        tokens += shard.tokens
         if on_shard:
             on_shard(number, len(cache.shards), tokens / (time.perf_counter() - started))
     return found
@@ -291,16 +289,16 @@ def verify(cache: Cache, on_shard: Report | None = None) -> list[Damage]:
 
 def foreign_files(cache: Cache) -> list[str]:
     """Files among the shards that the manifest does not name; nothing ever reads them."""
-    ours = {shard["file"] for shard in cache.shards}
+    ours = {shard.file for shard in cache.shards}
     return sorted(path.name for path in (cache.folder / SHARDS).iterdir() if path.name not in ours)
 
 
-def _damage_of(cache: Cache, shard: dict[str, Any]) -> str | None:
+def _damage_of(cache: Cache, shard: Shard) -> str | None:
     path = cache.path(shard)
     what = _size_damage(path, shard)
     if what:
         return what
-    if file_sha256(path) != shard["sha256"]:
+    if file_sha256(path) != shard.sha256:
         return "its content is not what was written"
     try:
         tensors = load_shard(path)
@@ -312,11 +310,11 @@ def _damage_of(cache: Cache, shard: dict[str, Any]) -> str | None:
     return None
 
 
-def _size_damage(path: Path, shard: dict[str, Any]) -> str | None:
+def _size_damage(path: Path, shard: Shard) -> str | None:
     if not path.is_file():
         return "missing"
     size = path.stat().st_size
-    return None if size == shard["bytes"] else f"{size} bytes, written were {shard['bytes']}"
+    return None if size == shard.bytes else f"{size} bytes, written were {shard.bytes}"
 
 
 def load_shard(path: Path) -> dict[str, Tensor]:
@@ -335,28 +333,25 @@ def load_shard(path: Path) -> dict[str, Tensor]:
 def info(cache: Cache) -> dict[str, Any]:
     """What a person asks of a cache."""
     found = cache.manifest
-    heads, hidden = len(cache.layers), int(found["hidden_size"])
-    vocab = int(found["fingerprint"]["vocab_size"])
-    checked = sum(shard.get("checked", 0) for shard in cache.shards)
+    heads, hidden, vocab = len(cache.layers), found.hidden_size, found.fingerprint.vocab_size
+    checked = sum(shard.checked for shard in cache.shards)
     return {
         "folder": str(cache.folder),
         "complete": cache.is_complete,
-        "model_name": found["request"]["backbone.model_name"],
-        "quantization": found["fingerprint"]["quantization"],
+        "model_name": found.request.model_name,
+        "quantization": found.fingerprint.quantization,
         "layers": cache.layers,
-        "store": found["store"],
+        "store": found.store,
         "sequences": cache.sequences(),
-        "available_sequences": found["available_sequences"],
+        "available_sequences": found.available_sequences,
         "tokens": cache.tokens,
         "shards": len(cache.shards),
         "bytes": cache.total_bytes,
         "bytes_per_token": cache.total_bytes / max(cache.tokens, 1),
-        "bytes_per_token_expected": bytes_per_token(hidden, heads, found["store"]),
+        "bytes_per_token_expected": bytes_per_token(hidden, heads, found.store),
         "bytes_per_token_with_logits": 2 * hidden * heads + 2 * vocab + 8,
-        "agreement_of_stored_states": sum(shard.get("agreed", 0) for shard in cache.shards) / checked
-        if checked
-        else None,
-        "request": found["request"],
+        "agreement_of_stored_states": sum(shard.agreed for shard in cache.shards) / checked if checked else None,
+        "request": found.request.as_json(),
     }
 
 

@@ -3,12 +3,12 @@ together. What is right here can be read without a surprise."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from early_exit_cli.backbone.output import BlockShape
 from early_exit_cli.errors import shown
+from early_exit_cli.hidden_states.manifest import ManifestForm, Shard
 
 LAST_BLOCK = "last_block."
 """Prefix of the last block's weights in the readout."""
@@ -16,18 +16,18 @@ READOUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 STATE_DTYPES = (torch.bfloat16, torch.float8_e4m3fn)
 
 
-def readout_misfit(tensors: dict[str, Tensor], manifest: dict[str, Any]) -> str | None:
+def readout_misfit(tensors: dict[str, Tensor], manifest: ManifestForm) -> str | None:
     """What is wrong with a readout, if anything."""
     from transformers.activations import ACT2FN
 
-    last = manifest["last_block"]
-    hidden, vocab = manifest["hidden_size"], manifest["fingerprint"]["vocab_size"]
+    last = manifest.last_block
+    hidden, vocab = manifest.hidden_size, manifest.fingerprint.vocab_size
     shapes = {"lm_head": [vocab, hidden], "norm": [hidden]}
     if "norm_bias" in tensors:
         shapes["norm_bias"] = [hidden]
     if last is not None:
-        if last["activation"] not in ACT2FN:
-            return f"the activation {shown(last['activation'])} is unknown here"
+        if last.activation not in ACT2FN:
+            return f"the activation {shown(last.activation)} is unknown here"
         shapes |= {f"{LAST_BLOCK}{name}.weight": shape for name, shape in block_shapes(last, hidden).items()}
     if "embedding" in tensors:  # it may have rows that the LM head lacks
         rows = tensors["embedding"].shape[0] if tensors["embedding"].ndim else 0
@@ -35,10 +35,9 @@ def readout_misfit(tensors: dict[str, Tensor], manifest: dict[str, Any]) -> str 
     return _misshapen(tensors, shapes, READOUT_DTYPES) or _misshapen(tensors, {"token_counts": [vocab]}, (torch.int64,))
 
 
-def block_shapes(last: dict[str, Any], hidden: int) -> dict[str, list[int]]:
+def block_shapes(block: BlockShape, hidden: int) -> dict[str, list[int]]:
     """The weights of a block of the Llama shape, by name."""
-    queries, keys = (last[name] * last["head_dim"] for name in ("query_heads", "kv_heads"))
-    inner = last["inner"]
+    queries, keys, inner = block.attention.query_width, block.attention.kv_width, block.inner
     return {
         "input_layernorm": [hidden],
         "post_attention_layernorm": [hidden],
@@ -53,14 +52,14 @@ def block_shapes(last: dict[str, Any], hidden: int) -> dict[str, list[int]]:
 
 
 def shard_misfit(
-    tensors: dict[str, Tensor], shard: dict[str, Any], states: list[str], hidden_size: int, vocab_size: int
+    tensors: dict[str, Tensor], shard: Shard, states: list[str], hidden_size: int, vocab_size: int
 ) -> str | None:
     """What is wrong with a shard, if anything.
 
     Args:
         shard: its record in the manifest. states: names of the states that are read, such as `block.7`.
     """
-    tokens, rows = shard["tokens"], shard["last"] - shard["first"]
+    tokens, rows = shard.tokens, shard.rows
     scales = [f"{name}.scale" for name in states if f"{name}.scale" in tensors]
     wrong = (
         _misshapen(tensors, {name: [tokens, hidden_size] for name in states}, STATE_DTYPES)

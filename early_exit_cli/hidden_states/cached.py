@@ -25,15 +25,14 @@ from early_exit_cli.hidden_states.cache import (
     unpacked,
 )
 from early_exit_cli.hidden_states.cache_checks import shard_misfit
+from early_exit_cli.hidden_states.manifest import Shard
 from early_exit_cli.hidden_states.states import States
 
 
 class _LoadedShard:
     """One shard in memory; rows are cut from it."""
 
-    def __init__(
-        self, path: Path, shard: dict[str, Any], layers: list[int], view: StoredView, device: torch.device
-    ) -> None:
+    def __init__(self, path: Path, shard: Shard, layers: list[int], view: StoredView, device: torch.device) -> None:
         tensors = load_shard(path)
         names = [*(f"block.{layer}" for layer in layers), "final"]
         what = shard_misfit(tensors, shard, names, view.hidden_size, view.vocab_size)
@@ -91,7 +90,7 @@ class CachedStates:
         return {
             "fingerprint": self.view.fingerprint,
             "sequences": self.cache.sequences(),
-            "cache": sha256_of(*(str(shard["sha256"]) for shard in self.cache.shards))[:16],
+            "cache": sha256_of(*(shard.sha256 for shard in self.cache.shards))[:16],
         }
 
     def batch(self, number: int, rank: int, world: int) -> States:
@@ -102,7 +101,7 @@ class CachedStates:
 
     def held_out(self) -> Iterator[States]:
         shards = self.cache.split("eval")
-        order = [(number, row) for number, shard in enumerate(shards) for row in range(shard["last"] - shard["first"])]
+        order = [(number, row) for number, shard in enumerate(shards) for row in range(shard.rows)]
         for start in range(0, len(order), self.batch_size):
             yield self._rows(shards, order, start)
 
@@ -115,13 +114,13 @@ class CachedStates:
             dice.shuffle(shards)
             order: list[tuple[int, int]] = []
             for number, shard in shards:
-                rows = list(range(shard["last"] - shard["first"]))
+                rows = list(range(shard.rows))
                 dice.shuffle(rows)
                 order.extend((number, row) for row in rows)
             self._order = (key, order[rank::world])
         return self._order[1]
 
-    def _rows(self, shards: list[dict[str, Any]], order: list[tuple[int, int]], start: int) -> States:
+    def _rows(self, shards: list[Shard], order: list[tuple[int, int]], start: int) -> States:
         """batch_size rows of `order` from `start` on, one after another."""
         chosen = order[start : start + self.batch_size]
         parts = [self._shard(shards[number]).row(row) for number, row in chosen]
@@ -138,8 +137,8 @@ class CachedStates:
             torch.cat([part.normalizer for part in parts if part.normalizer is not None]),
         )
 
-    def _shard(self, shard: dict[str, Any]) -> _LoadedShard:
-        name = str(shard["file"])
+    def _shard(self, shard: Shard) -> _LoadedShard:
+        name = shard.file
         if name in self.loading:
             self.loaded[name] = self.loading.pop(name).result()
         elif name not in self.loaded:
@@ -149,11 +148,11 @@ class CachedStates:
             self.loaded.popitem(last=False)
         return self.loaded[name]
 
-    def _read(self, shard: dict[str, Any]) -> _LoadedShard:
+    def _read(self, shard: Shard) -> _LoadedShard:
         return _LoadedShard(self.cache.path(shard), shard, self.layers, self.view, self.device)
 
-    def _prefetch(self, shard: dict[str, Any]) -> None:
-        name = str(shard["file"])
+    def _prefetch(self, shard: Shard) -> None:
+        name = shard.file
         if name not in self.loaded and name not in self.loading:
             while len(self.loaded) > 1:
                 self.loaded.popitem(last=False)

@@ -12,7 +12,7 @@ import errno
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,8 +26,15 @@ from early_exit_cli.config import CacheConfig, DataConfig, TrainingConfig
 from early_exit_cli.data.documents import Document
 from early_exit_cli.data.packing import Batch, batches, pack
 from early_exit_cli.errors import BundleError, CacheError, NumericsError, shown
-from early_exit_cli.files.atomic import file_sha256, fingerprint_differences, sha256_of, write_atomic, write_json
-from early_exit_cli.files.schemas import FORMAT_VERSION, Shard, read_form
+from early_exit_cli.files.atomic import (
+    file_sha256,
+    fingerprint_differences,
+    read_json,
+    sha256_of,
+    write_atomic,
+    write_json,
+)
+from early_exit_cli.files.schemas import FORMAT_VERSION, read_form
 from early_exit_cli.hidden_states.cache import (
     LARGEST_FP8,
     MANIFEST,
@@ -43,6 +50,7 @@ from early_exit_cli.hidden_states.cache import (
 )
 from early_exit_cli.hidden_states.cache_checks import LAST_BLOCK
 from early_exit_cli.hidden_states.live import run_states
+from early_exit_cli.hidden_states.manifest import Plan, Shard, StoredSplit
 from early_exit_cli.hidden_states.states import count_tokens, log_normalizer
 
 ROWS_PER_PASS = 4
@@ -105,7 +113,7 @@ def extract(
         check_backbone(Cache(folder), backbone)
     known = _recorded_shards(folder)
     plans = _plans(rows, config.shard_tokens // data.max_length)
-    missing = [plan for plan in plans if not _is_done(folder, plan, known.get(plan["file"]))]
+    missing = [plan for plan in plans if not _is_done(folder, plan, known.get(plan.file))]
     estimate = _estimate(folder, plans, missing, token_bytes, backbone, layers, rows)
     if on_plan and processes.is_main_process:
         on_plan(estimate)
@@ -125,7 +133,7 @@ def extract(
         "num_blocks": backbone.num_blocks,
         "norm_eps": backbone.final_norm.eps,
         "norm_subtracts_mean": backbone.final_norm.subtracts_mean,
-        "logit_map": asdict(backbone.logit_map),
+        "logit_map": backbone.logit_map.model_dump(),
         "eos_token_ids": sorted(backbone.eos_token_ids),
         "dtype": str(backbone.dtype).removeprefix("torch."),
         "store": config.store,
@@ -135,14 +143,17 @@ def extract(
     started = time.perf_counter()
     try:
         if processes.is_main_process:
-            write_json(folder / MANIFEST, {**header, "complete": False, "shards": list(known.values())})
+            write_json(
+                folder / MANIFEST,
+                {**header, "complete": False, "shards": [shard.as_json() for shard in known.values()]},
+            )
         processes.wait_for_everyone()
         mine = missing[processes.process_index :: processes.num_processes]
         done_tokens = 0
         for number, plan in enumerate(mine, start=1):
-            record = _write_shard(folder, plan, rows, backbone, layers, config.store)
-            write_json(_record_path(folder, plan), record)
-            done_tokens += record["tokens"]
+            shard = _write_shard(folder, plan, rows, backbone, layers, config.store)
+            write_json(_record_path(folder, plan), shard.as_json())
+            done_tokens += shard.tokens
             if on_shard and processes.is_main_process:
                 rate = done_tokens / (time.perf_counter() - started) * processes.num_processes
                 on_shard(min(number * processes.num_processes, len(missing)), len(missing), rate)
@@ -176,34 +187,30 @@ def repair(
     check_backbone(cache, backbone)
     rows = _rows_of(train, held_out, backbone, data, config)
     rows["train"] = rows["train"][: cache.sequences()]
-    plans = {plan["file"]: plan for plan in _plans(rows, config.shard_tokens // data.max_length)}
+    plans = {plan.file: plan for plan in _plans(rows, config.shard_tokens // data.max_length)}
     names = {Path(damage.file).name for damage in damaged}
-    wanted = [index for index, shard in enumerate(cache.shards) if shard["file"] in names]
+    wanted = [index for index, shard in enumerate(cache.shards) if shard.file in names]
     changed = []
     started, tokens = time.perf_counter(), 0
     try:
         for number, index in enumerate(wanted, start=1):
             shard = cache.shards[index]
-            plan = plans.get(shard["file"])
-            if plan is None or plan["text"] != shard["text"]:
+            plan = plans.get(shard.file)
+            if plan is None or plan.text != shard.text:
                 raise CacheError(
-                    f"the text of {shard['file']} is not the text it was made from", hint="extract a new cache"
+                    f"the text of {shard.file} is not the text it was made from", hint="extract a new cache"
                 )
-            cache.shards[index] = _write_shard(
-                cache.folder, plan, rows, backbone, cache.layers, str(cache.manifest["store"])
-            )
-            if cache.shards[index]["sha256"] != shard["sha256"]:
-                changed.append(str(shard["file"]))
-            tokens += shard["tokens"]
+            cache.shards[index] = _write_shard(cache.folder, plan, rows, backbone, cache.layers, cache.manifest.store)
+            if cache.shards[index].sha256 != shard.sha256:
+                changed.append(shard.file)
+            tokens += shard.tokens
             if on_shard:
                 on_shard(number, len(wanted), tokens / (time.perf_counter() - started))
-        header = {
-            key: value
-            for key, value in cache.manifest.items()
-            if key not in ("complete", "last_block", "readout", "shards")
-        }
-        write_json(cache.folder / MANIFEST, {**cache.manifest, "shards": cache.shards})
+        manifest = read_json(cache.folder / MANIFEST)
+        write_json(cache.folder / MANIFEST, {**manifest, "shards": [shard.as_json() for shard in cache.shards]})
         if READOUT in names:
+            finished = ("complete", "last_block", "readout", "shards")
+            header = {key: value for key, value in manifest.items() if key not in finished}
             _finish(cache.folder, header, list(plans.values()), rows["train"], backbone)
     except OSError as error:
         raise _write_error(cache.folder, error) from error
@@ -216,7 +223,7 @@ def check_backbone(cache: Cache, backbone: Backbone) -> None:
     Raises:
         CacheError: every field that differs, with both values.
     """
-    differences = fingerprint_differences(cache.manifest["fingerprint"], backbone.fingerprint)
+    differences = fingerprint_differences(cache.manifest.fingerprint.as_json(), backbone.fingerprint)
     if differences:
         named = "; ".join(f"{key}: {shown(theirs)} there, {ours!r} here" for key, theirs, ours in differences)
         raise CacheError(
@@ -227,7 +234,7 @@ def check_backbone(cache: Cache, backbone: Backbone) -> None:
 
 def _rows_of(
     train: list[Document], held_out: list[Document], backbone: Backbone, data: DataConfig, config: CacheConfig
-) -> dict[str, list[Batch]]:
+) -> dict[StoredSplit, list[Batch]]:
     pad = backbone.pad_token_id
     return {
         "train": pack(train, data.max_length, pad),
@@ -235,7 +242,7 @@ def _rows_of(
     }
 
 
-def _plans(rows: dict[str, list[Batch]], rows_per_shard: int) -> list[dict[str, Any]]:
+def _plans(rows: dict[StoredSplit, list[Batch]], rows_per_shard: int) -> list[Plan]:
     """Which sequences each shard holds, and a hash of their text."""
     step = max(1, rows_per_shard)
     plans = []
@@ -244,14 +251,14 @@ def _plans(rows: dict[str, list[Batch]], rows_per_shard: int) -> list[dict[str, 
             last = min(first + step, len(part))
             text = _text(part[first:last])
             plans.append(
-                {
-                    "file": f"{split}-{number:05d}.safetensors",
-                    "split": split,
-                    "first": first,
-                    "last": last,
-                    "tokens": text["ids"].numel(),
-                    "text": sha256_of(*(tensor.numpy().tobytes() for tensor in text.values()))[:32],
-                }
+                Plan(
+                    file=f"{split}-{number:05d}.safetensors",
+                    split=split,
+                    first=first,
+                    last=last,
+                    tokens=text["ids"].numel(),
+                    text=sha256_of(*(tensor.numpy().tobytes() for tensor in text.values()))[:32],
+                )
             )
     return plans
 
@@ -282,27 +289,27 @@ def _text(rows: list[Batch]) -> dict[str, Tensor]:
 
 def _estimate(
     folder: Path,
-    plans: list[dict[str, Any]],
-    missing: list[dict[str, Any]],
+    plans: list[Plan],
+    missing: list[Plan],
     token_bytes: int,
     backbone: Backbone,
     layers: list[int],
-    rows: dict[str, list[Batch]],
+    rows: dict[StoredSplit, list[Batch]],
 ) -> Estimate:
     """Sizes exactly, time from one pass."""
-    tokens = sum(plan["tokens"] for plan in plans)
-    missing_tokens = sum(plan["tokens"] for plan in missing)
+    tokens = sum(plan.tokens for plan in plans)
+    missing_tokens = sum(plan.tokens for plan in missing)
     readout_bytes = backbone.lm_head_weight.numel() * backbone.lm_head_weight.element_size()
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     seconds = None
     if missing:
         plan = missing[0]
-        sample = rows[plan["split"]][plan["first"] : plan["first"] + ROWS_PER_PASS]
+        sample = rows[plan.split][plan.first : plan.first + ROWS_PER_PASS]
         started = time.perf_counter()
         states = run_states(backbone, next(batches(sample, ROWS_PER_PASS)), [layer + 1 for layer in layers])
         seconds = (time.perf_counter() - started) / states.final.shape[0] * missing_tokens
     return Estimate(
-        sequences=sum(plan["last"] - plan["first"] for plan in plans),
+        sequences=sum(plan.rows for plan in plans),
         tokens=tokens,
         total_bytes=tokens * token_bytes + readout_bytes,
         missing_shards=len(missing),
@@ -313,10 +320,10 @@ def _estimate(
 
 
 def _write_shard(
-    folder: Path, plan: dict[str, Any], rows: dict[str, list[Batch]], backbone: Backbone, layers: list[int], store: str
-) -> dict[str, Any]:
+    folder: Path, plan: Plan, rows: dict[StoredSplit, list[Batch]], backbone: Backbone, layers: list[int], store: str
+) -> Shard:
     """Compute one shard and write it; its record for the manifest."""
-    part = rows[plan["split"]][plan["first"] : plan["last"]]
+    part = rows[plan.split][plan.first : plan.last]
     parts: list[list[Tensor]] = []
     normalizers: list[Tensor] = []
     for number, batch in enumerate(batches(part, ROWS_PER_PASS)):
@@ -325,10 +332,10 @@ def _write_shard(
             [*(f"block {layer}" for layer in layers), "the last block"], [*states.exits, states.final], strict=True
         ):
             if not torch.isfinite(state).all():
-                first = plan["first"] + number * ROWS_PER_PASS
+                first = plan.first + number * ROWS_PER_PASS
                 raise NumericsError(
                     f"NaN or infinite states after {name} in sequences {first} to {first + batch.input_ids.shape[0] - 1} "
-                    f"of the {plan['split']} text",
+                    f"of the {plan.split} text",
                     hint="check the model file and the text",
                 )
         at_once = states.final.split(NORMALIZED_AT_ONCE)
@@ -345,15 +352,10 @@ def _write_shard(
                 for x in (state, unpacked(name, tensors, state.dtype))
             )
             agreed, checked = int((exact == kept).sum()), exact.numel()
-    path = folder / SHARDS / plan["file"]
+    path = folder / SHARDS / plan.file
     write_atomic(path, lambda temporary: save_file(tensors, temporary))
-    return {
-        **plan,
-        "bytes": path.stat().st_size,
-        "sha256": file_sha256(path),
-        "checked": checked,
-        "agreed": agreed,
-    }
+    size = path.stat().st_size
+    return Shard(**plan.as_json(), bytes=size, sha256=file_sha256(path), checked=checked, agreed=agreed)
 
 
 def _packed(name: str, state: Tensor, store: str) -> dict[str, Tensor]:
@@ -364,9 +366,7 @@ def _packed(name: str, state: Tensor, store: str) -> dict[str, Tensor]:
     return {name: (state.float() / scale[:, None]).to(torch.float8_e4m3fn), f"{name}.scale": scale}
 
 
-def _finish(
-    folder: Path, header: dict[str, Any], plans: list[dict[str, Any]], train: list[Batch], backbone: Backbone
-) -> None:
+def _finish(folder: Path, header: dict[str, Any], plans: list[Plan], train: list[Batch], backbone: Backbone) -> None:
     """The readout, and the manifest that makes the cache complete."""
     last = backbone.last_block if backbone.has_llama_shape else None
     norm = backbone.final_norm
@@ -386,40 +386,36 @@ def _finish(
         {
             **header,
             "complete": True,
-            "last_block": last
-            and {field.name: getattr(last, field.name) for field in fields(last) if field.name != "weights"},
+            "last_block": last and last.shape.model_dump(),
             "readout": {"file": READOUT, "sha256": file_sha256(folder / READOUT)},
-            "shards": [known[plan["file"]] for plan in plans],
+            "shards": [known[plan.file].as_json() for plan in plans],
         },
     )
     for record in (folder / SHARDS).glob("*.json"):
         record.unlink()
 
 
-def _record_path(folder: Path, plan: dict[str, Any]) -> Path:
-    return (folder / SHARDS / plan["file"]).with_suffix(".json")
+def _record_path(folder: Path, plan: Plan) -> Path:
+    return (folder / SHARDS / plan.file).with_suffix(".json")
 
 
-def _recorded_shards(folder: Path) -> dict[str, dict[str, Any]]:
+def _recorded_shards(folder: Path) -> dict[str, Shard]:
     """Finished shards by file: those of the manifest, and those that a stopped run left records of."""
-    known: dict[str, dict[str, Any]] = {}
+    known: dict[str, Shard] = {}
     if (folder / MANIFEST).exists():
-        known = {str(shard["file"]): shard for shard in Cache(folder).shards}
+        known = {shard.file: shard for shard in Cache(folder).shards}
     for path in sorted((folder / SHARDS).glob("*.json")):
         with contextlib.suppress(BundleError):  # torn: its shard is computed again
             record = read_form(path, Shard)
-            known[record["file"]] = record
+            known[record.file] = record
     return known
 
 
-def _is_done(folder: Path, plan: dict[str, Any], record: dict[str, Any] | None) -> bool:
-    path = folder / SHARDS / plan["file"]
-    return (
-        record is not None
-        and all(record.get(key) == plan[key] for key in ("first", "last", "tokens", "text"))
-        and path.is_file()
-        and path.stat().st_size == record.get("bytes")
-    )
+def _is_done(folder: Path, plan: Plan, shard: Shard | None) -> bool:
+    if shard is None or any(getattr(shard, key) != getattr(plan, key) for key in Plan.model_fields):
+        return False
+    path = folder / SHARDS / plan.file
+    return path.is_file() and path.stat().st_size == shard.bytes
 
 
 def _write_error(folder: Path, error: OSError) -> CacheError:

@@ -6,10 +6,12 @@ Progress is drawn on a terminal only; elsewhere a plain line now and then says h
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -37,9 +39,34 @@ def stderr() -> Console:
     return Console(file=sys.stderr, highlight=False, soft_wrap=True)
 
 
+def accept_any_text() -> None:
+    """Let a console that cannot show a character show a question mark, whatever its encoding."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def show_warnings(category: type[Warning]) -> None:
+    """Show warnings of a kind as `warn` does, each once."""
+    plainly: Any = warnings.showwarning
+    shown: set[str] = set()
+
+    def show(message: Any, kind: type[Warning], *place: Any, **more: Any) -> None:
+        if not issubclass(kind, category):
+            plainly(message, kind, *place, **more)
+        elif str(message) not in shown:
+            shown.add(str(message))
+            warn(str(message))
+
+    warnings.simplefilter("always", category)
+    showing: Any = show
+    warnings.showwarning = showing
+
+
 def emit_json(value: Any) -> None:
-    """One JSON document on stdout."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """One JSON document on stdout; where that is not Unicode, with escapes, so that nothing is lost."""
+    is_unicode = (sys.stdout.encoding or "utf-8").lower().replace("-", "").startswith("utf")
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=not is_unicode) + "\n")
     sys.stdout.flush()
 
 

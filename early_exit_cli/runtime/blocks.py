@@ -6,10 +6,10 @@ The contract of both runners, on which every promise of this program stands:
 * The KV cache is one buffer per block. A pass overwrites its rows there; what lies behind the last committed token is
   never read, so rolling back is forgetting a number.
 * **Width invariance**: for widths of `widths`, a token's result has the same bits whatever its row, its neighbours
-  (rejected drafts, padding) and the width. `runners.measure_widths` checks this on the device at hand. The number of
-  keys read may change the last bits, so a decoding pass reads the whole buffer, masked: one length for a request.
-  Where the runner's attention was found to give the same bits at every length, the buffer of a long request starts
-  small and grows. Passes wider than `LARGEST_WIDTH` are the prompt's, always cut the same way, and read what they must.
+  (rejected drafts, padding) and the width. `invariant_widths.measure_widths` checks this on the device at hand. The
+  number of keys read may change the last bits, so a decoding pass reads the whole buffer, masked: one length for a
+  request. Where the runner's attention was found to give the same bits at every length, the buffer of a long request
+  starts small and grows. Passes wider than `LARGEST_WIDTH` are the prompt's, always cut alike, and read what they must.
 
 `HFBlocks` runs the library's own modules, for any supported family; `fused_blocks.FusedBlocks` is our lean path for the
 Llama shape. Both round at the same places, so they agree bit for bit where their products do.
@@ -42,8 +42,12 @@ class Blocks(ABC):
     """Widths that are measured for invariance."""
 
     def __init__(self, backbone: Backbone) -> None:
+        backbone.refuse_lost_changes()
         config = backbone.config
         self.backbone = backbone
+        self.changes = backbone.changes
+        """Of the library's modules, as they were when this runner was made for them."""
+        self.reads_lm_head = backbone.has_plain_lm_head
         self.num_blocks = backbone.num_blocks
         self.query_heads = int(config.num_attention_heads)
         self.kv_heads = int(getattr(config, "num_key_value_heads", None) or self.query_heads)
@@ -55,13 +59,13 @@ class Blocks(ABC):
         self.argmax_widths: tuple[int, ...] = ()
         self.exact_argmax: ExactArgmax | None = None
         self.any_length = False
-        """Whether bits are the same at every length of the buffer: measured, see `runners.measure_widths`."""
+        """Whether bits are the same at every length of the buffer: measured, see `invariant_widths.measure_widths`."""
         self.recording_seconds = 0.0
         """What recording passes has taken."""
         self.without_kernels: str | None = None
-        """Why the passes are not our own kernels' although a GPU is there, see `runners`."""
+        """Why the passes are not our own kernels' although a GPU is there, see `select`."""
         self.without_graphs: str | None = None
-        """Why passes are not recorded here although they were to be, see `runners.use_graphs`."""
+        """Why passes are not recorded here although they were to be, see `select.use_graphs`."""
 
     @property
     def name(self) -> str:
@@ -149,11 +153,14 @@ class Blocks(ABC):
     def choose(self, normed: Tensor) -> tuple[Tensor, Tensor]:
         """The backbone's choice after each row, [width, hidden] -> ([width] int64, [width] best logits or near them).
 
-        Always the argmax of `logits`, which is that of the LM head's product; by `ExactArgmax` at the widths where that is
-        faster on this device.
+        Always the argmax of `logits`, which is that of the LM head's product; by `ExactArgmax` at the widths where that
+        is faster on this device.
         """
         if self.exact_argmax is not None and normed.shape[0] in self.argmax_widths:
             return self.exact_argmax(normed)
+        if not self.reads_lm_head:
+            best, choices = self.backbone.lm_head(normed).max(-1)
+            return choices, best
         return full_argmax(self.backbone.lm_head.weight, normed)
 
     def finish(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,5 +220,5 @@ class Blocks(ABC):
         return self.widths[-1]
 
     def pass_width(self, rows: int) -> int:
-        """The smallest invariant width that holds `rows`; the largest one, of which more than one is run, where none."""
+        """The smallest invariant width that holds `rows`; where none does, the largest (see `passes`)."""
         return next((width for width in self.widths if width >= rows), self.widths[-1])

@@ -1,8 +1,9 @@
 """The block runner for NVIDIA GPUs: passes of our own kernels, each width recorded once as one CUDA graph.
 
-Nothing in a recording is a text's own: where it stands, its KV cache and its tokens are read from device memory, so that one
-recording serves all texts. The order of every sum depends on shapes alone (`cuda/`), hence the same bits at every width, in any
-neighbours and any buffer. Prompts, which are wider than a pass, go through PyTorch (`fused_blocks`), always cut the same way.
+Nothing in a recording is a text's own: where it stands, its KV cache and its tokens are read from device memory, so
+that one recording serves all texts. The order of every sum depends on shapes alone (`cuda/`), hence the same bits at
+every width, in any neighbours and any buffer. Prompts, which are wider than a pass, go through PyTorch
+(`fused_blocks`), always cut the same way.
 """
 
 from __future__ import annotations
@@ -42,16 +43,17 @@ from early_exit_cli.runtime.reference_kernels import ReferenceKernels
 HEAD_SIZES = (64, 128)
 PREFILL_ROWS = 2048
 SHORT_PROMPT = 128
-"""Tokens up to which a prompt is read sooner in passes of 16 rows than by unpacking the weights (an H100, 8B: 23 ms)."""
+"""Tokens up to which passes of 16 rows read a prompt sooner than unpacking the weights (an H100, 8B: 23 ms)."""
 TOLERANCE = 0.01
-"""Of a kernel against double precision, ||ours - theirs|| / ||theirs||: bfloat16 rounds at 0.002, twice or three times."""
+"""Of a kernel against double precision, ||ours - theirs|| / ||theirs||: bfloat16 rounds at 0.002, up to three times."""
 
 
 class CudaBlocks(FusedBlocks):
     """`FusedBlocks` whose decoding passes, final norm, logits and choices are our own kernels', with bits of their own.
 
     Args:
-        kernels: by default those of the backbone's card. record: makes of a step what repeats it, by default a CUDA graph.
+        kernels: by default those of the backbone's card.
+        record: makes of a step what repeats it, by default a CUDA graph.
         is_recorded: whether passes are recorded at all.
 
     Raises:
@@ -105,8 +107,10 @@ class CudaBlocks(FusedBlocks):
         return BlockWeights(layer.input_norm.detach(), qkv, plan, output, layer.mlp_norm.detach(), gate_up, down)
 
     def prepare(self) -> None:
-        """Record every width of the whole backbone, and let the library load what long prompts need: nothing of that falls into
-        an answer."""
+        """Record every width of the whole backbone, and let the library load what long prompts need.
+
+        Nothing of that falls into an answer then.
+        """
         started = time.perf_counter()
         for width in self.widths:
             self._pass(width, 0, self.num_blocks, by_token=True)
@@ -126,7 +130,7 @@ class CudaBlocks(FusedBlocks):
         self.recording_seconds += time.perf_counter() - started
 
     def check(self) -> str | None:
-        """What is wrong with a kernel on this card, compared with double precision on the first block's real weights."""
+        """What is wrong with a kernel on this card, against double precision on the first block's real weights."""
         device = self.backbone.device
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(self.backbone.embedding.num_embeddings, (LARGEST_WIDTH,), generator=generator).tolist()
@@ -162,7 +166,7 @@ class CudaBlocks(FusedBlocks):
         return None
 
     def prompt_pieces(self, length: int) -> Iterator[slice]:
-        """Short prompts in recorded passes, long ones in large pieces through PyTorch, which unpacks the weights once a piece."""
+        """Short prompts in recorded passes, long ones in large pieces, of which each unpacks the weights once."""
         rows = LARGEST_WIDTH if length <= SHORT_PROMPT else PREFILL_ROWS
         for start in range(0, length, rows):
             yield slice(start, min(start + rows, length))
@@ -226,7 +230,7 @@ class CudaBlocks(FusedBlocks):
         return [self.buffers[width].hidden[stop].clone() for stop in stops]
 
     def run_batch(self, hidden: Tensor, parts: list[Part], stops: Sequence[int]) -> list[Tensor]:
-        """Every product is over the rows of all texts; attention is each text's own. Not recorded: texts come and go."""
+        """Products are over the rows of all texts; attention is each text's own. Not recorded: texts come and go."""
         width = hidden.shape[0]
         if width > LARGEST_WIDTH:
             return super().run_batch(hidden, parts, stops)

@@ -1,7 +1,7 @@
-"""The CUDA code of a GPU's pass: compiled at first use on this machine, for its card, and kept in the user's cache folder.
+"""The CUDA code of a GPU's pass: compiled at first use, for the card at hand, and kept in the user's cache folder.
 
-NVRTC, which comes with torch's CUDA builds, compiles; NVIDIA's `cuda-bindings`, which comes with them too, loads and launches
-(docs/decisions/0019). Compiling needs no card: the tests compile for every generation.
+NVRTC, which comes with torch's CUDA builds, compiles; NVIDIA's `cuda-bindings`, which comes with them too, loads and
+launches (docs/decisions/0019). Compiling needs no card: the tests compile for every generation.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from early_exit_cli.files.atomic import sha256_of, write_atomic
-from early_exit_cli.files.environment import user_cache_dir, versions
+from early_exit_cli.files.environment import kept_path, versions
 
 FOLDER = Path(__file__).parent / "cuda"
 SOURCES = ("product", "attention", "lm_head", "rows")
@@ -84,7 +84,7 @@ def _bindings(name: str) -> Any:
 
 
 def shape_for(shared_memory: int) -> tuple[int, int]:
-    """(warps of a product's block of threads, stages of their rings) for a card whose blocks may have so much shared memory.
+    """(warps of a product's block of threads, stages of their rings) for a card with so much shared memory a block.
 
     Raises:
         NoCudaCode: too little for any.
@@ -110,7 +110,7 @@ def _kept(name: str, capability: tuple[int, int], card: str, options: tuple[str,
     """The machine code, from the cache folder where it was compiled before."""
     made_by = str(_bindings("nvrtc").nvrtcVersion())
     key = sha256_of(source_of(name), *options, str(capability), card, made_by, str(versions()))
-    path = user_cache_dir() / "cuda" / f"{name}-{key[:24]}.cubin"
+    path = kept_path("cuda", f"{name}-{key[:24]}.cubin")
     try:
         return path.read_bytes()
     except OSError:

@@ -3,15 +3,15 @@
 A recording is bound to memory: it reads its own input buffers and the KV buffers it was made on, and writes its own
 output buffers. Who owns what:
 
-* The KV buffers of a bucket (`kv_bucket`) belong to `Graphs` and never move. A request leases them; `run` serves only the
-  cache that holds the lease. While one does, a second cache of that bucket is an ordinary one, run without recordings.
+* The KV buffers of a bucket (`kv_bucket`) belong to `Graphs` and never move. A request leases them; `run` serves only
+  the cache that holds the lease. Meanwhile a second cache of that bucket is an ordinary one, run without recordings.
 * A lease starts from zeros. Rows of an earlier request would be masked, which hides numbers but not a NaN.
 * What `run` and `finish` return are copies: the next replay cannot change what a caller still holds.
 * `Graphs` forgets the recordings used least recently beyond MOST_RECORDINGS, and free KV buffers beyond MOST_KEYS.
 
 `Graphs` knows nothing of CUDA: a recorder takes a step, a function without arguments, and gives back what repeats it on
-the same memory. `CudaRecorder` captures it as a CUDA graph; it is the one part that has not been run yet (no GPU was at
-hand, docs/decisions/0011), and `runners.use_graphs` checks at load what it records before anything relies on it.
+the same memory. `CudaRecorder` captures it as a CUDA graph; `select.use_graphs` checks at load what it records before
+anything relies on it (docs/decisions/0011).
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ class Graphs:
     def _record(
         self, function: Callable[[Tensor, Tensor], tuple[Tensor, ...]], hidden: Tensor, position: int
     ) -> _Recording:
-        """Buffers, and the function from them to them, recorded; it runs on real rows, so that running it does no harm."""
+        """Buffers, and the function from them to them, recorded; on real rows, so that running it does no harm."""
         with torch.inference_mode(False):
             rows = torch.empty_like(hidden)
             place = torch.full((), position, device=hidden.device)

@@ -1,7 +1,7 @@
 """What a GPU's pass is made of: kernels of `cuda/` as calls on tensors, each prepared once and run again and again.
 
-`Kernels` says what each does; `CudaKernels` launches them, `reference_kernels.ReferenceKernels` is the same in PyTorch, for the
-comparison at load and for machines without a card.
+`Kernels` says what each does; `CudaKernels` launches them, `reference_kernels.ReferenceKernels` is the same in PyTorch,
+for the comparison at load and for machines without a card.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MOST_KEPT = 4 * QUANTIZED_TOGETHER
 
 @dataclass(frozen=True)
 class NF4Weight:
-    """packed: [out, in / 2] uint8, first value in the high nibble. scale: [out, in / 64] float32. bias: [out] or none."""
+    """packed: [out, in / 2] uint8, first value in the high nibble. scale: [out, in / 64] float32. bias: [out]."""
 
     packed: Tensor
     scale: Tensor
@@ -109,8 +109,8 @@ class Place:
 class Places:
     """Some places, told to the device in one copy that waits for nothing.
 
-    A copy reads its host memory when the device gets to it: so there are SLOTS of it in turns, and one is written again only
-    when its copy is over.
+    A copy reads its host memory when the device gets to it: so there are SLOTS of it in turns, and one is written again
+    only when its copy is over.
     """
 
     SLOTS = 16
@@ -154,11 +154,11 @@ class Kernels(Protocol):
         """silu of the first half of the outputs times the second half -> out [rows, outputs / 2]."""
 
     def added(self, weight: NF4Weight, x: Tensor, residual: Tensor, out: Tensor, norm: Tensor, normed: Normed) -> Step:
-        """residual + product -> out [rows, outputs]; and that scaled by `norm`, with its sums of squares, into `normed`."""
+        """residual + product -> out [rows, outputs]; that scaled by `norm`, and its sums of squares, into `normed`."""
 
     def attention(self, place: Place, plan: AttentionPlan, qkv: Tensor, out: Tensor) -> Step:
-        """qkv [rows, (query + 2 kv heads) * head_dim] at the place -> out [rows, query heads * head_dim]; keeps the rows'
-        keys and values in the place's KV cache."""
+        """qkv [rows, (query + 2 kv heads) * head_dim] at the place -> out [rows, query heads * head_dim]; keeps the
+        rows' keys and values in the place's KV cache."""
 
     def norm(self, hidden: Tensor, weight: Tensor, eps: float, out: Tensor, last_of: Place | None = None) -> Step:
         """[rows, size] -> out, normed. With last_of: only the place's last real row -> out [1, size]."""
@@ -169,11 +169,11 @@ class Kernels(Protocol):
     def choose(
         self, weight: Tensor, x: Tensor, token: Tensor, value: Tensor, entropy: Tensor | None, vocab: Tensor | None
     ) -> list[Step]:
-        """The best column of x times weight into token [rows] int64 (of `vocab`, where the columns are not all tokens; -1 where
-        it is not finite), its logit into value [rows] float32, and the entropy in nats [rows] float32."""
+        """The best column of x times weight into token [rows] int64 (of `vocab`, where the columns are not all tokens;
+        -1 where it is not finite), its logit into value [rows] float32, and the entropy in nats [rows] float32."""
 
     def fuse(self, states: Tensor, norms: Tensor, eps: float, out: Tensor) -> Step:
-        """states [parts, rows, size], all but the last part normed by norms [parts - 1, size] -> out [rows, parts * size]."""
+        """states [parts, rows, size], normed by norms [parts - 1, size] but for the last -> out [rows, parts * size]."""
 
     def join(
         self,
@@ -185,12 +185,12 @@ class Kernels(Protocol):
         token: Tensor | None,
         out: Tensor,
     ) -> Step:
-        """The tokens' embeddings beside the states [rows, size], each normed -> out [rows, 2 size]; the tokens are the place's,
-        or `token` [1] for one row."""
+        """The tokens' embeddings beside the states [rows, size], each normed -> out [rows, 2 size]; the tokens are the
+        place's, or `token` [1] for one row."""
 
 
 def is_even(units: int, processors: int) -> bool:
-    """Whether so many equal pieces of work fall evenly to the multiprocessors: at most a tenth of their time is lost."""
+    """Whether so many equal pieces of work fall evenly to the multiprocessors: a tenth of their time lost at most."""
     return units / (-(-units // processors) * processors) > 0.9
 
 
@@ -216,7 +216,7 @@ class CudaKernels:
         *values: Tensor | float | None,
         shared: int = 0,
     ) -> Step:
-        """A launch with the fields of `kind` in their order: tensors by address, which live as long as the call does."""
+        """A launch with the fields of `kind` in their order: tensors by address, kept alive as long as the call is."""
         if any(isinstance(value, Tensor) and not value.is_contiguous() for value in values):
             raise ValueError(f"{name} reads contiguous tensors only")
         fields = (value.data_ptr() if isinstance(value, Tensor) else value for value in values)
@@ -321,8 +321,8 @@ class CudaKernels:
 def recorder(device: torch.device) -> Callable[[Step], Step]:
     """Records a step that launches kernels as a CUDA graph, and gives back what replays it.
 
-    `cuda_graphs.CudaRecorder` is for steps of the library's kernels, which want to be run before they are recorded; these need
-    no more than to be launched.
+    `cuda_graphs.CudaRecorder` is for steps of the library's kernels, which want to be run before they are recorded;
+    these need no more than to be launched.
     """
     stream = torch.cuda.Stream(device)
 

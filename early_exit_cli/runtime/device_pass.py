@@ -1,8 +1,8 @@
-"""A pass over the rows of a text as a list of kernels: five a block, everything between them in buffers that never move.
+"""A pass over the rows of a text as a list of kernels: five a block, with buffers between them that never move.
 
-The norm in front of a product is folded into it: its weight is multiplied in where the states are written, each row's factor
-after the product, from sums of squares that the writer leaves beside them. So a block is: q, k and v; attention with rotary
-embedding and KV cache; the output product, added; gate and up, gated; the down product, added.
+The norm in front of a product is folded into it: its weight is multiplied in where the states are written, each row's
+factor after the product, from sums of squares that the writer leaves beside them. So a block is: q, k and v; attention
+with rotary embedding and KV cache; the output product, added; gate and up, gated; the down product, added.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class BlockWeights:
 class Buffers:
     """What stands between the kernels of passes of one width.
 
-    incoming: [width, size], rows that come as states. hidden: [blocks + 1, width, size], the states before the first block and
-    after each.
+    incoming: [width, size], rows that come as states.
+    hidden: [blocks + 1, width, size], the states before the first block and after each.
     """
 
     def __init__(self, width: int, blocks: Sequence[BlockWeights], size: int, eps: float, device: torch.device) -> None:

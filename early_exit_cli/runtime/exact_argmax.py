@@ -1,27 +1,19 @@
 """The backbone's LM head, and an exact argmax over it that reads half the bytes.
 
-Greedy decoding needs only the best token. The full product reads all rows in bfloat16 (57 MB for SmolLM2); `ExactArgmax`
-reads them as int8 with a scale each, keeps the few tokens that could still win, and lets their bfloat16 rows decide.
+Greedy decoding needs only the best token. The full product reads all rows in bfloat16; `ExactArgmax` reads them as int8
+with a scale each, keeps the few tokens that could still win, and lets their bfloat16 rows decide. Its choice is the
+full product's in every case, also among equals: a token's int8 logit A is no farther from its logit than
 
-Why the result is exact. Write w for a row, w' for its int8 form, r = ||w - w'||, h for the state, L for the logit the
-full product gives (bfloat16), A for the int8 product's (bfloat16). Both sums are accumulated in float32, which errs by at
-most K 2^-24 ||w|| ||h|| (Higham 2002, section 3.1), and rounded to bfloat16, which errs by at most 2^-9 of the value. So
-by Cauchy-Schwarz
+    E = 1.01 (c ||h|| + 2^-8 |A|),  c = ||w - w'|| + 2 K 2^-24 ||w||
 
-    |A - L| <= r ||h|| + 2^-9 (|A| + |L|) + 2 K 2^-24 ||w|| ||h||  <=  E = 1.01 (c ||h|| + 2^-8 |A|)
-
-with c = r + 2 K 2^-24 ||w|| per row. If a is the row with the largest A, the full product's best is at least
-A_a - E_a; a token whose A + E is below that cannot be it, nor tie with it. All others are candidates; their rows go
-through the same bfloat16 product, which gives a row the same bits however many rows stand beside it (checked by
-`usable`), so even ties fall as in the full product: to the lowest token id.
-
-At first only the largest A of each group of tokens is compared, with the largest c of the group.
+for a row w of size K, its int8 form w' and a state h. So a token whose A + E is below the A - E of another cannot be
+the best. docs/decisions/0004 derives the bound. At first only the largest A of each group of tokens is compared, with
+the largest c of the group.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -30,12 +22,10 @@ from torch import Tensor
 MOST_CANDIDATES = 512
 LARGEST_GROUP = 64
 SLACK = 1.01 * 2.0**-8
-Choose = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""[width, hidden] normed states -> (choices [width] int64, the best value per row, for a check that it is finite)."""
 
 
 def int8_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """[rows, in] float32 -> int8 of the same shape and a scale a row [rows] bfloat16, for `torch._weight_int8pack_mm`."""
+    """[rows, in] float32 -> int8 of the same shape and scales [rows] bfloat16, for `torch._weight_int8pack_mm`."""
     scales = (rows.abs().amax(1) / 127).clamp(min=1e-12).to(torch.bfloat16)
     return (rows / scales.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8), scales
 

@@ -1,8 +1,9 @@
 """Mixture-of-experts layers whose results do not depend on what stands beside a row.
 
 The library gives an expert the rows routed to it, one here, three there, and a product over few rows may take another
-kernel than one over many. In a decoding pass an expert that any row chose therefore runs all rows of the pass: the products
-have the pass's width, like all others, and weights are read as often as before. What a row does not want is dropped.
+kernel than one over many. In a decoding pass an expert that any row chose therefore runs all rows of the pass: the
+products have the pass's width, as all others do, and weights are read as often as before. What a row does not want is
+dropped.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def use_wide_experts(model: Any, widest: int) -> None:
 
 
 def run_experts(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor, widest: int) -> Tensor:
-    """[rows, hidden], each row's experts and their weights [rows, top_k] -> [rows, hidden]; added in order of experts."""
+    """[rows, hidden], each row's experts and their weights [rows, top_k] -> [rows, hidden], added in experts' order."""
     result = torch.zeros_like(hidden)
     is_narrow = hidden.shape[0] <= widest
     for expert in chosen.unique().tolist():

@@ -38,10 +38,10 @@ class FusedBlocks(Blocks):
     """
 
     def __init__(self, backbone: Backbone) -> None:
-        if not backbone.has_llama_shape:
+        reason = backbone.without_llama_shape
+        if reason is not None:
             raise UnsupportedBackboneError(
-                f"{backbone.name}: the fused runner is for blocks of the Llama shape, and {backbone.config.model_type} "
-                f"({backbone.quantization}) has others",
+                f"{backbone.name}: the fused runner is for blocks of the Llama shape, and {reason}",
                 hint="--runner hf",
             )
         super().__init__(backbone)
@@ -51,7 +51,7 @@ class FusedBlocks(Blocks):
         self.scale = self.head_dim**-0.5
         self.longest_short = SHORT_BUFFER if backbone.device.type == "cpu" else math.inf
         self.graphs: Graphs | None = None
-        """Recorded passes, where `runners.use_graphs` found them to give the same bits."""
+        """Recorded passes, where `select.use_graphs` found them to give the same bits."""
         shape = (self.eps, self.query_heads, self.kv_heads, self.head_dim)
         activation = ACT2FN[backbone.config.hidden_act]
         self.layers = [LlamaBlock.merged(block, activation, *shape) for block in backbone.blocks]
@@ -183,8 +183,9 @@ def why_not_nf4(backbone: Backbone, is_nf4: Callable[[Any], bool], where: str) -
     Args:
         is_nf4: whether a linear map's weight is packed as that code reads it. where: on what such code runs.
     """
-    if not backbone.has_llama_shape:
-        return f"they are for blocks of the Llama shape, and {backbone.config.model_type} has others"
+    reason = backbone.without_llama_shape
+    if reason is not None:
+        return f"they are for blocks of the Llama shape, and {reason}"
     products = [module for module in backbone.blocks.modules() if isinstance(module, nn.Linear)]
     if not all(map(is_nf4, products)):
         return f"they are for weights in 4 bit (NF4) {where}"

@@ -20,9 +20,10 @@ class HFBlocks(Blocks):
     def __init__(self, backbone: Backbone) -> None:
         super().__init__(backbone)
         use_wide_experts(backbone.model, LARGEST_WIDTH)
-        forward = inspect.signature(type(backbone.blocks[0]).forward).parameters
+        inner = backbone.blocks[0].modules()  # a block may be wrapped in something that passes its arguments on
+        forwards = [inspect.signature(type(module).forward).parameters for module in inner]
         names = ("cache", "past_key_values", "layer_past")
-        self.cache_argument = next(name for name in names if name in forward)
+        self.cache_argument = next(name for forward in forwards for name in names if name in forward)
 
     def run(self, hidden: Tensor, cache: KVCache, position: int, first: int, last: int) -> Tensor:
         rows = self.rows(cache, position, hidden.shape[0])

@@ -27,7 +27,7 @@ def measure_widths(blocks: Blocks) -> None:
     blocks.widths = (*found, largest)
     blocks.any_length = blocks.is_invariant and probe.same_at_every_length(blocks.widths)
     head = blocks.backbone.lm_head
-    if not isinstance(blocks, NativeBlocks) and head.bias is None and usable(head.weight):
+    if not isinstance(blocks, NativeBlocks) and blocks.reads_lm_head and usable(head.weight):
         blocks.argmax_widths = faster_widths(ExactArgmax(head.weight), probe.reference[0], blocks.widths)
 
 

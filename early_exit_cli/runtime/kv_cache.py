@@ -44,7 +44,7 @@ class KVCache:
         self.length = 0
         self.rows: Rows | None = None
         self.addresses: Any = None
-        """Where the buffers are, for compiled code (`native_blocks.Addresses`)."""
+        """Where the buffers are, for compiled code (`native_buffers.Addresses`)."""
 
     @property
     def capacity(self) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from early_exit_cli.files.atomic import sha256_of
-from early_exit_cli.files.environment import user_cache_dir, versions
+from early_exit_cli.files.environment import kept_path, versions
 from early_exit_cli.runtime.blocks import Blocks
 
 
@@ -17,7 +17,7 @@ def device_identity(blocks: Blocks) -> dict[str, Any]:
     """All that a measurement of a runner may depend on: model, device, threads, versions."""
     backbone = blocks.backbone
     return {
-        "fingerprint": backbone.fingerprint,
+        "fingerprint": backbone.identity,
         "device": backbone.device_name,
         "dtype": str(backbone.dtype),
         "runner": blocks.name,
@@ -28,4 +28,4 @@ def device_identity(blocks: Blocks) -> dict[str, Any]:
 
 def measurement_path(kind: str, identity: dict[str, Any]) -> Path:
     """Where a measurement is kept: made once for an identity, in the user's cache folder."""
-    return user_cache_dir() / kind / f"{sha256_of(json.dumps(identity, sort_keys=True))[:24]}.json"
+    return kept_path(kind, f"{sha256_of(json.dumps(identity, sort_keys=True))[:24]}.json")

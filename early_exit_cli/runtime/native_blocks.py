@@ -1,7 +1,7 @@
 """The block runner for CPUs with AVX512-BF16: a whole pass over NF4 weights in one call of compiled code.
 
-Eager PyTorch spends more on calling its kernels than these spend on a small pass. `native/blocks.c` does the blocks in one
-parallel region, `native/lm_head.c` the argmax in another; here are the addresses they need (docs/decisions/0017).
+Eager PyTorch spends more on calling its kernels than these spend on a small pass. `native/blocks.c` does the blocks in
+one parallel region, `native/lm_head.c` the argmax in another; here are the addresses they need (docs/decisions/0017).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class NativeBlocks(FusedBlocks):
         return Model(blocks, self.held.address(self.backbone.embedding_weight), *sizes, self.eps, self.scale)
 
     def _head(self) -> LMHead:
-        """The LM head with its int8 form, as `lm_head.ExactArgmax` has it, but for the states, which are integers too."""
+        """The LM head with its int8 form, as `ExactArgmax` has it, but for the states, which are integers too."""
         weight = self.backbone.lm_head.weight.detach()
         vocab, hidden = weight.shape
         tiles, scale = torch.empty(vocab, hidden, dtype=torch.uint8), torch.empty(vocab)
@@ -203,8 +203,8 @@ class NativeBlocks(FusedBlocks):
 def compiled_blocks(backbone: Backbone) -> NativeBlocks | None:
     """The backbone's one compiled runner, made when first asked for; None where it cannot be had.
 
-    Kept among the backbone's attributes, as a cached property would be: the runner holds the backbone, so a table of them
-    elsewhere, weak or not, would keep both alive.
+    Kept among the backbone's attributes, as a cached property would be: the runner holds the backbone, so a table of
+    them elsewhere, weak or not, would keep both alive.
     """
     kept = vars(backbone)
     if KEPT_AS not in kept:

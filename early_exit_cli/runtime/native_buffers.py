@@ -46,8 +46,12 @@ class Held:
 
 
 def int8_tiles(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[out, in] float32 -> (int8 plus 128 in tiles of 16 rows and 4 inputs [out, in] uint8, scales [out] float32, what the
-    integers stand for [out, in] float32)."""
+    """Rows [out, in] float32 in int8.
+
+    Returns:
+        Integers plus 128 in tiles of 16 rows and 4 inputs [out, in] uint8, scales [out] float32, what they stand for
+        [out, in] float32.
+    """
     out, size = rows.shape
     whole, scales = int8_rows(rows)
     scale = scales.float()

@@ -1,6 +1,6 @@
 """The C code of the CPU's pass: compiled once on this machine, for this machine, and kept in the user's cache folder.
 
-Nothing is shipped compiled. Where there is no C compiler, or it fails, the reason is remembered and PyTorch does the work.
+Nothing is shipped compiled. Where there is no C compiler, or it fails, the reason is kept and PyTorch does the work.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from early_exit_cli.files.atomic import sha256_of, write_atomic
-from early_exit_cli.files.environment import processor_name, user_cache_dir
+from early_exit_cli.files.environment import kept_path, processor_name
 
 FOLDER = Path(__file__).parent / "native"
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
@@ -65,7 +65,7 @@ def native_code() -> ctypes.CDLL:
     if lacking is not None:
         raise NoNativeCode(lacking)
     compiler = find_compiler()
-    path = user_cache_dir() / "native" / f"{code_key()}.so"
+    path = kept_path("native", f"{code_key()}.so")
     if not path.exists():
         if compiler is None:
             raise NoNativeCode("no C compiler was found")
@@ -192,7 +192,7 @@ class ExitHead(ctypes.Structure):
     )
 
 
-class Memory(ctypes.Structure):
+class KVBuffers(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("keys", "values", "cos", "sin")),
         ("capacity", ctypes.c_int64),
@@ -210,11 +210,11 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         "eexit_final_norm": (head, address, address, count),
         "eexit_logits": (head, address, address, count, ctypes.c_int),
         "eexit_eagle": (
-            *(ctypes.POINTER(Eagle), address, address, address, count, count, ctypes.POINTER(Memory)),
+            *(ctypes.POINTER(Eagle), address, address, address, count, count, ctypes.POINTER(KVBuffers)),
             *(address, address, ctypes.POINTER(ctypes.c_int64), ctypes.POINTER(ctypes.c_float), ctypes.c_int),
         ),
         "eexit_read_head": (
-            *(ctypes.POINTER(ExitHead), address, count, count, ctypes.POINTER(Memory), address),
+            *(ctypes.POINTER(ExitHead), address, count, count, ctypes.POINTER(KVBuffers), address),
             *(
                 ctypes.POINTER(ctypes.c_int64),
                 ctypes.POINTER(ctypes.c_float),

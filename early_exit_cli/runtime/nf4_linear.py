@@ -148,4 +148,4 @@ class PackedNF4:
 
 
 SCALED_TOGETHER, VOCAB_TILE = 64, 16
-"""NF4 weights that share a scale, and rows of the LM head that are multiplied together, where a pass is code of our own."""
+"""NF4 weights that share a scale, and rows of the LM head multiplied together, where a pass is code of our own."""

@@ -1,8 +1,8 @@
 """Passes over many texts side by side, padded on the left: a batch dimension that the single text's path does without.
 
-The blocks are those of `FusedBlocks`, over the rows of all texts; only the attention, over a batch of buffers, is another.
-Two ways in: `run` at a place that the host knows, for prompts; `run_at` at one that only the device knows, for decoding
-steps that are recorded. Nothing is promised about bits here.
+The blocks are those of `FusedBlocks`, over the rows of all texts; only the attention, over a batch of buffers, is
+another. Two ways in: `run` at a place that the host knows, for prompts; `run_at` at one that only the device knows, for
+decoding steps that are recorded. Nothing is promised about bits here.
 """
 
 from __future__ import annotations

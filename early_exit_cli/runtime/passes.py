@@ -1,7 +1,7 @@
 """Any number of rows through a runner whose passes have few widths: padded to one, or cut into several passes.
 
-Every pass of decoding goes through here, so that its width is one at which a row's bits do not depend on its neighbours.
-Passes wider than `LARGEST_WIDTH` are the prompt's and stay as they are.
+Every pass of decoding goes through here, so that its width is one at which a row's bits do not depend on its
+neighbours. Passes wider than `LARGEST_WIDTH` are the prompt's and stay as they are.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import torch
 
 from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.errors import BackboneError, BundleError, UnsupportedBackboneError
-from early_exit_cli.files.atomic import write_json
+from early_exit_cli.files.atomic import keep_json
 from early_exit_cli.files.schemas import WidthsForm, read_form
 from early_exit_cli.runtime.blocks import KEY_STEP, Blocks
 from early_exit_cli.runtime.cuda_blocks import CudaBlocks
@@ -33,10 +33,10 @@ def make_blocks(backbone: Backbone, runner: str = "auto", cuda_graphs: str = "au
     path = measurement_path("widths", identity)
     try:
         found = read_form(path, WidthsForm)
-        if not {*found["widths"], *found["argmax_widths"]} <= {*blocks.candidate_widths}:
+        if not {*found.widths, *found.argmax_widths} <= {*blocks.candidate_widths}:
             raise BundleError(f"{path} holds widths that nobody measures")
-        blocks.widths, blocks.argmax_widths = tuple(found["widths"]), tuple(found["argmax_widths"])
-        blocks.is_invariant, blocks.any_length = found["is_invariant"], found["any_length"]
+        blocks.widths, blocks.argmax_widths = tuple(found.widths), tuple(found.argmax_widths)
+        blocks.is_invariant, blocks.any_length = found.is_invariant, found.any_length
     except BundleError:
         with torch.inference_mode():
             measure_widths(blocks)
@@ -46,7 +46,7 @@ def make_blocks(backbone: Backbone, runner: str = "auto", cuda_graphs: str = "au
             "any_length": blocks.any_length,
             "argmax_widths": list(blocks.argmax_widths),
         }
-        write_json(path, {**measured, **identity})
+        keep_json(path, {**measured, **identity})
     if blocks.argmax_widths:
         blocks.exact_argmax = ExactArgmax(backbone.lm_head.weight)
     if isinstance(blocks, CudaBlocks):

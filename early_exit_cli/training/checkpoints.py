@@ -24,7 +24,7 @@ def half_written_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(path for path in folders if not (path / MARKER).is_file() or path.suffix == ".tmp")
 
 
-def resumable(output_dir: Path, identity: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+def resumable(output_dir: Path, identity: dict[str, Any]) -> tuple[Path, MarkerForm] | None:
     """The newest complete checkpoint and what its marker says; None where there is none.
 
     Raises:
@@ -35,7 +35,7 @@ def resumable(output_dir: Path, identity: dict[str, Any]) -> tuple[Path, dict[st
     if not found:
         return None
     state = read_form(found[-1] / MARKER, MarkerForm, CheckpointError)
-    before = {key: todays_word(value) for key, value in state["identity"].items()}
+    before = {key: todays_word(value) for key, value in state.identity.items()}
     changed = [
         f"{key}: {shown(before.get(key))} then, {value!r} now"
         for key, value in identity.items()

@@ -18,6 +18,7 @@ from early_exit_cli.bundle.files import (
 from early_exit_cli.bundle.save import save_bundle, save_eagle
 from early_exit_cli.config import HeadsConfig
 from early_exit_cli.errors import BundleError, shown
+from early_exit_cli.files.schemas import RecordForm
 from early_exit_cli.heads.eagle import EagleHead, load_eagle
 from early_exit_cli.heads.exit_heads import DRAFT_VOCAB, ExitHeads, load_heads
 from early_exit_cli.hidden_states.states import Prediction, States, StateSource
@@ -69,10 +70,12 @@ class ExitStudent:
         self.module.start_from(self.view)
         if config.start_from is not None:
             folder, record = _same_heads(config.start_from, "heads", self.module.exit_layers)
-            kind, rank = kind_of_heads(record, folder)
-            if (kind, rank) != (config.kind, self.module.rank):
-                raise BundleError(f"{folder} has {kind} heads of rank {rank}", hint="--head and --rank as there")
-            _take_over(self.module, load_heads(folder / HEADS_FILE, self.view, kind, source.layers, rank))
+            made = kind_of_heads(record, folder)
+            if (made.kind, made.rank) != (config.kind, self.module.rank):
+                raise BundleError(
+                    f"{folder} has {made.kind} heads of rank {made.rank}", hint="--head and --rank as there"
+                )
+            _take_over(self.module, load_heads(folder / HEADS_FILE, self.view, made.kind, source.layers, made.rank))
         self.exit_layers = self.module.exit_layers
         self.parts = [f"head {head}, after {layer} blocks" for head, layer in enumerate(self.exit_layers)]
 
@@ -130,7 +133,7 @@ class EagleStudent:
         return {"kind": "eagle", "exit_layers": self.exit_layers, "roll_out": self.steps}
 
 
-def _same_heads(folder: Path, kind: str, exit_layers: list[int]) -> tuple[Path, dict[str, Any]]:
+def _same_heads(folder: Path, kind: str, exit_layers: list[int]) -> tuple[Path, RecordForm]:
     """A bundle to start from, and its record.
 
     Raises:
@@ -138,9 +141,9 @@ def _same_heads(folder: Path, kind: str, exit_layers: list[int]) -> tuple[Path, 
     """
     record = read_bundle_record(folder)
     if kind == "eagle":
-        found = record.get(kind, {}).get("exit_layers", [])
+        found = [] if record.eagle is None else record.eagle.exit_layers
     else:
-        found = [layer + 1 for layer in read_bundle_config(folder)["head_layer_indices"]]
+        found = [layer + 1 for layer in read_bundle_config(folder).head_layer_indices]
     if found != exit_layers:
         has = f"heads after {shown(found)} blocks" if found else "no such heads"
         raise BundleError(f"cannot start from {folder}: it has {has}, and these read after {shown(exit_layers)}")

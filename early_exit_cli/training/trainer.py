@@ -29,6 +29,7 @@ from torch import Tensor
 from early_exit_cli.config import DataConfig, HeadsConfig, TrainingConfig
 from early_exit_cli.errors import CheckpointError, DataError, NumericsError
 from early_exit_cli.files.atomic import atomic_folder, write_errno, write_json
+from early_exit_cli.files.schemas import MarkerForm
 from early_exit_cli.hidden_states.states import States, StateSource
 from early_exit_cli.numerics import bfloat16_products, require_finite
 from early_exit_cli.training.checkpoints import KEPT_CHECKPOINTS, MARKER, complete_checkpoints, resumable
@@ -298,13 +299,13 @@ class Trainer:
         """Write checkpoints/step-N, marker last, and drop all but the newest two."""
         folder = self.config.output_dir / "checkpoints"
         target = folder / f"step-{self.step:07d}"
-        state = {
-            "step": self.step,
-            "tokens_seen": self.tokens_seen,
-            "best_step": self.best_step,
-            "best_agreement": self.best_agreement,
-            "identity": self._identity(),
-        }
+        state = MarkerForm(
+            step=self.step,
+            tokens_seen=self.tokens_seen,
+            best_step=self.best_step,
+            best_agreement=self.best_agreement,
+            identity=self._identity(),
+        ).model_dump()
         try:
             if self.accelerator.num_processes == 1:
                 with atomic_folder(target) as temporary:
@@ -341,8 +342,8 @@ class Trainer:
                 f"the checkpoint {folder} is damaged: {' '.join(str(error).split())[:200]}",
                 hint=f"remove it to go on from the one before: rm -r {folder}",
             ) from error
-        self.step, self.tokens_seen = state["step"], state["tokens_seen"]
-        self.best_step, self.best_agreement = state["best_step"], state["best_agreement"]
+        self.step, self.tokens_seen = state.step, state.tokens_seen
+        self.best_step, self.best_agreement = state.best_step, state.best_agreement
 
     def _track(self, report: StepReport) -> None:
         values: dict[str, Any] = {

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, OTHER_FAMILIES, byte_tokenizer, family_config
-from test_decoding import PROMPT, ScriptedDrafter, thresholds_between, tokens_of
+from drafters import PROMPT, ScriptedDrafter, thresholds_between, tokens_of
+from tiny_models import FAMILIES, OTHER_FAMILIES, byte_tokenizer, family_config
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, BloomConfig, Gemma3Config, OPTConfig, Phi3Config
 
 from early_exit_cli.backbone.families import FAMILIES as SUPPORTED
@@ -40,7 +40,7 @@ LONG_PROMPT = [(7 * i * i + 3 * i) % 251 for i in range(3 * WINDOW)]
 
 
 def shapes_of(model_type):
-    """The tiny models of a family, by their names in conftest.py."""
+    """The tiny models of a family, by their names in `tiny_models.py`."""
     return [name for name in (*FAMILIES, *OTHER_FAMILIES) if family_config(name).model_type == model_type]
 
 
@@ -196,7 +196,7 @@ def test_heads_train_from_a_cache_and_decode_by_the_commands(tmp_path, tiny_fold
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
 def test_padding_behind_the_last_position_is_no_fault(tiny_folder, family):
     """A pass is padded to its width; where positions are learned, there may be none left for the padding."""
-    backbone = load_backbone(BackboneConfig(model_name=str(tiny_folder(family)), quantization="none"))
+    backbone = load_backbone(BackboneConfig(model_name=str(tiny_folder(family)), quantization="none", device="cpu"))
     model = Engine(backbone, HFBlocks(backbone))
     prompt = (LONG_PROMPT * 8)[: backbone.context_length - 3]
     ids = torch.tensor([prompt])
@@ -235,7 +235,7 @@ def config_only(folder, config, **changes):
     """A folder with a config.json and nothing to load: what is refused here was refused before any weight."""
     settings = config.to_dict() | {"architectures": ["AnyForCausalLM"], "model_type": config.model_type} | changes
     (folder / "config.json").write_text(json.dumps(settings))
-    return BackboneConfig(model_name=str(folder))
+    return BackboneConfig(model_name=str(folder), device="cpu")
 
 
 LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
@@ -301,7 +301,7 @@ def test_a_checkpoint_saved_in_4_bit_loads_as_it_was_saved(tmp_path, tiny_folder
     """Its own settings, not ours on top: here single quantization, and a compute dtype that ours replaces."""
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     saved = AutoModelForCausalLM.from_pretrained(
-        tiny_folder(family), quantization_config=settings, dtype=torch.bfloat16
+        tiny_folder(family), quantization_config=settings, dtype=torch.bfloat16, device_map={"": "cpu"}
     ).eval()
     saved.save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)

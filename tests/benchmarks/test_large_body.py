@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCAB
+from tiny_models import VOCAB
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from large_body import Shape, large_backbone, large_eagle, large_exits
-from test_cuda_blocks import backbone, distance  # noqa: F401 (a fixture)
-from test_cuda_graphs import ids_of
+from nf4_models import nf4_backbone  # noqa: F401 (a fixture)
+from runs import distance, ids_of
 
 from early_exit_cli.heads.eagle import EagleHead
 from early_exit_cli.heads.eagle_runner import EagleRunner
@@ -21,7 +21,7 @@ SHAPE = Shape(hidden=512, inner=320, blocks=6, query_heads=16, kv_heads=4, head_
 
 
 @pytest.fixture(scope="module")
-def pair(backbone):  # noqa: F811
+def pair(backbone):
     """Both, the large one's weights as they were carried: quantized once more they would be others."""
 
     def linear(weight):

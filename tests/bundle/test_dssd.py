@@ -1,13 +1,11 @@
 """Bundles of DSSD: read without trusting their pickle, checked name by name, made into ours."""
 
 import json
-import os
 import pickle
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
+from dssd_files import Touch, dssd_folder
 from safetensors.torch import load_file
 
 from early_exit_cli.bundle.load import load_engine
@@ -15,26 +13,6 @@ from early_exit_cli.bundle.push import import_dssd
 from early_exit_cli.cli.app import app
 from early_exit_cli.config import BackboneConfig, BundleConfig
 from early_exit_cli.errors import BundleError, ConfigError
-
-DSSD_FILES = ("aux_heads.pt", "config.json", "calibration.json")
-
-
-class Touch:
-    """Unpickled without care, it makes a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-def dssd_folder(bundle: Path, folder: Path) -> Path:
-    """The files that DSSD's own program would have left, and nothing of ours."""
-    folder.mkdir()
-    for name in DSSD_FILES:
-        shutil.copy(bundle / name, folder / name)
-    return folder
 
 
 @pytest.fixture
@@ -56,7 +34,7 @@ def test_the_heads_are_the_same_afterwards(dssd, linear_bundle, tmp_path, tiny_f
         "num_hidden_layers": 6,
         "quantization": "none",
     }
-    backbone = BackboneConfig(model_name=str(tiny_folder("llama")), quantization="none")
+    backbone = BackboneConfig(model_name=str(tiny_folder("llama")), quantization="none", device="cpu")
     model = load_engine(backbone, BundleConfig(bundle=str(tmp_path / "bundle")))
     assert model.heads.kind == "linear"
     assert model.thresholds is not None
@@ -66,7 +44,7 @@ def test_what_config_json_declares_is_compared_with_the_backbone(dssd, tmp_path,
     config = json.loads((dssd / "config.json").read_text())
     (dssd / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 7}))
     import_dssd(dssd, tmp_path / "bundle")
-    backbone = BackboneConfig(model_name=str(tiny_folder("llama")), quantization="none")
+    backbone = BackboneConfig(model_name=str(tiny_folder("llama")), quantization="none", device="cpu")
     with pytest.raises(BundleError, match="num_hidden_layers: heads 7, backbone 6"):
         load_engine(backbone, BundleConfig(bundle=str(tmp_path / "bundle")))
 

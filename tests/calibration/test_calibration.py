@@ -42,7 +42,7 @@ def test_both_rules_are_counted_and_the_chosen_one_is_written():
     for rule, threshold in (("conditional", 0.5), ("independent", 0.6)):
         calibration = calibrated_by_hand(threshold_rule=rule)
         assert calibration_json(calibration)["thresholds"]["0.75"] == pytest.approx({"0": 0.4, "1": threshold})
-        (share,) = [entry["exit_share"] for entry in calibration.head_sets["0.75"] if entry["heads"] == [0, 1]]
+        (share,) = [entry.exit_share for entry in calibration.head_sets["0.75"] if entry.heads == [0, 1]]
         assert share == [3 / 8, {"conditional": 3 / 8, "independent": 4 / 8}[rule]]
     alone, left = (calibration.heads[1].cells[rule]["0.75"] for rule in ("independent", "conditional"))
     assert (alone.tokens, alone.coverage, alone.agreement) == (7, 7 / 8, pytest.approx(6 / 7))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FAMILIES
+from tiny_models import FAMILIES
 
 from early_exit_cli.data.answers import answer_together
 from early_exit_cli.runtime.fused_blocks import FusedBlocks

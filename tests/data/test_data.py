@@ -55,7 +55,7 @@ def test_attention_and_targets_never_cross_documents():
 
 
 def test_only_answers_are_measured():
-    """Of [prompt 1 2][answer 3 4], the positions that predict 3 and 4 count; an answer longer than a row goes on in another."""
+    """Of [prompt 1 2][answer 3 4], the positions that predict 3 and 4 count; a long answer goes on in another row."""
     (first,) = pack([Document([1, 2, 3, 4], "a", answer_start=2), Document([5, 6], "b", answer_start=1)], 6, pad_id=0)
     assert first.measured[0].tolist() == [False, True, True, False, True, False]
     assert first.answers[0].tolist() == [False, False, True, True, False, True]
@@ -130,8 +130,8 @@ def test_data_faults_name_file_line_and_flag(tmp_path):
 def test_prompts_may_be_spec_bench_turns(tmp_path):
     path = write_lines(tmp_path / "p.jsonl", [{"prompt": "a"}, {"turns": ["b", "c"], "category": "qa"}])
     assert [row["prompt"] for row in read_prompts(path)] == ["a", "b"]
-    write_lines(path, [{"prompt": "a"}, {"question": "b"}])
-    with pytest.raises(DataError, match="row 2"):
+    write_lines(path, [{"prompt": "a"}, {"body": "b"}])
+    with pytest.raises(DataError, match=r"p\.jsonl:2 holds no prompt"):
         read_prompts(path)
 
 
@@ -166,7 +166,7 @@ def test_on_policy_text_is_the_backbones_own_answer_and_is_made_once(tmp_path, t
 
 
 def test_large_batches_are_groups_of_one_kind(tmp_path, tiny_backbone, monkeypatch):
-    """On a GPU: which prompts are answered greedily is decided by group as on a CPU, and the answers are kept for both."""
+    """On a GPU: which prompts are answered greedily is decided by group as on a CPU, and answers are kept for both."""
     monkeypatch.setenv("EEXIT_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(on_policy, "GROUP", 3)
     backbone = tiny_backbone("llama")

@@ -1,14 +1,14 @@
 """Many answers on memory that stands still, in recorded steps: the tokens of one text alone, at any size of batch.
 
-What a GPU does is run here on tape (`test_cuda_graphs.Tape`): a number read on the host while recording stays what it was.
+What a GPU does is run here on tape (`recordings.Tape`): a number read on the host while recording stays as it was.
 """
 
 import copy
 
 import pytest
 import torch
-from conftest import FAMILIES
-from test_cuda_graphs import HOST_READS, Tape, record_on_tape
+from recordings import HOST_READS, Tape, record_on_tape
+from tiny_models import FAMILIES
 
 from early_exit_cli.data import recorded_answers
 from early_exit_cli.data.answers import answer_together

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from test_decoding import tokens_of
-from test_sampling import make_drafter
+from drafters import make_drafter, tokens_of
 
 from early_exit_cli.config import SamplingConfig
 from early_exit_cli.decoding.batch import decode_batch, generate_batch
@@ -152,7 +151,7 @@ def test_the_shipped_model_answers_together_as_alone(smollm2):
     from early_exit_cli.config import BackboneConfig, BundleConfig
     from early_exit_cli.drafting.choose import auto_drafter
 
-    model = load_engine(BackboneConfig(), BundleConfig())
+    model = load_engine(BackboneConfig(device="cpu"), BundleConfig())
     prompts = [
         smollm2.encode_prompt(text)
         for text in ("Name three colours.", "What is 12 times 12?", "Repeat: one two three one two three one two")

@@ -2,36 +2,16 @@
 
 import pytest
 import torch
-from conftest import END, FAMILIES
+from drafters import PROMPT, ScriptedDrafter, thresholds_between, tokens_of
+from tiny_models import END, FAMILIES
 
 from early_exit_cli.decoding.answer import TextStream, generate
 from early_exit_cli.decoding.loop import decode
 from early_exit_cli.decoding.records import trace_records
 from early_exit_cli.decoding.text import Request, accepted_length, cut_at_stop
-from early_exit_cli.drafting.drafter import Draft, Drafter, NoDrafter
+from early_exit_cli.drafting.drafter import NoDrafter
 from early_exit_cli.drafting.exit import ExitDrafter
 from early_exit_cli.errors import ConfigError, NumericsError
-
-PROMPT = [72, 101, 108, 108, 111, 32, 119, 111, 114, 108, 100]
-
-
-class ScriptedDrafter(Drafter):
-    """Proposes the known continuation, with tokens made wrong where `wrong(index)` says so."""
-
-    def __init__(self, continuation, wrong=lambda index: False, prompt=PROMPT):
-        self.continuation, self.wrong, self.prompt = continuation, wrong, prompt
-
-    def draft(self, model, cache, pending, limit, stop_ids):
-        done = cache.length + 1 - len(self.prompt)
-        tokens = [
-            (token + 1) % 256 if self.wrong(done + index) else token
-            for index, token in enumerate(self.continuation[done : done + limit])
-        ]
-        return Draft(tokens=tokens)
-
-
-def tokens_of(rounds):
-    return [token for step in rounds for token in step.tokens]
 
 
 @pytest.fixture(scope="module")
@@ -96,13 +76,6 @@ def test_a_drafter_that_overshoots_the_cap_changes_nothing(model, plain):
 
     rounds = list(decode(model, Request(PROMPT, 10, stop_ids=()), Eager(plain), width=8))
     assert tokens_of(rounds) == plain[:10]
-
-
-def thresholds_between(model, share):
-    """Thresholds at which about `share` of the plain text's tokens would exit."""
-    run = generate(model, Request(PROMPT, 40), NoDrafter(), mode="full", trace=True)
-    rows = [[reading.entropy for reading in token] for step in run.rounds for token in step.traced]
-    return torch.tensor(rows).quantile(share, 0).tolist()
 
 
 @pytest.mark.parametrize("runner", ["fused", "hf"])

@@ -2,14 +2,14 @@
 
 import json
 import random
-from dataclasses import replace
 
 import pytest
 import torch
 
 from early_exit_cli.calibration.thresholds import count_head_sets
-from early_exit_cli.drafting.choose import HeadSet, choose_heads, expected_rate
+from early_exit_cli.drafting.choose import choose_heads, expected_rate
 from early_exit_cli.drafting.costs import Costs, cost_table, fastest_in_turns, measure_costs, never_falling
+from early_exit_cli.files.schemas import CalibratedHead, CalibrationRecord, HeadSet, RecordForm
 
 WIDTHS = [2, 4, 8]
 COSTS = Costs(
@@ -17,6 +17,8 @@ COSTS = Costs(
     per_block_far={2: 0.3, 4: 0.34, 8: 0.5},
     finish={2: 2.5, 4: 3.0, 8: 5.0},
     head=0.6,
+    eagle_read=0.0,
+    eagle_step=0.0,
 )
 
 
@@ -57,10 +59,10 @@ def simulate(choice: HeadSet, layers: list[int], depth: int, width: int, tokens:
 @pytest.mark.parametrize(
     "choice",
     [
-        HeadSet([0], [0.3], [0.8]),
-        HeadSet([0, 2], [0.2, 0.3], [0.9, 0.7]),
-        HeadSet([1], [0.9], [0.95]),
-        HeadSet([2], [0.0], [0.0]),
+        HeadSet(heads=[0], exit_share=[0.3], agreement=[0.8]),
+        HeadSet(heads=[0, 2], exit_share=[0.2, 0.3], agreement=[0.9, 0.7]),
+        HeadSet(heads=[1], exit_share=[0.9], agreement=[0.95]),
+        HeadSet(heads=[2], exit_share=[0.0], agreement=[0.0]),
     ],
 )
 def test_the_expected_rate_is_what_chance_gives(choice):
@@ -70,11 +72,10 @@ def test_the_expected_rate_is_what_chance_gives(choice):
 
 
 def record(*sets):
-    return {
-        "calibration": {
-            "head_sets": {"0.80": [dict(zip(("heads", "exit_share", "agreement"), s, strict=True)) for s in sets]}
-        }
-    }
+    """What a bundle keeps of sets of heads, (heads, exit shares, agreement) each."""
+    found = [HeadSet(heads=heads, exit_share=shares, agreement=agreed) for heads, shares, agreed in sets]
+    calibration = CalibrationRecord(heads=[CalibratedHead()] * 3, head_sets={"0.80": found})
+    return RecordForm(fingerprint={}, calibration=calibration)
 
 
 def model_of_known_costs(tiny_model):
@@ -92,24 +93,24 @@ def test_heads_that_never_exit_are_not_read(tiny_model):
 def test_the_set_that_earns_most_is_read(tiny_model):
     model = model_of_known_costs(tiny_model)
     model.record = record(([0], [0.05], [0.8]), ([1], [0.95], [0.99]), ([0, 1], [0.05, 0.9], [0.8, 0.99]))
-    costs = replace(COSTS, head=0.05)
+    costs = COSTS.model_copy(update={"head": 0.05})
     assert choose_heads(model, 0.8, 8, costs) in ([1], [0, 1])
 
 
 def test_a_bundle_without_counts_has_all_heads_read(tiny_model):
     model = tiny_model("llama")
-    model.record = {}
+    model.record = None
     assert choose_heads(model, 0.8, 8, COSTS) == [0, 1, 2]
 
 
 def test_head_sets_are_counted_in_order():
     entropies = torch.tensor([[0.1, 0.9, 0.2, 0.9], [0.1, 0.1, 0.9, 0.1]])
     correct = torch.tensor([[True, True, False, True], [True, False, True, True]])
-    counted = {tuple(entry["heads"]): entry for entry in count_head_sets(entropies, correct, [0.5, 0.5])}
-    assert counted[(0,)] == {"heads": [0], "exit_share": [0.5], "agreement": [0.5]}
-    assert counted[(1,)]["exit_share"] == [0.75]
-    assert counted[(0, 1)]["exit_share"] == [0.5, 0.5]
-    assert counted[(0, 1)]["agreement"] == [0.5, 0.5]
+    counted = {tuple(entry.heads): entry for entry in count_head_sets(entropies, correct, [0.5, 0.5])}
+    assert counted[(0,)] == HeadSet(heads=[0], exit_share=[0.5], agreement=[0.5])
+    assert counted[(1,)].exit_share == [0.75]
+    assert counted[(0, 1)].exit_share == [0.5, 0.5]
+    assert counted[(0, 1)].agreement == [0.5, 0.5]
 
 
 def test_measured_costs_are_times_of_this_device(tiny_model):

@@ -5,13 +5,11 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
-from test_commands import eexit
-
-from early_exit_cli.files.atomic import file_sha256
+from commands import eexit, eexit_process, started, two_processes
+from small_caches import content
 
 SETTINGS = ["--quantization", "none", "--num_heads", 2, "--max_length", 64, "--holdout", 0.2]
 
@@ -30,10 +28,6 @@ def extract(folder, model, text, *more):
         "cache", "extract", "--model_name", model, *SETTINGS, "--dataset_name", text, "--cache_dir", folder,
         "--shard-tokens", 256, *more,
     ]  # fmt: skip
-
-
-def content(folder):
-    return {path.name: file_sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_the_seeds_commands_run_as_written(tiny_folder, text, tmp_path):
@@ -95,9 +89,7 @@ def test_a_killed_extraction_goes_on_to_the_same_bytes(tiny_folder, text, tmp_pa
     code, _, err = eexit(*extract(tmp_path / "whole", model, text))
     assert code == 0, err
     cut = tmp_path / "cut"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "early_exit_cli", *map(str, extract(cut, model, text))], stderr=subprocess.DEVNULL
-    )
+    process = started(*extract(cut, model, text), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 100
     while len(list(cut.glob("shards/*.json"))) < 3 and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.005)
@@ -130,7 +122,7 @@ def test_damage_is_named_repaired_and_gone(tiny_folder, text, tmp_path):
     code, out, err = eexit("train", "--mode", "offline", "--cache_dir", cache, "--output_dir", tmp_path / "run")
     assert code == 1
     assert "train-00002.safetensors is damaged" in err
-    code, out, err = eexit("cache", "repair", "--cache-dir", cache)
+    code, out, err = eexit_process("cache", "repair", "--cache-dir", cache)  # it takes no device
     assert code == 0, err
     assert "repaired shards/train-00002.safetensors" in err
     (cache / "shards" / "mine.safetensors").unlink()
@@ -140,22 +132,9 @@ def test_damage_is_named_repaired_and_gone(tiny_folder, text, tmp_path):
     assert json.loads(out) == {"damaged": [], "foreign": [], "shards": len(before) - 2}
 
 
-def two_processes(*arguments, **environment):
-    """As accelerate launch starts them; returns (exit code, stdout, stderr)."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run(
-        [*command, "-m", "early_exit_cli", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=180,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **environment},
-    )
-    return result.returncode, result.stdout, result.stderr
-
-
 def test_two_processes_write_one_cache_and_train_from_it(tiny_folder, text, tmp_path):
     model = tiny_folder("llama")
-    code, _, err = eexit(*extract(tmp_path / "one", model, text), OMP_NUM_THREADS="1")
+    code, _, err = eexit_process(*extract(tmp_path / "one", model, text), OMP_NUM_THREADS="1")
     assert code == 0, err
     code, _, err = two_processes(*extract(tmp_path / "two", model, text))
     assert code == 0, err[-3000:]
@@ -180,13 +159,13 @@ def test_one_failing_process_ends_all(tiny_folder, text, tmp_path):
     code, _, err = eexit(*extract(tmp_path / "cache", tiny_folder("llama"), text))
     assert code == 0, err
     shutil.rmtree(tmp_path / "cache" / "shards")
-    started = time.monotonic()
+    began = time.monotonic()
     code, _, err = two_processes(
         "train", "--mode", "offline", "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "run"
     )
     assert code != 0
     assert "is damaged" in err
-    assert time.monotonic() - started < 90
+    assert time.monotonic() - began < 90
 
 
 def test_a_sweep_trains_a_set_of_heads_for_each_value(tiny_folder, text, tmp_path):

@@ -4,11 +4,11 @@ import json
 import shutil
 
 import pytest
-from test_commands import bundle, eexit, prompts  # noqa: F401 (fixtures)
+from commands import eexit
 
 
 @pytest.fixture
-def own(bundle, tmp_path):  # noqa: F811
+def own(bundle, tmp_path):
     """A copy of the bundle that a test may write into."""
     folder = tmp_path / "own"
     shutil.copytree(bundle, folder, ignore=shutil.ignore_patterns("checkpoints", "last"))
@@ -91,7 +91,7 @@ def test_a_calibration_by_confidence_elsewhere_is_used_by_infer_and_evaluate(own
     assert json.loads(out)["acceptance"]["drafted"] > 0
 
 
-def test_evaluate_says_where_heads_agree_and_why_drafts_fail(bundle, tmp_path):  # noqa: F811
+def test_evaluate_says_where_heads_agree_and_why_drafts_fail(bundle, tmp_path):
     path = tmp_path / "evaluation.json"
     code, out, err = eexit("evaluate", "--bundle", bundle, "--accuracy-level", "0.6", "--output-path", path)
     assert code == 0, err
@@ -132,7 +132,7 @@ def test_evaluate_without_thresholds_leaves_acceptance_out(own):
         (["calibrate", "--accuracy-levels", "0.601,0.604"], "two accuracy levels are both 0.60"),
     ],
 )
-def test_bad_settings_are_one_clear_line_and_code_2(bundle, arguments, words):  # noqa: F811
+def test_bad_settings_are_one_clear_line_and_code_2(bundle, arguments, words):
     command, *rest = arguments
     code, out, err = eexit(command, "--bundle", bundle, *rest)
     assert code == 2

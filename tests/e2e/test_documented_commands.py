@@ -6,9 +6,9 @@ import shlex
 from pathlib import Path
 
 import pytest
+from dssd_files import dssd_folder
 from hub_server import HubServer
-from test_dssd import dssd_folder
-from test_hub_commands import Terminal
+from hub_terminal import Terminal
 
 from early_exit_cli.files.environment import user_cache_dir
 
@@ -48,8 +48,7 @@ def terminal(tmp_path_factory, tiny_folder, linear_bundle):
     with HubServer() as server:
         found = Terminal(server, folder, folder)
         yield found
-        found.process.stdin.close()
-        found.process.wait(30)
+        found.close()
 
 
 @pytest.mark.parametrize("command", [command for page in PAGES for command in shown(page)])

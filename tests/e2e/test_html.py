@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from test_commands import eexit
+from commands import eexit
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = [

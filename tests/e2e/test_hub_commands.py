@@ -2,17 +2,16 @@
 
 import itertools
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import dssd_loader
 import pytest
 import torch
+from commands import eexit_process
+from dssd_files import Touch, dssd_folder
 from hub_server import READER, WRITER, Fault, HubServer
-from test_dssd import Touch, dssd_folder
+from hub_terminal import Terminal
 
 import early_exit_cli
 from early_exit_cli.files.atomic import file_sha256
@@ -22,48 +21,6 @@ SHIPPED = Path(early_exit_cli.__file__).parent / "bundles" / "smollm2-135m"
 FILES = {"aux_heads.pt", "heads.safetensors", "config.json", "calibration.json", "eexit.json", "README.md"}
 NUMBERS = itertools.count()
 MANY = 100
-TOKENS = (WRITER, READER, "hf_unknownToken")
-
-
-class Terminal:
-    """A process that runs commands against the server, and checks that no token is ever shown."""
-
-    def __init__(self, server: HubServer, home: Path, folder: Path | None = None) -> None:
-        self.home = home
-        self.environment = {
-            **os.environ,
-            "HF_ENDPOINT": server.url,
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_OFFLINE": "0",
-            "HF_HOME": str(home / "hf"),
-            "EEXIT_HOME": str(home / "eexit"),
-        }
-        self.log = open(home / "stderr", "w+")  # noqa: SIM115 (closed with the process)
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).parents[1] / "support" / "command_worker.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-            env=self.environment,
-            cwd=folder,
-        )
-
-    def run(self, *arguments: object, token: str = WRITER) -> tuple[int, str, str]:
-        request = {"arguments": [str(word) for word in arguments], "environment": {"HF_TOKEN": token}}
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        code, out, err = json.loads(self.process.stdout.readline())
-        self.log.seek(0)
-        assert not any(secret in text for secret in TOKENS for text in (out, err, self.log.read()))
-        assert "Traceback" not in err
-        return code, out, err
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait(timeout=30)
-        self.process.stdout.close()
-        self.log.close()
 
 
 @pytest.fixture(scope="module")
@@ -106,18 +63,16 @@ def test_push_and_pull_as_a_person_types_them(hub, repo, linear_bundle, tmp_path
     bundle = shutil.copytree(linear_bundle, tmp_path / "heads")
     (bundle / "optimizer.pt").write_bytes(b"never pushed")
     assert (bundle / "checkpoints").is_dir()
-    terminal = {
-        **os.environ,
+    surroundings = {
         **{"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_TOKEN": WRITER},
         **{"HF_HOME": str(tmp_path / "hf"), "EEXIT_HOME": str(tmp_path / "eexit")},
     }
 
     def eexit(*arguments):
-        command = [sys.executable, "-m", "early_exit_cli", *map(str, arguments)]
-        result = subprocess.run(command, capture_output=True, text=True, env=terminal, timeout=120)
-        assert result.returncode == 0, result.stderr
-        assert WRITER not in result.stdout + result.stderr
-        return result.stdout, result.stderr
+        code, out, err = eexit_process(*arguments, **surroundings)
+        assert code == 0, err
+        assert WRITER not in out + err
+        return out, err
 
     before = {path: path.read_bytes() for path in bundle.iterdir() if path.is_file()}
     _, err = eexit("push", "--repo-id", repo, bundle)
@@ -379,9 +334,7 @@ def test_a_pickle_with_code_is_refused_on_the_way(hub, repo, terminal, linear_bu
     ],
 )
 def test_no_way_to_the_hub_is_said_at_once(terminal, changed, words):
-    command = [sys.executable, "-m", "early_exit_cli", "pull", "org/heads", "--retry-wait", "1000"]
-    environment = terminal.environment | changed
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert result.returncode == 1
-    assert words in result.stderr
-    assert "org/heads is not in its cache" in result.stderr
+    code, out, err = eexit_process("pull", "org/heads", "--retry-wait", "1000", **(terminal.environment | changed))
+    assert (code, out) == (1, "")
+    assert words in err
+    assert "org/heads is not in its cache" in err

@@ -5,10 +5,9 @@ import os
 import pty
 import re
 import subprocess
-import sys
 
 import pytest
-from test_commands import eexit
+from commands import command_line, eexit
 
 PROMPT = ["--prompt", "one two three", "--max-tokens", 24]
 
@@ -76,7 +75,7 @@ def test_a_batch_answers_each_prompt_as_alone(tiny_bundle, tmp_path, extra):
     assert [one["token_ids"] for one in answers[0]] == [one["token_ids"] for one in answers[1]]
     assert [one["text"] for one in answers[0]] == [one["text"] for one in answers[1]]
     code, out, err = eexit(*(word for word in many if word != "--json"), "--batch", 3)
-    assert "tokens/s together" in err
+    assert "tokens/s in batches" in err
 
 
 def test_a_page_that_cannot_be_written_is_one_line(base, tmp_path):
@@ -132,7 +131,7 @@ def in_terminal(arguments, **environment):
     """What a terminal would get: the bytes of stdout and stderr together."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "early_exit_cli", *map(str, arguments)],
+        command_line(*arguments),
         stdin=subprocess.DEVNULL,
         stdout=theirs,
         stderr=theirs,

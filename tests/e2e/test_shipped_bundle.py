@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_commands import eexit
+from commands import eexit
 
 import early_exit_cli
 

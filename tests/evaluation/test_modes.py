@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import END, byte_tokenizer
-from test_decoding import thresholds_between
+from drafters import thresholds_between
+from tiny_models import END, byte_tokenizer
 
 from early_exit_cli.cli import show
 from early_exit_cli.decoding.answer import generate

@@ -5,9 +5,9 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import VOCAB
-from test_cuda_blocks import answer, backbone, on_reference  # noqa: F401 (a fixture)
-from test_cuda_graphs import ids_of
+from nf4_models import nf4_backbone, on_reference  # noqa: F401 (a fixture)
+from runs import answer, ids_of
+from tiny_models import VOCAB
 
 from early_exit_cli.drafting.chances import Survival
 from early_exit_cli.drafting.eagle import EagleDrafter
@@ -19,7 +19,7 @@ from early_exit_cli.runtime.reference_kernels import ReferenceKernels
 
 
 @pytest.fixture(scope="module")
-def head(backbone):  # noqa: F811
+def head(backbone):
     """A head that drafts half the vocabulary, whose weights are numbers that NF4 holds as they are."""
     torch.manual_seed(3)
     made = EagleHead(backbone(), [0, 2], torch.arange(0, VOCAB, 2)).requires_grad_(False).to(torch.bfloat16)
@@ -87,14 +87,15 @@ def test_a_chain_ends_at_what_is_not_finite(head):
         assert runner.chain([1, 2], states, 4) == ([], [])
 
 
-def test_drafting_in_chains_leaves_the_words(head, backbone):  # noqa: F811
+def test_drafting_in_chains_leaves_the_words(head, backbone):
     model = Engine(backbone(), on_reference(backbone()), eagle=head)
     head.on_device = CudaEagle(head, ReferenceKernels(), lambda step: step)
     plain = answer(model)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("early_exit_cli.drafting.eagle.eagle_runner", lambda head: head.on_device.fork())
         for chance in (0.9, 0.5):
-            drafter = EagleDrafter(head, [Survival(2.0, -0.5, chance)], lambda rows: 1.0 + 0.01 * rows, 0.05, 0.02)
+            survival = Survival(intercept=2.0, slope=-0.5, mean=chance)
+            drafter = EagleDrafter(head, [survival], lambda rows: 1.0 + 0.01 * rows, 0.05, 0.02)
             drafted = answer(model, drafter)
             assert drafted.stats.tokens_drafted > 0
             assert drafted.token_ids == plain.token_ids
@@ -106,7 +107,9 @@ def test_a_chain_is_as_long_as_its_chances_pay_for(head):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("early_exit_cli.drafting.eagle.eagle_runner", lambda head: head.on_device.fork())
         lengths = [
-            EagleDrafter(head, [Survival(0, 0, chance)], lambda rows: 1.0, 0.05, step)._chain_length(MOST_STEPS)
+            EagleDrafter(
+                head, [Survival(intercept=0, slope=0, mean=chance)], lambda rows: 1.0, 0.05, step
+            )._chain_length(MOST_STEPS)
             for chance, step in ((0.95, 0.02), (0.7, 0.02), (0.7, 0.2), (0.3, 0.2))
         ]
     assert lengths == sorted(lengths, reverse=True)

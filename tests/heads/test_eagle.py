@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from conftest import FAMILIES
+from drafters import some_head
+from small_training import trainer as exit_trainer
+from tiny_models import FAMILIES
 
 from early_exit_cli.bundle.load import load_engine
 from early_exit_cli.calibration.draft_chances import fit_eagle, fit_lookup, fit_survival, roll_out
@@ -12,30 +14,21 @@ from early_exit_cli.data.packing import pack
 from early_exit_cli.decoding.answer import generate
 from early_exit_cli.decoding.loop import decode
 from early_exit_cli.decoding.text import Request
-from early_exit_cli.drafting.chances import Survival, draft_chances_of
+from early_exit_cli.drafting.chances import DraftChances, Survival, draft_chances_of
 from early_exit_cli.drafting.choose import auto_drafter, eagle_drafter
 from early_exit_cli.drafting.drafter import Draft, NoDrafter
 from early_exit_cli.drafting.eagle import EagleDrafter
 from early_exit_cli.drafting.reasons import Step
 from early_exit_cli.engine import Engine
 from early_exit_cli.errors import BundleError
-from early_exit_cli.heads.eagle import EagleHead
+from early_exit_cli.files.schemas import RecordForm
 from early_exit_cli.heads.eagle_runner import EagleRunner, draft_linear
 from early_exit_cli.hidden_states.live import BackboneStates, run_states
 from early_exit_cli.sampling import GREEDY
 from early_exit_cli.training.trainer import Lessons, Trainer
 
 PROMPT = [72, 101, 108, 108, 111, 32, 119, 111, 114, 108, 100]
-CERTAIN = [Survival(30.0, 0.0, 1.0)]  # whatever the entropy: every draft is worth its time
-
-
-def some_head(backbone, draft_vocab=None):
-    torch.manual_seed(3)
-    head = EagleHead(backbone, [1, 3], draft_vocab)
-    head.start_from(backbone)
-    for parameter in head.parameters():
-        parameter.data += 0.05 * torch.randn_like(parameter)
-    return head.to(backbone.dtype).requires_grad_(False)
+CERTAIN = [Survival(intercept=30.0, slope=0.0, mean=1.0)]  # whatever the entropy: every draft is worth its time
 
 
 def drafter(head, survival=CERTAIN):
@@ -140,7 +133,7 @@ def test_it_borrows_from_the_backbone_and_never_trains_it(tiny_backbone):
 def test_a_draft_ends_where_it_stops_paying(tiny_model):
     model = tiny_model("llama")
     head = some_head(model.backbone)
-    hopeless = drafter(head, [Survival(-30.0, 0.0, 0.0)])
+    hopeless = drafter(head, [Survival(intercept=-30.0, slope=0.0, mean=0.0)])
     rounds = list(decode(model, Request(PROMPT, 12, stop_ids=()), hopeless, width=8))
     assert all(step.drafted == 0 for step in rounds)
     dear = EagleDrafter(head, CERTAIN, lambda rows: 10.0 * rows, 0.1, 0.1)  # a pass costs what its rows cost
@@ -151,7 +144,7 @@ def test_a_draft_ends_where_it_stops_paying(tiny_model):
 
 def test_what_a_text_shows_moves_the_chances(tiny_model):
     model = tiny_model("llama")
-    good = drafter(some_head(model.backbone), [Survival(0.0, 0.0, 0.5)])
+    good = drafter(some_head(model.backbone), [Survival(intercept=0.0, slope=0.0, mean=0.5)])
     good.begin(PROMPT)
     assert good._chance(0) == pytest.approx(0.5)
     draft = Draft([1, 2, 3, 4], [Step(n, 1.0, 0.5) for n in (1, 2, 3, 4)])
@@ -166,8 +159,8 @@ def test_what_a_text_shows_moves_the_chances(tiny_model):
 def test_reading_is_worth_it_where_some_tokens_are_sure(tiny_model):
     """A mean chance that would not pay for a draft hides tokens that do: the promise looks at the entropies to be met."""
     head = some_head(tiny_model("llama").backbone)
-    blind = Survival(4.0, -2.0, 0.3)
-    knowing = Survival(4.0, -2.0, 0.3, (0.1, *[6.0] * 4))  # one in five tokens is right 98 times in 100
+    blind = Survival(intercept=4.0, slope=-2.0, mean=0.3)
+    knowing = blind.model_copy(update={"entropies": (0.1, *[6.0] * 4)})  # one in five tokens is right 98 times in 100
     rates = []
     for survival in (blind, knowing):
         made = EagleDrafter(head, [survival], lambda rows: 2.0 + rows, 0.1, 0.05)
@@ -180,7 +173,8 @@ def test_reading_is_worth_it_where_some_tokens_are_sure(tiny_model):
 
 def test_a_first_token_that_was_not_drafted_still_teaches(tiny_model):
     model = tiny_model("llama")
-    unsure = EagleDrafter(some_head(model.backbone), [Survival(0.0, 0.0, 0.5)], lambda rows: 10.0, 0.1, 0.1)
+    even = Survival(intercept=0.0, slope=0.0, mean=0.5)
+    unsure = EagleDrafter(some_head(model.backbone), [even], lambda rows: 10.0, 0.1, 0.1)
     for right, wanted in ((True, 1.0), (False, 0.0)):
         unsure.begin(PROMPT)
         unsure.guess = (7, 0.4)
@@ -237,7 +231,7 @@ def test_training_learns_and_leaves_a_head_that_drafts(tmp_path, tiny_backbone, 
     assert result.parts == ["draft position 1", "draft position 2"]
     assert result.last_agreement[0] > start[0] + 0.2
     assert result.last_agreement[1] > start[1] + 0.1
-    settings = BackboneConfig(model_name=str(tiny_folder("llama")), quantization="none")
+    settings = BackboneConfig(model_name=str(tiny_folder("llama")), quantization="none", device="cpu")
     model = load_engine(settings, BundleConfig(bundle=str(tmp_path)))
     assert model.heads is None
     with pytest.raises(BundleError, match="not calibrated"):
@@ -248,11 +242,8 @@ def test_training_learns_and_leaves_a_head_that_drafts(tmp_path, tiny_backbone, 
     assert checked[0] == pytest.approx((survival[0].mean, survival[0].mean), abs=1e-3)
     assert survival[0].mean == pytest.approx(result.last_agreement[0], abs=0.2)
     assert survival[0].slope < 0
-    model.record["drafting"] = {
-        "lookup": [0.5] * 6,
-        "eagle": [vars(entry) for entry in survival],
-        "checked": checked,
-    }
+    chances = DraftChances(lookup=[0.5] * 6, eagle=survival, checked=checked)
+    model.record = model.record.model_copy(update={"drafting": chances.model_dump()})
     prompt = texts[0].ids[:12]
     plain = generate(model, Request(prompt, 20), NoDrafter(), mode="full").token_ids
     for made in (eagle_drafter(model), auto_drafter(model, 0.9, 8, "auto")):
@@ -266,8 +257,6 @@ def test_training_goes_on_from_an_earlier_head(tmp_path, tiny_backbone):
 
 
 def test_it_joins_a_bundle_of_the_same_backbone_only(tmp_path, tiny_backbone):
-    from test_training import trainer as exit_trainer
-
     backbone = tiny_backbone("llama")
     exit_trainer(backbone, tmp_path, max_steps=1).run()
     train(backbone, tmp_path, steps=1)[0].run()
@@ -291,7 +280,7 @@ def test_it_joins_a_bundle_of_the_same_backbone_only(tmp_path, tiny_backbone):
 )
 def test_a_damaged_policy_is_refused(damaged):
     with pytest.raises(BundleError, match="drafting record is damaged"):
-        draft_chances_of({"drafting": damaged})
+        draft_chances_of(RecordForm(fingerprint={}, drafting=damaged))
 
 
 def test_a_bundle_without_one_says_how_to_get_one(tiny_model):
@@ -325,7 +314,7 @@ def test_an_exported_checkpoint_holds_the_head_and_what_it_borrows(tmp_path, tin
 def test_the_shipped_head_drafts_in_bfloat16_without_changing_a_bit(smollm2):
     from early_exit_cli.config import SHIPPED_BUNDLE
 
-    model = load_engine(BackboneConfig(), BundleConfig(bundle=SHIPPED_BUNDLE))
+    model = load_engine(BackboneConfig(device="cpu"), BundleConfig(bundle=SHIPPED_BUNDLE))
     prompt = smollm2.encode_prompt("Explain step by step how to solve 2x + 6 = 14.")
     plain = generate(model, Request(prompt, 48), NoDrafter(), mode="full", keep_states=True)
     run = generate(model, Request(prompt, 48), eagle_drafter(model), mode="eagle", width=16, keep_states=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from drafters import some_head
 from safetensors.torch import load_file, save_file
-from test_eagle import some_head
 
 from early_exit_cli.data.documents import Document
 from early_exit_cli.data.packing import pack

@@ -7,67 +7,26 @@ import subprocess
 
 import pytest
 import torch
-from accelerate import PartialState
 from safetensors.torch import load_file, save_file
+from small_caches import DATA, SMALL, content, documents, make_cache
 
-from early_exit_cli.config import BackboneConfig, CacheConfig, DataConfig, HeadsConfig, TrainingConfig
-from early_exit_cli.data.documents import Document
+from early_exit_cli.config import BackboneConfig, CacheConfig, HeadsConfig, TrainingConfig
 from early_exit_cli.data.packing import batches, pack
 from early_exit_cli.errors import CacheError, NumericsError
 from early_exit_cli.files.atomic import file_sha256
 from early_exit_cli.hidden_states import extract as extraction
 from early_exit_cli.hidden_states.cache import Cache, bytes_per_token, check_request, info, measured_positions, verify
 from early_exit_cli.hidden_states.cached import CachedStates
-from early_exit_cli.hidden_states.extract import extract, repair
+from early_exit_cli.hidden_states.extract import repair
 from early_exit_cli.hidden_states.live import run_states
 from early_exit_cli.training.trainer import Lessons, Trainer, train_together
 
-LAYERS = [1, 4]
-DATA = DataConfig(dataset_name="x", max_length=32)
-SMALL = CacheConfig(shard_tokens=128, held_out_rows=3)  # four sequences a shard
 CPU = torch.device("cpu")
-
-
-def documents(seed, count=40):
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        Document((torch.randint(8, (9 + index % 30,), generator=generator) * 30).tolist(), "s", index % 7)
-        for index in range(count)
-    ]
-
-
-def make(folder, backbone, config=SMALL, train=None, processes=None, **request):
-    asked = {
-        "backbone.model_name": backbone.name,
-        "backbone.quantization": "none",
-        "backbone.revision": None,
-        "cache.store": config.store,
-        "cache.shard_tokens": config.shard_tokens,
-        "cache.held_out_rows": config.held_out_rows,
-        **request,
-    }
-    return extract(
-        folder,
-        asked,
-        backbone,
-        LAYERS,
-        documents(0) if train is None else train,
-        documents(1, 8),
-        DATA,
-        config,
-        TrainingConfig(batch_size=2),
-        processes or PartialState(cpu=True),
-    )
-
-
-def content(folder):
-    """Hash of every file, the manifest without its times."""
-    return {path.name: file_sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture
 def cache(tmp_path, tiny_backbone):
-    return make(tmp_path / "cache", tiny_backbone("llama"))
+    return make_cache(tmp_path / "cache", tiny_backbone("llama"))
 
 
 def test_stored_states_are_the_backbones(cache, tiny_backbone):
@@ -75,11 +34,11 @@ def test_stored_states_are_the_backbones(cache, tiny_backbone):
     rows = pack(documents(0), 32, 256)
     source = CachedStates(cache, None, TrainingConfig(batch_size=2), CPU)
     shards = cache.split("train")
-    assert sum(shard["last"] - shard["first"] for shard in shards) == len(rows)
+    assert sum(shard.rows for shard in shards) == len(rows)
     for number, shard in enumerate(shards):
-        for row in range(shard["last"] - shard["first"]):
+        for row in range(shard.rows):
             ours = source._rows(shards, [(number, row)], 0)
-            theirs = run_states(backbone, rows[shard["first"] + row], [2, 5])
+            theirs = run_states(backbone, rows[shard.first + row], [2, 5])
             for stored, computed in zip([*ours.exits, ours.final], [*theirs.exits, theirs.final], strict=True):
                 assert torch.allclose(stored, computed, rtol=2**-7, atol=1e-4)
             assert torch.equal(ours.measured, theirs.measured)
@@ -97,13 +56,13 @@ def test_measured_positions_survive_the_form_on_disk():
 
 @pytest.mark.parametrize("store", ["bf16", "fp8"])
 def test_a_token_takes_the_bytes_that_are_promised(tmp_path, tiny_backbone, store):
-    cache = make(tmp_path, tiny_backbone("llama"), SMALL.model_copy(update={"store": store}))
+    cache = make_cache(tmp_path, tiny_backbone("llama"), SMALL.model_copy(update={"store": store}))
     assert bytes_per_token(4096, 3, "bf16") == 2 * 4096 * 4 + 8
     expected = bytes_per_token(64, 2, store)
     for shard in cache.shards:
         tensors = load_file(cache.path(shard))
         kept = sum(t.numel() * t.element_size() for name, t in tensors.items() if not name.endswith("_starts"))
-        assert kept == expected * shard["tokens"]
+        assert kept == expected * shard.tokens
     facts = info(cache)
     assert facts["bytes_per_token_expected"] == expected
     if store == "fp8":
@@ -129,61 +88,61 @@ class _Stop(Exception):
 
 def test_a_stopped_extraction_goes_on_and_ends_byte_for_byte_the_same(tmp_path, tiny_backbone, monkeypatch):
     backbone = tiny_backbone("llama")
-    make(tmp_path / "whole", backbone)
+    make_cache(tmp_path / "whole", backbone)
     write, written = extraction._write_shard, []
 
     def stop_at_third(folder, plan, *rest):
         if len(written) == 3:
             raise _Stop
-        written.append(plan["file"])
+        written.append(plan.file)
         return write(folder, plan, *rest)
 
     monkeypatch.setattr(extraction, "_write_shard", stop_at_third)
     with pytest.raises(_Stop):
-        make(tmp_path / "parts", backbone)
+        make_cache(tmp_path / "parts", backbone)
     with pytest.raises(CacheError, match="not complete"):
         CachedStates(Cache(tmp_path / "parts"), None, TrainingConfig(), CPU)
     before = list(written)
-    monkeypatch.setattr(extraction, "_write_shard", lambda *a: (written.append(a[1]["file"]), write(*a))[1])
-    make(tmp_path / "parts", backbone)
+    monkeypatch.setattr(extraction, "_write_shard", lambda *a: (written.append(a[1].file), write(*a))[1])
+    make_cache(tmp_path / "parts", backbone)
     assert not set(before) & set(written[3:])  # finished shards are not computed again
     assert content(tmp_path / "whole") == content(tmp_path / "parts")
 
 
 def test_more_steps_continue_a_cache(tmp_path, tiny_backbone):
     backbone = tiny_backbone("llama")
-    short = make(tmp_path / "grown", backbone, SMALL.model_copy(update={"cache_tokens": 32 * 9}))
+    short = make_cache(tmp_path / "grown", backbone, SMALL.model_copy(update={"cache_tokens": 32 * 9}))
     assert short.sequences() == 9
     assert short.is_shorter_than(SMALL, TrainingConfig(), 1)
-    kept = {shard["file"]: shard["sha256"] for shard in short.split("train")[:2]}
-    grown = make(tmp_path / "grown", backbone)
-    assert {s["file"]: s["sha256"] for s in grown.shards if s["file"] in kept} == kept
-    make(tmp_path / "whole", backbone)
+    kept = {shard.file: shard.sha256 for shard in short.split("train")[:2]}
+    grown = make_cache(tmp_path / "grown", backbone)
+    assert {s.file: s.sha256 for s in grown.shards if s.file in kept} == kept
+    make_cache(tmp_path / "whole", backbone)
     assert content(tmp_path / "grown") == content(tmp_path / "whole")
     assert not grown.is_shorter_than(SMALL, TrainingConfig(), 1)
 
 
 def test_bounds_are_the_smallest_of_all(tmp_path, tiny_backbone):
     backbone = tiny_backbone("llama")
-    by_steps = make(tmp_path / "a", backbone, SMALL.model_copy(update={"cache_steps": 3}))
+    by_steps = make_cache(tmp_path / "a", backbone, SMALL.model_copy(update={"cache_steps": 3}))
     assert by_steps.sequences() == 3 * 2
     token_bytes = bytes_per_token(64, 2, "bf16")
     bound = SMALL.model_copy(update={"cache_gb": token_bytes * 32 * (5 + 3) / 1e9, "cache_steps": 4})
-    assert make(tmp_path / "b", backbone, bound).sequences() == 5
+    assert make_cache(tmp_path / "b", backbone, bound).sequences() == 5
 
 
 def test_a_cache_made_otherwise_is_refused_with_both_values(cache, tiny_backbone):
     with pytest.raises(CacheError, match=r"cache\.store: 'bf16' there, 'fp8' asked for"):
-        make(cache.folder, tiny_backbone("llama"), SMALL.model_copy(update={"store": "fp8"}))
+        make_cache(cache.folder, tiny_backbone("llama"), SMALL.model_copy(update={"store": "fp8"}))
     with pytest.raises(CacheError, match=r"data\.max_length: None there, 64 asked for"):
-        check_request(cache, {**cache.manifest["request"], "data.max_length": 64})
+        check_request(cache, {**cache.manifest.request.as_json(), "data.max_length": 64})
 
 
 def test_too_small_a_disk_is_refused_before_anything_is_computed(tmp_path, tiny_backbone, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
     with pytest.raises(CacheError, match=r"needs .* GB more, but .* free") as raised:
-        make(tmp_path / "cache", tiny_backbone("llama"))
+        make_cache(tmp_path / "cache", tiny_backbone("llama"))
     assert "--cache-gb" in raised.value.hint
     assert not (tmp_path / "cache").exists()
 
@@ -198,13 +157,13 @@ def test_a_disk_that_fills_up_keeps_what_is_done(tmp_path, tiny_backbone, monkey
         with monkeypatch.context() as patched:
             patched.setattr(shutil, "disk_usage", lambda _: usage)  # the estimate would refuse it
             with pytest.raises(CacheError, match="full; finished shards are kept"):
-                make(disk / "cache", tiny_backbone("llama"))
+                make_cache(disk / "cache", tiny_backbone("llama"))
         done = sorted(path.name for path in (disk / "cache" / "shards").glob("*.safetensors"))
         assert done
         assert not list(disk.rglob("*.tmp"))
         subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
-        make(disk / "cache", tiny_backbone("llama"))
-        make(tmp_path / "whole", tiny_backbone("llama"))
+        make_cache(disk / "cache", tiny_backbone("llama"))
+        make_cache(tmp_path / "whole", tiny_backbone("llama"))
         assert content(disk / "cache") == content(tmp_path / "whole")
     finally:
         subprocess.run(["umount", str(disk)], check=True)
@@ -244,13 +203,13 @@ def test_damage_is_named_and_only_it_is_computed_again(cache, tiny_backbone, dam
     shard = cache.shards[2]
     damage(cache.path(shard))
     (found,) = verify(cache)
-    assert found.file == f"shards/{shard['file']}"
+    assert found.file == f"shards/{shard.file}"
     assert said in found.what
     write, written = extraction._write_shard, []
-    monkeypatch.setattr(extraction, "_write_shard", lambda *a: (written.append(a[1]["file"]), write(*a))[1])
+    monkeypatch.setattr(extraction, "_write_shard", lambda *a: (written.append(a[1].file), write(*a))[1])
     changed = repair(cache, [found], tiny_backbone("llama"), documents(0), documents(1, 8), DATA, SMALL)
     assert changed == []
-    assert written == [shard["file"]]
+    assert written == [shard.file]
     assert content(cache.folder) == before
 
 
@@ -260,8 +219,9 @@ def test_a_shard_of_nan_is_found_even_with_a_right_hash(cache):
     tensors = load_file(path)
     tensors["final"][3, 5] = float("nan")
     save_file({name: t.clone() for name, t in tensors.items()}, path)
-    shard |= {"sha256": file_sha256(path), "bytes": path.stat().st_size}
-    (cache.folder / "manifest.json").write_text(json.dumps(cache.manifest | {"shards": cache.shards}))
+    manifest = json.loads((cache.folder / "manifest.json").read_text())
+    manifest["shards"][0] |= {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+    (cache.folder / "manifest.json").write_text(json.dumps(manifest))
     (found,) = verify(Cache(cache.folder))
     assert "NaN or infinite values in final" in found.what
     source = CachedStates(Cache(cache.folder), None, TrainingConfig(batch_size=2), CPU)
@@ -298,7 +258,7 @@ def test_nan_states_stop_the_extraction_and_are_named(tmp_path, tiny_backbone, m
 
     monkeypatch.setattr(extraction, "run_states", broken)
     with pytest.raises(NumericsError, match="after block 4 in sequences 0 to 3 of the train text"):
-        make(tmp_path / "cache", backbone)
+        make_cache(tmp_path / "cache", backbone)
 
 
 def offline_trainer(cache, folder, lessons=None, rank=32, draft_vocab=64, **changes):

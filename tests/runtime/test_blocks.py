@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import FAMILIES, OTHER_FAMILIES
+from runs import run_in_passes
+from tiny_models import FAMILIES, OTHER_FAMILIES
 
 from early_exit_cli.backbone.load import load_backbone
 from early_exit_cli.config import BackboneConfig
@@ -14,20 +15,6 @@ from early_exit_cli.runtime.nf4_linear import PackedNF4, merged_linear
 from early_exit_cli.runtime.select import make_blocks
 
 RUNNERS = {"hf": HFBlocks, "fused": FusedBlocks}
-
-
-def run_in_passes(blocks, ids, widths, capacity=256, cuts=()):
-    """Final states of `ids`, computed in passes of the given widths, each pass in parts cut at `cuts` blocks."""
-    cache = blocks.new_cache(capacity)
-    rows, position = [], 0
-    bounds = [0, *cuts, blocks.num_blocks]
-    for width in widths:
-        hidden = blocks.embed(ids[position : position + width])
-        for first, last in zip(bounds, bounds[1:], strict=False):
-            hidden = blocks.run(hidden, cache, position, first, last)
-        rows.append(hidden)
-        position += width
-    return torch.cat(rows)
 
 
 EVERY_FAMILY = [*((family, runner) for family in FAMILIES for runner in RUNNERS), *((f, "hf") for f in OTHER_FAMILIES)]
@@ -167,7 +154,7 @@ def test_nf4_weights_in_the_librarys_own_layout_merge_exactly():
 
 
 def test_eight_bit_blocks_agree_with_the_librarys(tiny_folder):
-    backbone = load_backbone(BackboneConfig(model_name=str(tiny_folder("llama")), quantization="8bit"))
+    backbone = load_backbone(BackboneConfig(model_name=str(tiny_folder("llama")), quantization="8bit", device="cpu"))
     ids = torch.randint(320, (64,), generator=torch.Generator().manual_seed(9))
     with torch.inference_mode():
         ours, theirs = (run_in_passes(runner(backbone), ids, [16] * 4) for runner in (FusedBlocks, HFBlocks))

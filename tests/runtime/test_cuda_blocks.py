@@ -1,17 +1,15 @@
 """Passes of our own kernels, run where there is no card: the same lists of kernels, in PyTorch's double precision.
 
-What the kernels themselves compute is tested on a card (`-m gpu`); here is what surrounds them: which kernel reads what, where a
-pass stands, what is recorded, and that every drafter says plain decoding's words.
+What the kernels themselves compute is tested on a card (`-m gpu`); here is what surrounds them: which kernel reads
+what, where a pass stands, what is recorded, and that every drafter says plain decoding's words.
 """
 
-import bitsandbytes
 import pytest
 import torch
-from conftest import END, VOCAB, byte_tokenizer
-from test_cuda_graphs import Proposing, answer, ids_of
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from nf4_models import KINDS, nf4_backbone, on_reference  # noqa: F401 (a fixture)
+from runs import almost_known, answer, distance, ids_of
+from tiny_models import VOCAB
 
-from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.drafting.exit import ExitDrafter
 from early_exit_cli.engine import Engine
 from early_exit_cli.errors import UnsupportedBackboneError
@@ -20,80 +18,6 @@ from early_exit_cli.runtime.cuda_blocks import CudaBlocks, why_not_ours
 from early_exit_cli.runtime.fused_blocks import FusedBlocks
 from early_exit_cli.runtime.kv_cache import Part
 from early_exit_cli.runtime.reference_kernels import ReferenceKernels
-
-SIZES = dict(
-    vocab_size=VOCAB,
-    hidden_size=128,
-    intermediate_size=192,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=64,
-    max_position_embeddings=1024,
-    initializer_range=0.1,
-    eos_token_id=END,
-    bos_token_id=END,
-    pad_token_id=END,
-)
-KINDS = {
-    "llama": lambda: LlamaConfig(**SIZES),
-    "mistral-window": lambda: MistralConfig(**SIZES, sliding_window=24),
-    "qwen2-bias": lambda: Qwen2Config(**SIZES),
-    "qwen3-norms": lambda: Qwen3Config(**SIZES),
-}
-
-
-def in_nf4(model):
-    """Its linear maps as bitsandbytes holds them on a GPU, which no CPU kernel has repacked."""
-    for block in model.model.layers:
-        for parent in (block.self_attn, block.mlp):
-            for name, linear in list(parent.named_children()):
-                if type(linear) is torch.nn.Linear:
-                    quantized = bitsandbytes.nn.Linear4bit(
-                        linear.in_features,
-                        linear.out_features,
-                        linear.bias is not None,
-                        torch.bfloat16,
-                        quant_type="nf4",
-                    )
-                    quantized.weight = bitsandbytes.nn.Params4bit(linear.weight.data, False, quant_type="nf4").to("cpu")
-                    if linear.bias is not None:
-                        quantized.bias = torch.nn.Parameter(linear.bias.data, requires_grad=False)
-                    setattr(parent, name, quantized)
-    return model
-
-
-@pytest.fixture(scope="module")
-def backbone():
-    """kind -> a tiny backbone in NF4, made once."""
-    made = {}
-
-    def make(kind="llama"):
-        if kind not in made:
-            torch.manual_seed(1)
-            model = AutoModelForCausalLM.from_config(KINDS[kind]()).eval().requires_grad_(False)
-            for name, parameter in model.named_parameters():
-                if name.endswith("bias") or parameter.ndim == 1:
-                    parameter.data.add_(torch.randn_like(parameter), alpha=0.3)
-            made[kind] = Backbone(in_nf4(model.to(torch.bfloat16)), byte_tokenizer(), kind, "4bit", None)
-        return made[kind]
-
-    return make
-
-
-def on_reference(backbone, recorded=None):
-    def record(step):
-        if recorded is not None:
-            recorded.append(step)
-        return step
-
-    blocks = CudaBlocks(backbone, ReferenceKernels(), record)
-    blocks.widths, blocks.is_invariant = CudaBlocks.candidate_widths, True
-    return blocks
-
-
-def distance(ours, theirs):
-    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -154,7 +78,7 @@ def test_every_drafter_says_plain_decodings_words_and_bits(backbone, kind):
     heads = ExitHeads(backbone(kind), "adapter", [0, 2], 16, None).requires_grad_(False).to(torch.bfloat16)
     model = Engine(backbone(kind), on_reference(backbone(kind)), heads)
     plain = answer(model)
-    for drafter in (Proposing(plain.token_ids), ExitDrafter([9.0, 9.0]), ExitDrafter([4.0, 9.0])):
+    for drafter in (almost_known(plain.token_ids), ExitDrafter([9.0, 9.0]), ExitDrafter([4.0, 9.0])):
         drafted = answer(model, drafter)
         assert drafted.stats.tokens_drafted > 0
         assert drafted.token_ids == plain.token_ids
@@ -169,7 +93,7 @@ def test_nothing_is_recorded_inside_an_answer(backbone):
     before = len(recorded)
     assert before == 3 * len(CudaBlocks.candidate_widths)
     plain = answer(model)
-    answer(model, Proposing(plain.token_ids), width=16)
+    answer(model, almost_known(plain.token_ids), width=16)
     assert len(recorded) == before
 
 
@@ -218,6 +142,6 @@ def test_a_prompt_longer_than_a_pass_goes_through_pytorch_in_large_pieces(backbo
         )
         plain = answer(model, prompt=prompt, tokens=8)
     assert seen == [299]
-    drafted = answer(model, Proposing([0] * 8), prompt=prompt, tokens=8)
+    drafted = answer(model, almost_known([0] * 8, prompt), prompt=prompt, tokens=8)
     assert drafted.token_ids == plain.token_ids
     assert torch.equal(drafted.states, plain.states)

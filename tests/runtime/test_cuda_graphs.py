@@ -1,83 +1,36 @@
 """Recorded passes: the bits of the passes themselves, on memory that is reused, held, outgrown and forgotten.
 
-What a GPU does is recorded here by `Tape`: the operations of a step on the memory they touched, so that a number that was
-read on the host stays what it was. Only the capture itself needs a card; those tests are marked `gpu`.
+What a GPU does is recorded here by `Tape`: the operations of a step on the memory they touched, so that a number that
+was read on the host stays what it was. Only the capture itself needs a card; those tests are marked `gpu`.
 """
 
-import ast
-import functools
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
-import bitsandbytes
 import pytest
 import torch
-from conftest import FAMILIES
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from drafters import PROMPT
+from recordings import HOST_READS, Tape, record_on_tape, run_again
+from runs import almost_known, answer, ids_of, same
+from tiny_models import FAMILIES
 
 from early_exit_cli.backbone.load import load_backbone
 from early_exit_cli.config import BackboneConfig
-from early_exit_cli.decoding.answer import generate
 from early_exit_cli.decoding.loop import decode
 from early_exit_cli.decoding.text import Request
-from early_exit_cli.drafting.drafter import Draft, Drafter, NoDrafter
+from early_exit_cli.drafting.drafter import NoDrafter
 from early_exit_cli.drafting.exit import ExitDrafter
 from early_exit_cli.engine import Engine
 from early_exit_cli.errors import ConfigError, NumericsError
 from early_exit_cli.resolve import resolve
-from early_exit_cli.runtime import cuda_graphs, invariant_widths
-from early_exit_cli.runtime import nf4_widths as fused_kernels
+from early_exit_cli.runtime import cuda_graphs
 from early_exit_cli.runtime.blocks import Blocks
 from early_exit_cli.runtime.cuda_graphs import Graphs, kv_bucket
 from early_exit_cli.runtime.exact_argmax import ExactArgmax, usable
 from early_exit_cli.runtime.fused_blocks import FusedBlocks
-from early_exit_cli.runtime.hf_blocks import HFBlocks
-from early_exit_cli.runtime.invariant_widths import measure_widths
 from early_exit_cli.runtime.measurements import device_identity
-from early_exit_cli.runtime.nf4_widths import fused_widths, nf4_products
 from early_exit_cli.runtime.select import make_blocks, use_graphs
-
-PROMPT = [72, 101, 108, 108, 111, 32, 119, 111, 114, 108, 100]
-HOST_READS = {
-    torch.ops.aten._local_scalar_dense.default,
-    torch.ops.aten.nonzero.default,
-    torch.ops.aten.equal.default,
-    torch.ops.aten.masked_select.default,
-}
-
-
-class Tape(TorchDispatchMode):
-    """The operations of a step, replayed on the same memory in the same order."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, result))
-        return result
-
-    def replay(self):
-        for func, args, kwargs, result in self.calls:
-            for old, new in zip(tree_leaves(result), tree_leaves(func(*args, **kwargs)), strict=True):
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():  # neither a view nor in place
-                    old.copy_(new)
-
-
-def record_on_tape(step):
-    step()  # a warm-up
-    tape = Tape()
-    with tape:
-        step()
-    return tape.replay
-
-
-def run_again(step):
-    return step
 
 
 class Bucketed(FusedBlocks):
@@ -85,22 +38,6 @@ class Bucketed(FusedBlocks):
 
     def new_cache(self, limit):
         return super().new_cache(kv_bucket(limit))
-
-
-class Proposing(Drafter):
-    """Proposes a known continuation with every fourth token wrong."""
-
-    def __init__(self, continuation):
-        self.continuation = continuation
-
-    def draft(self, model, cache, pending, limit, stop_ids):
-        done = cache.length + 1 - len(PROMPT)
-        tokens = self.continuation[done : done + limit]
-        return Draft(tokens=[token ^ 1 if (done + i) % 4 == 3 else token for i, token in enumerate(tokens)])
-
-
-def ids_of(count, seed=0, vocab=256):
-    return torch.randint(vocab, (count,), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture
@@ -118,14 +55,6 @@ def pair(tiny_model):
         return models
 
     return build
-
-
-def answer(model, drafter=None, prompt=PROMPT, tokens=24, width=8):
-    return generate(model, Request(prompt, tokens), drafter or NoDrafter(), mode="", width=width, keep_states=True)
-
-
-def same(first, second):
-    return first.token_ids == second.token_ids and torch.equal(first.states, second.states)
 
 
 def addresses(cache):
@@ -187,7 +116,7 @@ def test_whole_answers_are_the_same_with_recorded_passes(pair, family):
     expected = answer(plain)
     assert same(answer(recorded), expected)
     for width in (2, 3, 8, 16):
-        run = answer(recorded, Proposing(expected.token_ids), width=width)
+        run = answer(recorded, almost_known(expected.token_ids), width=width)
         assert same(run, expected), width
         assert width < 8 or run.stats.partly_rejected_drafts > 0
     for thresholds in ([1e9] * 3, [2.0, 3.0, 1e9]):
@@ -283,7 +212,7 @@ def test_recordings_used_least_recently_are_forgotten(pair, monkeypatch):
     monkeypatch.setattr(cuda_graphs, "MOST_RECORDINGS", 3)
     model, plain = pair()
     expected = answer(plain)
-    for drafter in (NoDrafter(), ExitDrafter([2.0, 3.0, 1e9]), Proposing(expected.token_ids), NoDrafter()):
+    for drafter in (NoDrafter(), ExitDrafter([2.0, 3.0, 1e9]), almost_known(expected.token_ids), NoDrafter()):
         assert same(answer(model, drafter), expected)
         assert len(model.blocks.graphs.recordings) <= 3
     assert model.blocks.graphs.failure is None
@@ -351,7 +280,7 @@ def test_a_recording_that_fails_costs_speed_only(pair):
 
     model, plain = pair(record=refuse)
     expected = answer(plain)
-    assert same(answer(model, Proposing(expected.token_ids)), expected)
+    assert same(answer(model, almost_known(expected.token_ids)), expected)
     assert model.blocks.graphs.failure == "CUDA error: operation not permitted when stream is capturing more"
     assert not model.blocks.graphs.recordings
 
@@ -457,92 +386,6 @@ def test_the_command_refuses_in_one_line():
     assert "Traceback" not in done.stderr
 
 
-LLAMA_8B = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
-SMOLLM2 = [(960, 576), (576, 576), (3072, 576), (576, 1536)]
-H100, A100, RTX4090, A10 = (132, 9, 0), (108, 8, 0), (128, 8, 9), (72, 8, 6)
-
-
-def dispatch_of(card):
-    """The installed bitsandbytes' own choice for a card that is not here: its function, from its source."""
-    source = Path(bitsandbytes.__file__).parent / "backends" / "cuda" / "ops.py"
-    wanted = ("_gemm_4bit_use_custom_cuda", "_GEMM_4BIT_CUSTOM_FLOOR_M")
-    parts = []
-    for node in ast.parse(source.read_text()).body:
-        names = [node.name] if isinstance(node, ast.FunctionDef) else []
-        if isinstance(node, ast.Assign):
-            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
-        if set(names) & set(wanted):
-            parts.append(node)
-    assert len(parts) == len(wanted)
-    assert "_gemm_4bit_use_custom_fn(A.device.index, A.dtype, M, N, K)" in source.read_text()
-    space = {"functools": functools, "torch": torch, "_gpu_dispatch_props": lambda _: card}
-    exec(compile(ast.Module(parts, []), str(source), "exec"), space)
-    return space["_gemm_4bit_use_custom_cuda"]
-
-
-@pytest.mark.parametrize(
-    ("products", "card", "largest"),
-    [(LLAMA_8B, H100, 5), (LLAMA_8B, A100, 5), (LLAMA_8B, RTX4090, 8), (LLAMA_8B, A10, 16), (SMOLLM2, H100, 16)],
-)
-def test_widths_on_a_gpu_are_those_that_every_product_takes_fused(monkeypatch, products, card, largest):
-    """Asked from the installed release; what it says of these cards today is what its authors measured on them."""
-    monkeypatch.setattr(fused_kernels, "_dispatch", lambda: dispatch_of(card))
-    monkeypatch.setattr(fused_kernels, "nf4_products", lambda _: {(*shape, torch.bfloat16) for shape in products})
-    blocks = SimpleNamespace(backbone=SimpleNamespace(device=torch.device("cuda", 0)))
-    widths = fused_widths(blocks, Blocks.candidate_widths)
-    assert widths[-1] == largest
-    assert widths == tuple(width for width in Blocks.candidate_widths if width <= largest)
-
-
-def test_all_widths_are_candidates_where_there_is_nothing_to_ask(tiny_backbone, monkeypatch):
-    assert fused_widths(FusedBlocks(tiny_backbone("llama")), Blocks.candidate_widths) == Blocks.candidate_widths
-    monkeypatch.setattr(fused_kernels, "_dispatch", lambda: None)
-    blocks = SimpleNamespace(backbone=SimpleNamespace(device=torch.device("cuda", 0)))
-    assert fused_widths(blocks, Blocks.candidate_widths) == Blocks.candidate_widths
-
-
-def test_the_products_asked_about_are_those_that_a_block_makes(tiny_folder):
-    """NF4 in bitsandbytes' own layout, as on a GPU: merged by our runner, one by one by the library's."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    backbone = load_backbone(BackboneConfig(model_name=str(tiny_folder("llama")), quantization="none"))
-    for part in (backbone.blocks[0].self_attn, backbone.blocks[0].mlp):
-        for name, module in list(part.named_children()):
-            if isinstance(module, torch.nn.Linear):
-                packed = Linear4bit(module.in_features, module.out_features, bias=False, compute_dtype=torch.float32)
-                packed.weight = Params4bit(module.weight.data.clone(), requires_grad=False, quant_type="nf4")
-                setattr(part, name, packed.to("cpu").train())  # in training mode it is never packed for a CPU
-    assert {shape[:2] for shape in nf4_products(HFBlocks(backbone))} == {(64, 64), (32, 64), (128, 64), (64, 128)}
-    assert nf4_products(FusedBlocks(backbone)) == {
-        (rows, inner, torch.float32) for rows, inner in ((128, 64), (64, 64), (256, 64), (64, 128))
-    }
-
-
-def test_drafts_wider_than_the_widest_pass_are_verified_in_parts(tiny_model, monkeypatch):
-    """A device whose fused kernels end at 4 rows: the same text and states at every width asked for."""
-    monkeypatch.setattr(invariant_widths, "fused_widths", lambda _blocks, _candidates: (1, 2, 3, 4))
-    model = tiny_model("llama")
-    assert model.blocks.is_invariant
-    assert model.blocks.widths[-1] == 4
-    expected = answer(model)
-    for width in (4, 8, 16):
-        run = answer(model, Proposing(expected.token_ids), width=width)
-        assert same(run, expected), width
-        assert run.stats.tokens_accepted > 0
-    for thresholds in ([1e9] * 3, [2.0, 3.0, 1e9]):
-        assert same(answer(model, ExitDrafter(thresholds), width=16), expected)
-
-
-def test_the_measurement_compares_with_the_widest_fused_width(tiny_backbone, monkeypatch):
-    monkeypatch.setattr(invariant_widths, "fused_widths", lambda _blocks, _candidates: (1, 4, 8))
-    blocks = FusedBlocks(tiny_backbone("llama"))
-    with torch.inference_mode():
-        measure_widths(blocks)
-    assert blocks.is_invariant
-    assert blocks.widths[-1] == 8
-    assert set(blocks.widths) <= {1, 4, 8}
-
-
 @pytest.fixture(scope="module")
 def on_gpu():
     """SmolLM2 in NF4 on a card, recorded passes demanded."""
@@ -594,7 +437,7 @@ def test_whole_answers_are_the_same_with_and_without_graphs_on_a_gpu(on_gpu, mon
     blocks, graphs = on_gpu.blocks, on_gpu.blocks.graphs
     prompt = on_gpu.backbone.encode_prompt("Write three sentences about the sea.")
     plain = answer(on_gpu, prompt=prompt, tokens=48)
-    known = Known(plain.token_ids, len(prompt))
+    known = almost_known(plain.token_ids, prompt)
     for width in blocks.widths:
         drafted = answer(on_gpu, known, prompt, 48, width)
         with monkeypatch.context() as patch:
@@ -604,13 +447,6 @@ def test_whole_answers_are_the_same_with_and_without_graphs_on_a_gpu(on_gpu, mon
         if blocks.is_invariant:
             assert same(drafted, plain), width
     assert graphs.failure is None
-
-
-@pytest.mark.gpu
-def test_widths_on_this_gpu_are_those_of_the_fused_kernels(on_gpu, monkeypatch):
-    monkeypatch.setattr(on_gpu.blocks, "graphs", None)  # a replay asks for no products
-    assert set(on_gpu.blocks.widths) <= set(fused_widths(on_gpu.blocks, Blocks.candidate_widths))
-    assert {(rows, inner) for rows, inner, _ in nf4_products(on_gpu.blocks)} == set(SMOLLM2)
 
 
 @pytest.mark.gpu
@@ -625,10 +461,11 @@ def test_graphs_forgotten_all_at_once_can_be_recorded_again_on_a_gpu(on_gpu):
 
 @pytest.mark.gpu
 def test_a_failed_capture_leaves_the_gpu_usable():
-    """In a process of its own: what a failed capture leaves behind is torch's affair, and must not reach other tests."""
+    """In a process of its own: what a failed capture leaves behind is torch's affair, and must not reach other
+    tests."""
     script = (
         "import torch\n"
-        "from early_exit_cli.cuda_graphs import CudaRecorder, Graphs\n"
+        "from early_exit_cli.runtime.cuda_graphs import CudaRecorder, Graphs\n"
         "graphs = Graphs(CudaRecorder(torch.device('cuda', 0)))\n"
         "x = torch.ones(2, 2, device='cuda')\n"
         "assert graphs.finish(lambda rows: (rows * float(rows.sum()), rows), x) is None\n"
@@ -638,14 +475,3 @@ def test_a_failed_capture_leaves_the_gpu_usable():
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("8.0 True")
     assert "captur" in done.stdout
-
-
-class Known(Proposing):
-    """For another prompt than PROMPT."""
-
-    def __init__(self, continuation, prompt_length):
-        super().__init__(continuation)
-        self.shift = len(PROMPT) - prompt_length
-
-    def draft(self, model, cache, pending, limit, stop_ids):
-        return super().draft(model, SimpleNamespace(length=cache.length + self.shift), pending, limit, stop_ids)

@@ -1,12 +1,12 @@
-"""Compiled passes: near the exact arithmetic, the same bits however a text is cut, and a way back where none can be had."""
+"""Compiled passes: near the exact arithmetic, the same bits however a text is cut, and a way back without them."""
 
 import copy
 import itertools
 
 import pytest
 import torch
-from conftest import byte_tokenizer, family_config
-from test_blocks import run_in_passes
+from runs import run_in_passes
+from tiny_models import byte_tokenizer, family_config
 from transformers import AutoModelForCausalLM
 
 from early_exit_cli.backbone.load import load_backbone
@@ -64,7 +64,7 @@ def small_backbone(tmp_path_factory, blocks):
                     parameter.data.add_(torch.randn_like(parameter), alpha=0.3)
             model.save_pretrained(folder)
             byte_tokenizer().save_pretrained(folder)
-            made[family] = load_backbone(BackboneConfig(model_name=str(folder)))
+            made[family] = load_backbone(BackboneConfig(model_name=str(folder), device="cpu"))
         return made[family]
 
     return load
@@ -188,7 +188,7 @@ def test_the_choice_is_the_first_of_the_best_logits(blocks, smollm2):
 
 @pytest.mark.slow
 def test_a_quarter_of_a_million_choices(blocks, smollm2):
-    """States around real ones, from hardly moved to mostly noise: the choice is the first of the best logits, always."""
+    """States around real ones, from hardly moved to mostly noise: always the first of the best logits is chosen."""
     normed = blocks.final_norm(run_in_passes(blocks, real_ids(smollm2, 640), [64] * 10, capacity=640)).float()
     generator = torch.Generator().manual_seed(0)
     seen = 0
@@ -300,8 +300,8 @@ def test_other_precisions_say_why(tiny_backbone):
 
 
 def test_compiled_eagle_steps_say_what_pytorchs_say(blocks, smollm2):
-    """The shipped head, over a prompt read in pieces and rolled forward: near states, the same choices, near entropies."""
-    head = load_engine(BackboneConfig(), BundleConfig(bundle=SHIPPED_BUNDLE)).eagle
+    """The shipped head, over a prompt read in pieces and rolled forward: near states, equal choices, near entropies."""
+    head = load_engine(BackboneConfig(device="cpu"), BundleConfig(bundle=SHIPPED_BUNDLE)).eagle
     ids = real_ids(smollm2, 160)
     words = ids.tolist()
     native, plain = eagle_runner(head), EagleRunner(head)
@@ -331,7 +331,7 @@ def test_compiled_eagle_steps_say_what_pytorchs_say(blocks, smollm2):
 
 def test_what_the_compiled_eagle_says_of_itself_is_so(smollm2):
     """Choice and entropy of the logits beside them, and another text does not disturb the first."""
-    head = load_engine(BackboneConfig(), BundleConfig(bundle=SHIPPED_BUNDLE)).eagle
+    head = load_engine(BackboneConfig(device="cpu"), BundleConfig(bundle=SHIPPED_BUNDLE)).eagle
     runner = eagle_runner(head)
     states = [torch.randn(5, smollm2.hidden_size, dtype=torch.bfloat16) for _ in range(3)]
     with torch.inference_mode():
@@ -350,7 +350,7 @@ def test_what_the_compiled_eagle_says_of_itself_is_so(smollm2):
 
 def test_compiled_exit_heads_say_what_pytorchs_say(blocks, smollm2):
     """Each shipped head over each place of a text: near logits, and choice, entropy and confidence of these."""
-    heads = load_engine(BackboneConfig(), BundleConfig(bundle=SHIPPED_BUNDLE)).heads
+    heads = load_engine(BackboneConfig(device="cpu"), BundleConfig(bundle=SHIPPED_BUNDLE)).heads
     native, plain = exit_runner(heads), ExitRunner(heads)
     assert type(native) is NativeExitRunner
     ids = real_ids(smollm2, 60)
@@ -372,7 +372,7 @@ def test_compiled_exit_heads_say_what_pytorchs_say(blocks, smollm2):
 
 
 def test_a_sampled_draft_of_a_compiled_exit_head_is_made_from_its_logits(smollm2):
-    heads = load_engine(BackboneConfig(), BundleConfig(bundle=SHIPPED_BUNDLE)).heads
+    heads = load_engine(BackboneConfig(device="cpu"), BundleConfig(bundle=SHIPPED_BUNDLE)).heads
     reader = exit_runner(heads)
     state = torch.randn(1, smollm2.hidden_size, dtype=torch.bfloat16)
     drawn = set()

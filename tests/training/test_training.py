@@ -4,32 +4,16 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_training import make_trainer, trainer
 
 from early_exit_cli.bundle.load import load_engine
-from early_exit_cli.config import DataConfig, HeadsConfig, TrainingConfig
+from early_exit_cli.config import HeadsConfig, TrainingConfig
 from early_exit_cli.data.documents import Document
 from early_exit_cli.data.packing import pack
 from early_exit_cli.errors import BundleError, CheckpointError, DataError
-from early_exit_cli.heads.exit_heads import head_layers
-from early_exit_cli.hidden_states.live import BackboneStates
 from early_exit_cli.hidden_states.states import States, count_tokens, log_normalizer
 from early_exit_cli.training.checkpoints import MARKER, complete_checkpoints
 from early_exit_cli.training.distillation import Teacher, distillation_loss, draft_vocabulary, teach
-from early_exit_cli.training.trainer import Lessons, Trainer
-
-DATA = DataConfig(dataset_name="x", max_length=32)
-
-
-def documents(seed, count=24):
-    """Texts over eight tokens, so that what is learnt on some holds for others."""
-    generator = torch.Generator().manual_seed(seed)
-    return [Document((torch.randint(8, (30,), generator=generator) * 30).tolist(), "s") for _ in range(count)]
-
-
-def trainer(backbone, folder, draft_vocab=64, held_out=4, **changes):
-    settings = dict(output_dir=folder, max_steps=12, batch_size=2, lr=3e-3, eval_every=6, save_every=6) | changes
-    heads = HeadsConfig(head_layer_indices=[1, 4], rank=32, draft_vocab=draft_vocab)
-    return make(backbone, heads, TrainingConfig(**settings), held_out=held_out)
 
 
 @pytest.mark.parametrize("kind", ["adapter", "attention", "linear"])
@@ -37,23 +21,16 @@ def test_training_goes_on_from_earlier_heads_of_the_same_kind_and_place(tmp_path
     backbone = tiny_backbone("llama")
     heads = HeadsConfig(kind=kind, head_layer_indices=[1, 4], rank=32, draft_vocab=64)
     config = TrainingConfig(output_dir=tmp_path / "first", max_steps=12, batch_size=2, lr=3e-3)
-    first = make(backbone, heads, config).run()
+    first = make_trainer(backbone, heads, config).run()
     config = config.model_copy(update={"output_dir": tmp_path / "second"})
     again = heads.model_copy(update={"start_from": tmp_path / "first"})
-    assert make(backbone, again, config).evaluate() == first.last_agreement
+    assert make_trainer(backbone, again, config).evaluate() == first.last_agreement
     for other, said in (
         ({"head_layer_indices": [1, 3]}, r"it has heads after \[2, 5\] blocks, and these read after \[2, 4\]"),
         ({"rank": 16} if kind != "linear" else {"kind": "adapter"}, rf"has {kind} heads of rank"),
     ):
         with pytest.raises(BundleError, match=said):
-            make(backbone, again.model_copy(update=other), config)
-
-
-def make(backbone, heads, config, train=None, held_out=4):
-    layers = head_layers(heads, backbone.num_blocks)
-    train = documents(0) if train is None else train
-    source = BackboneStates(backbone, layers, train, documents(1, held_out), DATA, config)
-    return Trainer(Lessons(source), heads, config, DATA, {})
+            make_trainer(backbone, again.model_copy(update=other), config)
 
 
 @pytest.mark.parametrize("variation", [0.0, 0.7, 1.0])
@@ -114,7 +91,7 @@ def test_training_raises_agreement_and_leaves_a_bundle(tmp_path, tiny_backbone, 
     assert all(torch.equal(value, before[name]) for name, value in backbone.model.state_dict().items())
     assert not (tmp_path / "run" / "aux_heads.pt").exists()
     model = load_engine(
-        BackboneConfig(model_name=str(tiny_folder("llama")), quantization="none"),
+        BackboneConfig(model_name=str(tiny_folder("llama")), quantization="none", device="cpu"),
         BundleConfig(bundle=str(tmp_path / "run" / "config.json")),
     )
     assert model.heads.layers == [1, 4]
@@ -162,7 +139,7 @@ def test_linear_heads_leave_the_file_that_dssd_loads(tmp_path, tiny_backbone):
     backbone = tiny_backbone("llama")
     config = TrainingConfig(output_dir=tmp_path, max_steps=0)
     heads = HeadsConfig(head_layer_indices=[1, 4], kind="linear")
-    make(backbone, heads, config).run()
+    make_trainer(backbone, heads, config).run()
 
     class DssdHead(torch.nn.Module):  # by the rules of DSSD's loader: a norm with a weight, an untied map
         def __init__(self):
@@ -177,4 +154,4 @@ def test_linear_heads_leave_the_file_that_dssd_loads(tmp_path, tiny_backbone):
 
 def test_too_little_text_is_said_so(tmp_path, tiny_backbone):
     with pytest.raises(DataError, match="too little"):
-        make(tiny_backbone("llama"), HeadsConfig(num_heads=1), TrainingConfig(output_dir=tmp_path), train=[])
+        make_trainer(tiny_backbone("llama"), HeadsConfig(num_heads=1), TrainingConfig(output_dir=tmp_path), train=[])

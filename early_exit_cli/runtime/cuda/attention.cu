@@ -1,10 +1,11 @@
-// Grouped-query attention of 1 to 16 rows over a KV cache, with the norm of queries and keys where there is one, the rotary
-// embedding, and writing the rows' keys and values.
+// Grouped-query attention of 1 to 16 rows over a KV cache, with the norm of queries and keys where there is one, the
+// rotary embedding, and writing the rows' keys and values.
 //
-// A segment is 256 keys, from multiples of 256 on; a warp has 32 of them. A block of threads has one segment, one key head and
-// 16 pairs (row, query head of that key head). Order of sums of a row: the softmax's and the weighted values' within 32 keys the
-// tensor core's; those of a segment's eight parts in order; the segments in order. Keys that a row may not see count as exact
-// zeros. So a row's bits depend on its position alone: not on the rows beside it, the buffer, or the number of blocks.
+// A segment is 256 keys, from multiples of 256 on; a warp has 32 of them. A block of threads has one segment, one key
+// head and 16 pairs (row, query head of that key head). Order of sums of a row: the softmax's and the weighted values'
+// within 32 keys the tensor core's; those of a segment's eight parts in order; the segments in order. Keys that a row
+// may not see count as exact zeros. So a row's bits depend on its position alone: not on the rows beside it, the
+// buffer, or the number of blocks.
 
 #include "common.cuh"
 
@@ -34,7 +35,8 @@ __device__ __forceinline__ u32 transposed(u32 value)
 template <int DIM> struct HeadOfRow {
     u16 x[DIM / 32], cos[DIM / 32], sin[DIM / 32];
 
-    __device__ __forceinline__ void load(const u16 *from, const u16 *cos_from, const u16 *sin_from, bool is_there, int lane)
+    __device__ __forceinline__ void load(const u16 *from, const u16 *cos_from, const u16 *sin_from, bool is_there,
+                                         int lane)
     {
 #pragma unroll
         for (int j = 0; j < DIM / 32; j++) {
@@ -68,8 +70,10 @@ template <int DIM> struct HeadOfRow {
 template <int DIM>
 __device__ __forceinline__ void attention(const Attention &p)
 {
-    constexpr int STRIDE = DIM + 8, WEIGHTED = DIM + 4;  // of rows in shared memory, so that several ask different banks
-    __shared__ __align__(16) u16 queries[PAIRS * STRIDE], fresh_keys[MOST_ROWS * STRIDE], fresh_values[MOST_ROWS * STRIDE];
+    // Of rows in shared memory, so that several ask different banks.
+    constexpr int STRIDE = DIM + 8, WEIGHTED = DIM + 4;
+    __shared__ __align__(16) u16 queries[PAIRS * STRIDE], fresh_keys[MOST_ROWS * STRIDE],
+        fresh_values[MOST_ROWS * STRIDE];
     __shared__ float maxima[WARPS][PAIRS], totals[WARPS][PAIRS];
     __shared__ int is_last;
     extern __shared__ __align__(16) float weighted[];  // [warps, pairs, WEIGHTED]
@@ -89,8 +93,8 @@ __device__ __forceinline__ void attention(const Attention &p)
     bool is_waiting = true;
 
     for (int segment = first_segment + blockIdx.x; segment < first_segment + segments; segment += gridDim.x) {
-        // Keys and values of earlier tokens, all on their way at once. Lane (g, t) has of key 8i + g dimensions 64d + 16t .. + 15,
-        // of value 8i + g dimensions 32d + 8t .. + 7.
+        // Keys and values of earlier tokens, all on their way at once. Lane (g, t) has of key 8i + g dimensions 64d +
+        // 16t .. + 15, of value 8i + g dimensions 32d + 8t .. + 7.
         const long long start = (long long)segment * SEGMENT + warp * PART;
         uint4 k[4][DIM / 64][2], v[4][DIM / 32];
         const uint4 nothing = make_uint4(0, 0, 0, 0);
@@ -130,8 +134,10 @@ __device__ __forceinline__ void attention(const Attention &p)
             for (int i = 0; i < 2; i++) {
                 const int pair = warp + i * WARPS;
                 const int query_head = head * group + (first_pair + pair) % group;
-                query[i].store(queries + pair * STRIDE, p.qk_norm ? p.qk_norm + query_head * DIM : nullptr, p.eps, lane);
-                key[i].store(fresh_keys + pair * STRIDE, p.qk_norm ? p.qk_norm + (p.query_heads + head) * DIM : nullptr, p.eps, lane);
+                query[i].store(queries + pair * STRIDE, p.qk_norm ? p.qk_norm + query_head * DIM : nullptr, p.eps,
+                               lane);
+                key[i].store(fresh_keys + pair * STRIDE, p.qk_norm ? p.qk_norm + (p.query_heads + head) * DIM : nullptr,
+                             p.eps, lane);
 #pragma unroll
                 for (int j = 0; j < DIM / 32; j++)
                     fresh_values[pair * STRIDE + lane + 32 * j] = value[i][j];
@@ -219,7 +225,8 @@ __device__ __forceinline__ void attention(const Attention &p)
                     const uint4 &upper = v[2 * j][d], &lower = v[2 * j + 1][d];
                     const u32 b0 = transposed(q == 0 ? upper.x : q == 1 ? upper.y : q == 2 ? upper.z : upper.w);
                     const u32 b1 = transposed(q == 0 ? lower.x : q == 1 ? lower.y : q == 2 ? lower.z : lower.w);
-                    multiply(sum[q], weight[2 * j][0], weight[2 * j][1], weight[2 * j + 1][0], weight[2 * j + 1][1], b0, b1);
+                    multiply(sum[q], weight[2 * j][0], weight[2 * j][1], weight[2 * j + 1][0], weight[2 * j + 1][1], b0,
+                             b1);
                 }
 #pragma unroll
             for (int side = 0; side < 2; side++) {
@@ -256,7 +263,8 @@ __device__ __forceinline__ void attention(const Attention &p)
         }
         // [segments, kv_heads, blocks of pairs, pairs, DIM + 2]
         const long long unit = (long long)PAIRS * (DIM + 2), place = blockIdx.y * gridDim.z + blockIdx.z;
-        float *partial = p.place->partial + ((segment - first_segment) * (long long)(gridDim.y * gridDim.z) + place) * unit;
+        float *partial =
+            p.place->partial + ((segment - first_segment) * (long long)(gridDim.y * gridDim.z) + place) * unit;
         partial += pair * (DIM + 2);
 #pragma unroll
         for (int d = 0; d < OWN; d++)
@@ -311,10 +319,10 @@ __device__ __forceinline__ void attention(const Attention &p)
     }
 }
 
-#define ATTENTION(dim)                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention_##dim(const __grid_constant__ Attention p)    \
-    {                                                                                                                   \
-        attention<dim>(p);                                                                                              \
+#define ATTENTION(dim)                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention_##dim(const __grid_constant__ Attention p)   \
+    {                                                                                                                  \
+        attention<dim>(p);                                                                                             \
     }
 
 ATTENTION(64)

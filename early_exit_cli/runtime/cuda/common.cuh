@@ -1,8 +1,8 @@
 // What every kernel shares: bfloat16 without the toolkit's headers, tensor-core products, and starting before a
 // predecessor has ended.
 //
-// One rule holds everywhere: the order in which a number's summands are added depends on shapes alone, never on how many
-// rows stand beside it, on the length of a buffer, or on which block of threads came first.
+// One rule holds everywhere: the order in which a number's summands are added depends on shapes alone, never on how
+// many rows stand beside it, on the length of a buffer, or on which block of threads came first.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -13,8 +13,8 @@ typedef unsigned long long u64;
 #define LOG2_E 1.4426950408889634f
 #define MOST_ROWS 16
 
-// Where a pass stands, in device memory: filled by the host before it. Everything that changes between passes is here, so that
-// one recording serves all texts.
+// Where a pass stands, in device memory: filled by the host before it. Everything that changes between passes is here,
+// so that one recording serves all texts.
 struct Place {
     long long position;      // of row 0
     long long rows;          // how many are real; those behind them are padding
@@ -45,8 +45,8 @@ __device__ __forceinline__ float exp2_of(float x)
     return y;
 }
 
-// sum[16, 8] += a[16, 16] b[16, 8]. Lane (g, t) = (lane / 4, lane % 4) holds of a: rows g and g + 8, columns 2t, 2t + 1 and
-// 2t + 8, 2t + 9; of b: the same rows of column g; of sum: rows g and g + 8, columns 2t and 2t + 1.
+// sum[16, 8] += a[16, 16] b[16, 8]. Lane (g, t) = (lane / 4, lane % 4) holds of a: rows g and g + 8, columns 2t, 2t + 1
+// and 2t + 8, 2t + 9; of b: the same rows of column g; of sum: rows g and g + 8, columns 2t and 2t + 1.
 __device__ __forceinline__ void multiply(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1)
 {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -62,9 +62,10 @@ __device__ __forceinline__ void multiply_first(float (&sum)[4], u32 a0, u32 a1, 
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(0.f));
 }
 
-// A kernel may start while its predecessor runs (programmatic dependent launch, from sm_90 on): what neither it nor any later
-// kernel writes, such as weights, is on its way by then. The successor is let go only behind `wait_for_predecessor`, so that all
-// kernels but the one before have ended when a kernel starts: keys of earlier tokens may be read early too.
+// A kernel may start while its predecessor runs (programmatic dependent launch, from sm_90 on): what neither it nor any
+// later kernel writes, such as weights, is on its way by then. The successor is let go only behind
+// `wait_for_predecessor`, so that all kernels but the one before have ended when a kernel starts: keys of earlier
+// tokens may be read early too.
 __device__ __forceinline__ void let_successor_start()
 {
 #if __CUDA_ARCH__ >= 900

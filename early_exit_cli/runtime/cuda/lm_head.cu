@@ -1,6 +1,6 @@
-// The LM head over 1 to 16 rows: logits = x[rows, K] W[vocab, K]^T in bfloat16, and what is asked of them: the best one's place,
-// the lowest where several are equal, and the entropy. Tiles, lanes and the order of sums as in product.cu; here the tensor core's
-// sums run on over a warp's whole part of K.
+// The LM head over 1 to 16 rows: logits = x[rows, K] W[vocab, K]^T in bfloat16, and what is asked of them: the best
+// one's place, the lowest where several are equal, and the entropy. Tiles, lanes and the order of sums as in
+// product.cu; here the tensor core's sums run on over a warp's whole part of K.
 
 #include "common.cuh"
 
@@ -50,7 +50,8 @@ __device__ __forceinline__ void merge(Best &best, const Best &other)
     if (other.top == -INFINITE)
         return;
     const float top = fmaxf(best.top, other.top);
-    const float ours = best.top == -INFINITE ? 0.f : exp2_of((best.top - top) * LOG2_E), theirs = exp2_of((other.top - top) * LOG2_E);
+    const float ours = best.top == -INFINITE ? 0.f : exp2_of((best.top - top) * LOG2_E),
+                theirs = exp2_of((other.top - top) * LOG2_E);
     best.total = best.total * ours + other.total * theirs;
     best.mean = best.mean * ours + other.mean * theirs;
     best.top = top;
@@ -83,7 +84,8 @@ __device__ __forceinline__ void load(Rows &found, const LMHead &p, int tile, int
 }
 
 template <int COLUMNS>
-__device__ __forceinline__ void accumulate(float (&sum)[COLUMNS][4], const Rows &w, const LMHead &p, int block, int g, int t)
+__device__ __forceinline__ void accumulate(float (&sum)[COLUMNS][4], const Rows &w, const LMHead &p, int block, int g,
+                                           int t)
 {
 #pragma unroll
     for (int c = 0; c < COLUMNS; c++) {
@@ -138,7 +140,8 @@ __device__ __forceinline__ void lm_head(const LMHead &p)
     auto finish = [&](int tile) {
 #pragma unroll
         for (int c = 0; c < COLUMNS; c++) {
-            ((float4 *)sums)[(warp * COLUMNS + c) * 32 + lane] = make_float4(sum[c][0], sum[c][1], sum[c][2], sum[c][3]);
+            ((float4 *)sums)[(warp * COLUMNS + c) * 32 + lane] =
+                make_float4(sum[c][0], sum[c][1], sum[c][2], sum[c][3]);
 #pragma unroll
             for (int e = 0; e < 4; e++)
                 sum[c][e] = 0.f;
@@ -183,10 +186,10 @@ __device__ __forceinline__ void lm_head(const LMHead &p)
     }
 }
 
-#define LM_HEAD(columns)                                                                                                \
-    extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) lm_head_##columns(const __grid_constant__ LMHead p)     \
-    {                                                                                                                   \
-        lm_head<columns>(p);                                                                                            \
+#define LM_HEAD(columns)                                                                                               \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) lm_head_##columns(const __grid_constant__ LMHead p)    \
+    {                                                                                                                  \
+        lm_head<columns>(p);                                                                                           \
     }
 
 LM_HEAD(1)

@@ -1,16 +1,18 @@
 // y[rows, N] = x[rows, K] dequant(W[N, K])^T for 1 to 16 rows, W in NF4 as bitsandbytes packs it.
 //
-// The weight is the tensor core's left operand, 16 of its rows a tile; tokens are columns of the right one, eight at a time,
-// so that one to eight of them cost the same. Any order of k within 64 may be taken as long as both sides take it: lane (g, t)
-// takes k = 16t .. 16t + 15, eight contiguous bytes of rows g and g + 8 and 32 of x. A byte, first value in the high nibble,
-// becomes two bfloat16 by one look-up in a table of 256 words, of which every lane has its own copy (no bank is asked twice).
+// The weight is the tensor core's left operand, 16 of its rows a tile; tokens are columns of the right one, eight at a
+// time, so that one to eight of them cost the same. Any order of k within 64 may be taken as long as both sides take
+// it: lane (g, t) takes k = 16t .. 16t + 15, eight contiguous bytes of rows g and g + 8 and 32 of x. A byte, first
+// value in the high nibble, becomes two bfloat16 by one look-up in a table of 256 words, of which every lane has its
+// own copy (no bank is asked twice).
 //
-// A warp has a part of K, and fetches its weights for itself: chunks of 256 k, 128 bytes of each of 16 rows, on their way into a
-// ring in shared memory while earlier ones are multiplied. Nobody waits for other warps but at a tile's end. Where a warp's part
-// is one chunk, it keeps its part of x in registers; else two tiles are multiplied with what is read of x (`SETS`).
+// A warp has a part of K, and fetches its weights for itself: chunks of 256 k, 128 bytes of each of 16 rows, on their
+// way into a ring in shared memory while earlier ones are multiplied. Nobody waits for other warps but at a tile's end.
+// Where a warp's part is one chunk, it keeps its part of x in registers; else two tiles are multiplied with what is
+// read of x (`SETS`).
 //
-// Order of sums of one output: within 64 k the tensor core's, from zero; these, times their scale, in order of k over the part
-// of K that a warp has; the warps' sums in order of warps. The parts depend on K alone.
+// Order of sums of one output: within 64 k the tensor core's, from zero; these, times their scale, in order of k over
+// the part of K that a warp has; the warps' sums in order of warps. The parts depend on K alone.
 
 #include "common.cuh"
 
@@ -21,7 +23,7 @@ struct Product {
     const float *scale;       // [rows of weight, K / 64]
     const u16 *bias;          // [rows of weight] or null
     const u16 *x;             // [rows, K]
-    const float *squares;     // [rows, parts]: their sum is that of the squares of what x was scaled from; null: x as it is
+    const float *squares;     // [rows, parts]: their sum is that of squares of what x was scaled from; null: x as it is
     u16 *out;                 // [rows, N]
     const u16 *residual;      // [rows, N] or null: out = residual + product
     const u16 *next_norm;     // [N]: with residual, the weight of the norm that reads out
@@ -33,7 +35,8 @@ struct Product {
 };
 
 __constant__ u16 codes[16] = {  // the NF4 values (Dettmers et al. 2023, appendix E) in bfloat16
-    0xbf80, 0xbf32, 0xbf06, 0xbeca, 0xbe92, 0xbe3d, 0xbdba, 0x0000, 0x3da3, 0x3e25, 0x3e7c, 0x3ead, 0x3ee2, 0x3f10, 0x3f39, 0x3f80};
+    0xbf80, 0xbf32, 0xbf06, 0xbeca, 0xbe92, 0xbe3d, 0xbdba, 0x0000,
+    0x3da3, 0x3e25, 0x3e7c, 0x3ead, 0x3ee2, 0x3f10, 0x3f39, 0x3f80};
 
 __device__ __forceinline__ void fill_table(u32 *table)
 {
@@ -48,19 +51,20 @@ __device__ __forceinline__ void fill_table(u32 *table)
 #define STAGES 4
 #endif
 #define CHUNK 4                                         // blocks of 64 k
-#define PACKED_BYTES (16 * 32 * CHUNK)                  // of a stage: the weights; the scales [16][CHUNK] stand behind them
+#define PACKED_BYTES (16 * 32 * CHUNK)                  // of a stage: the weights; scales [16][CHUNK] stand behind them
 #define STAGE_BYTES (PACKED_BYTES + 16 * 4 * CHUNK)
 
 template <int BYTES> __device__ __forceinline__ void fetch(u32 to, const void *from, int bytes)
 {
     if (BYTES == 16)
-        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+                     : "memory");
     else
         asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
-// What a lane fetches of every chunk: 16 bytes of rows lane / 8, + 4, + 8, + 12, and a scale of rows lane / 4 and + 8. The 16
-// bytes that come i-th in row r lie at place i ^ 2 (r % 4), so that four rows are read from different banks.
+// What a lane fetches of every chunk: 16 bytes of rows lane / 8, + 4, + 8, + 12, and a scale of rows lane / 4 and + 8.
+// The 16 bytes that come i-th in row r lie at place i ^ 2 (r % 4), so that four rows are read from different banks.
 struct Fetcher {
     const char *packed, *scale;
     u32 packed_to, scale_to;
@@ -102,7 +106,8 @@ template <int COLUMNS> struct Inputs {
 #pragma unroll
             for (int c = 0; c < COLUMNS; c++) {
                 const bool is_there = c * 8 + g < p.rows && block + i < last;
-                const uint4 *from = (const uint4 *)(p.x + (long long)(c * 8 + g) * p.inputs + (block + i) * 64 + t * 16);
+                const uint4 *from =
+                    (const uint4 *)(p.x + (long long)(c * 8 + g) * p.inputs + (block + i) * 64 + t * 16);
                 of[i][c][0] = is_there ? from[0] : make_uint4(0, 0, 0, 0);
                 of[i][c][1] = is_there ? from[1] : make_uint4(0, 0, 0, 0);
             }
@@ -118,7 +123,8 @@ __device__ __forceinline__ u32 look_up(u32 word, int byte, u32 column)
 }
 
 template <int COLUMNS>
-__device__ __forceinline__ void accumulate(float (&sum)[COLUMNS][4], const char *stage, const Inputs<COLUMNS> &x, int lane)
+__device__ __forceinline__ void accumulate(float (&sum)[COLUMNS][4], const char *stage, const Inputs<COLUMNS> &x,
+                                           int lane)
 {
     const int g = lane >> 2, t = lane & 3;
     const u32 column = lane * 4;
@@ -166,13 +172,15 @@ __device__ __forceinline__ float finished(const Product &p, float total, const f
     return p.bias ? total + widen(p.bias[output]) : total;
 }
 
-// A set is 16 outputs; with SETS = 2 a block of threads has two at a time: gate and up of the same, or set i and set i + half.
+// A set is 16 outputs; with SETS = 2 a block of threads has two at a time: gate and up of the same, or sets i and
+// i + half.
 template <int SETS, int COLUMNS, bool KEEPS_X>
 __device__ __forceinline__ void product(const Product &p)
 {
     constexpr int SUMS = WARPS * SETS * COLUMNS * 128;
     constexpr int TURNS = SETS * COLUMNS == 1 ? 2 : 1;  // room for the sums of so many units of work
-    float *sums = (float *)(shared + TABLE_WORDS * 4 + WARPS * STAGES * STAGE_BYTES);  // [turns][warps, sets, columns, lanes, 4]
+    // [turns][warps, sets, columns, lanes, 4]
+    float *sums = (float *)(shared + TABLE_WORDS * 4 + WARPS * STAGES * STAGE_BYTES);
     float *norms = sums + TURNS * SUMS;                                                // [16]
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane >> 2, t = lane & 3;
     const int blocks = p.inputs / 64, units = p.outputs / 16 / (SETS == 2 && !p.gated ? 2 : 1);
@@ -254,7 +262,8 @@ __device__ __forceinline__ void product(const Product &p)
             }
             if (SETS == 2 && p.gated) {
                 const float gate = rounded(total[0]), up = rounded(total[SETS - 1]);
-                p.out[(long long)row * p.outputs + unit * 16 + n] = narrow(rounded(gate / (1.f + exp2_of(-gate * LOG2_E))) * up);
+                p.out[(long long)row * p.outputs + unit * 16 + n] =
+                    narrow(rounded(gate / (1.f + exp2_of(-gate * LOG2_E))) * up);
                 continue;
             }
 #pragma unroll
@@ -279,11 +288,11 @@ __device__ __forceinline__ void product(const Product &p)
     asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
-#define PRODUCT(name, sets, columns, keeps_x)                                                                           \
-    extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) product_##name##_##sets##_##columns(                    \
-        const __grid_constant__ Product p)                                                                              \
-    {                                                                                                                   \
-        product<sets, columns, keeps_x>(p);                                                                             \
+#define PRODUCT(name, sets, columns, keeps_x)                                                                          \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) product_##name##_##sets##_##columns(                   \
+        const __grid_constant__ Product p)                                                                             \
+    {                                                                                                                  \
+        product<sets, columns, keeps_x>(p);                                                                            \
     }
 
 PRODUCT(short, 1, 1, true)

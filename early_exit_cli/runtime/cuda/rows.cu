@@ -1,5 +1,5 @@
-// What is done to single rows: entering the blocks, norms, and the inputs of the EAGLE head. A block of 256 threads a row; a
-// sum over a row is each thread's own in steps of 256, then `block_sum`.
+// What is done to single rows: entering the blocks, norms, and the inputs of the EAGLE head. A block of 256 threads a
+// row; a sum over a row is each thread's own in steps of 256, then `block_sum`.
 
 #include "common.cuh"
 
@@ -24,7 +24,7 @@ struct Enter {
     const u16 *from;          // the embedding [vocab, size], or the rows' states [rows, size] where by_token is 0
     const u16 *norm;          // [size], of the norm that reads them
     u16 *hidden, *scaled;     // [rows, size]: the states, and these times the norm's weight
-    float *squares;           // [rows, size / 16]: as a product leaves them, so that who wrote the states makes no difference
+    float *squares;           // [rows, size / 16]: as a product leaves them: who wrote the states makes no difference
     int size, by_token;
 };
 
@@ -104,8 +104,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) join_token(const __grid_co
     wait_for_predecessor();
     let_successor_start();
     const int row = blockIdx.x;
-    const u16 *from = blockIdx.y ? p.hidden + (long long)row * p.size
-                                 : p.embedding + max(p.token ? *p.token : p.place->tokens[row], 0ll) * p.size;  // -1: not finite
+    const u16 *from =
+        blockIdx.y ? p.hidden + (long long)row * p.size
+                   : p.embedding + max(p.token ? *p.token : p.place->tokens[row], 0ll) * p.size;  // -1: not finite
     const u16 *weight = blockIdx.y ? p.hidden_norm : p.input_norm;
     const float factor = norm_factor(from, p.size, p.eps, scratch);
     u16 *out = p.out + (2ll * row + blockIdx.y) * p.size;

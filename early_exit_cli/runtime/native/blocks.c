@@ -1,10 +1,11 @@
 /* A pass of blocks of the Llama shape over NF4 weights, on a CPU with AVX512-BF16.
  *
- * One parallel region a pass: the threads share every product by tiles of 32 outputs and meet at barriers. The bits of a
- * row depend on nothing but the tokens before it, whatever the number of rows, of threads or of keys in the buffer.
+ * One parallel region a pass: the threads share every product by tiles of 32 outputs and meet at barriers. The bits of
+ * a row depend on nothing but the tokens before it, whatever the number of rows, of threads or of keys in the buffer.
  *
- * Values are rounded to bfloat16 where the library's modules round. The NF4 product is bitsandbytes' (csrc/cpu_ops.cpp):
- * over each quantization block of 64 inputs in float32, then times the block's scale; over its own packing of weights.
+ * Values are rounded to bfloat16 where the library's modules round. The NF4 product is bitsandbytes'
+ * (csrc/cpu_ops.cpp): over each quantization block of 64 inputs in float32, then times the block's scale; over its own
+ * packing of weights.
  */
 #include "kernels.h"
 
@@ -12,7 +13,7 @@
 #define BLOCK 64    /* inputs that share a scale */
 
 typedef struct {
-    const uint8_t *weight; /* [out / 32, in / 2, 32] bytes: low halves for outputs 0..15, high ones for 16..31, two inputs each */
+    const uint8_t *weight; /* [out / 32, in / 2, 32], two inputs a byte: low half for outputs 0..15, high for 16..31 */
     const bf16 *scale;     /* [in / 64, out] */
     const bf16 *bias;      /* [out] or NULL */
     int64_t in, out;
@@ -32,8 +33,8 @@ typedef struct {
     float eps, scale;
 } Model;
 
-/* Rows of one text: `width` of them from `position` on. keys and values: one pointer a block, a KV cache for each key head.
- * cos and sin: [width, head_dim] of these positions, sin with the sign of rotate_half. */
+/* Rows of one text: `width` of them from `position` on. keys and values: one pointer a block, a KV cache for each key
+ * head. cos and sin: [width, head_dim] of these positions, sin with the sign of rotate_half. */
 typedef struct {
     bf16 *const *keys, *const *values;
     const bf16 *cos, *sin;
@@ -43,8 +44,10 @@ typedef struct {
 /* ---- the NF4 product ---- */
 
 static const bf16 NF4[32] __attribute__((aligned(64))) = {
-    0xBF80, 0xBF32, 0xBF06, 0xBECA, 0xBE92, 0xBE3D, 0xBDBA, 0x0000, 0x3DA3, 0x3E25, 0x3E7C, 0x3EAD, 0x3EE2, 0x3F10, 0x3F39, 0x3F80,
-    0xBF80, 0xBF32, 0xBF06, 0xBECA, 0xBE92, 0xBE3D, 0xBDBA, 0x0000, 0x3DA3, 0x3E25, 0x3E7C, 0x3EAD, 0x3EE2, 0x3F10, 0x3F39, 0x3F80,
+    0xBF80, 0xBF32, 0xBF06, 0xBECA, 0xBE92, 0xBE3D, 0xBDBA, 0x0000,
+    0x3DA3, 0x3E25, 0x3E7C, 0x3EAD, 0x3EE2, 0x3F10, 0x3F39, 0x3F80,
+    0xBF80, 0xBF32, 0xBF06, 0xBECA, 0xBE92, 0xBE3D, 0xBDBA, 0x0000,
+    0x3DA3, 0x3E25, 0x3E7C, 0x3EAD, 0x3EE2, 0x3F10, 0x3F39, 0x3F80,
 }; /* twice: a lookup reads five bits, the fifth being another weight's */
 
 /* 32 bytes: two inputs of 32 outputs, as two vectors of bfloat16 pairs. */
@@ -70,12 +73,14 @@ INLINE void add_scaled(float *total, __m512 sum[][2], const bf16 *scale, const i
     __m512 first = load16(scale), second = load16(scale + 16);
     for (int r = 0; r < rows; r++) {
         _mm512_storeu_ps(total + r * TILE, _mm512_fmadd_ps(sum[r][0], first, _mm512_loadu_ps(total + r * TILE)));
-        _mm512_storeu_ps(total + r * TILE + 16, _mm512_fmadd_ps(sum[r][1], second, _mm512_loadu_ps(total + r * TILE + 16)));
+        _mm512_storeu_ps(total + r * TILE + 16,
+                         _mm512_fmadd_ps(sum[r][1], second, _mm512_loadu_ps(total + r * TILE + 16)));
     }
 }
 
 /* One tile of outputs for up to ROWS rows: weights are used as they are decoded. */
-INLINE void rows_of_tile(const Product *p, const uint8_t *weight, const bf16 *scale, const bf16 *x, const int rows, float *total) {
+INLINE void rows_of_tile(const Product *p, const uint8_t *weight, const bf16 *scale, const bf16 *x, const int rows,
+                         float *total) {
     for (int64_t k = 0; k < p->in; k += BLOCK, scale += p->out) {
         __m512 sum[ROWS][2];
         for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
@@ -94,7 +99,7 @@ static void tile(const Product *p, int64_t index, const bf16 *x, int64_t width, 
     const bf16 *scale = p->scale + index * TILE;
     memset(out, 0, width * TILE * sizeof(float));
     for (int64_t row = 0; row < width; row += ROWS) {
-        int rows = least(ROWS, width - row);
+        int rows = min(ROWS, width - row);
 #define BODY(n) rows_of_tile(p, weight, scale, x + row * p->in, n, out + row * TILE)
         FOR_ROWS(rows, BODY)
 #undef BODY
@@ -106,12 +111,13 @@ static void tile(const Product *p, int64_t index, const bf16 *x, int64_t width, 
     }
 }
 
-/* out [width, p->out] = x [width, p->in] times the weights, or added to what is there. own: [2, PIECE, 32] of scratch. */
+/* out [width, p->out] = x [width, p->in] times the weights, or added to what is there.
+ * own: [2, PIECE, 32] of scratch. */
 static void product(const Product *p, const bf16 *x, bf16 *out, int64_t width, int adds, float *own) {
     int64_t from, to;
     share(p->out / TILE, &from, &to);
     for (int64_t row = 0; row < width; row += PIECE) {
-        int rows = least(PIECE, width - row);
+        int rows = min(PIECE, width - row);
         for (int64_t t = from; t < to; t++) {
             tile(p, t, x + row * p->in, rows, own);
             for (int64_t i = 0; i < rows * TILE; i += 16) {
@@ -129,70 +135,81 @@ static void gated(const Product *p, const bf16 *x, bf16 *out, int64_t width, int
     share(inner / TILE, &from, &to);
     float *up = own + PIECE * TILE;
     for (int64_t row = 0; row < width; row += PIECE) {
-        int rows = least(PIECE, width - row);
+        int rows = min(PIECE, width - row);
         for (int64_t t = from; t < to; t++) {
             tile(p, t, x + row * p->in, rows, own);
             tile(p, t + inner / TILE, x + row * p->in, rows, up);
             for (int64_t i = 0; i < rows * TILE; i += 16)
-                store16(out + (row + i / TILE) * inner + t * TILE + i % TILE, _mm512_mul_ps(rounded(silu(_mm512_loadu_ps(own + i))), _mm512_loadu_ps(up + i)));
+                store16(out + (row + i / TILE) * inner + t * TILE + i % TILE,
+                        _mm512_mul_ps(rounded(silu(_mm512_loadu_ps(own + i))), _mm512_loadu_ps(up + i)));
         }
     }
 }
 
 /* ---- attention ---- */
 
-/* Queries `first` .. + rows - 1 of one key head, of those of a text by row and then by query head: they read its keys together.
- * qkv [width, stride] (not rotated) -> out [width, query heads * head_dim]. */
-static void attend_rows(const Model *m, const Block *block, const Part *part, int index, int64_t kv_head, int64_t first, int rows, const bf16 *qkv, int64_t stride, bf16 *out, float *scores) {
-    int64_t size = m->head_dim, group = m->query_heads / m->kv_heads, start = kv_head * part->capacity * size, end[ROWS];
-    bf16 turned[ROWS * size], *found[ROWS];
+/* Queries `first` .. + rows - 1 of one key head, of those of a text by row and then by query head: they read its keys
+ * together. qkv [width, stride] (not rotated) -> out [width, query heads * head_dim]. */
+static void attend_rows(const Model *m, const Block *block, const Part *part, int index, int64_t kv_head, int64_t first,
+                        int rows, const bf16 *qkv, int64_t stride, bf16 *out, float *scores) {
+    int64_t size = m->head_dim, group = m->query_heads / m->kv_heads, start = kv_head * part->capacity * size,
+            end[ROWS];
+    bf16 rotated[ROWS * size], *found[ROWS];
     for (int r = 0; r < rows; r++) {
         int64_t row = (first + r) / group, head = kv_head * group + (first + r) % group;
         const bf16 *norm = block->qk_norm ? block->qk_norm + head * size : NULL;
-        rotate(qkv + row * stride + head * size, norm, part->cos + row * size, part->sin + row * size, turned + r * size, size, m->eps);
+        rotate(qkv + row * stride + head * size, norm, part->cos + row * size, part->sin + row * size,
+               rotated + r * size, size, m->eps);
         end[r] = part->position + row + 1;
         found[r] = out + (row * m->query_heads + head) * size;
     }
-#define BODY(n) attend(turned, end, part->keys[index] + start, part->values[index] + start, block->window, size, m->scale, n, scores, found)
+#define BODY(n)                                                                                                        \
+    attend(rotated, end, part->keys[index] + start, part->values[index] + start, block->window, size, m->scale, n,     \
+           scores, found)
     FOR_ROWS(rows, BODY)
 #undef BODY
 }
 
-/* Attention of all texts, this thread's share of it: qkv [sum of widths, stride] -> out [sum of widths, query heads * head_dim].
- * A share may end between two queries of one key head, so that threads have equal ones. */
-static void attend_texts(const Model *m, const Block *block, const Part *parts, int64_t count, int64_t width, int index, const bf16 *qkv, int64_t stride, bf16 *out, float *scores) {
+/* Attention of all texts, this thread's share of it: qkv [sum of widths, stride] -> out [sum of widths, query heads *
+ * head_dim]. A share may end between two queries of one key head, so that threads have equal ones. */
+static void attend_texts(const Model *m, const Block *block, const Part *parts, int64_t count, int64_t width, int index,
+                         const bf16 *qkv, int64_t stride, bf16 *out, float *scores) {
     int64_t from, to;
     share(width * m->query_heads, &from, &to);
     for (int64_t i = 0; i < count; i++) {
         int64_t queries = parts[i].width * m->query_heads / m->kv_heads;
         for (int64_t head = 0; head < m->kv_heads; head++, from -= queries, to -= queries)
-            for (int64_t first = greatest(from, 0); first < least(to, queries); first += ROWS)
-                attend_rows(m, block, parts + i, index, head, first, least(ROWS, least(to, queries) - first), qkv, stride, out, scores);
+            for (int64_t first = max(from, 0); first < min(to, queries); first += ROWS)
+                attend_rows(m, block, parts + i, index, head, first, min(ROWS, min(to, queries) - first), qkv, stride,
+                            out, scores);
         qkv += parts[i].width * stride;
         out += parts[i].width * m->query_heads * m->head_dim;
     }
 }
 
 /* Rotated keys, and values, of a text's rows into its buffers, for a share of the key heads. */
-static void remember_rows(const Model *m, const Block *block, const Part *part, int index, const bf16 *qkv, int64_t stride) {
+static void store_kv_rows(const Model *m, const Block *block, const Part *part, int index, const bf16 *qkv,
+                          int64_t stride) {
     int64_t size = m->head_dim, from, to;
     share(m->kv_heads * part->width, &from, &to);
     for (int64_t unit = from; unit < to; unit++) {
         int64_t head = unit / part->width, row = unit % part->width;
         const bf16 *key = qkv + row * stride + (m->query_heads + head) * size;
         const bf16 *norm = block->qk_norm ? block->qk_norm + (m->query_heads + head) * size : NULL;
-        bf16 turned[size];
-        rotate(key, norm, part->cos + row * size, part->sin + row * size, turned, size, m->eps);
-        remember(turned, key + m->kv_heads * size, part->keys[index] + head * part->capacity * size, part->values[index] + head * part->capacity * size, part->position + row, size);
+        bf16 rotated[size];
+        rotate(key, norm, part->cos + row * size, part->sin + row * size, rotated, size, m->eps);
+        store_kv(rotated, key + m->kv_heads * size, part->keys[index] + head * part->capacity * size,
+                 part->values[index] + head * part->capacity * size, part->position + row, size);
     }
 }
 
 /* ---- a pass ---- */
 
-/* Blocks first .. last - 1 over the rows of the texts, one after another, in place: hidden [sum of widths, hidden], which
- * starts as the embedded `tokens` where these are given. kept: where to copy the states to after `stops` blocks, ascending.
- * Returns 0, or 1 when there is no memory. */
-int eexit_run(const Model *m, const int64_t *tokens, bf16 *hidden, const Part *parts, int64_t count, int first, int last, const int64_t *stops, bf16 *const *kept, int64_t stops_count, int threads) {
+/* Blocks first .. last - 1 over the rows of the texts, one after another, in place: hidden [sum of widths, hidden],
+ * which starts as the embedded `tokens` where these are given. kept: where to copy the states to after `stops` blocks,
+ * ascending. Returns 0, or 1 when there is no memory. */
+int eexit_run(const Model *m, const int64_t *tokens, bf16 *hidden, const Part *parts, int64_t count, int first,
+              int last, const int64_t *stops, bf16 *const *kept, int64_t stops_count, int threads) {
     int64_t width = 0, keys = 0;
     for (int64_t i = 0; i < count; i++) {
         width += parts[i].width;
@@ -200,14 +217,16 @@ int eexit_run(const Model *m, const int64_t *tokens, bf16 *hidden, const Part *p
     }
     int64_t size = m->head_dim, queries = m->query_heads * size, stride = (m->query_heads + 2 * m->kv_heads) * size;
     bf16 *qkv = scratch_of(width * stride * sizeof(bf16)), *attended = scratch_of(width * queries * sizeof(bf16));
-    bf16 *gate = scratch_of(width * m->inner * sizeof(bf16)), *normed = scratch_of(threads * width * m->hidden * sizeof(bf16));
+    bf16 *gate = scratch_of(width * m->inner * sizeof(bf16)),
+         *normed = scratch_of(threads * width * m->hidden * sizeof(bf16));
     int64_t row_of_scores = ROWS * (keys + 32);
     float *scores = scratch_of(threads * row_of_scores * sizeof(float));
     float *outputs = scratch_of(threads * 2 * PIECE * TILE * sizeof(float));
     int failed = !qkv || !attended || !gate || !normed || !scores || !outputs;
-    Meeting meeting = {0};
+    Barrier barrier = {0};
     if (!failed && tokens)
-        for (int64_t row = 0; row < width; row++) memcpy(hidden + row * m->hidden, m->embedding + tokens[row] * m->hidden, m->hidden * sizeof(bf16));
+        for (int64_t row = 0; row < width; row++)
+            memcpy(hidden + row * m->hidden, m->embedding + tokens[row] * m->hidden, m->hidden * sizeof(bf16));
     if (!failed)
 #pragma omp parallel num_threads(threads)
     {
@@ -219,25 +238,26 @@ int eexit_run(const Model *m, const int64_t *tokens, bf16 *hidden, const Part *p
             for (int64_t row = 0; row < width; row++)
                 rms_norm(hidden + row * m->hidden, block->input_norm, own + row * m->hidden, m->hidden, m->eps);
             product(&block->qkv, own, qkv, width, 0, output);
-            meet(&meeting);
+            barrier_wait(&barrier);
             for (int64_t i = 0, row = 0; i < count; row += parts[i++].width)
-                remember_rows(m, block, parts + i, index, qkv + row * stride, stride);
-            meet(&meeting);
+                store_kv_rows(m, block, parts + i, index, qkv + row * stride, stride);
+            barrier_wait(&barrier);
             attend_texts(m, block, parts, count, width, index, qkv, stride, attended, scores + thread * row_of_scores);
-            meet(&meeting);
+            barrier_wait(&barrier);
             product(&block->output, attended, hidden, width, 1, output);
-            meet(&meeting);
+            barrier_wait(&barrier);
             for (int64_t row = 0; row < width; row++)
                 rms_norm(hidden + row * m->hidden, block->mlp_norm, own + row * m->hidden, m->hidden, m->eps);
             gated(&block->gate_up, own, gate, width, m->inner, output);
-            meet(&meeting);
+            barrier_wait(&barrier);
             product(&block->down, gate, hidden, width, 1, output);
-            meet(&meeting);
+            barrier_wait(&barrier);
             for (int64_t i = 0; i < stops_count; i++)
                 if (stops[i] == index + 1) {
                     int64_t from, to;
-                    share(width, &from, &to); /* nobody changes them before two more meetings */
-                    memcpy(kept[i] + from * m->hidden, hidden + from * m->hidden, (to - from) * m->hidden * sizeof(bf16));
+                    share(width, &from, &to); /* nobody changes them before two more barriers */
+                    memcpy(kept[i] + from * m->hidden, hidden + from * m->hidden,
+                           (to - from) * m->hidden * sizeof(bf16));
                 }
         }
     }

@@ -13,65 +13,72 @@ typedef struct {
     float eps;
 } Eagle;
 
-/* Positions `position` .. + rows - 1, each with the token that follows it -> the state behind the last, [hidden], its logits
- * [draft vocab], the best of these and their entropy in nats.
+/* Positions `position` .. + rows - 1, each with the token that follows it -> the state behind the last, [hidden], its
+ * logits [draft vocab], the best of these and their entropy in nats.
  *
- * states: exits + 1 pointers to [rows, hidden], the last with the final norm applied; or NULL, then `own` [hidden] is the
- * head's own state and rows is 1. Returns 0, or 1 when there is no memory.
+ * states: exits + 1 pointers to [rows, hidden], the last with the final norm applied; or NULL, then `own` [hidden] is
+ * the head's own state and rows is 1. Returns 0, or 1 when there is no memory.
  */
 int eexit_eagle(const Eagle *h, const bf16 *const *states, const bf16 *own, const int64_t *tokens, int64_t rows,
-                    int64_t position, const Memory *memory, bf16 *state, float *logits, int64_t *choice, float *entropy, int threads) {
+                int64_t position, const KVBuffers *buffers, bf16 *state, float *logits, int64_t *choice, float *entropy,
+                int threads) {
     int64_t hidden = h->hidden, wide = (h->exits + 1) * hidden;
-    int64_t most = greatest(greatest(wide, h->inner), h->attention.output.in), near = least(rows, PIECE);
+    int64_t widest = max(max(wide, h->inner), h->attention.output.in), chunk = min(rows, PIECE);
     bf16 *joined = scratch_of(rows * wide * sizeof(bf16)), *fused = scratch_of(rows * hidden * sizeof(bf16));
-    bf16 *inputs = scratch_of(threads * rows * 2 * hidden * sizeof(bf16)), *normed = scratch_of(threads * hidden * sizeof(bf16));
+    bf16 *inputs = scratch_of(threads * rows * 2 * hidden * sizeof(bf16)),
+         *normed = scratch_of(threads * hidden * sizeof(bf16));
     bf16 *gated = scratch_of(3 * h->inner * sizeof(bf16));
-    int8_t *halves = scratch_of(threads * 2 * near * most);
-    float *steps = scratch_of(threads * near * sizeof(float));
-    int32_t *sums_of = scratch_of(threads * near * sizeof(int32_t));
-    Attending attending = attending_of(&h->attention, rows, position + rows, threads);
-    int failed = !joined || !fused || !inputs || !normed || !gated || !halves || !steps || !sums_of || !is_whole(&attending);
-    Meeting meeting = {0};
+    int8_t *int15 = scratch_of(threads * 2 * chunk * widest);
+    float *steps = scratch_of(threads * chunk * sizeof(float));
+    int32_t *sums_of = scratch_of(threads * chunk * sizeof(int32_t));
+    AttentionScratch scratch = new_attention_scratch(&h->attention, rows, position + rows, threads);
+    int failed =
+        !joined || !fused || !inputs || !normed || !gated || !int15 || !steps || !sums_of || !is_allocated(&scratch);
+    Barrier barrier = {0};
     if (!failed)
 #pragma omp parallel num_threads(threads)
     {
         int thread = omp_get_thread_num();
-        Halves mine = {halves + thread * 2 * near * most, halves + (thread * 2 + 1) * near * most, steps + thread * near, sums_of + thread * near};
-        bf16 *input = inputs + thread * rows * 2 * hidden, *last = fused + (rows - 1) * hidden, *own_norm = normed + thread * hidden;
+        Int15 mine = {int15 + thread * 2 * chunk * widest, int15 + (thread * 2 + 1) * chunk * widest,
+                      steps + thread * chunk, sums_of + thread * chunk};
+        bf16 *input = inputs + thread * rows * 2 * hidden, *last = fused + (rows - 1) * hidden,
+             *own_norm = normed + thread * hidden;
         int64_t from, to;
         if (states) {
             share(rows, &from, &to);
             for (int64_t row = from; row < to; row++) {
                 for (int64_t i = 0; i < h->exits; i++)
-                    rms_norm(states[i] + row * hidden, h->fuse_norms + i * hidden, joined + row * wide + i * hidden, hidden, h->eps);
+                    rms_norm(states[i] + row * hidden, h->fuse_norms + i * hidden, joined + row * wide + i * hidden,
+                             hidden, h->eps);
                 memcpy(joined + row * wide + h->exits * hidden, states[h->exits] + row * hidden, hidden * sizeof(bf16));
             }
-            meet(&meeting);
+            barrier_wait(&barrier);
             int8_product(&h->fuse, joined, NULL, fused, rows, &mine);
         } else if (thread == 0)
             memcpy(fused, own, hidden * sizeof(bf16));
-        meet(&meeting);
+        barrier_wait(&barrier);
         for (int64_t row = 0; row < rows; row++) {
             rms_norm(h->embedding + tokens[row] * hidden, h->input_norm, input + row * 2 * hidden, hidden, h->eps);
             rms_norm(fused + row * hidden, h->hidden_norm, input + row * 2 * hidden + hidden, hidden, h->eps);
         }
-        attend_last(&h->attention, input, rows, position, memory, &attending, last, &mine, &meeting);
-        meet(&meeting);
+        attend_last(&h->attention, input, rows, position, buffers, &scratch, last, &mine, &barrier);
+        barrier_wait(&barrier);
         rms_norm(last, h->mlp_norm, own_norm, hidden, h->eps);
         int8_product(&h->gate_up, own_norm, NULL, gated, 1, &mine);
-        meet(&meeting);
+        barrier_wait(&barrier);
         share(h->inner / INT8_TILE, &from, &to);
         for (int64_t i = from * INT8_TILE; i < to * INT8_TILE; i += 16)
-            store16(gated + 2 * h->inner + i, _mm512_mul_ps(rounded(silu(load16(gated + i))), load16(gated + h->inner + i)));
-        meet(&meeting);
+            store16(gated + 2 * h->inner + i,
+                    _mm512_mul_ps(rounded(silu(load16(gated + i))), load16(gated + h->inner + i)));
+        barrier_wait(&barrier);
         int8_product(&h->down, gated + 2 * h->inner, last, last, 1, &mine);
-        meet(&meeting);
+        barrier_wait(&barrier);
         rms_norm(last, h->norm, own_norm, hidden, h->eps);
         if (thread == 0) memcpy(state, own_norm, hidden * sizeof(bf16));
         int8_logits(&h->lm_head, own_norm, logits, &mine);
     }
-    if (!failed) summary(logits, h->lm_head.out, choice, entropy, NULL);
-    free(joined), free(fused), free(inputs), free(normed), free(gated), free(halves), free(steps), free(sums_of);
-    forget(&attending);
+    if (!failed) choice_and_entropy(logits, h->lm_head.out, choice, entropy, NULL);
+    free(joined), free(fused), free(inputs), free(normed), free(gated), free(int15), free(steps), free(sums_of);
+    free_attention_scratch(&scratch);
     return failed;
 }

@@ -1,5 +1,5 @@
-/* An exit head on a CPU with AVX512-BF16, as `heads.AdapterHead` and `heads.AttentionHead` compute it, with its products in
- * int8: drafts may be approximate.
+/* An exit head on a CPU with AVX512-BF16, as `exit_heads.AdapterHead` and `exit_heads.AttentionHead` compute it, with
+ * its products in int8: drafts may be approximate.
  */
 #include "kernels.h"
 
@@ -10,43 +10,50 @@ typedef struct {
     float eps, final_eps;
 } ExitHead;
 
-/* States [rows, hidden] at `position` -> of the last one: logits [draft vocab], the best of these, their entropy in nats, and
- * the best one's probability. The others, and `memory`, are for the attention. Returns 0, or 1 when there is no memory. */
-int eexit_read_head(const ExitHead *h, const bf16 *states, int64_t rows, int64_t position, const Memory *memory, float *logits, int64_t *choice, float *entropy, float *confidence, int threads) {
-    int64_t hidden = h->down.in, rank = h->up.in, most = greatest(greatest(hidden, rank), h->attention.output.in), near = least(rows, PIECE);
+/* States [rows, hidden] at `position` -> of the last one: logits [draft vocab], the best of these, their entropy in
+ * nats, and the best one's probability. The others, and `buffers`, are for the attention. Returns 0, or 1 when there is
+ * no memory. */
+int eexit_read_head(const ExitHead *h, const bf16 *states, int64_t rows, int64_t position, const KVBuffers *buffers,
+                    float *logits, int64_t *choice, float *entropy, float *confidence, int threads) {
+    int64_t hidden = h->down.in, rank = h->up.in, widest = max(max(hidden, rank), h->attention.output.in),
+            chunk = min(rows, PIECE);
     int attends = h->attention.query_heads > 0;
-    bf16 *inner = scratch_of(rank * sizeof(bf16)), *state = scratch_of(hidden * sizeof(bf16)), *moved = scratch_of(hidden * sizeof(bf16));
-    bf16 *inputs = scratch_of(threads * rows * most * sizeof(bf16));
-    int8_t *halves = scratch_of(threads * 2 * near * most);
-    float *steps = scratch_of(threads * near * sizeof(float));
-    int32_t *sums_of = scratch_of(threads * near * sizeof(int32_t));
-    Attending attending = {0};
-    if (attends) attending = attending_of(&h->attention, rows, position + rows, threads);
-    int failed = !inner || !state || !moved || !inputs || !halves || !steps || !sums_of || (attends && !is_whole(&attending));
-    Meeting meeting = {0};
+    bf16 *inner = scratch_of(rank * sizeof(bf16)), *state = scratch_of(hidden * sizeof(bf16)),
+         *moved = scratch_of(hidden * sizeof(bf16));
+    bf16 *inputs = scratch_of(threads * rows * widest * sizeof(bf16));
+    int8_t *int15 = scratch_of(threads * 2 * chunk * widest);
+    float *steps = scratch_of(threads * chunk * sizeof(float));
+    int32_t *sums_of = scratch_of(threads * chunk * sizeof(int32_t));
+    AttentionScratch scratch = {0};
+    if (attends) scratch = new_attention_scratch(&h->attention, rows, position + rows, threads);
+    int failed =
+        !inner || !state || !moved || !inputs || !int15 || !steps || !sums_of || (attends && !is_allocated(&scratch));
+    Barrier barrier = {0};
     if (!failed) memcpy(state, states + (rows - 1) * hidden, hidden * sizeof(bf16));
     if (!failed)
 #pragma omp parallel num_threads(threads)
     {
         int thread = omp_get_thread_num();
-        Halves mine = {halves + thread * 2 * near * most, halves + (thread * 2 + 1) * near * most, steps + thread * near, sums_of + thread * near};
-        bf16 *input = inputs + thread * rows * most;
+        Int15 mine = {int15 + thread * 2 * chunk * widest, int15 + (thread * 2 + 1) * chunk * widest,
+                      steps + thread * chunk, sums_of + thread * chunk};
+        bf16 *input = inputs + thread * rows * widest;
         if (attends) {
-            for (int64_t row = 0; row < rows; row++) rms_norm(states + row * hidden, h->attention_norm, input + row * hidden, hidden, h->eps);
-            attend_last(&h->attention, input, rows, position, memory, &attending, state, &mine, &meeting);
-            meet(&meeting);
+            for (int64_t row = 0; row < rows; row++)
+                rms_norm(states + row * hidden, h->attention_norm, input + row * hidden, hidden, h->eps);
+            attend_last(&h->attention, input, rows, position, buffers, &scratch, state, &mine, &barrier);
+            barrier_wait(&barrier);
         }
         rms_norm(state, h->norm, input, hidden, h->eps);
         int8_product(&h->down, input, NULL, inner, 1, &mine);
-        meet(&meeting);
+        barrier_wait(&barrier);
         for (int64_t i = 0; i < rank; i += 16) store16(input + i, silu(load16(inner + i)));
         int8_product(&h->up, input, state, moved, 1, &mine);
-        meet(&meeting);
+        barrier_wait(&barrier);
         rms_norm(moved, h->final_norm, input, hidden, h->final_eps);
         int8_logits(&h->lm_head, input, logits, &mine);
     }
-    if (!failed) summary(logits, h->lm_head.out, choice, entropy, confidence);
-    free(inner), free(state), free(moved), free(inputs), free(halves), free(steps), free(sums_of);
-    forget(&attending);
+    if (!failed) choice_and_entropy(logits, h->lm_head.out, choice, entropy, confidence);
+    free(inner), free(state), free(moved), free(inputs), free(int15), free(steps), free(sums_of);
+    free_attention_scratch(&scratch);
     return failed;
 }

@@ -22,7 +22,7 @@ typedef uint16_t bf16;
 
 /* ---- numbers ---- */
 
-INLINE float widen(bf16 x) {
+INLINE float to_float(bf16 x) {
     union { uint32_t bits; float value; } u = {(uint32_t)x << 16};
     return u.value;
 }
@@ -31,11 +31,13 @@ INLINE __m512 load16(const bf16 *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
 }
 
-INLINE __m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+INLINE __m256i to_bf16(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 
-INLINE __m512 rounded(__m512 x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow(x)), 16)); }
+INLINE __m512 rounded(__m512 x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(to_bf16(x)), 16));
+}
 
-INLINE void store16(bf16 *p, __m512 x) { _mm256_storeu_si256((__m256i *)p, narrow(x)); }
+INLINE void store16(bf16 *p, __m512 x) { _mm256_storeu_si256((__m256i *)p, to_bf16(x)); }
 
 /* e^x, within 2 units in the last place of float32; 0 far below, infinite far above (Cephes' expf) */
 INLINE __m512 exponential(__m512 x) {
@@ -71,20 +73,20 @@ INLINE void rms_norm(const bf16 *x, const bf16 *weight, bf16 *out, int64_t size,
 }
 
 /* Calls `body` with a constant number of rows, so that sums stay in registers. */
-#define FOR_ROWS(count, body)                                                                                                  \
-    switch (count) {                                                                                                           \
-    case 1: body(1); break;                                                                                                    \
-    case 2: body(2); break;                                                                                                    \
-    case 3: body(3); break;                                                                                                    \
-    case 4: body(4); break;                                                                                                    \
-    case 5: body(5); break;                                                                                                    \
-    case 6: body(6); break;                                                                                                    \
-    case 7: body(7); break;                                                                                                    \
-    default: body(8); break;                                                                                                   \
+#define FOR_ROWS(count, body) \
+    switch (count) { \
+    case 1: body(1); break; \
+    case 2: body(2); break; \
+    case 3: body(3); break; \
+    case 4: body(4); break; \
+    case 5: body(5); break; \
+    case 6: body(6); break; \
+    case 7: body(7); break; \
+    default: body(8); break; \
     }
 
-INLINE int least(int64_t a, int64_t b) { return (int)(a < b ? a : b); }
-INLINE int64_t greatest(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int min(int64_t a, int64_t b) { return (int)(a < b ? a : b); }
+INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /* A thread's share of `count` things: [from, to). */
 INLINE void share(int64_t count, int64_t *from, int64_t *to) {
@@ -93,23 +95,23 @@ INLINE void share(int64_t count, int64_t *from, int64_t *to) {
     *to = count * (thread + 1) / threads;
 }
 
-/* Where the threads of a pass meet. One that waits spins for some microseconds only: on a machine that does other things
- * too, the thread it waits for may have no core. */
+/* Where the threads of a pass wait for each other. One that waits spins for some microseconds only: on a machine that
+ * does other things too, the thread it waits for may have no core. */
 typedef struct {
     atomic_int arrived, passed;
-} Meeting;
+} Barrier;
 
-#define PATIENCE 1000
+#define SPINS 1000
 
-INLINE void meet(Meeting *meeting) {
-    int passed = atomic_load(&meeting->passed);
-    if (atomic_fetch_add(&meeting->arrived, 1) + 1 == omp_get_num_threads()) {
-        atomic_store(&meeting->arrived, 0);
-        atomic_fetch_add(&meeting->passed, 1);
+INLINE void barrier_wait(Barrier *barrier) {
+    int passed = atomic_load(&barrier->passed);
+    if (atomic_fetch_add(&barrier->arrived, 1) + 1 == omp_get_num_threads()) {
+        atomic_store(&barrier->arrived, 0);
+        atomic_fetch_add(&barrier->passed, 1);
         return;
     }
-    for (int spins = 0; atomic_load_explicit(&meeting->passed, memory_order_acquire) == passed; spins++)
-        if (spins < PATIENCE)
+    for (int spins = 0; atomic_load_explicit(&barrier->passed, memory_order_acquire) == passed; spins++)
+        if (spins < SPINS)
             _mm_pause();
         else
             sched_yield();
@@ -118,7 +120,8 @@ INLINE void meet(Meeting *meeting) {
 /* ---- attention ---- */
 
 /* One head of one row: normed where the model does that, then rotated. [size] to [size]. */
-SHARED void rotate(const bf16 *x, const bf16 *norm, const bf16 *cos, const bf16 *sin, bf16 *out, int64_t size, float eps) {
+SHARED void rotate(const bf16 *x, const bf16 *norm, const bf16 *cos, const bf16 *sin, bf16 *out, int64_t size,
+                   float eps) {
     bf16 normed[size];
     if (norm) {
         rms_norm(x, norm, normed, size, eps);
@@ -126,9 +129,9 @@ SHARED void rotate(const bf16 *x, const bf16 *norm, const bf16 *cos, const bf16 
     }
     int64_t half = size / 2;
     for (int64_t i = 0; i < size; i += 16) {
-        __m512 turned = load16(x + (i < half ? i + half : i - half));
+        __m512 other_half = load16(x + (i < half ? i + half : i - half));
         __m512 product = rounded(_mm512_mul_ps(load16(x + i), load16(cos + i)));
-        store16(out + i, _mm512_add_ps(product, rounded(_mm512_mul_ps(turned, load16(sin + i)))));
+        store16(out + i, _mm512_add_ps(product, rounded(_mm512_mul_ps(other_half, load16(sin + i)))));
     }
 }
 
@@ -136,15 +139,17 @@ SHARED void rotate(const bf16 *x, const bf16 *norm, const bf16 *cos, const bf16 
  * [capacity / 2, size, 2]: the pairs that a bfloat16 product adds up stand side by side. */
 #define KEY_TILE 16
 
-SHARED void remember(const bf16 *key, const bf16 *value, bf16 *keys, bf16 *values, int64_t place, int64_t size) {
+SHARED void store_kv(const bf16 *key, const bf16 *value, bf16 *keys, bf16 *values, int64_t place, int64_t size) {
     bf16 *target = keys + place / KEY_TILE * KEY_TILE * size + place % KEY_TILE * 2;
     for (int64_t i = 0; i < size; i += 2) memcpy(target + i * KEY_TILE, key + i, 2 * sizeof(bf16));
     target = values + place / 2 * 2 * size + place % 2;
     for (int64_t i = 0; i < size; i++) target[2 * i] = value[i];
 }
 
-/* Scores q . k * scale of `rows` queries [rows, size] over keys [begin, end), begin a multiple of 16 -> out [rows, stride]. */
-INLINE void score(const bf16 *queries, const bf16 *keys, int64_t begin, int64_t end, int64_t size, float scale, const int rows, float *out, int64_t stride) {
+/* Scores q . k * scale of `rows` queries [rows, size] over keys [begin, end), begin a multiple of 16 -> out [rows,
+ * stride]. */
+INLINE void score(const bf16 *queries, const bf16 *keys, int64_t begin, int64_t end, int64_t size, float scale,
+                  const int rows, float *out, int64_t stride) {
     for (int64_t first = begin; first < end; first += KEY_TILE) {
         const bf16 *tile = keys + first * size;
         __m512 sum[ROWS];
@@ -152,20 +157,25 @@ INLINE void score(const bf16 *queries, const bf16 *keys, int64_t begin, int64_t 
         for (int64_t i = 0; i < size; i += 2) {
             __m512bh pair = (__m512bh)_mm512_loadu_si512(tile + i * KEY_TILE);
             for (int r = 0; r < rows; r++)
-                sum[r] = _mm512_dpbf16_ps(sum[r], pair, (__m512bh)_mm512_set1_epi32(*(const int32_t *)(queries + r * size + i)));
+                sum[r] = _mm512_dpbf16_ps(sum[r], pair,
+                                          (__m512bh)_mm512_set1_epi32(*(const int32_t *)(queries + r * size + i)));
         }
-        for (int r = 0; r < rows; r++) _mm512_storeu_ps(out + r * stride + first - begin, _mm512_mul_ps(sum[r], _mm512_set1_ps(scale)));
+        for (int r = 0; r < rows; r++)
+            _mm512_storeu_ps(out + r * stride + first - begin, _mm512_mul_ps(sum[r], _mm512_set1_ps(scale)));
     }
 }
 
-/* Softmax of one row's scores of keys `begin` .. + count - 1 (whole tiles), of which it sees [from, end): in place, rounded
- * to bfloat16 and not yet divided by their sum, which is returned. */
+/* Softmax of one row's scores of keys `begin` .. + count - 1 (whole tiles), of which it sees [from, end): in place,
+ * rounded to bfloat16 and not yet divided by their sum, which is returned. */
 SHARED float softmax(float *x, int64_t begin, int64_t count, int64_t from, int64_t end) {
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i low = _mm512_set1_epi32((int)(from - begin)), high = _mm512_set1_epi32((int)(end - begin));
     __m512 most = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
-#define SEEN(i) (_mm512_cmpge_epi32_mask(_mm512_add_epi32(lane, _mm512_set1_epi32((int)(i))), low) & _mm512_cmplt_epi32_mask(_mm512_add_epi32(lane, _mm512_set1_epi32((int)(i))), high))
-    for (int64_t i = 0; i < count; i += KEY_TILE) most = _mm512_mask_max_ps(most, SEEN(i), most, _mm512_loadu_ps(x + i));
+#define SEEN(i)                                                                                                        \
+    (_mm512_cmpge_epi32_mask(_mm512_add_epi32(lane, _mm512_set1_epi32((int)(i))), low) &                               \
+     _mm512_cmplt_epi32_mask(_mm512_add_epi32(lane, _mm512_set1_epi32((int)(i))), high))
+    for (int64_t i = 0; i < count; i += KEY_TILE)
+        most = _mm512_mask_max_ps(most, SEEN(i), most, _mm512_loadu_ps(x + i));
     most = _mm512_set1_ps(_mm512_reduce_max_ps(most));
     bf16 *weights = (bf16 *)x; /* behind what is still to be read */
     for (int64_t i = 0; i < count; i += KEY_TILE) {
@@ -178,7 +188,8 @@ SHARED float softmax(float *x, int64_t begin, int64_t count, int64_t from, int64
 }
 
 /* Sums of 64 dimensions of the values, weighted for `rows` rows by bfloat16 weights [rows, stride]; count is even. */
-INLINE void weigh(const bf16 *weights, int64_t stride, const bf16 *values, int64_t size, int64_t count, const int rows, __m512 out[][4]) {
+INLINE void weighted_sum(const bf16 *weights, int64_t stride, const bf16 *values, int64_t size, int64_t count,
+                         const int rows, __m512 out[][4]) {
     for (int r = 0; r < rows; r++)
         for (int i = 0; i < 4; i++) out[r][i] = _mm512_setzero_ps();
     for (int64_t key = 0; key < count; key += 2) {
@@ -191,9 +202,10 @@ INLINE void weigh(const bf16 *weights, int64_t stride, const bf16 *values, int64
     }
 }
 
-/* Attention of `rows` rotated queries of one key head, [rows, size], row r over the keys before `end[r]` (ascending), the
- * last `window` of them (0: all) -> out[r] [size]. scores: [rows, last end + 32] of scratch. */
-INLINE void attend(const bf16 *queries, const int64_t *end, const bf16 *keys, const bf16 *values, int64_t window, int64_t size, float scale, const int rows, float *scores, bf16 *const *out) {
+/* Attention of `rows` rotated queries of one key head, [rows, size], row r over the keys before `end[r]` (ascending),
+ * the last `window` of them (0: all) -> out[r] [size]. scores: [rows, last end + 32] of scratch. */
+INLINE void attend(const bf16 *queries, const int64_t *end, const bf16 *keys, const bf16 *values, int64_t window,
+                   int64_t size, float scale, const int rows, float *scores, bf16 *const *out) {
     int64_t last = end[rows - 1], begin = window && end[0] > window ? (end[0] - window) & ~(int64_t)(KEY_TILE - 1) : 0;
     int64_t count = (last - begin + KEY_TILE - 1) & ~(int64_t)(KEY_TILE - 1), seen = (last - begin + 1) & ~(int64_t)1;
     float total[ROWS];
@@ -205,10 +217,12 @@ INLINE void attend(const bf16 *queries, const int64_t *end, const bf16 *keys, co
     for (int64_t d = 0; d < size; d += 64) {
         const bf16 *value = values + begin * size + 2 * d;
         __m512 found[ROWS][4];
-        weigh(weights, 2 * count, value, size, seen, half, found);
-        if (rows > half) weigh(weights + half * 2 * count, 2 * count, value, size, seen, rows - half, found + half);
+        weighted_sum(weights, 2 * count, value, size, seen, half, found);
+        if (rows > half)
+            weighted_sum(weights + half * 2 * count, 2 * count, value, size, seen, rows - half, found + half);
         for (int r = 0; r < rows; r++)
-            for (int i = 0; i < 4; i++) store16(out[r] + d + 16 * i, _mm512_div_ps(found[r][i], _mm512_set1_ps(total[r])));
+            for (int i = 0; i < 4; i++)
+                store16(out[r] + d + 16 * i, _mm512_div_ps(found[r][i], _mm512_set1_ps(total[r])));
     }
 }
 
@@ -221,7 +235,7 @@ typedef struct {
 } Int8;
 
 /* States in 15 bits: x ~ step * (128 high + low), [size] each. sum: of 128 high + low. Returns the step. */
-INLINE float halve(const bf16 *x, int8_t *high, int8_t *low, int64_t size, int32_t *sum) {
+INLINE float split_int15(const bf16 *x, int8_t *high, int8_t *low, int64_t size, int32_t *sum) {
     __m512 most = _mm512_setzero_ps();
     for (int64_t i = 0; i < size; i += 16) most = _mm512_max_ps(most, _mm512_abs_ps(load16(x + i)));
     float peak = _mm512_reduce_max_ps(most);
@@ -233,26 +247,30 @@ INLINE float halve(const bf16 *x, int8_t *high, int8_t *low, int64_t size, int32
         __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(value, _mm512_set1_epi32(64)), 7);
         total = _mm512_add_epi32(total, value);
         _mm_storeu_si128((__m128i *)(high + i), _mm512_cvtepi32_epi8(upper));
-        _mm_storeu_si128((__m128i *)(low + i), _mm512_cvtepi32_epi8(_mm512_sub_epi32(value, _mm512_slli_epi32(upper, 7))));
+        _mm_storeu_si128((__m128i *)(low + i),
+                         _mm512_cvtepi32_epi8(_mm512_sub_epi32(value, _mm512_slli_epi32(upper, 7))));
     }
     *sum = _mm512_reduce_add_epi32(total);
     return step;
 }
 
-INLINE void int8_sums(const uint8_t *weight, const int8_t *high, const int8_t *low, int64_t size, const int rows, __m512i out[][2]) {
+INLINE void int8_sums(const uint8_t *weight, const int8_t *high, const int8_t *low, int64_t size, const int rows,
+                      __m512i out[][2]) {
     for (int r = 0; r < rows; r++) out[r][0] = out[r][1] = _mm512_setzero_si512();
     for (int64_t i = 0; i < size; i += 4, weight += 64) {
         __m512i four = _mm512_loadu_si512(weight);
         _mm_prefetch(weight + 4096, _MM_HINT_T0);
         for (int r = 0; r < rows; r++) {
-            out[r][0] = _mm512_dpbusd_epi32(out[r][0], four, _mm512_set1_epi32(*(const int32_t *)(high + r * size + i)));
+            out[r][0] =
+                _mm512_dpbusd_epi32(out[r][0], four, _mm512_set1_epi32(*(const int32_t *)(high + r * size + i)));
             out[r][1] = _mm512_dpbusd_epi32(out[r][1], four, _mm512_set1_epi32(*(const int32_t *)(low + r * size + i)));
         }
     }
 }
 
-/* One tile of 16 outputs for up to ROWS halved rows, [rows, in] each -> out [rows]. */
-INLINE void int8_tile(const Int8 *p, int64_t tile, const int8_t *high, const int8_t *low, const float *step, const int32_t *sum, int rows, __m512 *out) {
+/* One tile of 16 outputs for up to ROWS split rows, [rows, in] each -> out [rows]. */
+INLINE void int8_tile(const Int8 *p, int64_t tile, const int8_t *high, const int8_t *low, const float *step,
+                      const int32_t *sum, int rows, __m512 *out) {
     __m512i part[ROWS][2];
     __m512 scale = _mm512_loadu_ps(p->scale + tile * INT8_TILE);
 #define BODY(n) int8_sums(p->weight + tile * INT8_TILE * p->in, high, low, p->in, n, part)
@@ -270,20 +288,24 @@ typedef struct {
     int8_t *high, *low;
     float *step;
     int32_t *sum;
-} Halves;
+} Int15;
 
-/* out [rows, p->out] = x [rows, p->in] times the weights, this thread's share of the outputs, added to `base` if there. */
-SHARED void int8_product(const Int8 *p, const bf16 *x, const bf16 *base, bf16 *out, int64_t rows, Halves *own) {
+/* out [rows, p->out] = x [rows, p->in] times the weights, this thread's share of the outputs,
+ * added to `base` if there. */
+SHARED void int8_product(const Int8 *p, const bf16 *x, const bf16 *base, bf16 *out, int64_t rows, Int15 *own) {
     int64_t from, to;
     share(p->out / INT8_TILE, &from, &to);
     for (int64_t first = 0; first < rows; first += PIECE) {
-        int near = least(PIECE, rows - first);
-        for (int r = 0; r < near; r++) own->step[r] = halve(x + (first + r) * p->in, own->high + r * p->in, own->low + r * p->in, p->in, own->sum + r);
+        int chunk = min(PIECE, rows - first);
+        for (int r = 0; r < chunk; r++)
+            own->step[r] =
+                split_int15(x + (first + r) * p->in, own->high + r * p->in, own->low + r * p->in, p->in, own->sum + r);
         for (int64_t t = from; t < to; t++)
-            for (int row = 0; row < near; row += ROWS) {
+            for (int row = 0; row < chunk; row += ROWS) {
                 __m512 found[ROWS];
-                int count = least(ROWS, near - row);
-                int8_tile(p, t, own->high + row * p->in, own->low + row * p->in, own->step + row, own->sum + row, count, found);
+                int count = min(ROWS, chunk - row);
+                int8_tile(p, t, own->high + row * p->in, own->low + row * p->in, own->step + row, own->sum + row, count,
+                          found);
                 for (int r = 0; r < count; r++) {
                     int64_t place = (first + row + r) * p->out + t * INT8_TILE;
                     store16(out + place, base ? _mm512_add_ps(load16(base + place), found[r]) : found[r]);
@@ -293,8 +315,8 @@ SHARED void int8_product(const Int8 *p, const bf16 *x, const bf16 *base, bf16 *o
 }
 
 /* This thread's share of the logits of one state. */
-SHARED void int8_logits(const Int8 *p, const bf16 *x, float *logits, Halves *own) {
-    own->step[0] = halve(x, own->high, own->low, p->in, own->sum);
+SHARED void int8_logits(const Int8 *p, const bf16 *x, float *logits, Int15 *own) {
+    own->step[0] = split_int15(x, own->high, own->low, p->in, own->sum);
     int64_t from, to;
     share(p->out / INT8_TILE, &from, &to);
     for (int64_t t = from; t < to; t++) {
@@ -305,7 +327,7 @@ SHARED void int8_logits(const Int8 *p, const bf16 *x, float *logits, Halves *own
 }
 
 /* Entropy (nats) of the softmax of `count` logits, the first of the best, and, where asked for, its probability. */
-SHARED void summary(const float *logits, int64_t count, int64_t *choice, float *entropy, float *confidence) {
+SHARED void choice_and_entropy(const float *logits, int64_t count, int64_t *choice, float *entropy, float *confidence) {
     __m512 most = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps(), weighted = _mm512_setzero_ps();
     for (int64_t i = 0; i < count; i += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(logits + i));
     float peak = _mm512_reduce_max_ps(most);
@@ -340,47 +362,55 @@ typedef struct {
     bf16 *keys, *values;
     const bf16 *cos, *sin;
     int64_t capacity;
-} Memory;
+} KVBuffers;
 
 /* What the threads of `attend_last` share. */
 typedef struct {
     bf16 *kv, *query, *attended;
     float *scores;
-} Attending;
+} AttentionScratch;
 
-SHARED Attending attending_of(const Attention *a, int64_t rows, int64_t end, int threads) {
+SHARED AttentionScratch new_attention_scratch(const Attention *a, int64_t rows, int64_t end, int threads) {
     int64_t width = a->query_heads * a->head_dim;
-    return (Attending){scratch_of(rows * 2 * a->kv_heads * a->head_dim * sizeof(bf16)), scratch_of(width * sizeof(bf16)),
-                       scratch_of(width * sizeof(bf16)), scratch_of(threads * (end + 32) * sizeof(float))};
+    return (AttentionScratch){scratch_of(rows * 2 * a->kv_heads * a->head_dim * sizeof(bf16)),
+                              scratch_of(width * sizeof(bf16)), scratch_of(width * sizeof(bf16)),
+                              scratch_of(threads * (end + 32) * sizeof(float))};
 }
 
-SHARED int is_whole(const Attending *s) { return s->kv && s->query && s->attended && s->scores; }
+SHARED int is_allocated(const AttentionScratch *s) { return s->kv && s->query && s->attended && s->scores; }
 
-SHARED void forget(const Attending *s) { free(s->kv), free(s->query), free(s->attended), free(s->scores); }
+SHARED void free_attention_scratch(const AttentionScratch *s) {
+    free(s->kv), free(s->query), free(s->attended), free(s->scores);
+}
 
-/* Normed rows [rows, key_value.in] at `position`: all leave keys and values, the last one attends over all of the text, and
- * what it finds is added to its state `last` [hidden]. Every thread of a pass calls it; the sum is there after a meeting. */
-SHARED void attend_last(const Attention *a, const bf16 *rows_in, int64_t rows, int64_t position, const Memory *memory, const Attending *s, bf16 *last, Halves *mine, Meeting *meeting) {
+/* Normed rows [rows, key_value.in] at `position`: all leave keys and values, the last one attends over all of the text,
+ * and what it finds is added to its state `last` [hidden]. Every thread of a pass calls it; the sum is there after a
+ * barrier. */
+SHARED void attend_last(const Attention *a, const bf16 *rows_in, int64_t rows, int64_t position,
+                        const KVBuffers *buffers, const AttentionScratch *s, bf16 *last, Int15 *mine,
+                        Barrier *barrier) {
     int64_t size = a->head_dim, end = position + rows, from, to;
     int8_product(&a->key_value, rows_in, NULL, s->kv, rows, mine);
     int8_product(&a->query, rows_in + (rows - 1) * a->query.in, NULL, s->query, 1, mine);
-    meet(meeting);
+    barrier_wait(barrier);
     share(a->kv_heads * rows, &from, &to);
     for (int64_t unit = from; unit < to; unit++) {
-        int64_t head = unit / rows, row = unit % rows, place = position + row, start = head * memory->capacity * size;
+        int64_t head = unit / rows, row = unit % rows, place = position + row, start = head * buffers->capacity * size;
         const bf16 *key = s->kv + row * 2 * a->kv_heads * size + head * size;
-        bf16 turned[size];
-        rotate(key, NULL, memory->cos + place * size, memory->sin + place * size, turned, size, 0);
-        remember(turned, key + a->kv_heads * size, memory->keys + start, memory->values + start, place, size);
+        bf16 rotated[size];
+        rotate(key, NULL, buffers->cos + place * size, buffers->sin + place * size, rotated, size, 0);
+        store_kv(rotated, key + a->kv_heads * size, buffers->keys + start, buffers->values + start, place, size);
     }
-    meet(meeting);
+    barrier_wait(barrier);
     share(a->query_heads, &from, &to);
     for (int64_t head = from; head < to; head++) {
-        int64_t start = head / (a->query_heads / a->kv_heads) * memory->capacity * size;
-        bf16 turned[size], *found = s->attended + head * size;
-        rotate(s->query + head * size, NULL, memory->cos + (end - 1) * size, memory->sin + (end - 1) * size, turned, size, 0);
-        attend(turned, &end, memory->keys + start, memory->values + start, 0, size, a->scale, 1, s->scores + omp_get_thread_num() * (end + 32), &found);
+        int64_t start = head / (a->query_heads / a->kv_heads) * buffers->capacity * size;
+        bf16 rotated[size], *found = s->attended + head * size;
+        rotate(s->query + head * size, NULL, buffers->cos + (end - 1) * size, buffers->sin + (end - 1) * size, rotated,
+               size, 0);
+        attend(rotated, &end, buffers->keys + start, buffers->values + start, 0, size, a->scale, 1,
+               s->scores + omp_get_thread_num() * (end + 32), &found);
     }
-    meet(meeting);
+    barrier_wait(barrier);
     int8_product(&a->output, s->attended, last, last, 1, mine);
 }

@@ -1,4 +1,4 @@
-/* The LM head on a CPU with AVX512-BF16: final norm, logits, and the exact argmax of `lm_head.ExactArgmax`.
+/* The LM head on a CPU with AVX512-BF16: final norm, logits, and the exact argmax of `exact_argmax.ExactArgmax`.
  *
  * Approximate logits come from int8 rows and states in 15 bits; the tokens that could still be the best go through the
  * product that all logits are made by, so that even ties fall as there, to the lowest token.
@@ -20,8 +20,8 @@ INLINE float logit(const bf16 *row, const bf16 *state, int64_t hidden) {
     __m512 sum = _mm512_setzero_ps();
     for (int64_t i = 0; i < hidden; i += 32)
         sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(state + i), (__m512bh)_mm512_loadu_si512(row + i));
-    bf16 narrowed = (bf16)_mm256_extract_epi16(narrow(_mm512_set1_ps(_mm512_reduce_add_ps(sum))), 0);
-    return widen(narrowed);
+    bf16 narrowed = (bf16)_mm256_extract_epi16(to_bf16(_mm512_set1_ps(_mm512_reduce_add_ps(sum))), 0);
+    return to_float(narrowed);
 }
 
 /* states [width, hidden], final norm not yet applied -> normed [width, hidden]. */
@@ -38,24 +38,29 @@ void eexit_logits(const LMHead *h, const bf16 *normed, bf16 *out, int64_t width,
         share(h->vocab, &from, &to);
         for (int64_t token = from; token < to; token++)
             for (int64_t row = 0; row < width; row++) {
-                union { float value; uint32_t bits; } found = {logit(h->rows + token * h->hidden, normed + row * h->hidden, h->hidden)};
+                union {
+                    float value;
+                    uint32_t bits;
+                } found = {logit(h->rows + token * h->hidden, normed + row * h->hidden, h->hidden)};
                 out[row * h->vocab + token] = found.bits >> 16;
             }
     }
 }
 
 /* How far an approximate logit of these 16 tokens may be from the logit:
- * |A - L| <= ||w - w'|| ||h|| + ||w'|| ||h - h'|| + 2^-8 |A|, with the slack of `lm_head.ExactArgmax`. */
+ * |A - L| <= ||w - w'|| ||h|| + ||w'|| ||h - h'|| + 2^-8 |A|, with the slack of `exact_argmax.ExactArgmax`. */
 INLINE __m512 error_of(const LMHead *h, int64_t token, __m512 approximate, float norm, float rest) {
     __m512 bound = _mm512_mul_ps(_mm512_loadu_ps(h->error + token), _mm512_set1_ps(norm));
     bound = _mm512_fmadd_ps(_mm512_loadu_ps(h->norm + token), _mm512_set1_ps(rest), bound);
-    return _mm512_fmadd_ps(_mm512_abs_ps(approximate), _mm512_set1_ps(1.01f / 256), _mm512_mul_ps(bound, _mm512_set1_ps(1.01f)));
+    return _mm512_fmadd_ps(_mm512_abs_ps(approximate), _mm512_set1_ps(1.01f / 256),
+                           _mm512_mul_ps(bound, _mm512_set1_ps(1.01f)));
 }
 
-/* The argmax of the logits of each state, the lowest token among equals: normed [width, hidden], made here from `states` where
- * these are given -> choices [width] and their logits; -1 and NaN where a state is not finite. Returns 0, or 1 when there is
- * no memory. */
-int eexit_choose(const LMHead *h, const bf16 *states, bf16 *normed, int64_t *choices, float *values, int64_t width, int threads) {
+/* The argmax of the logits of each state, the lowest token among equals: normed [width, hidden], made here from
+ * `states` where these are given -> choices [width] and their logits; -1 and NaN where a state is not finite. Returns
+ * 0, or 1 when there is no memory. */
+int eexit_choose(const LMHead *h, const bf16 *states, bf16 *normed, int64_t *choices, float *values, int64_t width,
+                 int threads) {
     int64_t hidden = h->hidden, tiles = h->vocab / INT8_TILE;
     float *approximate = scratch_of(width * h->vocab * sizeof(float));
     int8_t *high = scratch_of(width * hidden), *low = scratch_of(width * hidden);
@@ -64,19 +69,21 @@ int eexit_choose(const LMHead *h, const bf16 *states, bf16 *normed, int64_t *cho
     float step[width], norm[width], rest[width];
     int32_t sum[width];
     int failed = !approximate || !high || !low || !floors || !best || !found;
-    Meeting meeting = {0};
+    Barrier barrier = {0};
     if (!failed) {
         if (states) eexit_final_norm(h, states, normed, width);
         for (int64_t i = 0; i < threads * width; i++) found[i] = -1; /* the team may be smaller */
         for (int64_t row = 0; row < width; row++) {
             double square = 0;
-            for (int64_t i = 0; i < hidden; i++) square += (double)widen(normed[row * hidden + i]) * widen(normed[row * hidden + i]);
+            for (int64_t i = 0; i < hidden; i++)
+                square += (double)to_float(normed[row * hidden + i]) * to_float(normed[row * hidden + i]);
             norm[row] = (float)sqrt(square) * 1.0001f;
             if (!isfinite(norm[row])) {
                 memset(high + row * hidden, 0, hidden), memset(low + row * hidden, 0, hidden);
                 step[row] = 1, sum[row] = 0;
             } else
-                step[row] = halve(normed + row * hidden, high + row * hidden, low + row * hidden, hidden, sum + row);
+                step[row] =
+                    split_int15(normed + row * hidden, high + row * hidden, low + row * hidden, hidden, sum + row);
             rest[row] = 0.501f * step[row] * sqrtf((float)hidden);
         }
 #pragma omp parallel num_threads(threads)
@@ -90,19 +97,23 @@ int eexit_choose(const LMHead *h, const bf16 *states, bf16 *normed, int64_t *cho
                 int64_t token = t * INT8_TILE;
                 for (int64_t row = 0; row < width; row += ROWS) {
                     __m512 a[ROWS];
-                    int rows = least(ROWS, width - row);
-                    int8_tile(&h->quantized, t, high + row * hidden, low + row * hidden, step + row, sum + row, rows, a);
+                    int rows = min(ROWS, width - row);
+                    int8_tile(&h->quantized, t, high + row * hidden, low + row * hidden, step + row, sum + row, rows,
+                              a);
                     for (int r = 0; r < rows; r++) {
                         _mm512_storeu_ps(approximate + (row + r) * h->vocab + token, a[r]);
-                        floor[row + r] = _mm512_max_ps(floor[row + r], _mm512_sub_ps(a[r], error_of(h, token, a[r], norm[row + r], rest[row + r])));
+                        floor[row + r] =
+                            _mm512_max_ps(floor[row + r],
+                                          _mm512_sub_ps(a[r], error_of(h, token, a[r], norm[row + r], rest[row + r])));
                     }
                 }
             }
             for (int64_t row = 0; row < width; row++) floors[thread * width + row] = _mm512_reduce_max_ps(floor[row]);
-            meet(&meeting);
+            barrier_wait(&barrier);
             for (int64_t row = 0; row < width; row++) {
                 float least_possible = -INFINITY;
-                for (int other = 0; other < team; other++) least_possible = fmaxf(least_possible, floors[other * width + row]);
+                for (int other = 0; other < team; other++)
+                    least_possible = fmaxf(least_possible, floors[other * width + row]);
                 float most = -INFINITY;
                 int64_t winner = -1;
                 for (int64_t token = from * INT8_TILE; token < to * INT8_TILE; token += INT8_TILE) {

@@ -1,0 +1,61 @@
+"""What `eexit infer` does with every prompt: the engine, the drafter and the settings, made once."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from early_exit_cli.config import InferenceConfig
+
+if TYPE_CHECKING:
+    from early_exit_cli.backbone.chat import Prompt
+    from early_exit_cli.decoding.text import Request
+    from early_exit_cli.drafting.drafter import Drafter
+    from early_exit_cli.engine import Engine
+    from early_exit_cli.sampling import Chooser
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything but the prompt."""
+
+    engine: Engine
+    settings: InferenceConfig
+    drafter: Drafter
+    chooser: Chooser
+    width: int
+    as_json: bool
+    coloured: bool
+
+    def request(self, ids: list[int]) -> Request:
+        """What is asked for of a prompt's token ids."""
+        from early_exit_cli.decoding.text import Request
+
+        return Request(ids, self.settings.max_tokens, self.chooser)
+
+    @property
+    def title(self) -> str:
+        """Of a table: what was run."""
+        name = f"{self.engine.backbone.name}, {self.engine.backbone.quantization}"
+        return name if self.level is None else f"{name}, accuracy level {self.level:.2f}"
+
+    @property
+    def level(self) -> float | None:
+        """The target accuracy; None where every level is run."""
+        return None if self.settings.mode == "comprehensive" else self.settings.accuracy_level
+
+
+def encode(engine: Engine, settings: InferenceConfig, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt, refused when it is empty or beyond the context."""
+    ids = engine.backbone.encode_prompt(prompt, raw=settings.raw)
+    engine.check_length(len(ids), settings.max_tokens)
+    return ids
+
+
+def warm_up(job: Job, ids: list[int], drafter: Drafter) -> None:
+    """A few tokens that nobody sees, so that a timed run does not pay for what is made once."""
+    from early_exit_cli.decoding.answer import generate
+
+    request = dataclasses.replace(job.request(ids), max_new_tokens=min(8, job.settings.max_tokens))
+    generate(job.engine, request, drafter, mode="warm-up", width=job.width)

@@ -1,0 +1,81 @@
+"""Tiny models in NF4 as bitsandbytes holds it on a GPU, and our kernels' passes over them in double precision."""
+
+import bitsandbytes
+import pytest
+import torch
+from tiny_models import END, VOCAB, byte_tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from early_exit_cli.backbone.backbone import Backbone
+from early_exit_cli.runtime.cuda_blocks import CudaBlocks
+from early_exit_cli.runtime.reference_kernels import ReferenceKernels
+
+SIZES = dict(
+    vocab_size=VOCAB,
+    hidden_size=128,
+    intermediate_size=192,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    max_position_embeddings=1024,
+    initializer_range=0.1,
+    eos_token_id=END,
+    bos_token_id=END,
+    pad_token_id=END,
+)
+KINDS = {
+    "llama": lambda: LlamaConfig(**SIZES),
+    "mistral-window": lambda: MistralConfig(**SIZES, sliding_window=24),
+    "qwen2-bias": lambda: Qwen2Config(**SIZES),
+    "qwen3-norms": lambda: Qwen3Config(**SIZES),
+}
+
+
+def in_nf4(model):
+    """Its linear maps as bitsandbytes holds them on a GPU, which no CPU kernel has repacked."""
+    for block in model.model.layers:
+        for parent in (block.self_attn, block.mlp):
+            for name, linear in list(parent.named_children()):
+                if type(linear) is torch.nn.Linear:
+                    quantized = bitsandbytes.nn.Linear4bit(
+                        linear.in_features,
+                        linear.out_features,
+                        linear.bias is not None,
+                        torch.bfloat16,
+                        quant_type="nf4",
+                    )
+                    quantized.weight = bitsandbytes.nn.Params4bit(linear.weight.data, False, quant_type="nf4").to("cpu")
+                    if linear.bias is not None:
+                        quantized.bias = torch.nn.Parameter(linear.bias.data, requires_grad=False)
+                    setattr(parent, name, quantized)
+    return model
+
+
+@pytest.fixture(scope="module", name="backbone")
+def nf4_backbone():
+    """kind -> a tiny backbone in NF4, made once."""
+    made = {}
+
+    def make(kind="llama"):
+        if kind not in made:
+            torch.manual_seed(1)
+            model = AutoModelForCausalLM.from_config(KINDS[kind]()).eval().requires_grad_(False)
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias") or parameter.ndim == 1:
+                    parameter.data.add_(torch.randn_like(parameter), alpha=0.3)
+            made[kind] = Backbone(in_nf4(model.to(torch.bfloat16)), byte_tokenizer(), kind, "4bit", None)
+        return made[kind]
+
+    return make
+
+
+def on_reference(backbone, recorded=None):
+    def record(step):
+        if recorded is not None:
+            recorded.append(step)
+        return step
+
+    blocks = CudaBlocks(backbone, ReferenceKernels(), record)
+    blocks.widths, blocks.is_invariant = CudaBlocks.candidate_widths, True
+    return blocks
