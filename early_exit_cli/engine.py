@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from early_exit_cli.backbone.backbone import Backbone
@@ -22,6 +23,8 @@ from early_exit_cli.runtime.passes import Passes
 
 DEFAULT_WIDTH = 8
 OnStates = Callable[[list[int], list[Tensor]], None]
+Row = dict[int, Tensor]
+"""States of one token by the number of blocks run, [1, hidden] each: what verification may resume from."""
 
 
 @dataclass
@@ -67,7 +70,7 @@ class Engine:
             ConfigError: empty prompt, or prompt and new tokens beyond the context.
         """
         self.check_length(len(prompt_ids), max_new_tokens)
-        outside = [token for token in prompt_ids if not 0 <= token < self.backbone.embedding.num_embeddings]
+        outside = [token for token in prompt_ids if not 0 <= token < len(self.backbone.embedding_weight)]
         if outside:
             raise ConfigError(f"token {outside[0]} of the prompt is not in the vocabulary")
         cache = self.blocks.new_cache(len(prompt_ids) + max_new_tokens + LARGEST_WIDTH)
@@ -149,3 +152,23 @@ def checked_width(engine: Engine, width: int) -> int:
     if not 1 <= width <= LARGEST_WIDTH:
         raise ConfigError(f"width {width} is out of range", hint=f"--width takes 2 to {LARGEST_WIDTH}")
     return min(width, engine.blocks.widths[-1])
+
+
+def catch_up(engine: Engine, cache: KVCache, rows: list[Row], layer: int) -> None:
+    """Bring all rows to `layer` blocks, in passes over those that stopped earlier.
+
+    Rows stand one after another from the pending token on, and no row has run deeper than one before it: its keys and
+    values would have been missing there. So the rows behind are always the last ones, and no block runs twice. A pass
+    takes LARGEST_WIDTH rows at most: what it leaves in the KV cache are the bits that any other pass would have left.
+    """
+    while layer not in rows[-1]:
+        start = max(rows[-1])
+        first = next(place for place, row in enumerate(rows) if max(row) == start)
+        target = min(layer, max(rows[first - 1])) if first else layer
+        if target <= start:
+            raise RuntimeError(f"row {first} stands at {start} blocks and its neighbour at {target}: rows out of order")
+        for place in range(first, len(rows), LARGEST_WIDTH):
+            part = rows[place : place + LARGEST_WIDTH]
+            hidden = engine.run(torch.cat([row[start] for row in part]), cache, cache.length + place, start, target)
+            for row, state in zip(part, hidden.split(1), strict=True):
+                row[target] = state

@@ -218,6 +218,7 @@ class EarlyExitModel:
         """
         if model is not self.model:
             raise ConfigError("custom_generate was called by another model than the backbone of this EarlyExitModel")
+        self.engine.blocks.refuse_later_changes()
         cache = model_kwargs.get("cache")
         unknown = {name: value for name, value in model_kwargs.items() if name not in PREPARED}
         known = {name: getattr(generation_config, name, None) for name in HARMLESS}

@@ -11,7 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-from commands import eexit
+from commands import output_of
 from devices import on_the_cpu, require_no_gpu
 from tiny_models import OTHER_FAMILIES, byte_tokenizer, family_config
 from transformers import AutoModelForCausalLM
@@ -110,8 +110,7 @@ def linear_bundle(tmp_path_factory, tiny_folder):
         ["calibrate", "--bundle", bundle, "--accuracy-levels", "0.1,0.3,0.9"],
     ]
     for command in commands:
-        code, _, err = eexit(*command)
-        assert code == 0, err
+        output_of(*command)
     return bundle
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import PartialState
+from commands import words_of
 from fuzzing import (
     Mutate,
     Outcome,
@@ -92,7 +93,7 @@ def bundle(tmp_path_factory, tiny_folder):
         ["evaluate", "--bundle", heads, "--num-samples", 4, "--accuracy-level", 0.3, "--output-path", folder / "evaluation.json"],
     ]  # fmt: skip
     for command in commands:
-        app([str(word) for word in command], standalone_mode=False)
+        app(words_of(*command), standalone_mode=False)
     return heads
 
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from early_exit_cli.drafting.drafter import Row, catch_up
-from early_exit_cli.engine import Engine
+from early_exit_cli.engine import Engine, Row, catch_up
 from early_exit_cli.heads.exit_heads import ExitHeads
 from early_exit_cli.heads.exit_runner import ExitRunner
 from early_exit_cli.heads.uncertainty import entropy

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from early_exit_cli.decoding.head_trace import TracedHead
 from early_exit_cli.decoding.text import Request, Round, Text, Verified
-from early_exit_cli.drafting.drafter import Draft, Drafter, Row, catch_up
-from early_exit_cli.engine import DEFAULT_WIDTH, Engine, checked_width
+from early_exit_cli.drafting.drafter import Draft, Drafter
+from early_exit_cli.engine import DEFAULT_WIDTH, Engine, Row, catch_up, checked_width
 from early_exit_cli.runtime.kv_cache import KVCache
 
 

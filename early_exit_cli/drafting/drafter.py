@@ -14,18 +14,13 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from early_exit_cli.drafting.reasons import Reason
 from early_exit_cli.drafting.round_costs import RoundTimes
-from early_exit_cli.engine import Engine
-from early_exit_cli.runtime.blocks import LARGEST_WIDTH
+from early_exit_cli.engine import Engine, Row
 from early_exit_cli.runtime.kv_cache import KVCache
 from early_exit_cli.sampling import GREEDY, Chooser
-
-Row = dict[int, Tensor]
-"""States of one token by the number of blocks run, [1, hidden] each: what verification may resume from."""
 
 
 @dataclass(frozen=True)
@@ -40,26 +35,6 @@ class Draft:
     tokens: list[int] = field(default_factory=list)
     reasons: list[Reason] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
-
-
-def catch_up(engine: Engine, cache: KVCache, rows: list[Row], layer: int) -> None:
-    """Bring all rows to `layer` blocks, in passes over those that stopped earlier.
-
-    Rows stand one after another from the pending token on, and no row has run deeper than one before it: its keys and
-    values would have been missing there. So the rows behind are always the last ones, and no block runs twice. A pass
-    takes LARGEST_WIDTH rows at most: what it leaves in the KV cache are the bits that any other pass would have left.
-    """
-    while layer not in rows[-1]:
-        start = max(rows[-1])
-        first = next(place for place, row in enumerate(rows) if max(row) == start)
-        target = min(layer, max(rows[first - 1])) if first else layer
-        if target <= start:
-            raise RuntimeError(f"row {first} stands at {start} blocks and its neighbour at {target}: rows out of order")
-        for place in range(first, len(rows), LARGEST_WIDTH):
-            part = rows[place : place + LARGEST_WIDTH]
-            hidden = engine.run(torch.cat([row[start] for row in part]), cache, cache.length + place, start, target)
-            for row, state in zip(part, hidden.split(1), strict=True):
-                row[target] = state
 
 
 class Drafter(ABC):

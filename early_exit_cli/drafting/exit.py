@@ -9,9 +9,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from early_exit_cli.config import UncertaintyMetric
-from early_exit_cli.drafting.drafter import Draft, Drafter, catch_up
+from early_exit_cli.drafting.drafter import Draft, Drafter
 from early_exit_cli.drafting.reasons import Exit
-from early_exit_cli.engine import Engine
+from early_exit_cli.engine import Engine, catch_up
 from early_exit_cli.heads.exit_heads import ExitHeads
 from early_exit_cli.heads.exit_runner import ExitRunner
 from early_exit_cli.heads.uncertainty import may_exit

@@ -28,6 +28,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from early_exit_cli.backbone.contents import content_of
+from early_exit_cli.backbone.load import local_content
 from early_exit_cli.backbone.output import FinalNorm, LastBlock, LogitMap, no_last_block
 from early_exit_cli.config import BackboneConfig, CacheConfig, DataConfig, HeadsConfig, TrainingConfig
 from early_exit_cli.errors import BundleError, CacheError, shown
@@ -191,10 +193,12 @@ def bytes_per_token(hidden_size: int, heads: int, store: str) -> int:
 
 LATER_SETTINGS = [("data.answer_turns", "first")]
 """Values that caches were made with before there was a setting: a request does not name them."""
+CONTENTS = ("backbone.content", "data.content")
+"""Compared where both sides know it: a cache may be older, or train where its backbone is not."""
 
 
 def cache_request(backbone: BackboneConfig, heads: HeadsConfig, data: DataConfig, cache: CacheConfig) -> dict[str, Any]:
-    """All settings that decide what a cache holds, but not how much of it; a local file by its name and content."""
+    """All settings that decide what a cache holds, but not how much of it; what is here and no setting by its content."""
     settings: dict[str, Any] = {
         f"backbone.{name}": getattr(backbone, name) for name in ("model_name", "revision", "quantization")
     }
@@ -206,6 +210,11 @@ def cache_request(backbone: BackboneConfig, heads: HeadsConfig, data: DataConfig
     if path.is_file():
         settings["data.dataset_name"] = path.name
         settings["data.content"] = file_sha256(path)[:16]
+    elif path.is_dir():  # datasets may keep files of its own beside those of the set
+        files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("cache-"))
+        settings["data.content"] = content_of(files)
+    settings["backbone.content"] = local_content(backbone)
+    settings = {name: value for name, value in settings.items() if value is not None or name not in CONTENTS}
     return {name: value for name, value in settings.items() if (name, value) not in LATER_SETTINGS}
 
 
@@ -224,7 +233,7 @@ def check_request(cache: Cache, request: dict[str, Any]) -> None:
     differing = [
         f"{shown(key)[1:-1]}: {shown(made.get(key))} there, {request.get(key)!r} asked for"
         for key in sorted({*made, *request})
-        if made.get(key) != request.get(key)
+        if made.get(key) != request.get(key) and (key not in CONTENTS or (key in made and key in request))
     ]
     if differing:
         raise CacheError(

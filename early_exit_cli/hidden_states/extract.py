@@ -224,6 +224,9 @@ def check_backbone(cache: Cache, backbone: Backbone) -> None:
         CacheError: every field that differs, with both values.
     """
     differences = fingerprint_differences(cache.manifest.fingerprint.as_json(), backbone.fingerprint)
+    content = cache.manifest.request.as_json().get("backbone.content")
+    if content is not None and content != backbone.content:
+        differences.append(("content", content, backbone.content))
     if differences:
         named = "; ".join(f"{key}: {shown(theirs)} there, {ours!r} here" for key, theirs, ours in differences)
         raise CacheError(

@@ -26,10 +26,11 @@ import torch
 from torch import Tensor
 
 from early_exit_cli.backbone.backbone import Backbone
+from early_exit_cli.backbone.plain import told
+from early_exit_cli.errors import ConfigError
 from early_exit_cli.runtime.exact_argmax import ExactArgmax, full_argmax
-from early_exit_cli.runtime.kv_cache import KVCache, Part, Rotary, Rows
+from early_exit_cli.runtime.kv_cache import LARGEST_WIDTH, KVCache, Part, Rotary, Rows
 
-LARGEST_WIDTH = 16
 PREFILL_WIDTH = 64
 KEY_STEP = 64
 GROWTH = 256
@@ -66,6 +67,21 @@ class Blocks(ABC):
         """Why the passes are not our own kernels' although a GPU is there, see `select`."""
         self.without_graphs: str | None = None
         """Why passes are not recorded here although they were to be, see `select.use_graphs`."""
+
+    def refuse_later_changes(self) -> None:
+        """Refuse to answer for modules that were changed since this runner was made for them.
+
+        Raises:
+            ConfigError: naming the first.
+        """
+        now = self.backbone.changes
+        if now != self.changes:
+            name, what = min({*now.items()} ^ {*self.changes.items()})
+            when = "only since" if name in now else "no longer since"
+            raise ConfigError(
+                f"{told(name, what)} {when} this EarlyExitModel was made",
+                hint="make it anew: EarlyExitModel.from_pretrained(model=model); merge_and_unload() merges an adapter",
+            )
 
     @property
     def name(self) -> str:

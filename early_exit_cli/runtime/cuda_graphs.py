@@ -24,8 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from early_exit_cli.runtime.blocks import LARGEST_WIDTH
-from early_exit_cli.runtime.kv_cache import KVCache
+from early_exit_cli.runtime.kv_cache import LARGEST_WIDTH, KVCache
 
 SMALLEST_BUCKET, BUCKET_STEP = 256, 1024
 MOST_RECORDINGS = 128

@@ -8,6 +8,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+LARGEST_WIDTH = 16
+"""The most rows of a decoding pass; wider passes are the prefill's."""
 Rotary = dict[str | None, tuple[Tensor, Tensor]]
 
 

@@ -68,6 +68,13 @@ def eexit(*arguments: Any, stdin: str = "", **environment: str) -> Answer:
     return code, out.getvalue(), err.getvalue()
 
 
+def output_of(*arguments: Any) -> str:
+    """stdout of a command that runs in this process and succeeds."""
+    code, out, err = eexit(*arguments)
+    assert code == 0, err
+    return out
+
+
 def eexit_process(*arguments: Any, stdin: str = "", launcher: tuple[str, ...] = (), **environment: str) -> Answer:
     """Run a command in a process of its own, or in those of a launcher."""
     result = subprocess.run(
