@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import PartialState
-from commands import words_of
+from commands import output_of
 from fuzzing import (
     Mutate,
     Outcome,
@@ -28,10 +28,10 @@ from fuzzing import (
 )
 from small_training import trainer
 
+from early_exit_cli.backbone.chat import encode_conversation
 from early_exit_cli.bundle import dssd
 from early_exit_cli.bundle import load as bundle_load
 from early_exit_cli.bundle.push import check_bundle, write_card
-from early_exit_cli.cli.app import app
 from early_exit_cli.cli.shared import data_of_bundle
 from early_exit_cli.config import (
     BackboneConfig,
@@ -44,6 +44,7 @@ from early_exit_cli.config import (
 )
 from early_exit_cli.data import on_policy
 from early_exit_cli.data.documents import Document
+from early_exit_cli.data.rows import read_prompts, read_records
 from early_exit_cli.decoding.loop import decode
 from early_exit_cli.decoding.text import Request
 from early_exit_cli.drafting import choose, costs
@@ -93,7 +94,7 @@ def bundle(tmp_path_factory, tiny_folder):
         ["evaluate", "--bundle", heads, "--num-samples", 4, "--accuracy-level", 0.3, "--output-path", folder / "evaluation.json"],
     ]  # fmt: skip
     for command in commands:
-        app(words_of(*command), standalone_mode=False)
+        output_of(*command)
     return heads
 
 
@@ -246,10 +247,11 @@ def prompts(tmp_path, world, **_) -> Target:
         {"prompt": "tell me", "category": "qa"},
         {"question_id": 7, "turns": ["first", "second"]},
         {"prompt": "é 🙂"},
+        {"messages": [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]},
     ]
 
     def load():
-        for row in rows.read_prompts(path):
+        for row in read_prompts(path):
             world.backbone.encode_prompt(row["prompt"])
             json.dumps(row, ensure_ascii=False).encode()
 
@@ -261,6 +263,9 @@ def texts(suffix: str) -> Callable[..., Target]:
         {"text": "first", "source": "s"},
         {"text": ["turn", "turn"], "category": "c"},
         {"text": [{"role": "user", "content": "hello"}]},
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": [{"text": "ho"}]}]},
+        {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"function": {"arguments": "{}"}}]}]},
+        {"system": "be kind", "instruction": "add", "input": "1", "output": 2, "history": [["a", "b"]]},
     ]
     whole = {".jsonl": "\n".join(map(json.dumps, rows)), ".json": json.dumps({"data": rows})}
 
@@ -269,8 +274,10 @@ def texts(suffix: str) -> Callable[..., Target]:
         mutate = mutated_lines if suffix == ".jsonl" else mutated_json
 
         def load():
-            records = rows.read_records(DataConfig(dataset_name=str(path)))
+            records = read_records(DataConfig(dataset_name=str(path)))
             world.backbone.tokenizer([record["text"] for record in records])
+            for record in records:
+                encode_conversation(world.backbone.tokenizer, record["sample"].messages)
 
         return Target(path, [whole[suffix].encode()], mutate, load)
 

@@ -393,7 +393,7 @@ def test_a_loaded_model_is_the_backbone_and_its_weights_are_held_once(loaded, ti
 
 @pytest.mark.parametrize("drafter", ["auto", "exit", "lookup", "none"])
 def test_a_bundle_brings_its_backbone(tiny_bundle, plain, drafter):
-    early = EarlyExitModel.from_pretrained(str(tiny_bundle), drafter=drafter, accuracy_level=0.6)
+    early = EarlyExitModel.from_pretrained(str(tiny_bundle), device="cpu", drafter=drafter, accuracy_level=0.6)
     assert torch.equal(early.generate(PROMPT, max_new_tokens=40), plain(PROMPT, max_new_tokens=40))
     assert early.last.stats.mode == early.drafter.name
 
@@ -447,7 +447,7 @@ def test_answers_a_prompt_in_text(early, plain):
 def test_loading_leaves_the_libraries_talkative(tiny_bundle):
     transformers_logging.set_verbosity_warning()
     transformers_logging.enable_progress_bar()
-    EarlyExitModel.from_pretrained(str(tiny_bundle))
+    EarlyExitModel.from_pretrained(str(tiny_bundle), device="cpu")
     assert transformers_logging.get_verbosity() == transformers_logging.WARNING
     assert transformers_logging.is_progress_bar_enabled()
 

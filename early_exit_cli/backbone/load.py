@@ -41,7 +41,7 @@ def _tokenizer(name: str, source: str, revision: str | None) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     except Exception as error:  # the library raises whatever a damaged file provokes
-        raise load_error(name, source, revision, error, tokenizer=True) from error
+        raise load_error(name, source, revision, "tokenizer", error) from error
     require_tokenizer(name, tokenizer)
     return tokenizer
 
@@ -108,7 +108,7 @@ def load_backbone(config: BackboneConfig) -> Backbone:
             output_loading_info=True,
         )
     except Exception as error:  # the library raises whatever a damaged file provokes
-        raise load_error(config.model_name, source, revision, error) from error
+        raise load_error(config.model_name, source, revision, "weights", error) from error
     model, report = loaded
     require_all_weights(config.model_name, report)
     with kept.keeping(model) if kept is not None else contextlib.nullcontext():
@@ -266,7 +266,7 @@ def _supported_config(name: str, source: str, revision: str | None) -> Any:
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except Exception as error:  # the library raises whatever a damaged config.json provokes
-        raise load_error(name, source, revision, error) from error
+        raise load_error(name, source, revision, "configuration", error) from error
     refused = refusal(config)
     if refused is not None:
         raise UnsupportedBackboneError(f"{name} {refused}")

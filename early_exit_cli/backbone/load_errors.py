@@ -9,7 +9,7 @@ import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from early_exit_cli.backbone.contents import SETTINGS, WEIGHTS, shards_of
 from early_exit_cli.config import EMBEDDED_MODEL
@@ -18,6 +18,7 @@ from early_exit_cli.files.atomic import read_json
 
 TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json", "*-tokenizer.json", "*.vocab")
 """Any of these makes a tokenizer."""
+Part = Literal["configuration", "tokenizer", "weights"]
 NAMED = 3
 
 
@@ -86,31 +87,28 @@ def require_tokenizer(name: str, tokenizer: Any) -> None:
 
 def _no_tokenizer(name: str) -> BackboneError:
     return BackboneError(
-        f"{name} holds no tokenizer",
+        f"cannot load the backbone {name!r}: it holds no tokenizer",
         hint="copy tokenizer.json and tokenizer_config.json there from the model it was made of",
     )
 
 
-def load_error(
-    name: str, source: str, revision: str | None, error: Exception, *, tokenizer: bool = False
-) -> EexitError:
+def load_error(name: str, source: str, revision: str | None, part: Part, error: Exception) -> EexitError:
     """What to tell of an exception that a library raised while it loaded a backbone.
 
     Args:
         name: as a person named the backbone. source, revision: what the library was given, a folder or a Hub id.
-        tokenizer: whether its tokenizer was being loaded.
+        part: what it was loading.
     """
     causes = list(_causes(error))
     if any(isinstance(cause, pickle.UnpicklingError) for cause in causes):
         return BackboneError(f"{name} is a pickle that holds more than tensors; it is not loaded, as it could run code")
-    what = f"the tokenizer of {name}" if tokenizer else f"the backbone {name!r}"
-    other = BackboneError(f"cannot load {what}: {said(error)}")
+    other = BackboneError(f"cannot load the {part} of the backbone {name!r}: {said(error)}")
     if Path(source).is_dir():
-        return _fault_of_files(name, Path(source), tokenizer=tokenizer, is_whole=True) or other
+        return _fault_of_files(name, Path(source), part, is_whole=True) or other
     cached = _cached_folder(source, revision)
     return (
         _refused_by_hub(name, revision, causes)
-        or (cached and _fault_of_files(name, cached, tokenizer=tokenizer, is_whole=False))
+        or (cached and _fault_of_files(name, cached, part, is_whole=False))
         or _not_found(name, causes)
         or other
     )
@@ -137,7 +135,7 @@ def _cached_folder(source: str, revision: str | None) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def _fault_of_files(name: str, folder: Path, *, tokenizer: bool, is_whole: bool) -> EexitError | None:
+def _fault_of_files(name: str, folder: Path, part: Part, *, is_whole: bool) -> EexitError | None:
     """What is wrong with the files of a backbone; None where nothing is found.
 
     Args:
@@ -147,23 +145,24 @@ def _fault_of_files(name: str, folder: Path, *, tokenizer: bool, is_whole: bool)
 
     if is_whole and not (folder / SETTINGS[0]).is_file():
         models = sorted(folder.glob("*.gguf"))
-        return BackboneError(f"{name} holds no {SETTINGS[0]}", hint=f"--model-name {models[0]}" if models else None)
-    own = folder / ("tokenizer_config.json" if tokenizer else SETTINGS[0])
+        hint = f"--model-name {models[0]}" if models else None
+        return BackboneError(f"cannot load the backbone {name!r}: it holds no {SETTINGS[0]}", hint=hint)
+    own = folder / ("tokenizer_config.json" if part == "tokenizer" else SETTINGS[0])
     try:
         settings = read_json(own) if own.is_file() else {}
     except BundleError as damaged:
         return BackboneError(f"cannot load the backbone {name!r}: {damaged.message}")
     is_known = (
         hasattr(transformers, str(settings.get("tokenizer_class")))
-        if tokenizer
+        if part == "tokenizer"
         else settings.get("model_type") in transformers.CONFIG_MAPPING
     )
     if "auto_map" in settings and not is_known:
         return UnsupportedBackboneError(f"{name} brings code of its own, which is never run here")
-    if not tokenizer:
+    if part == "weights":
         return _fault_of_weights(name, folder, is_whole)
-    has_any = any(True for pattern in TOKENIZERS for _ in folder.glob(pattern))
-    return None if has_any or not is_whole else _no_tokenizer(name)
+    has_tokenizer = any(True for pattern in TOKENIZERS for _ in folder.glob(pattern))
+    return _no_tokenizer(name) if part == "tokenizer" and is_whole and not has_tokenizer else None
 
 
 def _fault_of_weights(name: str, folder: Path, is_whole: bool) -> BackboneError | None:
@@ -183,7 +182,8 @@ def _fault_of_weights(name: str, folder: Path, is_whole: bool) -> BackboneError 
             return BackboneError(f"{name} lacks {what}", hint="copy or download the rest")
         return next((fault for path in files if (fault := _fault_of_file(path)) is not None), None)
     names = " nor ".join(file for pair in WEIGHTS for file in pair)
-    return BackboneError(f"{name} holds no weights: neither {names}") if is_whole else None
+    message = f"cannot load the backbone {name!r}: it holds no weights, neither {names}"
+    return BackboneError(message, hint="copy or download the rest") if is_whole else None
 
 
 def _fault_of_file(path: Path) -> BackboneError | None:
@@ -200,7 +200,11 @@ def _fault_of_file(path: Path) -> BackboneError | None:
             what = "cut off or no file of tensors" if file.read(2) in (b"PK", b"") else ""
     except (SafetensorError, OSError) as error:
         what = said(error)
-    return BackboneError(f"{path} is damaged: {what}", hint="copy or download it again") if what else None
+    return (
+        BackboneError(f"{path} is damaged or cannot be read: {what}", hint="copy or download it again")
+        if what
+        else None
+    )
 
 
 def _refused_by_hub(name: str, revision: str | None, causes: list[BaseException]) -> BackboneError | None:

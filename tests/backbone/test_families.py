@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import output_of
 from drafters import PROMPT, ScriptedDrafter, thresholds_between, tokens_of
 from tiny_models import FAMILIES, OTHER_FAMILIES, byte_tokenizer, family_config
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, BloomConfig, Gemma3Config, OPTConfig, Phi3Config
@@ -12,7 +13,6 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, BloomConfig, 
 from early_exit_cli.backbone.families import FAMILIES as SUPPORTED
 from early_exit_cli.backbone.load import load_backbone
 from early_exit_cli.backbone.output import LogitMap, logits_of
-from early_exit_cli.cli.app import app
 from early_exit_cli.config import BackboneConfig
 from early_exit_cli.data.answers import answerer
 from early_exit_cli.data.documents import Document
@@ -167,7 +167,7 @@ def test_answers_made_together_are_those_made_alone(tiny_backbone, family):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
-def test_heads_train_from_a_cache_and_decode_by_the_commands(tmp_path, tiny_folder, tiny_backbone, family, capsys):
+def test_heads_train_from_a_cache_and_decode_by_the_commands(tmp_path, tiny_folder, tiny_backbone, family):
     """Answers, cache, training without the backbone, calibration and a comparison: a family end to end."""
     text, cache, bundle = tmp_path / "text.jsonl", tmp_path / "cache", tmp_path / "heads"
     text.write_text("".join(json.dumps({"prompt": f"tell me about {i} and {i * i}"}) + "\n" for i in range(40)))
@@ -180,10 +180,8 @@ def test_heads_train_from_a_cache_and_decode_by_the_commands(tmp_path, tiny_fold
         ["calibrate", "--bundle", bundle, "--accuracy-levels", "0.1,0.9"],
         ["infer", "--bundle", bundle, "--mode", "compare", "--prompt", "hello", "--max-tokens", 12, *heads],
     ]
-    for command in commands:
-        capsys.readouterr()
-        app([str(word) for word in command], standalone_mode=False)
-    verdict = json.loads(capsys.readouterr().out)
+    *_, answer = [output_of(*command) for command in commands]
+    verdict = json.loads(answer)
     assert verdict["identical"] is verdict["bit_exact"] is True
     backbone, stored = tiny_backbone(family), Cache(cache).view(torch.device("cpu"))
     hidden = torch.randn(4, 64, generator=torch.Generator().manual_seed(1))

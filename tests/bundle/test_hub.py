@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from commands import words_of
+from commands import output_of
 from safetensors.torch import load_file, save_file
 
 import early_exit_cli
@@ -149,7 +149,7 @@ def test_measured_numbers_come_from_the_commands_records(bundle, tmp_path):
         ["bench", *where, *small, "--prompts", prompts, "--methods", "full,lookup", "--output-dir", bench],
     )
     for command in commands:
-        app(words_of(*command), standalone_mode=False)
+        output_of(*command)
     metadata, body = card_of(bundle, evaluation=evaluation, bench=bench / "report.json")
     measured = json.loads(evaluation.read_text())["auxiliary_heads"]
     (model,) = metadata["model-index"]

@@ -5,9 +5,8 @@ import math
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from commands import output_of
 
-from early_exit_cli.cli.app import app
 from early_exit_cli.data.documents import Document
 from early_exit_cli.data.packing import pack
 from early_exit_cli.decoding.answer import generate
@@ -224,27 +223,22 @@ def test_from_training_to_an_answer(tmp_path, tiny_folder):
     data = ["--dataset-name", text, "--max-length", 64, "--holdout", 0.3]
     heads = ["--head", "attention", "--head-layer-indices", "1,3", "--rank", 16, "--lr", "0.01"]
 
-    def run(*words):
-        result = CliRunner().invoke(app, [str(word) for word in words])
-        assert result.exit_code == 0, result.output
-        return result.stdout
-
     trained = [*heads, "--max-steps", 8, "--json"]
-    first = json.loads(run("train", *backbone, *data, *trained, "--output-dir", bundle))
+    first = json.loads(output_of("train", *backbone, *data, *trained, "--output-dir", bundle))
     assert json.loads((bundle / "eexit.json").read_text())["heads"]["kind"] == "attention"
     cached = ["--mode", "offline", "--cache-dir", tmp_path / "states"]
     second = json.loads(
-        run(
+        output_of(
             *("train", *backbone, *data, *trained, *cached, "--start-from", bundle),
             *("--output-dir", tmp_path / "more"),
         )
     )
     assert sum(second["best_agreement"]) >= sum(first["best_agreement"])
-    run("calibrate", "--bundle", bundle, *data, "--accuracy-levels", "0.1,0.3,0.9")
-    evaluation = json.loads(run("evaluate", "--bundle", bundle, *data, "--json"))
+    output_of("calibrate", "--bundle", bundle, *data, "--accuracy-levels", "0.1,0.3,0.9")
+    evaluation = json.loads(output_of("evaluate", "--bundle", bundle, *data, "--json"))
     assert len(evaluation["auxiliary_heads"]) == 2
     answer = ["--bundle", bundle, "--prompt", "line 7", "--raw", "--max-tokens", 24, "--read-heads", "all"]
-    compared = json.loads(run("infer", *answer, "--mode", "compare", "--accuracy-level", "0.10", "--json"))
+    compared = json.loads(output_of("infer", *answer, "--mode", "compare", "--accuracy-level", "0.10", "--json"))
     assert compared["identical"]
     assert compared["bit_exact"]
     assert compared["adaptive_early_exit"]["stats"]["tokens_drafted"] > 0

@@ -321,3 +321,17 @@ def test_a_backbone_of_another_request_has_another_folder():
     other = cache_request(BackboneConfig(quantization="8bit"), HeadsConfig(), DATA, CacheConfig())
     assert default_folder(one) != default_folder(other)
     assert default_folder(one) == default_folder(cache_request(BackboneConfig(), HeadsConfig(), DATA, CacheConfig()))
+
+
+def test_what_a_manifest_says_beyond_what_is_read_survives_a_repair(cache, tiny_backbone):
+    path = cache.folder / "manifest.json"
+    manifest = json.loads(path.read_text()) | {"note": "by hand"}
+    manifest["request"]["note"] = manifest["shards"][0]["note"] = "mine"
+    path.write_text(json.dumps(manifest))
+    noted = Cache(cache.folder)
+    noted.path(noted.shards[1]).unlink()
+    assert repair(noted, verify(noted), tiny_backbone("llama"), documents(0), documents(1, 8), DATA, SMALL) == []
+    assert json.loads(path.read_text()) == manifest
+    damage_truncated(cache.folder / "readout.safetensors")
+    repair(noted, verify(noted), tiny_backbone("llama"), documents(0), documents(1, 8), DATA, SMALL)
+    assert json.loads(path.read_text()) == manifest
