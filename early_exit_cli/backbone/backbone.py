@@ -121,7 +121,8 @@ class Backbone:
         return type(head) is nn.Linear and head.bias is None and not is_within(self._name_of(head), tuple(self.changes))
 
     def refuse_lost_changes(self) -> None:
-        """Refuse changes outside the modules that `HFBlocks` calls as modules: nothing would hear of them.
+        """Refuse changes outside the modules that `HFBlocks` calls as modules, of which nothing would hear, and those that
+        leave no weight where device, dtype and size are read.
 
         Raises:
             UnsupportedBackboneError: naming the first.
@@ -129,12 +130,16 @@ class Backbone:
         trunk, family = self.family.trunk, self.family
         called = [f"{trunk}.{family.blocks}.{number}" for number in range(self.num_blocks)]
         called += [f"{trunk}.{family.norm}", f"{trunk}.rotary_emb", *map(self._name_of, (self.embedding, self.lm_head))]
-        for name, what in self.changes.items():
-            if not is_within(name, tuple(called)):
-                raise UnsupportedBackboneError(
-                    f"{told(name, what)}, which no runner here calls",
-                    hint="take it off; merge_and_unload() merges an adapter",
-                )
+        changes = self.changes
+        lost = [(name, "no runner here calls") for name in changes if not is_within(name, tuple(called))]
+        read = {self._name_of(module): module for module in (self.embedding, self.norm, self.lm_head)}
+        lost += [
+            (name, "has no weight") for name in read if not isinstance(getattr(read[name], "weight", None), Tensor)
+        ]
+        for name, why in lost:
+            raise UnsupportedBackboneError(
+                f"{told(name, changes[name])}, which {why}", hint="take it off; merge_and_unload() merges an adapter"
+            )
 
     def _name_of(self, module: nn.Module) -> str:
         return next(name for name, found in self.model.named_modules(remove_duplicate=False) if found is module)

@@ -7,6 +7,7 @@ name, size and head are another backbone.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import re
 import time
@@ -51,9 +52,8 @@ def content_of_tensors(model: nn.Module) -> str:
 
     It is another one where the same weights are quantized anew on another device or by other threads.
     """
-    found = list(_tensors_of(model))
     with ThreadPoolExecutor(READERS) as pool:
-        hashes = list(pool.map(lambda named: sha256_of(named[0], str(named[1].dtype), _bytes_of(named[1])), found))
+        hashes = list(pool.map(lambda named: _hash_of(*named), _tensors_of(model)))
     return sha256_of(json.dumps(hashes))[:32]
 
 
@@ -66,10 +66,16 @@ def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{name}.{part}", value
             elif hasattr(value, "absmax"):
                 parts.extend((f"{part}.{inner}", found) for inner, found in vars(value).items())
+    for name, module in model.named_modules():
+        scales = getattr(getattr(module, "state", None), "SCB", None)  # where the 8-bit scales are after the first pass
+        if isinstance(scales, Tensor):
+            yield f"{name}.SCB", scales
 
 
-def _bytes_of(tensor: Tensor) -> bytes:
-    return tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy().tobytes()
+def _hash_of(name: str, tensor: Tensor) -> str:
+    digest = hashlib.sha256(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+    digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy().data)
+    return digest.hexdigest()
 
 
 def contents_of(folder: Path) -> dict[str, str] | None:

@@ -153,6 +153,7 @@ def adopt_backbone(model: Any, tokenizer: Any = None) -> Backbone:
         quantization=quantization_of(model.config) or "none",
         revision=getattr(model.config, "_commit_hash", None),
     )
+    backbone.refuse_lost_changes()
     if backbone.quantization == "4bit" and backbone.device.type == "cpu" and backbone.dtype != torch.bfloat16:
         raise UnsupportedBackboneError(
             f"{name} is in 4bit with states in {backbone.dtype}; on a CPU they are in torch.bfloat16",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from early_exit_cli.cli.options import configured
@@ -68,7 +67,7 @@ def show_costs(resolved: Resolved, as_json: bool) -> None:
     if as_json:
         console.emit_json(
             {
-                "costs": asdict(costs),
+                "costs": costs.model_dump(),
                 "widths": engine.blocks.widths,
                 "environment": environment(engine.backbone.device_name),
             }

@@ -131,7 +131,11 @@ def _header(record: Record) -> str:
 def _same_badge(method: Record) -> tuple[str, str]:
     if method["bit_exact"]:
         return "good", "same tokens as plain decoding, bit for bit"
-    return ("good", "same tokens as plain decoding") if method["identical"] else ("bad", "other tokens than plain decoding")
+    return (
+        ("good", "same tokens as plain decoding")
+        if method["identical"]
+        else ("bad", "other tokens than plain decoding")
+    )
 
 
 def _figures(record: Record) -> str:

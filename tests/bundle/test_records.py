@@ -35,7 +35,7 @@ def with_more(value):
     if not isinstance(value, dict):
         return value
     named = {
-        key: item if key in ("data", "fingerprint", "coverage", "rules") else with_more(item)
+        key: item if key in ("data", "fingerprint", "coverage", "rules", "drafting") else with_more(item)
         for key, item in value.items()
     }
     return named if all(key[:1].isdigit() for key in value) else {**named, "note": "by hand"}
