@@ -82,20 +82,18 @@ def main() -> None:
         by_source[document.source].append(document)
 
     records = [record_json(folder / RECORD_FILE) for folder in options.bundles]
-    layers = [layer - 1 for layer in records[0]["eagle"]["exit_layers"]]
+    exit_layers = records[0]["eagle"]["exit_layers"]
     states: dict[str, list[States]] = {}
     choices: dict[str, list[torch.Tensor]] = {}
     with torch.no_grad():
         for source, documents in sorted(by_source.items()):
             rows = pack(documents, data.max_length, backbone.pad_token_id)
-            states[source] = [
-                run_states(backbone, batch, [layer + 1 for layer in layers]) for batch in batches(rows, 4)
-            ]
+            states[source] = [run_states(backbone, batch, exit_layers) for batch in batches(rows, 4)]
             choices[source] = [F.linear(text.final, backbone.lm_head_weight).argmax(-1) for text in states[source]]
         curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
         tokens = options.seen or [record["eagle"]["training"]["tokens_seen"] for record in records]
         for folder, seen in zip(options.bundles, tokens, strict=True):
-            head = load_eagle(folder / EAGLE_FILE, backbone, layers)
+            head = load_eagle(folder / EAGLE_FILE, backbone, exit_layers)
             found = {source: agreement(head, states[source], choices[source]) for source in states}
             found["all"] = tuple(
                 [sum(column) for column in zip(*(f[part] for f in found.values()), strict=True)] for part in (0, 1)

@@ -158,7 +158,7 @@ def large_backbone(backbone: Backbone, shape: Shape = LLAMA_3_8B) -> Backbone:
 def large_eagle(head: EagleHead, small: Backbone, large: Backbone, shape: Shape = LLAMA_3_8B) -> EagleHead:
     """The EAGLE head carried along."""
     carrier = Carrier(small, shape)
-    found = EagleHead(large, [layer - 1 for layer in head.exit_layers], head.draft_vocab)
+    found = EagleHead(large, head.exit_layers, head.draft_vocab)
     weights = {}
     for name, weight in head.state_dict().items():
         part = name.split(".")[-2] if "." in name else ""
@@ -180,7 +180,7 @@ def large_eagle(head: EagleHead, small: Backbone, large: Backbone, shape: Shape 
 def large_exits(heads: ExitHeads, small: Backbone, large: Backbone, shape: Shape = LLAMA_3_8B) -> ExitHeads:
     """Exit heads of the kind adapter carried along."""
     carrier = Carrier(small, shape)
-    found = ExitHeads(large, heads.kind, heads.layers, heads.rank, heads.draft_vocab)
+    found = ExitHeads(large, heads.kind, heads.exit_layers, heads.rank, heads.draft_vocab)
     weights = {}
     for name, weight in heads.state_dict().items():
         if weight.dtype == torch.int64:

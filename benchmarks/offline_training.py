@@ -100,7 +100,7 @@ with tempfile.TemporaryDirectory() as scratch:
     memory.read_all(arguments.steps)
     backbone = load_backbone(BackboneConfig())
     train, held_out = (load_documents(DATA, backbone, split) for split in ("train", "eval"))
-    online = BackboneStates(backbone, cache.layers, train, held_out, DATA, settings)
+    online = BackboneStates(backbone, cache.exit_layers, train, held_out, DATA, settings)
     runs = {
         name: trainer(source, f"{scratch}/{name}")
         for name, source in (("cached", cached), ("memory", memory), ("online", online))

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 PROMPT = "Explain step by step how to solve 2x + 6 = 14, then check the answer."
-COMMAND = ["infer", "--mode", "compare", "--drafter", "auto", "--read-heads", "all"]
+COMMAND = ["infer", "--mode", "compare", "--max-tokens", "160"]
 COLUMNS = 100
 FONT_FACE = re.compile(r"@font-face\s*\{[^}]*\}")
 
@@ -28,7 +28,7 @@ def run(*options: str) -> tuple[str, str]:
     """The command's two streams, in colour."""
     environment = {**os.environ, "COLORTERM": "truecolor", "TERM": "xterm-256color"}
     result = subprocess.run(
-        [sys.executable, "-m", "early_exit_cli", *COMMAND, "--prompt", PROMPT, *options],
+        [sys.executable, "-m", "early_exit_cli", *COMMAND, PROMPT, *options],
         capture_output=True, text=True, check=True, env=environment,
     )  # fmt: skip
     return result.stdout, result.stderr
@@ -37,12 +37,10 @@ def run(*options: str) -> tuple[str, str]:
 def terminal(out: str, err: str, path: Path) -> None:
     """Draw what a terminal of COLUMNS columns would show; without the web font that rich refers to."""
     console = Console(record=True, width=COLUMNS, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115
-    console.print(Text(f'$ eexit {" ".join(COMMAND)} \\\n    --prompt "{PROMPT}"\n', style="bold"))
-    legend = "\n".join(err.splitlines()[:2])
-    verdict = err.splitlines()[-1] if "speed-up" in err.splitlines()[-1] else err.splitlines()[-2]
+    console.print(Text(f'$ eexit {" ".join(COMMAND)} \\\n    "{PROMPT}"\n', style="bold"))
+    shown = [line for line in err.splitlines() if not line.startswith("page: ")]
     console.print(Text.from_ansi(out.rstrip() + "\n"))
-    console.print(Text.from_ansi(legend))
-    console.print(Text(verdict, style="dim"))
+    console.print(Text.from_ansi("\n".join(shown)))
     drawn = FONT_FACE.sub("", console.export_svg(title="eexit"))
     path.write_text(drawn.replace("Fira Code", "ui-monospace, Menlo, Consolas"), encoding="utf-8")
 

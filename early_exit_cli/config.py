@@ -10,9 +10,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from early_exit_cli.config_fields import FloatList, IntList, MethodList, NameList, RepoId, Section, setting, todays_word
+from early_exit_cli.config_fields import (
+    FloatList,
+    IntList,
+    MethodList,
+    NameList,
+    Section,
+    TextList,
+    setting,
+    todays_word,
+)
+from early_exit_cli.config_files import (
+    ClearConfig,
+    DssdConfig,
+    ExportConfig,
+    HubConfig,
+    KeptConfig,
+    PullConfig,
+    PushConfig,
+    RemoveConfig,
+)
 
 EMBEDDED_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SHIPPED_BUNDLE = "smollm2-135m"
@@ -23,7 +42,6 @@ DEFAULT_ACCURACY_LEVELS = [0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.99]
 Quantization = Literal["4bit", "8bit", "none"]
 UncertaintyMetric = Literal["entropy", "confidence"]
 ThresholdRule = Literal["conditional", "independent"]
-KeptKind = Literal["models", "weights", "bundles", "measurements", "code", "answers", "states"]
 
 
 class BackboneConfig(Section):
@@ -43,6 +61,7 @@ class BackboneConfig(Section):
         "Block runner: native is compiled code for CPUs with AVX512-BF16 and a C compiler, and our own kernels on NVIDIA "
         "GPUs; fused our lean PyTorch path for the Llama shape, hf the library's own modules; auto takes the first that fits.",
     )
+    threads: int | None = setting(None, "Threads on a CPU. Default: one a core.", ge=1)
     cuda_graphs: Literal["auto", "on", "off"] = setting(
         "auto",
         "Replay recorded passes on a GPU. auto: where a check at load finds the same bits; on: refuse to run without.",
@@ -166,18 +185,6 @@ class CacheConfig(Section):
     held_out_rows: int = setting(64, "Sequences of held-out text kept for evaluation.", ge=1)
 
 
-class ClearConfig(Section):
-    """What to remove from the user's cache folder."""
-
-    kind: KeptKind | None = setting(
-        None,
-        "models: converted from GGUF files. weights: 4-bit copies of backbones. bundles: converted from DSSD's. "
-        "measurements: widths and costs of passes. code: compiled here. answers, states: of training, and only by name. "
-        "Default: all but those two.",
-    )
-    dry_run: bool = setting(False, "Say what would go, remove nothing.")
-
-
 class TrainingConfig(Section):
     """The training loop."""
 
@@ -245,6 +252,7 @@ class CalibrationConfig(Section):
         False, "End with code 3 when a level is unreachable, missed on the second text, or fitted on too few tokens."
     )
     output_path: Path | None = setting(None, "Where calibration.json goes; default: into the bundle.")
+    verbose: bool = setting(False, "Show how certain each threshold is, and those of the other rule.")
 
     @model_validator(mode="after")
     def _levels_fit(self) -> CalibrationConfig:
@@ -294,21 +302,22 @@ class InferenceConfig(Section):
         "adaptive_early_exit",
         "full: plain decoding. adaptive_early_exit (or adaptive): entropy-gated exits, verified. fixed_layerskip: one head "
         "drafts a fixed number of tokens, verified. dynamic_early_exit: adaptive with every head read and drafts "
-        f"of up to {DYNAMIC_LENGTH} tokens, verified. compare: full and one other, in turns. comprehensive: full, every head at draft lengths 5, 10 and 15, "
-        "and every calibrated level, in turns.",
+        f"of up to {DYNAMIC_LENGTH} tokens, verified. compare: full and one other, in turns. comprehensive: full, every "
+        "head at draft lengths 5, 10 and 15, and every calibrated level, in turns.",
     )
     drafter: Annotated[Literal["exit", "eagle", "lookup", "auto", "none"] | None, BeforeValidator(todays_word)] = (
         setting(
             None,
             "What proposes tokens for the backbone to verify. exit: the bundle's exit heads. eagle: its EAGLE head. "
             "lookup: the text itself, continuing its longest repeated suffix; needs no heads. auto: whichever promises most. "
-            "Default: auto; with --mode given, exit.",
+            "Default: auto; with --mode adaptive, exit.",
         )
     )
     lookup_corpus: Path | None = setting(
         None, "A text file that lookup, alone or in auto, may draft from besides the prompt and the answer so far."
     )
     prompt: str | None = setting(None, "The prompt. Default: standard input.")
+    system: str | None = setting(None, "What the system says first, in the model's chat template.")
     prompt_file: Path | None = setting(None, "Read the prompt from this file.")
     prompts: Path | None = setting(None, "A .jsonl file with `prompt`, or Spec-Bench's `turns`, a line; a record each.")
     limit: int | None = setting(None, "With --prompts: answer only the first so many.", ge=1)
@@ -319,6 +328,7 @@ class InferenceConfig(Section):
         aliases=("--batch-size",),
     )
     max_tokens: int = setting(128, "New tokens, at most.", ge=1, aliases=("--max-new-tokens",))
+    stop: TextList = setting([], "End the answer before this text. Repeatable.")
     accuracy_level: float = setting(
         0.9, "Target accuracy of exited tokens; must be a calibrated level.", gt=0.0, lt=1.0
     )
@@ -341,6 +351,7 @@ class InferenceConfig(Section):
     )
     raw: bool = setting(False, "Use the prompt as it is, without the model's chat template.")
     repeats: int = setting(3, "compare, comprehensive: timed repeats of each method, in turns; medians count.", ge=1)
+    output: Path | None = setting(None, "Write each answer to this .jsonl file as it comes: a record a line.")
     trace: Path | None = setting(None, "Write a record per token (every head's choice and entropy) to this JSON file.")
     html: Path | None = setting(
         None, "Write the answer as one page to look at and share: tokens coloured by drafter, rounds, methods."
@@ -349,6 +360,13 @@ class InferenceConfig(Section):
         "auto",
         "Colour the answer's tokens by drafter. auto: in a terminal, unless NO_COLOR is set.",
     )
+
+    @field_validator("stop")
+    @classmethod
+    def _stops_say_something(cls, stops: list[str]) -> list[str]:
+        if "" in stops:
+            raise ValueError("an empty text stands everywhere")
+        return stops
 
 
 class SamplingConfig(Section):
@@ -394,9 +412,9 @@ class BenchConfig(Section):
 
     prompts: Path | None = setting(None, "A .jsonl file with `prompt`, or Spec-Bench's `turns`, a line.")
     methods: MethodList = setting(
-        ["full", "adaptive", "transformers"],
-        "full, adaptive (or adaptive@LEVEL), eagle, lookup, auto, transformers, transformers-lookup, transformers-early-exit, llama.cpp, "
-        "economize.",
+        ["full", "auto", "transformers"],
+        "full, adaptive (or adaptive@LEVEL), eagle, lookup, auto, transformers, transformers-lookup, "
+        "transformers-early-exit, llama.cpp, economize.",
     )
     limit: int | None = setting(None, "At most so many prompts of each category, evenly spread.", ge=1)
     categories: NameList = setting([], "Only these categories; MT-bench's eight are mt_bench.")
@@ -410,53 +428,6 @@ class BenchConfig(Section):
     output_dir: Path = setting(Path("runs/bench"), "Folder of records.jsonl, report.json, run.json and the picture.")
 
 
-class ExportConfig(Section):
-    """An EAGLE head for serving engines."""
-
-    format: Literal["speculators"] = setting(
-        "speculators", "EAGLE-3 checkpoint of the package speculators, which vLLM and SGLang load."
-    )
-    output_dir: Path = setting(Path("runs/export"), "New folder to write.")
-    draft_tokens: int = setting(3, "Tokens of one draft that the configuration asks of an engine.", ge=1)
-
-
-class HubConfig(Section):
-    """Where on the Hub, and how patiently."""
-
-    repo_id: RepoId | None = setting(None, "Repository on the Hub: ORG/NAME.")
-    revision: str | None = setting(
-        None, "Pull: branch, tag or commit. Push: branch, made where it is missing. Default: main."
-    )
-    retries: int = setting(4, "Further tries when the Hub is busy (5xx) or a connection breaks.", ge=0)
-    retry_wait: float = setting(1.0, "Seconds before the first further try; twice as long before each next.", ge=0.0)
-
-
-class PushConfig(Section):
-    """What to upload, and how."""
-
-    private: bool = setting(False, "Create the repository as a private one; an existing public one is refused.")
-    create_pr: bool = setting(False, "Open a pull request instead of committing to the branch.")
-    dry_run: bool = setting(False, "List the files, print the model card, send nothing.")
-    evaluation: Path | None = setting(None, "Record of eexit evaluate --output-path; its numbers go into the card.")
-    bench: Path | None = setting(None, "report.json of eexit bench; its numbers go into the card.")
-    license: str | None = setting(
-        None, "License of the heads, as the Hub names it (apache-2.0). Default: none is named."
-    )
-
-
-class PullConfig(Section):
-    """Where a pulled bundle goes."""
-
-    output_dir: Path | None = setting(None, "Copy the bundle to this new folder. Default: it stays in the Hub's cache.")
-
-
-class DssdConfig(Section):
-    """Bundles of DSSD."""
-
-    folder: Path | None = setting(None, "Folder with DSSD's aux_heads.pt, config.json and, if any, calibration.json.")
-    output_dir: Path | None = setting(None, "New folder of the bundle.")
-
-
 class Config(Section):
     """The whole tree; a YAML file holds any part of it."""
 
@@ -464,6 +435,8 @@ class Config(Section):
     heads: HeadsConfig = Field(default_factory=HeadsConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     cache: CacheConfig = Field(default_factory=CacheConfig)
+    kept: KeptConfig = Field(default_factory=KeptConfig)
+    remove: RemoveConfig = Field(default_factory=RemoveConfig)
     clear: ClearConfig = Field(default_factory=ClearConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     calibration: CalibrationConfig = Field(default_factory=CalibrationConfig)

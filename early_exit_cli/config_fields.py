@@ -6,6 +6,7 @@ import re
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic.fields import FieldInfo
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
@@ -39,6 +40,19 @@ def todays_word(value: Any) -> Any:
 def split_numbers(value: Any) -> Any:
     """A list given on the command line: numbers separated by commas or spaces."""
     return value.replace(",", " ").split() if isinstance(value, str) else value
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+TextList = Annotated[list[str], BeforeValidator(_listed)]
+"""Whole texts, which may hold commas and spaces; one alone is a list, too."""
+
+
+def is_text_list(field: FieldInfo) -> bool:
+    """Whether a setting is a `TextList`: its flag may be given several times."""
+    return any(isinstance(each, BeforeValidator) and each.func is _listed for each in field.metadata)
 
 
 FloatList = Annotated[list[float], BeforeValidator(split_numbers)]

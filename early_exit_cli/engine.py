@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from early_exit_cli.heads.uncertainty import Thresholds
 from early_exit_cli.runtime.blocks import LARGEST_WIDTH, Blocks
 from early_exit_cli.runtime.kv_cache import KVCache
 from early_exit_cli.runtime.passes import Passes
+from early_exit_cli.runtime.round_times import RoundTimes
+from early_exit_cli.steps import LONG_PROMPT, step
 
 DEFAULT_WIDTH = 8
 OnStates = Callable[[list[int], list[Tensor]], None]
@@ -38,8 +40,8 @@ class Engine:
     eagle: EagleHead | None = None
     record: RecordForm | None = None
     """eexit.json of the bundle."""
-    round_times: Any = None
-    """What rounds take here beyond their parts (`round_costs.RoundTimes`), learned while it decodes."""
+    round_times: RoundTimes = field(default_factory=RoundTimes)
+    """Learned while it decodes."""
 
     @functools.cached_property
     def passes(self) -> Passes:
@@ -74,12 +76,15 @@ class Engine:
         if outside:
             raise ConfigError(f"token {outside[0]} of the prompt is not in the vocabulary")
         cache = self.blocks.new_cache(len(prompt_ids) + max_new_tokens + LARGEST_WIDTH)
-        for piece in self.blocks.prompt_pieces(len(prompt_ids) - 1):
-            stops = [*exit_layers, self.blocks.num_blocks]
-            *deep, final = self.run_tokens(prompt_ids[piece], cache, piece.start, stops)
-            if on_states:
-                following = prompt_ids[piece.start + 1 : piece.stop + 1]
-                on_states(following, [*deep, self.blocks.final_norm(final)])
+        stops = [*exit_layers, self.blocks.num_blocks]
+        with step("reading the prompt") if len(prompt_ids) > LONG_PROMPT else nullcontext() as reading:
+            for piece in self.blocks.prompt_pieces(len(prompt_ids) - 1):
+                if reading is not None:
+                    reading.say(f"reading the prompt, {piece.start:,} of {len(prompt_ids):,} tokens")
+                *deep, final = self.run_tokens(prompt_ids[piece], cache, piece.start, stops)
+                if on_states:
+                    following = prompt_ids[piece.start + 1 : piece.stop + 1]
+                    on_states(following, [*deep, self.blocks.final_norm(final)])
         cache.length = len(prompt_ids) - 1
         return cache
 

@@ -233,7 +233,7 @@ class EarlyExitModel:
             own = processors_of(logits_processor, number, len(input_ids))
             chooser = chooser_of(generation_config, own, row[:, : row.shape[1] - len(prompt)])
             stops_after = other_stops(stopping_criteria, row, max_new_tokens)
-            requests.append(Request(prompt, max_new_tokens, chooser, stop_ids, stops_after))
+            requests.append(Request(prompt, max_new_tokens, chooser, stop_ids, stops_after=stops_after))
         if len(requests) == 1:
             answer = generate(
                 self.engine,

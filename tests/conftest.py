@@ -90,7 +90,7 @@ def tiny_model(tiny_backbone):
         with torch.inference_mode():
             measure_widths(blocks)
         torch.manual_seed(2)
-        heads = ExitHeads(backbone, "adapter", [0, 2, 4], 16, None).requires_grad_(False)
+        heads = ExitHeads(backbone, "adapter", [1, 3, 5], 16, None).requires_grad_(False)
         return Engine(backbone, blocks, heads)
 
     return build

@@ -197,7 +197,7 @@ def make_cache(folder: Path, backbone) -> Cache:
     request |= {"cache.store": "bf16", "cache.shard_tokens": 128, "cache.held_out_rows": 3}
     text = DataConfig(dataset_name="x", max_length=32)
     where, training = PartialState(cpu=True), TrainingConfig(batch_size=2)
-    return extract(folder, request, backbone, [1, 4], texts, texts[:5], text, config, training, where)
+    return extract(folder, request, backbone, [2, 5], texts, texts[:5], text, config, training, where)
 
 
 def use_cache(folder: Path) -> None:

@@ -77,13 +77,13 @@ def subject(number: int) -> Subject:
     with torch.inference_mode():
         measure_widths(runner_of_blocks)
     vocab = torch.randperm(VOCAB)[:draft_vocab].sort().values if draft_vocab else None
-    heads = ExitHeads(backbone, kind, list(range(blocks - 1)), 4, vocab).requires_grad_(False)
+    heads = ExitHeads(backbone, kind, range(1, blocks), 4, vocab).requires_grad_(False)
     heads.start_from(backbone)
     for parameter in heads.parameters():
         parameter.data.add_(0.3 * torch.randn_like(parameter))
     eagle = None
     if backbone.has_llama_shape:
-        eagle = EagleHead(backbone, [0], vocab).requires_grad_(False)
+        eagle = EagleHead(backbone, [1], vocab).requires_grad_(False)
         eagle.start_from(backbone)
     return Subject(Engine(backbone, runner_of_blocks, heads), eagle)
 
@@ -196,7 +196,7 @@ def check_counts(model: Engine, rounds: list[Round], cap: int, end: int, trace: 
         assert all(reason is None for reason in step.decided_by[step.accepted :])
         assert len(step.rejected) <= step.drafted - step.accepted
         assert len(step.traced) == (kept if trace else 0)
-    stats = collect_stats(model, "x", rounds, 1.0, 0.0)
+    stats = collect_stats(model, "x", rounds, 3, 1.0, 0.1)
     assert stats.total_tokens_generated == sum(stats.exit_distribution.values()) == end <= cap
     assert stats.tokens_accepted == end - stats.exit_distribution["full"] <= stats.tokens_drafted
     assert stats.accept_length == end / len(rounds) >= 1.0

@@ -152,7 +152,7 @@ def small(tmp_path_factory):
     blocks = FusedBlocks(backbone)
     with torch.inference_mode():
         measure_widths(blocks)
-    heads = ExitHeads(backbone, "adapter", [0], 4, None).requires_grad_(False)
+    heads = ExitHeads(backbone, "adapter", [1], 4, None).requires_grad_(False)
     return Engine(backbone, blocks, heads)
 
 
@@ -182,7 +182,7 @@ def exact_distribution(model, prompt, settings, length):
 
 def small_drafter(name, model):
     torch.manual_seed(5)
-    head = EagleHead(model.backbone, [0], None)
+    head = EagleHead(model.backbone, [1], None)
     head.start_from(model.backbone)
     eagle = EagleDrafter(head.requires_grad_(False), always(), lambda rows: 10.0, 0.1, 0.1, 0.7)
     lookup = LookupDrafter(lambda rows: 10.0 + 0.1 * rows)
@@ -291,6 +291,57 @@ def test_equal_distributions_choose_alike_at_every_place(settings, kept, vocab):
         chooser.commit(choices[:kept])
 
 
+def test_processors_of_the_caller_see_the_text_so_far_and_stand_for_the_settings():
+    settings = SamplingConfig(temperature=0.7, top_k=9, repetition_penalty=1.3, seed=4)
+    processors = LogitsProcessorList(
+        [RepetitionPenaltyLogitsProcessor(1.3), TemperatureLogitsWarper(0.7), TopKLogitsWarper(9)]
+    )
+    seen = []
+
+    def watched(ids, scores):
+        seen.append(ids.tolist())
+        return processors(ids, scores)
+
+    theirs, ours = Sampler(settings, watched), Sampler(settings)
+    for chooser in (theirs, theirs.fork(), ours):
+        chooser.begin(50, [3, 3])
+        text = [3, 3]
+        generator = torch.Generator().manual_seed(0)
+        seen.clear()
+        for _ in range(5):
+            said = torch.randn(3, 50, generator=generator)
+            first = chooser.choose(said[:1], [])
+            drafted = [*first, 49]
+            choices = chooser.choose(said, drafted)
+            assert choices[:1] == first
+            text += choices
+            chooser.commit(choices)
+            if chooser is not ours:
+                start = text[: len(text) - len(choices)]
+                assert seen[-len(choices) :] == [[start + drafted[:row]] for row in range(len(choices))]
+        if chooser is theirs:
+            expected = text
+        assert text == expected
+
+
+@pytest.mark.parametrize("text_temperature", [1.0, 0.6])
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_a_heads_temperature_undoes_what_it_is_too_sure_of(temperature, text_temperature):
+    chooser = make_chooser(SamplingConfig(temperature=text_temperature, seed=2))
+    chooser.begin(50, [1])
+    logits = 2 * torch.randn(40, 50, generator=torch.Generator().manual_seed(0))
+    for row in logits:
+        drafted = chooser.draft(row[None] * temperature, None, [], temperature)
+        assert chooser.choose(row[None], []) == [drafted]
+        chooser.commit([drafted])
+
+
+def test_a_greedy_draft_is_the_best_token_of_the_draft_vocabulary():
+    said = torch.tensor([[0.5, 3.0, 1.0]])
+    assert GREEDY.draft(said, torch.tensor([5, 9, 2]), []) == 9
+    assert GREEDY.draft(said, None, []) == 1
+
+
 def test_every_place_has_noise_of_its_own():
     """The same logits everywhere: what is chosen differs from place to place, within a round and between rounds."""
     chooser = make_chooser(SamplingConfig(temperature=1.0, seed=1))
@@ -321,7 +372,7 @@ def echoing(tmp_path_factory):
     blocks = FusedBlocks(backbone)
     with torch.inference_mode():
         measure_widths(blocks)
-    heads = ExitHeads(backbone, "adapter", [1, 3], 4, None).requires_grad_(False)
+    heads = ExitHeads(backbone, "adapter", [2, 4], 4, None).requires_grad_(False)
     return Engine(backbone, blocks, heads, eagle=some_head(backbone))
 
 

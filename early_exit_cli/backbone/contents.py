@@ -24,11 +24,15 @@ from early_exit_cli.files.atomic import file_sha256, read_json, sha256_of, write
 from early_exit_cli.files.environment import user_cache_dir
 
 HASHES = "hashes.json"
+MOST_HASHES = 4096
+"""What is remembered: the newest."""
 WEIGHTS = (("model.safetensors", "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
 """One file, or the index of several, in the order in which transformers looks for them."""
 SETTINGS = ("config.json", "generation_config.json")
 SETTLED_NS = 10**8
 READERS = 4
+LOOKS = 3
+"""At files that seem to change while they are read, before they count as changing."""
 BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
@@ -123,31 +127,34 @@ def shards_of(index: Path) -> list[Path] | None:
 
 
 def hashes_of(paths: Sequence[Path]) -> list[str] | None:
-    """The hash of each file, remembered by device, inode, size and times; None where one changes meanwhile.
+    """The hash of each file, remembered by device, inode, size and times; None where one changes at every look.
 
-    The Hub's own cache names files by their hashes; those are not read.
+    The Hub's own cache names files by their hashes; those are not read. Some filesystems settle the times of a file late, so
+    what seems to have changed meanwhile is looked at again.
 
     Raises:
         OSError: a file cannot be read.
     """
     table = weights_folder() / HASHES
     known = _remembered(table)
-    found = {path: blob for path in paths if (blob := _blob_name(path)) is not None}
-    places = {path: place_of(path) for path in paths if path not in found}
-    found |= {path: known[place] for path, place in places.items() if place in known}
-    unread = [path for path in places if path not in found]
-    if unread:
+    blobs = {path: blob for path in paths if (blob := _blob_name(path)) is not None}
+    for _ in range(LOOKS):
+        places = {path: place_of(path) for path in paths if path not in blobs}
+        unread = [path for path, place in places.items() if place not in known]
         started = time.time_ns()
         with ThreadPoolExecutor(READERS) as pool:
-            found |= dict(zip(unread, pool.map(file_sha256, unread), strict=True))
-        if any(place_of(path) != places[path] for path in unread):
-            return None
+            read = dict(zip(unread, pool.map(file_sha256, unread), strict=True))
+        still = [path for path in unread if place_of(path) == places[path]]
         # a file that changed just now may change again without a difference in its times
-        settled = {places[path]: found[path] for path in unread if started - path.stat().st_ctime_ns > SETTLED_NS}
+        settled = {places[path]: read[path] for path in still if started - path.stat().st_ctime_ns > SETTLED_NS}
         if settled:
+            known |= settled
             with contextlib.suppress(OSError):
-                write_json(table, known | settled)
-    return [found[path] for path in paths]
+                write_json(table, dict([*known.items()][-MOST_HASHES:]))
+        if len(still) == len(unread):
+            found = blobs | {path: read.get(path) or known[place] for path, place in places.items()}
+            return [found[path] for path in paths]
+    return None
 
 
 def unread_bytes(paths: Sequence[Path]) -> int:

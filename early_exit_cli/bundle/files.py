@@ -104,15 +104,14 @@ def kind_of_heads(record: RecordForm, folder: Path) -> Heads:
     return record.heads
 
 
-def eagle_layers(eagle: Eagle, folder: Path, num_blocks: int) -> list[int]:
-    """0-based blocks whose output the EAGLE head reads, as the record of the bundle in `folder` has them.
+def eagle_exit_layers(eagle: Eagle, folder: Path, num_blocks: int) -> list[int]:
+    """Exit layers of the EAGLE head, as the record of the bundle in `folder` has them.
 
     Raises:
         BundleError: not ascending, or beyond the backbone.
     """
-    layers = [layer - 1 for layer in eagle.exit_layers]
-    if sorted(set(layers)) != layers or layers[-1] >= num_blocks:
+    if sorted(set(eagle.exit_layers)) != eagle.exit_layers or eagle.exit_layers[-1] > num_blocks:
         raise BundleError(
             f"{folder / RECORD_FILE}: the EAGLE head's exit_layers must be ascending, at most {num_blocks}"
         )
-    return layers
+    return eagle.exit_layers

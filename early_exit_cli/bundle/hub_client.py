@@ -31,7 +31,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars
 
 from early_exit_cli import __version__
-from early_exit_cli.config import HubConfig
+from early_exit_cli.config_files import HubConfig
 from early_exit_cli.errors import ConfigError, HubError
 from early_exit_cli.files.atomic import file_sha256
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 
 from early_exit_cli.backbone.backbone import Backbone
@@ -14,14 +15,15 @@ from early_exit_cli.bundle.files import (
     RECORD_FILE,
     BundleSource,
     applied_quantization,
+    eagle_exit_layers,
     eagle_file,
-    eagle_layers,
     kind_of_heads,
     read_bundle_config,
     read_bundle_record,
 )
-from early_exit_cli.config import SHIPPED_BUNDLE, BackboneConfig, BundleConfig, HubConfig
+from early_exit_cli.config import SHIPPED_BUNDLE, BackboneConfig, BundleConfig
 from early_exit_cli.config_fields import HUB_ID
+from early_exit_cli.config_files import HubConfig
 from early_exit_cli.engine import Engine
 from early_exit_cli.errors import BundleError, HubError, shown
 from early_exit_cli.files.atomic import fingerprint_differences
@@ -107,7 +109,19 @@ def with_names_of_bundle(config: BackboneConfig, folder: Path) -> BackboneConfig
     """The backbone section, with name and quantization taken from the bundle unless somebody set them."""
     known = read_bundle_config(folder)
     changes = known.model_dump(include={"model_name", "quantization"} - config.model_fields_set)
+    if "model_name" in changes:
+        changes["model_name"] = backbone_of_bundle(known.model_name, folder)
     return BackboneConfig.model_validate(config.model_dump() | changes)
+
+
+def backbone_of_bundle(name: str, folder: Path) -> str:
+    """A backbone as a bundle names it. A relative path is meant from the working folder, as it was in training; where it
+    leads nowhere from there, from the bundle's folder or the nearest above it."""
+    path = os.path.expanduser(name)
+    if os.path.exists(path):
+        return name
+    places = (folder.resolve(), *folder.resolve().parents)
+    return next((found for found in (os.path.join(place, path) for place in places) if os.path.exists(found)), name)
 
 
 def load_engine(
@@ -135,10 +149,10 @@ def load_engine(
     check_fingerprint(config, record, backbone, folder)
     if config.num_heads:
         made = kind_of_heads(record, folder)
-        engine.heads = load_heads(folder / HEADS_FILE, backbone, made.kind, config.head_layer_indices, made.rank)
+        engine.heads = load_heads(folder / HEADS_FILE, backbone, made.kind, config.exit_layers, made.rank)
     if record.eagle is not None:
-        layers = eagle_layers(record.eagle, folder, backbone.num_blocks)
-        engine.eagle = load_eagle(eagle_file(folder), backbone, layers)
+        exit_layers = eagle_exit_layers(record.eagle, folder, backbone.num_blocks)
+        engine.eagle = load_eagle(eagle_file(folder), backbone, exit_layers)
         if backbone.device.type == "cuda":
             cuda_eagle(engine.eagle)  # recorded now, not inside an answer
     calibration = bundle.calibration_path or folder / CALIBRATION_FILE

@@ -131,7 +131,7 @@ def eval_results(evaluation: EvaluationForm) -> list[EvalResult]:
     """The evaluation as the Hub's metadata has it: per head, agreement with the backbone and accuracy on the text."""
     found = []
     for head in evaluation.auxiliary_heads:
-        named = f"head {head.head_idx} after {head.layer_idx + 1} blocks"
+        named = f"head {head.head_idx} after {head.exit_layer} blocks"
         for metric, value in (
             ("agreement with the backbone", head.accuracy_vs_lm_head),
             ("accuracy on the text", head.accuracy),
@@ -195,7 +195,7 @@ def contents(config: BundleForm, heads: Heads, record: RecordForm, trained_on: s
 
 def blocks(config: BundleForm) -> str:
     """Numbers of blocks run before each head, as words."""
-    numbers = [str(layer + 1) for layer in config.head_layer_indices]
+    numbers = [str(layer) for layer in config.exit_layers]
     return " and ".join([", ".join(numbers[:-1]), numbers[-1]] if len(numbers) > 1 else numbers)
 
 
@@ -230,7 +230,7 @@ def evaluated(evaluation: EvaluationForm) -> str:
     rows = [
         (
             head.head_idx,
-            head.layer_idx + 1,
+            head.exit_layer,
             percent(head.accuracy_vs_lm_head),
             percent(head.top5_accuracy_vs_lm_head),
             percent(head.accuracy),

@@ -19,7 +19,7 @@ from early_exit_cli.bundle.files import (
     BundleSource,
 )
 from early_exit_cli.bundle.hub_client import Repository
-from early_exit_cli.config import HubConfig
+from early_exit_cli.config_files import HubConfig
 from early_exit_cli.errors import BundleError
 from early_exit_cli.files.atomic import atomic_folder, file_sha256, require_new_folder
 from early_exit_cli.files.environment import kept_path

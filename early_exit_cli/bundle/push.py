@@ -23,8 +23,8 @@ from early_exit_cli.bundle.files import (
     FORMER_EAGLE_FILE,
     HEADS_FILE,
     RECORD_FILE,
+    eagle_exit_layers,
     eagle_file,
-    eagle_layers,
     kind_of_heads,
     read_bundle_config,
     read_bundle_record,
@@ -33,7 +33,7 @@ from early_exit_cli.bundle.files import (
 from early_exit_cli.bundle.hub_client import Commit, Repository
 from early_exit_cli.bundle.load import read_thresholds
 from early_exit_cli.bundle.model_card import model_card, read_bench, read_evaluation
-from early_exit_cli.config import HubConfig, PushConfig
+from early_exit_cli.config_files import HubConfig, PushConfig
 from early_exit_cli.errors import BundleError, ConfigError, shown
 from early_exit_cli.files.atomic import (
     atomic_folder,
@@ -83,7 +83,7 @@ def check_bundle(folder: Path) -> Bundle:
     shape = (config.num_heads, config.hidden_size, config.vocab_size)
     read_heads(folder / HEADS_FILE, heads.kind, *shape, heads.rank)
     if record.eagle is not None:
-        eagle_layers(record.eagle, folder, config.num_hidden_layers)
+        eagle_exit_layers(record.eagle, folder, config.num_hidden_layers)
         read_tensors(eagle_file(folder), config.vocab_size)
     calibration = None
     if (folder / CALIBRATION_FILE).is_file():

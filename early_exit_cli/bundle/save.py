@@ -22,6 +22,7 @@ from early_exit_cli.bundle.files import (
 )
 from early_exit_cli.errors import BundleError
 from early_exit_cli.files.atomic import atomic_files, fingerprint_differences, write_atomic, write_json
+from early_exit_cli.files.forms import to_block_numbers
 from early_exit_cli.files.schemas import FORMAT_VERSION
 from early_exit_cli.heads.eagle import EagleHead
 from early_exit_cli.heads.exit_heads import ExitHeads
@@ -57,7 +58,7 @@ def save_bundle(
         if heads.kind == "linear":
             weights = heads.dssd_state_dict(view.dtype)
             write_atomic(temporary / DSSD_HEADS_FILE, lambda path: torch.save(weights, path))
-        write_json(temporary / CONFIG_FILE, bundle_config(view, heads.layers, training_config))
+        write_json(temporary / CONFIG_FILE, bundle_config(view, heads.exit_layers, training_config))
         write_json(temporary / RECORD_FILE, described)
 
 
@@ -92,12 +93,12 @@ def save_eagle(
     write_json(folder / RECORD_FILE, {**before, "eagle": described})
 
 
-def bundle_config(view: BackboneView, layers: list[int], training_config: dict[str, Any]) -> dict[str, Any]:
+def bundle_config(view: BackboneView, exit_layers: list[int], training_config: dict[str, Any]) -> dict[str, Any]:
     """config.json, with the keys that DSSD's loader requires."""
     return {
         "model_name": view.name,
-        "num_heads": len(layers),
-        "head_layer_indices": layers,
+        "num_heads": len(exit_layers),
+        "head_layer_indices": to_block_numbers(exit_layers),
         "quantization": applied_quantization(view.quantization),
         "hidden_size": view.hidden_size,
         "vocab_size": view.vocab_size,

@@ -7,51 +7,66 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 import typer
 
 from early_exit_cli import __version__
-from early_exit_cli.cli import bench, cache, calibrate, evaluate, export, hub, infer, train
+from early_exit_cli.cli import bench, cache, calibrate, env, evaluate, export, hub, infer, train
+from early_exit_cli.cli.options import Command
 from early_exit_cli.errors import EexitError, EexitWarning, said
 from early_exit_cli.files.environment import unsaved
 from early_exit_cli.report import console
 
+SPELLING: dict[str, Any] = {
+    "help_option_names": ["-h", "--help"],
+    "token_normalize_func": lambda name: name.replace("_", "-"),  # --max_steps is --max-steps
+}
 app = typer.Typer(
     name="eexit",
     help="Faster answers from a 4-bit language model, with exactly the same output.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
+    context_settings=SPELLING,
 )
-app.command("infer", help="Answer prompts: with drafts, plainly, or several ways side by side.")(infer.command)
-app.command("train", help="Train exit heads or an EAGLE head, beside the running backbone or from a cache.")(
-    train.command
-)
-app.command("calibrate", help="Fit thresholds for each head and target accuracy, and what drafts are worth.")(
-    calibrate.command
-)
-app.command("evaluate", help="Measure the heads on text, and why drafts are not accepted.")(evaluate.command)
-app.command("export", help="Write the EAGLE head for vLLM and SGLang.")(export.command)
-app.command("bench", help="Measure methods side by side on a set of prompts.")(bench.command)
-app.command("push", help="Upload a bundle to the Hub, in one commit, with a model card.")(hub.push)
-app.command("pull", help="Download a bundle from the Hub.")(hub.pull)
-app.command("import", help="Make a bundle of heads that DSSD's own program trained.")(hub.import_)
+
+
+def add(tree: typer.Typer, name: str, function: Command, help: str, *, hidden: bool = False) -> None:
+    """Give a tree a command, with its examples below its help."""
+    examples: tuple[str, ...] = getattr(function, "examples", ())
+    shown = "\n\n".join(("Examples", *examples)).replace("[", "\\[") if examples else None
+    tree.command(name, help=help, epilog=shown, hidden=hidden)(function)
+
+
+add(app, "infer", infer.command, "Answer prompts: with drafts, plainly, or several ways side by side.")
+add(app, "train", train.command, "Train exit heads or an EAGLE head, beside the running backbone or from a cache.")
+add(app, "calibrate", calibrate.command, "Fit thresholds for each head and target accuracy, and what drafts are worth.")
+add(app, "evaluate", evaluate.command, "Measure the heads on text, and why drafts are not accepted.")
+add(app, "export", export.command, "Write the EAGLE head for vLLM and SGLang.")
+add(app, "bench", bench.command, "Measure methods side by side on a set of prompts.")
+add(app, "push", hub.push, "Upload a bundle to the Hub, in one commit, with a model card.")
+add(app, "pull", hub.pull, "Download a bundle from the Hub.")
+add(app, "import", hub.import_, "Make a bundle of heads that DSSD's own program trained.")
+add(app, "env", env.command, "Show what a run would run on and with, as text to paste into a report.")
 
 states = typer.Typer(
-    help="Hidden states on disk: extract once, train many times. And what else is kept.",
+    help="Hidden states on disk: extract once, train many times. And what else is kept: ls, rm.",
     no_args_is_help=True,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
 )
-states.command("extract", help="Run the backbone over text once and keep its hidden states.")(cache.extract)
-states.command("info", help="What a cache holds and what it costs; without --cache-dir, what is kept by kind.")(
-    cache.info
+add(states, "extract", cache.extract, "Run the backbone over text once and keep its hidden states.")
+add(states, "info", cache.info, "What a cache of hidden states holds and what it costs.")
+add(states, "verify", cache.verify, "Check every file of a cache.")
+add(states, "repair", cache.repair, "Compute damaged files of a cache again.")
+add(states, "ls", cache.ls, "List what is kept in the user's cache folder (EEXIT_HOME): what of, how large, when used.")
+add(
+    states,
+    "rm",
+    cache.rm,
+    "Remove what is kept in the user's cache folder, by name, by kind, or all that is soon made again.",
 )
-states.command("verify", help="Check every file of a cache.")(cache.verify)
-states.command("repair", help="Compute damaged files of a cache again.")(cache.repair)
-states.command(
-    "clear", help="Remove what is kept in the user's cache folder: converted models, copies, measurements, code."
-)(cache.clear)
+add(states, "clear", cache.clear, "The same as rm --kind, or rm --all.", hidden=True)
 app.add_typer(states, name="cache")
 
 

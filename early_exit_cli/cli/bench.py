@@ -5,15 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 from early_exit_cli.cli.options import configured
+from early_exit_cli.cli.shared import load_libraries
 from early_exit_cli.files.atomic import write_json
 from early_exit_cli.files.environment import environment, run_record
 from early_exit_cli.report import console, plots
+from early_exit_cli.report.numbers import rate
 from early_exit_cli.resolve import Resolved
 
 
-@configured("bench", "bundle", "backbone", "sampling")
+@configured(
+    *("bench", "bundle", "backbone", "sampling"),
+    examples=(
+        "eexit bench --prompts prompts.jsonl --limit 2 --methods full,auto,transformers",
+        "eexit bench --costs",
+    ),
+)
 def command(resolved: Resolved, as_json: bool) -> None:
     """Compare methods side by side on a set of prompts."""
+    load_libraries()
     from early_exit_cli.backbone.backbone import device_name
     from early_exit_cli.backbone.load import load_tokenizer, pick_device
     from early_exit_cli.bundle.load import bundle_source
@@ -116,6 +125,8 @@ def print_report(report: dict[str, Any]) -> None:
                 name,
                 f"{figure['tokens_per_second']:.1f}",
                 f"{figure['speedup_over_full']:.2f}x",
+                rate(figure["prefill_tokens_per_second"]),
+                rate(figure["decode_tokens_per_second"]),
                 f"{accept:.2f}" if accept else "-",
                 f"{figure['identical_prompts']}/{figure['prompts']}",
                 "-" if figure["bit_exact_prompts"] is None else f"{figure['bit_exact_prompts']}/{figure['prompts']}",
@@ -124,8 +135,20 @@ def print_report(report: dict[str, Any]) -> None:
             )
         )
     console.table(
-        f"{where['processor']}; at most {where['max_tokens']} new tokens, {where['repeats']} repeats{sampled}",
-        ["method", "tokens/s", "over full", "accept length", "same tokens", "same bits", "first token", "load"],
+        f"{where['processor']}; at most {where['max_tokens']} new tokens, {where['repeats']} repeats{sampled}; "
+        "prefill and decode in tokens/s",
+        [
+            "method",
+            "tokens/s",
+            "over full",
+            "prefill",
+            "decode",
+            "accept length",
+            "same tokens",
+            "same bits",
+            "first token",
+            "load",
+        ],
         rows,
         result=True,
     )
@@ -139,6 +162,11 @@ def print_report(report: dict[str, Any]) -> None:
         ],
         result=True,
     )
+    print_repeats(report)
+
+
+def print_repeats(report: dict[str, Any]) -> None:
+    """How much of the answers repeats itself, which flatters lookup."""
     repeats = report["repeats"]
     without = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in repeats["speedup_without"].items() if name != "full")
     console.note(

@@ -1,32 +1,45 @@
-"""`eexit cache`: extract hidden states once, look at them, check and mend them; and what is kept in the user's cache folder."""
+"""`eexit cache`: hidden states extracted once, looked at, checked and mended; and what is kept in the user's cache folder."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from early_exit_cli.cli.options import configured
+from early_exit_cli.cli.shared import load_libraries
 from early_exit_cli.errors import CacheError, ConfigError
 from early_exit_cli.report import console
 from early_exit_cli.resolve import Resolved
 
 if TYPE_CHECKING:
-    from early_exit_cli.files.kept import Kept
+    from early_exit_cli.config_files import KeptKind
+    from early_exit_cli.files.kept import Entry
     from early_exit_cli.hidden_states.cache import Cache
     from early_exit_cli.hidden_states.extract import Estimate
 
 
-@configured("backbone", "heads", "data", "cache")
+@configured(
+    *("cache", "data", "heads", "backbone"),
+    examples=(
+        "eexit cache extract --dataset-name text.jsonl --cache-gb 2",
+        "eexit cache extract --dataset-name prompts.jsonl --on-policy --store fp8 --cache-dir states",
+    ),
+)
 def extract(resolved: Resolved, as_json: bool) -> None:
     """Run the backbone over text once and keep its hidden states; goes on where a stopped run was."""
+    load_libraries()
     if resolved.config.data.dataset_name is None:
         raise ConfigError("no text to run the backbone over", hint="--dataset-name FILE.jsonl")
     show(find_or_extract(resolved), as_json)
 
 
-@configured("cache")
+@configured("cache", examples=("eexit cache info --cache-dir states", "eexit cache info --cache-dir states --json"))
 def info(resolved: Resolved, as_json: bool) -> None:
-    """What a cache holds and what it costs; without --cache-dir, what the user's cache folder does."""
+    """What a cache of hidden states holds and what it costs; without --cache-dir, the same as `ls`."""
     if resolved.config.cache.cache_dir is not None:
         show(named_cache(resolved), as_json)
         return
@@ -35,23 +48,41 @@ def info(resolved: Resolved, as_json: bool) -> None:
     show_kept(kept(), as_json)
 
 
-@configured("clear", argument="clear.kind")
-def clear(resolved: Resolved, as_json: bool) -> None:
+@configured("kept", examples=("eexit cache ls", "eexit cache ls --kind models"))
+def ls(resolved: Resolved, as_json: bool) -> None:
+    """What is kept in the user's cache folder: what it was made from, how large it is, and when it was used."""
+    from early_exit_cli.files.kept import KINDS, kept
+
+    show_kept(kept([resolved.config.kept.kind] if resolved.config.kept.kind else [*KINDS]), as_json)
+
+
+@configured(
+    *("kept", "remove"),
+    argument="remove.names",
+    examples=("eexit cache rm --kind models --dry-run", "eexit cache rm --all"),
+)
+def rm(resolved: Resolved, as_json: bool) -> None:
     """Remove what is kept in the user's cache folder, and say what; it is made again when it is needed."""
-    from early_exit_cli.files.kept import clear as remove
-    from early_exit_cli.files.kept import cleared, kept
+    from early_exit_cli.files.kept import KINDS, kept, named
 
-    config = resolved.config.clear
-    found = kept(cleared(config.kind))
-    show_kept(found, as_json)
-    if not config.dry_run:
-        for one in found:
-            remove(one)
-    if not as_json:
-        console.note("nothing was removed" if config.dry_run else "removed")
+    kind, config = resolved.config.kept.kind, resolved.config.remove
+    if config.all and (kind or config.names):
+        raise ConfigError("--all is all but answers and hidden states: leave names and --kind out")
+    if config.names:
+        go(named(kept([kind] if kind else [*KINDS]), config.names), (), config.dry_run, as_json)
+    elif kind or config.all:
+        clear_kinds(kind, config.dry_run, as_json)
+    else:
+        raise ConfigError("what shall go?", hint="names or keys of eexit cache ls, --kind KIND, or --all")
 
 
-@configured("cache")
+@configured("clear", argument="clear.kind", examples=("eexit cache clear code", "eexit cache clear --dry-run"))
+def clear(resolved: Resolved, as_json: bool) -> None:
+    """The same as `rm --kind KIND`; without a kind, as `rm --all`."""
+    clear_kinds(resolved.config.clear.kind, resolved.config.clear.dry_run, as_json)
+
+
+@configured("cache", examples=("eexit cache verify --cache-dir states", "eexit cache verify --cache-dir states --json"))
 def verify(resolved: Resolved, as_json: bool) -> None:
     """Check every file of a cache against its manifest; exit code 1 when one is damaged."""
     from early_exit_cli.hidden_states.cache import damage_record, foreign_files
@@ -72,9 +103,10 @@ def verify(resolved: Resolved, as_json: bool) -> None:
         console.note(f"{len(cache.shards)} shards, {cache.tokens:,} tokens: all as they were written")
 
 
-@configured("cache")
+@configured("cache", examples=("eexit cache repair --cache-dir states", "eexit cache repair --cache-dir states --json"))
 def repair(resolved: Resolved, as_json: bool) -> None:
     """Compute damaged files of a cache again, and only those."""
+    load_libraries()
     from early_exit_cli.backbone.load import load_backbone
     from early_exit_cli.cli.shared import load_text
     from early_exit_cli.config import BackboneConfig, CacheConfig
@@ -113,6 +145,28 @@ def repair(resolved: Resolved, as_json: bool) -> None:
         console.note("nothing to repair")
 
 
+def clear_kinds(kind: KeptKind | None, is_dry: bool, as_json: bool) -> None:
+    """Remove all of a kind, or of all kinds that are not dear."""
+    from early_exit_cli.files.kept import cleared, kept
+
+    go(kept(cleared(kind)), cleared(kind), is_dry, as_json)
+
+
+def go(entries: list[Entry], kinds: Sequence[KeptKind], is_dry: bool, as_json: bool) -> None:
+    """Show entries, and unless it is a dry run remove them, with the folders of `kinds`."""
+    from early_exit_cli.files.kept import clear as clear_kind
+    from early_exit_cli.files.kept import remove
+
+    show_kept(entries, as_json)
+    if not is_dry:
+        for kind in kinds:
+            clear_kind(kind)
+        for entry in entries if not kinds else ():
+            remove(entry)
+    if not as_json:
+        console.note("nothing was removed" if is_dry else "removed")
+
+
 def named_cache(resolved: Resolved) -> Cache:
     """The cache that --cache-dir names."""
     from early_exit_cli.hidden_states.cache import Cache
@@ -135,7 +189,7 @@ def find_or_extract(resolved: Resolved) -> Cache:
     from early_exit_cli.backbone.load import load_backbone, pick_device
     from early_exit_cli.cli.shared import load_text
     from early_exit_cli.data.rows import read_records
-    from early_exit_cli.heads.exit_heads import head_layers
+    from early_exit_cli.heads.exit_heads import exit_layers_of
     from early_exit_cli.hidden_states.cache import (
         MANIFEST,
         Cache,
@@ -162,9 +216,12 @@ def find_or_extract(resolved: Resolved) -> Cache:
             return cache
     records = read_records(config.data)  # refuse unreadable data before a model loads
     backbone = load_backbone(config.backbone)
-    layers = head_layers(config.heads, backbone.num_blocks)
+    if "backbone.content" not in request:  # of the Hub, and only now on this machine
+        request = cache_request(config.backbone, config.heads, config.data, config.cache)
+        folder = config.cache.cache_dir or default_folder(request)
+    exit_layers = exit_layers_of(config.heads, backbone.num_blocks)
     if config.data.on_policy and processes.is_main_process:
-        token_bytes = bytes_per_token(backbone.hidden_size, len(layers), config.cache.store)
+        token_bytes = bytes_per_token(backbone.hidden_size, len(exit_layers), config.cache.store)
         every_turn = config.data.answer_turns == "every"
         turns = sorted((len(record["sample"].prompts(every_turn)) for record in records), reverse=True)
         prompts = sum(turns[: config.data.max_documents])
@@ -178,7 +235,7 @@ def find_or_extract(resolved: Resolved) -> Cache:
             folder,
             request,
             backbone,
-            layers,
+            exit_layers,
             train,
             held_out,
             config.data,
@@ -206,16 +263,49 @@ def existing_cache(resolved: Resolved) -> Cache:
     return cache
 
 
-def show_kept(found: list[Kept], as_json: bool) -> None:
-    """What is kept, by kind."""
-    from early_exit_cli.files.environment import user_cache_dir
+def show_kept(entries: list[Entry], as_json: bool) -> None:
+    """What is kept, and all of it together."""
+    from early_exit_cli.files.environment import cache_place, from_home
+    from early_exit_cli.files.kept import totals
 
+    folder, origin = cache_place()
+    size = sum(entry.bytes for entry in entries)
     if as_json:
-        kinds = {one.kind: {"files": one.files, "bytes": one.bytes} for one in found}
-        console.emit_json({"folder": str(user_cache_dir()), "kinds": kinds, "bytes": sum(one.bytes for one in found)})
+        kinds = {kind: {"files": files, "bytes": count} for kind, (files, count) in totals(entries).items()}
+        records = [
+            asdict(entry)
+            | {"paths": [str(path) for path in entry.paths], "made": moment(entry.made), "used": moment(entry.used)}
+            for entry in entries
+        ]
+        console.emit_json({"folder": str(folder), "origin": origin, "entries": records, "kinds": kinds, "bytes": size})
         return
-    rows = [(one.kind, f"{one.files:,}", f"{one.bytes / 1e6:,.1f} MB", one.meaning) for one in found]
-    console.table(str(user_cache_dir()), ["kind", "files", "size", "what"], rows, result=True)
+    rows: list[tuple[str | None, ...]] = [
+        (entry.kind, entry.name, size_text(entry.bytes), age(entry.made), age(entry.used), entry.key)
+        for entry in entries
+    ]
+    rows.append(("total", f"{len(rows)} {'entry' if len(rows) == 1 else 'entries'}", size_text(size), None, None, None))
+    console.table(f"{from_home(folder)} ({origin})", ["kind", "name", "size", "made", "used", "key"], rows, result=True)
+
+
+def size_text(size: int) -> str:
+    """A size for people."""
+    return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
+
+
+def age(then: float | None) -> str | None:
+    """How long ago, for people."""
+    if then is None:
+        return None
+    seconds = max(time.time() - then, 0.0)
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def moment(then: float | None) -> str | None:
+    """A time of the file system as JSON holds it: ISO 8601, UTC."""
+    return None if then is None else datetime.fromtimestamp(then, timezone.utc).isoformat(timespec="seconds")
 
 
 def show_plan(folder: Path, estimate: Estimate) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from early_exit_cli.cli.options import configured
+from early_exit_cli.cli.shared import load_libraries
 from early_exit_cli.errors import ConfigError, TargetMissedError
 from early_exit_cli.report import console, plots
 from early_exit_cli.resolve import Resolved
@@ -18,9 +19,13 @@ if TYPE_CHECKING:
     from early_exit_cli.engine import Engine
 
 
-@configured("bundle", "backbone", "data", "calibration")
+@configured(
+    *("bundle", "backbone", "data", "calibration"),
+    examples=("eexit calibrate --bundle runs/heads", "eexit calibrate --bundle runs/heads --assurance 0.8 --strict"),
+)
 def command(resolved: Resolved, as_json: bool) -> None:
     """Fit thresholds for each head and target accuracy on held-out text, and check them on other held-out text."""
+    load_libraries()
     from early_exit_cli.bundle.files import CALIBRATION_FILE
     from early_exit_cli.bundle.load import bundle_source, load_engine
     from early_exit_cli.calibration.calibrate import calibrate, calibration_json, calibration_record, save_calibration
@@ -56,7 +61,7 @@ def command(resolved: Resolved, as_json: bool) -> None:
         found = {"record": record, "faults": faults, "output_path": str(output), "pictures": [str(p) for p in pictures]}
         console.emit_json(calibration_json(result) | found | {"drafting": chances.model_dump()})
     else:
-        print_calibration(result, engine.blocks.num_blocks)
+        print_calibration(result, engine.blocks.num_blocks, config.calibration.verbose)
     print_warnings(result)
     print_files(output, pictures)
     if config.calibration.strict and faults:
@@ -112,32 +117,39 @@ def print_draft_chances(chances: DraftChances, as_json: bool) -> None:
         )
 
 
-def print_calibration(result: Calibration, depth: int) -> None:
-    """A table for each head, then how both rules kept their promises."""
+def print_calibration(result: Calibration, depth: int, verbose: bool) -> None:
+    """A table for each head, then how both rules kept their promises.
+
+    Args:
+        verbose: with the certainty of each number, and with the thresholds of the other rule.
+    """
     from early_exit_cli.calibration.calibrate import ENOUGH_CHECKED
     from early_exit_cli.calibration.intervals import SURE
 
     other: ThresholdRule = "independent" if result.rule == "conditional" else "conditional"
-    fitted = f"level,{result.metric} threshold,coverage,agreement,at least ({SURE:.0%}),tokens missing"
-    columns = f"{fitted},checked tokens,reached,{other} threshold,reached".split(",")
+    columns = f"level,{result.metric} threshold,coverage,agreement,on the second text".split(",")
+    if verbose:
+        columns += f"at least ({SURE:.0%}),tokens missing,checked tokens,{other} threshold,reached".split(",")
     for index, head in enumerate(result.heads):
         rows = []
         for key, cell in head.cells[result.rule].items():
             beside = head.cells[other][key]
-            rows.append(
-                (
-                    key,
-                    f"{cell.threshold:.4f}",
-                    f"{cell.coverage:.1%}",
-                    _share(cell.agreement) or "never exits",
-                    _share(cell.at_least),
+            row = [
+                key,
+                f"{cell.threshold:.4f}",
+                f"{cell.coverage:.1%}",
+                _share(cell.agreement) or "never exits",
+                _share(cell.reached) or "-",
+            ]
+            if verbose:
+                row += [
+                    _share(cell.at_least) or "-",
                     f"{cell.missing:,}",
                     f"{cell.checked_tokens:,}",
-                    _share(cell.reached) or "-",
                     f"{beside.threshold:.4f}",
                     _share(beside.reached) or "-",
-                )
-            )
+                ]
+            rows.append(row)
         title = f"head {index}, after {head.exit_layer} of {depth} blocks: agreement {head.agreement:.1%} over "
         console.table(f"{title}{head.samples:,} tokens", columns, rows, result=True)
     reached = f"cells that reached their level - {result.margin:g}"
@@ -157,17 +169,20 @@ def print_warnings(result: Calibration) -> None:
     """Levels that cannot be reached, and how many tokens are missing to be sure of the others."""
     from early_exit_cli.calibration.intervals import SURE
 
-    for level in result.levels:
-        missed = [str(head) for found, head, cell in result.cells() if found == level and not cell.reachable]
-        if missed:
-            console.warn(f"level {level:.2f} was not reached by head {', '.join(missed)}: it never exits there")
+    missed: dict[int, list[str]] = {}
+    for level, head, cell in result.cells():
+        if not cell.reachable:
+            missed.setdefault(head, []).append(f"{level:.2f}")
+    if missed:
+        levels = "; ".join(f"head {head}: {', '.join(own)}" for head, own in missed.items())
+        console.warn(f"levels out of reach, where a head never exits: {levels}")
     unsure = [(level, head, cell) for level, head, cell in result.cells() if cell.reachable and cell.missing]
     if unsure:
         level, head, cell = max(unsure, key=lambda entry: entry[2].missing)
         console.warn(
             f"too few exiting tokens to be {SURE:.0%} sure of a level - {result.margin:g}: "
             f"{len(unsure)} of {len(result.cells())} cells; most are missing at level {level:.2f}, head {head}: "
-            f"{cell.tokens:,} tokens are there, {cell.missing:,} more are needed"
+            f"{cell.tokens:,} tokens are there, {cell.missing:,} more are needed (--verbose shows all)"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from early_exit_cli.cli.options import configured
+from early_exit_cli.cli.shared import load_libraries
 from early_exit_cli.files.atomic import write_json
 from early_exit_cli.report import console
 from early_exit_cli.resolve import Resolved
@@ -14,9 +15,16 @@ if TYPE_CHECKING:
     from early_exit_cli.evaluation.agreement import Evaluation
 
 
-@configured("bundle", "backbone", "data", "evaluation")
+@configured(
+    *("bundle", "backbone", "data", "evaluation"),
+    examples=(
+        "eexit evaluate --bundle runs/heads",
+        "eexit evaluate --bundle runs/heads --dataset-name other.jsonl --output-path evaluation.json",
+    ),
+)
 def command(resolved: Resolved, as_json: bool) -> None:
     """Measure each head against the text and against the backbone, and say why drafts are not accepted."""
+    load_libraries()
     from early_exit_cli.bundle.load import bundle_source, load_engine
     from early_exit_cli.cli.shared import backbone_of_bundle, data_of_bundle, dataset_label, held_out_text
     from early_exit_cli.evaluation.agreement import evaluate
@@ -52,7 +60,7 @@ def print_scores(result: Evaluation, depth: int) -> None:
     rows = [
         (
             f"head {score.head_idx}",
-            score.layer_idx + 1,
+            score.exit_layer,
             f"{score.accuracy_vs_lm_head:.1%}",
             f"{score.top5_accuracy_vs_lm_head:.1%}",
             f"{score.accuracy:.1%}",

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from early_exit_cli.cli.options import configured
+from early_exit_cli.cli.shared import load_libraries
 from early_exit_cli.errors import BundleError, ConfigError
 from early_exit_cli.report import console
 from early_exit_cli.resolve import Resolved
 
 
-@configured("bundle", "backbone", "export")
+@configured(
+    *("export", "bundle", "backbone"),
+    examples=("eexit export --bundle runs/heads --output-dir runs/speculators", "eexit export --draft-tokens 5"),
+)
 def command(resolved: Resolved, as_json: bool) -> None:
     """Write a bundle's EAGLE head in a format that serving engines load."""
+    load_libraries()
     from early_exit_cli.bundle.load import load_engine
     from early_exit_cli.cli.shared import backbone_of_bundle
     from early_exit_cli.heads.export_speculators import export_eagle

@@ -14,7 +14,14 @@ if TYPE_CHECKING:
     from early_exit_cli.bundle.push import Bundle
 
 
-@configured("hub", "bundle", "push", argument="bundle.bundle")
+@configured(
+    *("hub", "bundle", "push"),
+    argument="bundle.bundle",
+    examples=(
+        "eexit push --repo-id ORG/NAME runs/heads --dry-run",
+        "eexit push --repo-id ORG/NAME runs/heads --private",
+    ),
+)
 def push(resolved: Resolved, as_json: bool) -> None:
     """Upload a bundle to the Hub, in one commit, with a model card made from its records."""
     from early_exit_cli.bundle.load import bundle_folder
@@ -48,7 +55,11 @@ def push(resolved: Resolved, as_json: bool) -> None:
         console.note(f"{config.hub.repo_id} holds this bundle already, in commit {result.commit}")
 
 
-@configured("hub", "pull", argument="hub.repo_id")
+@configured(
+    *("hub", "pull"),
+    argument="hub.repo_id",
+    examples=("eexit pull ORG/NAME", "eexit pull ORG/NAME --revision v2 --output-dir heads"),
+)
 def pull(resolved: Resolved, as_json: bool) -> None:
     """Download a bundle from the Hub."""
     from early_exit_cli.bundle.pull import copy_bundle
@@ -68,7 +79,14 @@ def pull(resolved: Resolved, as_json: bool) -> None:
     console.stream_text(f"{folder}\n")
 
 
-@configured("dssd", argument="dssd.folder")
+@configured(
+    "dssd",
+    argument="dssd.folder",
+    examples=(
+        "eexit import dssd-folder --output-dir heads",
+        "eexit import --folder dssd-folder --output-dir heads --json",
+    ),
+)
 def import_(resolved: Resolved, as_json: bool) -> None:
     """Make a bundle of heads that DSSD's own program trained."""
     from early_exit_cli.bundle.push import import_dssd

@@ -6,15 +6,19 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from early_exit_cli.cli import show
-from early_exit_cli.cli.job import Job, encode, warm_up
+from early_exit_cli.cli.job import Job, RecordFile, encode, warm_up
 from early_exit_cli.cli.many import answer_many
 from early_exit_cli.cli.options import configured
+from early_exit_cli.cli.shared import load_libraries
 from early_exit_cli.config import DYNAMIC_LENGTH, InferenceConfig
 from early_exit_cli.config_fields import is_unicode
 from early_exit_cli.errors import ConfigError, DataError
 from early_exit_cli.files.atomic import read_text, write_json
 from early_exit_cli.report import console
+from early_exit_cli.report.answer_text import AnswerWriter
+from early_exit_cli.report.status import paused
 from early_exit_cli.resolve import Resolved
+from early_exit_cli.steps import step
 
 if TYPE_CHECKING:
     from early_exit_cli.decoding.answer import Generation
@@ -25,7 +29,14 @@ MODE_KINDS = {"fixed_layerskip": "fixed", "dynamic_early_exit": "dynamic", "comp
 """Modes that say themselves how tokens are proposed, and the kind of drafter each means."""
 
 
-@configured("bundle", "backbone", "inference", "sampling")
+@configured(
+    *("inference", "sampling", "bundle", "backbone"),
+    argument="inference.prompt",
+    examples=(
+        'eexit infer "Why is the sky blue?"',
+        "eexit infer --mode compare --html answer.html < question.txt",
+    ),
+)
 def command(resolved: Resolved, as_json: bool) -> None:
     """Answer prompts."""
     settings = resolved.config.inference
@@ -37,7 +48,8 @@ def command(resolved: Resolved, as_json: bool) -> None:
         rows = prompt_rows(settings.prompts)[: settings.limit]
         answer_many(prepare(resolved, as_json), rows)
         return
-    prompt = read_prompt(settings)
+    with paused():
+        prompt = read_prompt(settings)
     job = prepare(resolved, as_json)
     ids = encode(job.engine, settings, prompt)
     answer = {"compare": answer_compare, "comprehensive": answer_comprehensive}.get(settings.mode, answer_one)
@@ -46,19 +58,22 @@ def command(resolved: Resolved, as_json: bool) -> None:
 
 def prepare(resolved: Resolved, as_json: bool) -> Job:
     """Load the model and make the drafter of the mode."""
+    load_libraries()
     from early_exit_cli.drafting.choose import make_drafter
     from early_exit_cli.sampling import make_chooser
 
     settings = resolved.config.inference
+    output = None if settings.output is None else RecordFile(settings.output)
     kind = drafter_kind(resolved)
     if kind == "all" and resolved.is_default("inference.read_heads"):
         settings = settings.model_copy(update={"read_heads": "all"})
     engine = load(resolved, kind)
     say_how_it_runs(engine)
+    check_level(resolved, engine)
     drafter, width = make_drafter(engine, settings, kind)
     say_what_is_not_read(engine, drafter)
     coloured = console.wants_colour(settings.color) and not as_json
-    return Job(engine, settings, drafter, make_chooser(resolved.config.sampling), width, as_json, coloured)
+    return Job(engine, settings, drafter, make_chooser(resolved.config.sampling), width, as_json, coloured, output)
 
 
 def check_combinations(resolved: Resolved) -> None:
@@ -84,6 +99,8 @@ def check_combinations(resolved: Resolved) -> None:
         faults.append("--batch takes many prompts; give them with --prompts")
     if settings.batch > 1 and settings.mode == "compare":
         faults.append("--mode compare times one answer at a time; leave --batch out")
+    if settings.system is not None and settings.raw:
+        faults.append("--system goes into the chat template, which --raw leaves out")
     if settings.prompts and settings.html:
         faults.append("--html shows one answer; give one prompt")
     if settings.lookup_corpus:
@@ -102,13 +119,14 @@ def check_combinations(resolved: Resolved) -> None:
 
 
 def drafter_kind(resolved: Resolved) -> str:
-    """The drafter that was named, or that the mode means: `adaptive` is early exit; without either it is `auto`."""
+    """The drafter that was named, or that the mode means: `adaptive` is early exit, in all others it is `auto`."""
     settings = resolved.config.inference
     if settings.mode in MODE_KINDS:
         return MODE_KINDS[settings.mode]
     if settings.mode == "full":
         return "none"
-    return settings.drafter or ("auto" if resolved.is_default("inference.mode") else "exit")
+    asked_for_exits = settings.mode == "adaptive_early_exit" and not resolved.is_default("inference.mode")
+    return settings.drafter or ("exit" if asked_for_exits else "auto")
 
 
 def require_one_prompt(settings: InferenceConfig) -> None:
@@ -138,7 +156,7 @@ def read_prompt(settings: InferenceConfig) -> str:
     if not is_unicode(prompt):
         raise DataError("the prompt is not UTF-8")
     if not prompt.strip():
-        raise ConfigError("the prompt is empty", hint='eexit infer --prompt "..."')
+        raise ConfigError("the prompt is empty", hint='eexit infer "..."')
     return prompt
 
 
@@ -151,7 +169,18 @@ def load(resolved: Resolved, kind: str) -> Engine:
     config = resolved.config
     if kind in HEADLESS and resolved.is_default("bundle.bundle") and not resolved.is_default("backbone.model_name"):
         return load_engine(config.backbone, None)
-    return load_engine(backbone_of_bundle(resolved), config.bundle, with_thresholds=kind not in ("none", "lookup"))
+    needed = kind not in ("none", "lookup") or not resolved.is_default("inference.accuracy_level")
+    return load_engine(backbone_of_bundle(resolved), config.bundle, with_thresholds=needed)
+
+
+def check_level(resolved: Resolved, engine: Engine) -> None:
+    """Refuse an accuracy level that was asked for and not calibrated, whoever drafts.
+
+    Raises:
+        ConfigError: with the levels there are.
+    """
+    if engine.thresholds is not None and not resolved.is_default("inference.accuracy_level"):
+        engine.thresholds.at(resolved.config.inference.accuracy_level)
 
 
 def say_how_it_runs(engine: Engine) -> None:
@@ -183,31 +212,43 @@ def say_what_is_not_read(engine: Engine, drafter: Drafter) -> None:
 
 
 def answer_one(job: Job, prompt: str, ids: list[int]) -> None:
-    """One prompt, one method, streamed."""
-    from early_exit_cli.decoding.answer import generate
+    """One prompt, one method, streamed. Interrupted, it says what there is."""
+    from early_exit_cli.decoding.answer import Interrupted, generate
     from early_exit_cli.decoding.records import trace_records
 
     settings = job.settings
-    result = generate(
-        job.engine,
-        job.request(ids),
-        job.drafter,
-        mode=job.drafter.name,
-        width=job.width,
-        trace=settings.trace is not None,
-        on_text=None if job.as_json else show.writer(job.coloured),
-    )
+    writer = AnswerWriter(job.coloured)
+    try:
+        result = generate(
+            job.engine,
+            job.request(ids),
+            job.drafter,
+            mode=job.drafter.name,
+            width=job.width,
+            trace=settings.trace is not None,
+            on_text=None if job.as_json else writer.write,
+        )
+    except Interrupted as interruption:
+        writer.end()
+        report_answer(job, interruption.generation)
+        raise
+    writer.end()
     if settings.trace:
         write_json(settings.trace, trace_records(job.engine, result, len(ids)))
-    if job.as_json:
-        console.emit_json({job.drafter.name: result.record()})
-    else:
-        console.stream_text("\n")
-        if job.coloured:
-            show.legend(result.stats)
-        else:
-            console.table("", ["", "value"], show.stats_rows(result.stats))
+    report_answer(job, result)
     write_page(job, prompt, ids, result, {job.drafter.name: result.record()})
+
+
+def report_answer(job: Job, result: Generation) -> None:
+    """The record, or the statistics below an answer that was streamed."""
+    record = {job.drafter.name: result.record()}
+    if job.output:
+        job.output.write(record)
+    if job.as_json:
+        console.emit_json(record)
+    else:
+        show.legend(result.stats, job.coloured)
+        console.table("", ["", ""], show.stats_rows(result))
 
 
 def answer_compare(job: Job, prompt: str, ids: list[int]) -> None:
@@ -216,15 +257,18 @@ def answer_compare(job: Job, prompt: str, ids: list[int]) -> None:
     from early_exit_cli.evaluation.compare import compare
 
     settings = job.settings
-    for warm in (job.drafter, NoDrafter()):
-        warm_up(job, ids, warm)
-    result = compare(job.engine, job.request(ids), job.drafter, width=job.width, repeats=settings.repeats)
+    with step("warming up"):
+        for warm in (job.drafter, NoDrafter()):
+            warm_up(job, ids, warm)
+    with step(f"answering {settings.repeats} times plainly and with drafts, in turns"):
+        result = compare(job.engine, job.request(ids), job.drafter, width=job.width, repeats=settings.repeats)
+    if job.output:
+        job.output.write(result.record())
     if job.as_json:
         console.emit_json(result.record())
     else:
         show.finished_answer(job.engine, result.drafted, job.coloured)
-        if job.coloured:
-            show.legend(result.drafted.stats)
+        show.legend(result.drafted.stats, job.coloured)
         show.comparison(result, job.title, settings.repeats)
     verdict = {"speedup": result.speedup, "identical": result.identical, "bit_exact": result.bit_exact}
     methods = {"full": result.full.record(), job.drafter.name: {**result.drafted.record(), **verdict}}
@@ -243,12 +287,13 @@ def answer_comprehensive(job: Job, prompt: str, ids: list[int]) -> None:
     best = max(
         (result.run for name, result in results.items() if name != "full"), key=lambda r: r.stats.tokens_per_second
     )
+    if job.output:
+        job.output.write(records)
     if job.as_json:
         console.emit_json(records)
     else:
         show.finished_answer(job.engine, best, job.coloured)
-        if job.coloured:
-            show.legend(best.stats)
+        show.legend(best.stats, job.coloured)
         show.all_methods(results, job.title, settings.repeats)
     write_page(job, prompt, ids, best, records)
 

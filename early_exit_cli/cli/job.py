@@ -1,12 +1,15 @@
-"""What `eexit infer` does with every prompt: the engine, the drafter and the settings, made once."""
+"""What `eexit infer` does with every prompt: the engine, the drafter and the settings, made once; and where answers go."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
 from early_exit_cli.config import InferenceConfig
+from early_exit_cli.errors import ConfigError
 
 if TYPE_CHECKING:
     from early_exit_cli.backbone.chat import Prompt
@@ -14,6 +17,28 @@ if TYPE_CHECKING:
     from early_exit_cli.drafting.drafter import Drafter
     from early_exit_cli.engine import Engine
     from early_exit_cli.sampling import Chooser
+
+
+class RecordFile:
+    """`--output`: records, a line each, written as they come. What a file held before stays until the first one.
+
+    Raises:
+        ConfigError: it cannot be written; told before anything is answered.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file: IO[str] | None = None
+        try:
+            path.open("a").close()
+        except OSError as error:
+            raise ConfigError(f"cannot write to {path}: {error.strerror}") from error
+
+    def write(self, record: dict[str, Any]) -> None:
+        """A further record, on the disk at once."""
+        self.file = self.file or self.path.open("w", encoding="utf-8")
+        self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self.file.flush()
 
 
 @dataclass(frozen=True)
@@ -27,12 +52,13 @@ class Job:
     width: int
     as_json: bool
     coloured: bool
+    output: RecordFile | None = None
 
     def request(self, ids: list[int]) -> Request:
         """What is asked for of a prompt's token ids."""
         from early_exit_cli.decoding.text import Request
 
-        return Request(ids, self.settings.max_tokens, self.chooser)
+        return Request(ids, self.settings.max_tokens, self.chooser, stop=tuple(self.settings.stop))
 
     @property
     def title(self) -> str:
@@ -47,7 +73,12 @@ class Job:
 
 
 def encode(engine: Engine, settings: InferenceConfig, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt, refused when it is empty or beyond the context."""
+    """Token ids of a prompt, behind what `--system` says unless it is a conversation that has a system turn; refused when
+    it is empty or beyond the context."""
+    if settings.system is not None:
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if all(turn["role"] != "system" for turn in turns):
+            prompt = [{"role": "system", "content": settings.system}, *turns]
     ids = engine.backbone.encode_prompt(prompt, raw=settings.raw)
     engine.check_length(len(ids), settings.max_tokens)
     return ids

@@ -1,7 +1,7 @@
 """Settings as flags: a command names its configuration sections and gets one option per field.
 
-`--max-steps` and `--max_steps` are the same option. An option that is not given stays out of the overrides, so that
-YAML and defaults below it count.
+`--max-steps` and `--max_steps` are the same option: names are read with dashes (`app.SPELLING`). An option that is not given
+stays out of the overrides, so that YAML and defaults below it count.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
+from early_exit_cli.config_fields import is_text_list
 from early_exit_cli.errors import ConfigError
 from early_exit_cli.report import console
+from early_exit_cli.report.status import status_line
 from early_exit_cli.resolve import Resolved, parse_yaml, resolve, sections
 
 Command = Callable[..., None]
@@ -32,39 +34,42 @@ SWEEPABLE = {
 """Settings of which one run may train several values: none of them changes the states that heads see."""
 
 ARGUMENT = "argument_"
-CONFIG = typer.Option("--config", help="YAML file with any part of the settings.", rich_help_panel="Settings")
+ALIAS = "alias_"
+CONFIG = typer.Option(
+    "--config", help="YAML file with any part of the settings.", metavar="FILE", rich_help_panel="Settings"
+)
 SET = typer.Option(
     "--set",
     help="Any setting by its dotted name: --set training.lr=2e-4. Repeatable. Training takes lists, a set of heads for "
-    "each value: --set heads.rank=[64,256].",
+    "each value: --set heads.rank=\\[64,256].",
+    metavar="SECTION.NAME=VALUE",
     rich_help_panel="Settings",
 )
-SHOW = typer.Option("--show-config", help="Print every setting with its origin, and stop.", rich_help_panel="Settings")
-JSON = typer.Option("--json", help="The result as JSON on stdout.", rich_help_panel="Output")
+SHOW = typer.Option(
+    "--show-config", help="Print every setting with its origin, and stop.", metavar="", rich_help_panel="Settings"
+)
+JSON = typer.Option("--json", help="The result as JSON on stdout.", metavar="", rich_help_panel="Output")
 
 
 def flag_names(name: str, field: FieldInfo) -> list[str]:
-    """All spellings of a field's flag, dashed first."""
+    """A field's flag with dashes, then its other names."""
     extra = field.json_schema_extra
     aliases = extra.get("aliases", []) if isinstance(extra, dict) else []
-    names = [f"--{name}", *aliases]  # type: ignore[misc]
-    return list(
-        dict.fromkeys(
-            s for n in names for s in ("--" + str(n)[2:].replace("_", "-"), "--" + str(n)[2:].replace("-", "_"))
-        )
-    )
+    return [f"--{name.replace('_', '-')}", *map(str, aliases)]  # type: ignore[arg-type]
 
 
-def option_type(annotation: Any) -> Any:
-    """The type Typer should parse; lists and choices arrive as text and are validated by the configuration."""
-    annotation = _bare(annotation)
+def option_type(field: FieldInfo) -> Any:
+    """The type Typer should parse; choices and lists of numbers and names arrive as text, which the configuration reads."""
+    annotation = _bare(field.annotation)
+    if is_text_list(field):
+        return list[str]
     return annotation if annotation in (str, int, float, bool, Path) else str
 
 
 def default_text(field: FieldInfo) -> str:
     """The default as a person writes it; nothing where the help says what happens without the flag."""
     default = field.get_default(call_default_factory=True)
-    if default is None or default is False:
+    if default is None or isinstance(default, bool):
         return ""
     return ",".join(map(str, default)) if isinstance(default, list) else str(default)
 
@@ -74,6 +79,8 @@ def kind_text(field: FieldInfo) -> str:
     annotation = _bare(field.annotation)
     if get_origin(annotation) is Literal:
         return "|".join(map(str, get_args(annotation)))
+    if is_text_list(field):
+        return "text"
     if get_origin(annotation) is list:
         return "list"
     return {bool: "", int: "number", float: "number", Path: "path"}.get(annotation, "text")
@@ -91,21 +98,27 @@ def _bare(annotation: Any) -> Any:
 
 
 def _help(field: FieldInfo) -> str:
+    """What a flag is for, its choices, and its default, as Typer's markup."""
     parts = [field.description or ""]
     if get_origin(_bare(field.annotation)) is Literal:
-        parts.append(f"[{kind_text(field)}]")
+        parts.append(f"[{kind_text(field).replace('|', ' | ')}]")
     if default_text(field):
         parts.append(f"(default: {default_text(field)})")
-    return " ".join(parts)
+    return " ".join(parts).replace("[", "\\[")
+
+
+def _metavar(field: FieldInfo) -> str:
+    """What a flag takes, in a word; an empty one for a switch."""
+    return "choice" if get_origin(_bare(field.annotation)) is Literal else kind_text(field)
 
 
 def configured(
-    *names: str, sweeps: bool = False, argument: str | None = None
+    *names: str, sweeps: bool = False, argument: str | None = None, examples: tuple[str, ...] = ()
 ) -> Callable[[Callable[..., None]], Command]:
     """Give a command the flags of the sections `names`; it is called with the `Resolved` settings.
 
     With `sweeps`, it is called with a list of them: `--set heads.rank=[64,256]` makes two. `argument` is a setting
-    (dotted) that may also be given without its flag.
+    (dotted) that may also be given without its flag. `examples` are shown below the command's help.
     """
 
     def decorate(function: Callable[..., None]) -> Command:
@@ -113,34 +126,26 @@ def configured(
         keys: dict[str, tuple[str, str]] = {}
         for section in names:
             for name, field in sections()[section].model_fields.items():
-                kind = option_type(field.annotation)
-                spellings = flag_names(name, field)
-                if kind is bool:
-                    spellings = [f"{s}/--no-{s[2:]}" for s in spellings[:1]] + spellings[1:]
-                option = typer.Option(
-                    *spellings,
-                    help=_help(field),
-                    show_default=False,
-                    rich_help_panel=f"{section.capitalize()}",
-                )
-                keys[name] = (f"{section}.{name}", flag_names(name, field)[0])
-                parameters.append(
-                    inspect.Parameter(
-                        name,
-                        inspect.Parameter.KEYWORD_ONLY,
-                        default=None,
-                        annotation=Annotated[kind | None, option],
-                    )
-                )
+                kind = option_type(field)
+                flag, *others = flag_names(name, field)
+                spellings = {name: [flag if kind is not bool else f"{flag}/--no-{flag[2:]}"], f"{ALIAS}{name}": others}
+                for parameter, spelled in spellings.items():
+                    if spelled:
+                        option = typer.Option(
+                            *spelled,
+                            help=_help(field),
+                            hidden=spelled is others,
+                            show_default=False,
+                            metavar=_metavar(field),
+                            rich_help_panel=section.capitalize(),
+                        )
+                        keys[parameter] = (f"{section}.{name}", flag)
+                        parameters.append(_keyword(parameter, kind, option))
         if argument is not None:
-            name = argument.split(".")[1]
+            section, name = argument.split(".")
+            given: Any = list[str] if is_text_list(sections()[section].model_fields[name]) else str
             shown = typer.Argument(metavar=name.upper(), help=f"The same as --{name}.".replace("_", "-"))
-            parameters.insert(
-                0,
-                inspect.Parameter(
-                    ARGUMENT, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, shown]
-                ),
-            )
+            parameters.insert(0, _keyword(ARGUMENT, given, shown))
         fixed: list[tuple[str, Any, Any]] = [
             ("config", Annotated[Path | None, CONFIG], None),
             ("set_", Annotated[list[str] | None, SET], None),
@@ -157,8 +162,8 @@ def configured(
             path, assignments, show = values.pop("config"), values.pop("set_"), values.pop("show_config")
             as_json = values.pop("json_")
             given = values.pop(ARGUMENT, None)
-            flags = {key: (values[name], flag) for name, (key, flag) in keys.items() if values[name] is not None}
-            if argument is not None and given is not None:
+            flags = {key: (values[name], flag) for name, (key, flag) in keys.items() if values[name] not in (None, [])}
+            if argument is not None and given not in (None, []):
                 if argument in flags:
                     raise ConfigError(f"{given!r} is given beside {flags[argument][1]} {flags[argument][0]!r}")
                 flags[argument] = (given, argument.split(".")[1].upper())
@@ -167,17 +172,23 @@ def configured(
             if show:
                 for resolved in variants:
                     show_settings(resolved, names, as_json)
-            elif sweeps:
-                function(variants, as_json)
-            else:
-                function(variants[0], as_json)
+                return
+            with status_line():
+                function(variants if sweeps else variants[0], as_json)
 
-        command.sections, command.argument = names, argument  # type: ignore[attr-defined]
+        command.sections, command.argument, command.examples = names, argument, examples  # type: ignore[attr-defined]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return command
 
     return decorate
+
+
+def _keyword(name: str, kind: Any, shown: Any) -> inspect.Parameter:
+    """A parameter that is None where nobody gives it."""
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, shown]
+    )
 
 
 def sweep(flags: dict[str, tuple[Any, str]], path: Path | None) -> list[Resolved]:

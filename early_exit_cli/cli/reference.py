@@ -23,9 +23,9 @@ ALWAYS = [
 
 
 def commands(tree: typer.Typer = app, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
-    """(name, help, function) of every command, those of groups with the group's name in front."""
+    """(name, help, function) of every command that is shown, those of groups with the group's name in front."""
     for entry in tree.registered_commands:
-        if entry.name and entry.callback:
+        if entry.name and entry.callback and not entry.hidden:
             yield f"{prefix}{entry.name}", entry.help or "", entry.callback
     for group in tree.registered_groups:
         if group.typer_instance and group.name:
@@ -38,16 +38,20 @@ def page(name: str, help: str, function: Any) -> str:
     parts = [
         f"# eexit {name}",
         help,
-        f"```bash\neexit {name}{argument} [OPTIONS]\n```",
+        "```bash\n" + "\n".join([f"eexit {name}{argument} [OPTIONS]", *function.examples]) + "\n```",
         "Made from the settings themselves (`make docs`). `--dashed-name` and `--underscored_name` are the same flag.",
     ]
     for section in function.sections:
         model = sections()[section]
         rows = []
         for field_name, field in model.model_fields.items():
-            flags = [flag for flag in flag_names(field_name, field) if "_" not in flag]
             rows.append(
-                (", ".join(f"`{flag}`" for flag in flags), kind_text(field), default_text(field), field.description)
+                (
+                    ", ".join(f"`{flag}`" for flag in flag_names(field_name, field)),
+                    kind_text(field),
+                    default_text(field),
+                    field.description,
+                )
             )
         parts.append(
             f"## {section}\n\n{(model.__doc__ or '').strip()}\n\n" + _table(["flag", "value", "default", ""], rows)

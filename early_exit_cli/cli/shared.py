@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 from early_exit_cli.config import BackboneConfig, DataConfig
 from early_exit_cli.report import console
 from early_exit_cli.resolve import Resolved
+from early_exit_cli.steps import step
 
 if TYPE_CHECKING:
     from early_exit_cli.backbone.backbone import Backbone
@@ -17,6 +19,13 @@ if TYPE_CHECKING:
     from early_exit_cli.data.packing import Batch
     from early_exit_cli.engine import Engine
     from early_exit_cli.files.schemas import RecordForm
+
+
+def load_libraries() -> None:
+    """PyTorch and transformers, which take seconds, before anything of ours imports them."""
+    with step("loading PyTorch"):
+        importlib.import_module("torch")
+        importlib.import_module("transformers")
 
 
 def backbone_of_bundle(resolved: Resolved) -> BackboneConfig:

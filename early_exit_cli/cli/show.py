@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,9 @@ from early_exit_cli.errors import EexitError
 from early_exit_cli.files.atomic import write_text
 from early_exit_cli.files.environment import versions
 from early_exit_cli.report import console
+from early_exit_cli.report.answer_text import AnswerWriter
 from early_exit_cli.report.html_page import render_page
+from early_exit_cli.report.numbers import ENDS, rate, share, verdict
 from early_exit_cli.report.palette import decider_of
 
 if TYPE_CHECKING:
@@ -20,32 +21,21 @@ if TYPE_CHECKING:
     from early_exit_cli.evaluation.comprehensive import MethodRun
 
 
-def writer(coloured: bool) -> Callable[[str, str], None]:
-    """What takes the pieces of an answer, and the drafter of each."""
-    return console.stream_coloured if coloured else lambda piece, decider: console.stream_text(piece)
-
-
 def finished_answer(engine: Engine, run: Generation, coloured: bool) -> None:
     """An answer that was not streamed."""
     from early_exit_cli.decoding.records import round_records
 
-    if coloured:
-        for step in round_records(engine, run, 0):
-            for token in step["tokens"]:
-                console.stream_coloured(token["text"], decider_of(token))
-    else:
-        console.stream_text(run.text)
-    console.stream_text("\n")
+    writer = AnswerWriter(coloured)
+    for step in round_records(engine, run, 0):
+        for token in step["tokens"]:
+            writer.write(token["text"], decider_of(token))
+    writer.end()
 
 
-def legend(stats: Stats) -> None:
-    """Tokens by drafter, and the statistics in a line."""
+def legend(stats: Stats, coloured: bool) -> None:
+    """Tokens by drafter, those that drafted any; the backbone's last."""
     backbone_last = sorted(stats.exit_distribution.items(), key=lambda item: item[0] == "full")
-    counts = {decider_name(name): count for name, count in backbone_last}
-    line = f"{stats.total_tokens_generated} tokens, {stats.tokens_per_second:.1f} tokens/s"
-    if stats.tokens_drafted:
-        line += f", accept length {stats.accept_length:.2f}, {share(stats.acceptance_rate)} of drafts accepted"
-    console.legend(counts, f"{line}, average exit layer {stats.average_exit_layer:.1f}")
+    console.legend({decider_name(name): count for name, count in backbone_last if count}, coloured)
 
 
 def decider_name(counted: str) -> str:
@@ -53,37 +43,41 @@ def decider_name(counted: str) -> str:
     return "backbone" if counted == "full" else f"head {counted}" if counted.isdigit() else counted
 
 
-def share(value: float | None) -> str:
-    """A share in percent, a dash for none."""
-    return "-" if value is None else f"{value:.1%}"
+def exits_drafted(stats: Stats) -> bool:
+    """Whether exit heads drafted any of the tokens: only then does an average exit layer say anything."""
+    return any(count for name, count in stats.exit_distribution.items() if name.isdigit())
 
 
-def distribution(stats: Stats) -> str:
-    """Tokens by drafter."""
-    return "  ".join(f"{decider_name(name)}: {count}" for name, count in stats.exit_distribution.items())
+def stats_rows(run: Generation, with_exits: bool | None = None) -> list[tuple[str, str]]:
+    """Statistics of one answer for a person.
 
-
-def stats_rows(stats: Stats) -> list[tuple[str, str]]:
-    """Statistics of one answer for a person."""
-    memory = [] if stats.peak_gpu_memory_gb is None else [("peak GPU memory", f"{stats.peak_gpu_memory_gb:.1f} GB")]
-    return [
+    Args:
+        with_exits: show the average exit layer; by default where exit heads drafted.
+    """
+    stats = run.stats
+    rows = [
         ("tokens", str(stats.total_tokens_generated)),
-        ("tokens/s", f"{stats.tokens_per_second:.1f}"),
-        ("time to first token", f"{stats.time_to_first_token_seconds * 1000:.0f} ms"),
+        ("ended", ENDS[run.finish_reason]),
+        ("tokens/s, whole answer", rate(stats.tokens_per_second)),
+        ("prompt tokens", f"{stats.prompt_tokens:,}"),
+        ("first token", f"{stats.time_to_first_token_seconds * 1000:,.0f} ms"),
+        ("prefill tokens/s", rate(stats.prefill_tokens_per_second)),
+        ("decode tokens/s", rate(stats.decode_tokens_per_second)),
         ("accept length", f"{stats.accept_length:.2f}"),
-        (
-            "drafted, accepted",
-            f"{stats.tokens_drafted}, {stats.tokens_accepted} ({share(stats.acceptance_rate)})",
-        ),
-        ("average exit layer", f"{stats.average_exit_layer:.1f}"),
-        ("tokens by drafter", distribution(stats)),
-        *memory,
+        ("drafted", str(stats.tokens_drafted)),
+        ("accepted", f"{stats.tokens_accepted} ({share(stats.acceptance_rate)})" if stats.tokens_drafted else "-"),
     ]
+    if exits_drafted(stats) if with_exits is None else with_exits:
+        rows.append(("average exit layer", f"{stats.average_exit_layer:.1f}"))
+    if stats.peak_gpu_memory_gb is not None:
+        rows.append(("peak GPU memory", f"{stats.peak_gpu_memory_gb:.1f} GB"))
+    return rows
 
 
 def comparison(result: Comparison, title: str, repeats: int) -> None:
     """Two methods in a table, and the verdict."""
-    full, drafted = dict(stats_rows(result.full.stats)), dict(stats_rows(result.drafted.stats))
+    with_exits = exits_drafted(result.drafted.stats)
+    full, drafted = (dict(stats_rows(run, with_exits)) for run in (result.full, result.drafted))
     console.table(title, ["", "full", result.drafted.stats.mode], [(name, full[name], drafted[name]) for name in full])
     same = "identical" if result.identical else f"DIFFERENT from token {result.first_difference}"
     bits = "bit-exact" if result.bit_exact else "not bit-exact"
@@ -106,7 +100,7 @@ def all_methods(results: dict[str, MethodRun], title: str, repeats: int) -> None
     rows = []
     for name, result in results.items():
         stats = result.run.stats
-        same = "bit-exact" if result.bit_exact else "same" if result.identical else "DIFFERENT"
+        drafted = (f"{decider_name(key)} {count}" for key, count in stats.exit_distribution.items() if count)
         rows.append(
             (
                 name,
@@ -115,15 +109,13 @@ def all_methods(results: dict[str, MethodRun], title: str, repeats: int) -> None
                 stats.tokens_drafted,
                 stats.tokens_accepted,
                 share(stats.acceptance_rate),
-                f"{stats.average_exit_layer:.1f}",
-                same,
-                "  ".join(f"{key}: {count}" for key, count in stats.exit_distribution.items()),
+                f"{stats.average_exit_layer:.1f}" if exits_drafted(stats) else "-",
+                verdict(result.identical, result.bit_exact),
+                ", ".join(drafted),
             )
         )
     console.table(title, columns, rows)
-    console.note(
-        f"median of {repeats} repeats, methods in turns; tokens by drafter: head numbers, full is the backbone"
-    )
+    console.note(f"median of {repeats} repeats, methods in turns")
 
 
 def write_page(

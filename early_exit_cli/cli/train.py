@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from early_exit_cli.cli.options import configured
+from early_exit_cli.cli.shared import load_libraries
 from early_exit_cli.config import Config
 from early_exit_cli.files.atomic import write_json
 from early_exit_cli.files.environment import run_record
+from early_exit_cli.files.forms import to_block_numbers, to_exit_layers
 from early_exit_cli.report import console
 from early_exit_cli.resolve import Resolved
 
@@ -17,9 +19,17 @@ if TYPE_CHECKING:
     from early_exit_cli.training.trainer import StepReport, TrainingResult
 
 
-@configured("backbone", "heads", "data", "cache", "training", sweeps=True)
+@configured(
+    *("training", "data", "heads", "backbone", "cache"),
+    sweeps=True,
+    examples=(
+        "eexit train --model-name ORG/NAME --dataset-name prompts.jsonl --on-policy --output-dir runs/heads",
+        "eexit train --mode offline --dataset-name text.jsonl --cache-gb 2 --set heads.rank=[64,256]",
+    ),
+)
 def command(variants: list[Resolved], as_json: bool) -> None:
     """Train exit heads on hidden states, of the running backbone or from a cache."""
+    load_libraries()
     from early_exit_cli.backbone.backbone import device_name
     from early_exit_cli.training.checkpoints import half_written_checkpoints
     from early_exit_cli.training.launch import check_launcher, check_tracker
@@ -54,10 +64,10 @@ def command(variants: list[Resolved], as_json: bool) -> None:
             record = run_record(variant.rows(), device_name(source.view.device), device=str(source.view.device))
             write_json(trainer.config.output_dir / "run.json", record)
     rank, world = first.place
-    kind = variants[0].config.heads.kind
+    kind, blocks = variants[0].config.heads.kind, to_block_numbers(source.exit_layers)
     console.note(
         f"{'an EAGLE head' if kind == 'eagle' else f'{len(first.student.parts)} {kind} heads'} after blocks "
-        f"{source.layers} of {source.view.num_blocks}; {source.sequences(rank, world):,} sequences"
+        f"{blocks} of {source.view.num_blocks}; {source.sequences(rank, world):,} sequences"
     )
     with console.progress("training", config.training.max_steps) as ticker:
 
@@ -103,21 +113,21 @@ def online_states(config: Config) -> StateSource:
     from early_exit_cli.backbone.load import load_backbone
     from early_exit_cli.cli.shared import load_text
     from early_exit_cli.data.rows import read_records
-    from early_exit_cli.heads.exit_heads import head_layers
+    from early_exit_cli.heads.exit_heads import exit_layers_of
     from early_exit_cli.hidden_states.live import BackboneStates
 
     read_records(config.data)  # refuse unreadable data before a model loads
     backbone = load_backbone(config.backbone)
-    layers = head_layers(config.heads, backbone.num_blocks)
+    exit_layers = exit_layers_of(config.heads, backbone.num_blocks)
     train, held_out = load_text(config.data, backbone)
-    return BackboneStates(backbone, layers, train, held_out, config.data, config.training)
+    return BackboneStates(backbone, exit_layers, train, held_out, config.data, config.training)
 
 
 def offline_states(resolved: Resolved) -> CachedStates | None:
     """The cache, extracted first where it is missing or too short; None when `max_steps` says that this is all."""
     from early_exit_cli.backbone.load import pick_device
     from early_exit_cli.cli.cache import find_or_extract
-    from early_exit_cli.heads.exit_heads import head_layers
+    from early_exit_cli.heads.exit_heads import exit_layers_of
     from early_exit_cli.hidden_states.cached import CachedStates
 
     config = resolved.config
@@ -125,7 +135,8 @@ def offline_states(resolved: Resolved) -> CachedStates | None:
     if config.training.max_steps == 0:
         console.note(f"extracted to {cache.folder}; --max-steps 0 trains nothing")
         return None
-    layers = config.heads.head_layer_indices
+    blocks = config.heads.head_layer_indices
+    exit_layers = None if blocks is None else to_exit_layers(blocks)
     if config.heads.kind == "eagle":
-        layers = head_layers(config.heads, cache.manifest.num_blocks)
-    return CachedStates(cache, layers, config.training, pick_device(config.backbone.device))
+        exit_layers = exit_layers_of(config.heads, cache.manifest.num_blocks)
+    return CachedStates(cache, exit_layers, config.training, pick_device(config.backbone.device))

@@ -16,6 +16,7 @@ from early_exit_cli.data.documents import Document, Progress
 from early_exit_cli.errors import BundleError
 from early_exit_cli.files.atomic import parse_json, sha256_of
 from early_exit_cli.files.environment import kept_path
+from early_exit_cli.files.kept import MADE_FROM
 from early_exit_cli.files.schemas import AnswerForm, require_form
 
 
@@ -39,6 +40,8 @@ def answer_prompts(
     path.parent.mkdir(parents=True, exist_ok=True)
     made = 0
     with open(path, "a", encoding="utf-8") as file:
+        if not file.tell():  # a line that is no answer: for people
+            file.write(json.dumps({MADE_FROM: ", ".join(filter(None, (backbone.name, config.dataset_name)))}) + "\n")
         together = 1 if config.answer_batch else groups_together(backbone)
         for number, is_greedy, chunk in _batches_to_answer(prompts, config, together):
             if all(index in answers for index in chunk):

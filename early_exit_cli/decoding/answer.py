@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 import time
 from collections.abc import Callable
@@ -13,15 +12,12 @@ import torch
 from torch import Tensor
 
 from early_exit_cli.decoding.loop import decode
-from early_exit_cli.decoding.text import Request, Round
+from early_exit_cli.decoding.text import FinishReason, Request, Round
+from early_exit_cli.decoding.text_stream import TextStream
 from early_exit_cli.drafting.drafter import Drafter
 from early_exit_cli.drafting.reasons import Exit, Reason, decider
 from early_exit_cli.engine import DEFAULT_WIDTH, Engine
 from early_exit_cli.numerics import synchronize
-
-REPLACEMENT = "\ufffd"
-BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
-"""How byte fallback names a byte."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +25,15 @@ class Stats:
     """Counts and times of one answer, named as formats of other programs name them."""
 
     mode: str
+    prompt_tokens: int
     total_tokens_generated: int
     total_time_seconds: float
     tokens_per_second: float
     time_to_first_token_seconds: float
+    prefill_tokens_per_second: float | None
+    """Tokens of the prompt over the time to the first token; none of a text that waited for others."""
+    decode_tokens_per_second: float | None
+    """Tokens after the first round over the time after it; none where nothing came after it."""
     draft_attempts: int
     tokens_drafted: int
     tokens_accepted: int
@@ -55,69 +56,30 @@ class Generation:
     stats: Stats
     rounds: list[Round]
     states: Tensor | None = None
+    stop: tuple[str, ...] = ()
+    """Texts that it was to stop at."""
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why the text ends; None of one that was interrupted."""
+        return self.rounds[-1].finish_reason
 
     def record(self) -> dict[str, Any]:
         """The answer as JSON."""
         return {
             "text": self.text,
             "token_ids": self.token_ids,
+            "finish_reason": self.finish_reason,
             "stats": asdict(self.stats),
         }
 
 
-class TextStream:
-    """Token ids to text, piece by piece; never half a character, and the pieces joined are the final text.
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C in the middle of an answer: what there is of it."""
 
-    A piece is what a token adds to the text of the tokens of the piece before it. It waits while a character may be
-    incomplete: where the text ends in U+FFFD, or in a byte token, since a decoder with byte fallback shows a run of
-    bytes as a whole. Bytes that are no text become U+FFFD, as the tokenizer decodes them.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        tokenizer = engine.backbone.tokenizer
-        self.decoder, self.known = tokenizer.backend_tokenizer, len(tokenizer)
-        added = self.decoder.get_added_tokens_decoder()
-        self.silent = {number for number, token in added.items() if token.special}
-        self.ids: list[int] = []
-        self.text = ""
-        self.window: list[int] = []
-        """Tokens of the last piece, and of the one to come."""
-        self.before = 0
-        """How many of the window's tokens are of the last piece."""
-        self.shown = ""
-        """Their text."""
-
-    def push(self, tokens: list[int]) -> str:
-        """Text that became certain with these tokens."""
-        self.ids += tokens
-        pieces = [
-            self._add(token) for token in tokens if token < self.known
-        ]  # padded vocabularies hold rows without one
-        self.text += "".join(pieces)
-        return "".join(pieces)
-
-    def _add(self, token: int) -> str:
-        self.window.append(token)
-        text = self._decoded(self.window)
-        may_go_on = token in self.silent or text.endswith(REPLACEMENT) or BYTE_TOKEN.fullmatch(self._name(token))
-        if may_go_on or len(text) <= len(self.shown):
-            return ""
-        piece = text[len(self.shown) :]
-        self.window = self.window[self.before :]
-        self.before, self.shown = len(self.window), self._decoded(self.window)
-        return piece
-
-    def finish(self) -> str:
-        """What is left; a character whose bytes never became complete is dropped."""
-        rest = self._decoded(self.window)[len(self.shown) :].rstrip(REPLACEMENT)
-        self.text += rest
-        return rest
-
-    def _decoded(self, ids: list[int]) -> str:
-        return self.decoder.decode(ids, skip_special_tokens=True)
-
-    def _name(self, token: int) -> str:
-        return self.decoder.id_to_token(token) or ""
+    def __init__(self, generation: Generation) -> None:
+        super().__init__()
+        self.generation = generation
 
 
 def generate(
@@ -139,35 +101,59 @@ def generate(
         on_text: called with each piece of text as its token is committed, and with who decided that token (a character
             of several tokens belongs to the last one).
         on_token: called with each committed token.
+
+    Raises:
+        Interrupted: Ctrl-C after the first token.
     """
-    stream = TextStream(engine)
+    stream = TextStream(engine, request.stop)
     rounds: list[Round] = []
     first_token = 0.0
     synchronize(engine.backbone.device)
     reason: Reason | None = None
     steps = decode(engine, request, drafter, width=width, keep_states=keep_states, trace=trace)
     started = time.perf_counter()
-    for step in steps:
-        rounds.append(step)
-        first_token = first_token or time.perf_counter() - started
-        for token, reason in zip(step.tokens, step.decided_by, strict=True):
-            piece = stream.push([token])
-            if on_token:
-                on_token(token)
-            if on_text and piece:
-                on_text(piece, decider(reason))
+    interrupted = False
+    try:
+        for step in steps:
+            rounds.append(step)
+            first_token = first_token or time.perf_counter() - started
+            for token, reason in zip(step.tokens, step.decided_by, strict=True):
+                piece = stream.push([token])
+                if on_token:
+                    on_token(token)
+                if on_text and piece:
+                    on_text(piece, decider(reason))
+    except KeyboardInterrupt:
+        if not rounds:
+            raise
+        interrupted = True
     synchronize(engine.backbone.device)
     seconds = time.perf_counter() - started
     rest = stream.finish()
     if on_text and rest:
         on_text(rest, decider(reason))
     states = torch.cat([step.states for step in rounds if step.states is not None]) if keep_states else None
-    stats = collect_stats(engine, mode, rounds, seconds, first_token)
-    return Generation(stream.text, stream.ids, stats, rounds, states)
+    stats = collect_stats(engine, mode, rounds, len(request.prompt_ids), seconds, first_token)
+    answer = Generation(stream.text, stream.ids, stats, rounds, states, request.stop)
+    if interrupted:
+        raise Interrupted(answer)
+    return answer
 
 
-def collect_stats(engine: Engine, mode: str, rounds: list[Round], seconds: float, first_token: float) -> Stats:
-    """The one place where tokens, drafts and exits are counted; committed tokens only."""
+def collect_stats(
+    engine: Engine,
+    mode: str,
+    rounds: list[Round],
+    prompt_tokens: int,
+    seconds: float,
+    first_token: float,
+    waited: bool = False,
+) -> Stats:
+    """The one place where tokens, drafts and exits are counted; committed tokens only.
+
+    Args:
+        first_token: seconds until the first round was over. waited: they hold the time of other texts.
+    """
     tokens = sum(len(step.tokens) for step in rounds)
     drafted = sum(step.drafted for step in rounds)
     accepted = sum(step.accepted for step in rounds)
@@ -181,12 +167,16 @@ def collect_stats(engine: Engine, mode: str, rounds: list[Round], seconds: float
         name = "full" if reason is None else str(reason.head) if isinstance(reason, Exit) else reason.decider
         distribution[name] = distribution.get(name, 0) + 1
         layers += depth if reason is None else reason.exit_layer if isinstance(reason, Exit) else 0
+    later = tokens - len(rounds[0].tokens)
     return Stats(
         mode=mode,
+        prompt_tokens=prompt_tokens,
         total_tokens_generated=tokens,
         total_time_seconds=seconds,
         tokens_per_second=tokens / seconds,
         time_to_first_token_seconds=first_token,
+        prefill_tokens_per_second=None if waited or not first_token else prompt_tokens / first_token,
+        decode_tokens_per_second=later / (seconds - first_token) if later else None,
         draft_attempts=attempts,
         tokens_drafted=drafted,
         tokens_accepted=accepted,

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from early_exit_cli.decoding.answer import Generation, TextStream, collect_stats
+from early_exit_cli.decoding.answer import Generation, collect_stats
 from early_exit_cli.decoding.loop import states_after
 from early_exit_cli.decoding.text import Request, Round, Text, Verified
+from early_exit_cli.decoding.text_stream import TextStream
 from early_exit_cli.drafting.drafter import Draft, Drafter
 from early_exit_cli.engine import Engine
 from early_exit_cli.numerics import synchronize
@@ -30,33 +31,33 @@ def generate_batch(
     mode: str,
     batch: int,
     width: int,
-    on_end: Callable[[int], None] | None = None,
+    on_end: Callable[[int, Generation], None] | None = None,
 ) -> list[Generation]:
     """`decode_batch` to the end. A text's seconds count from the start of all, so they hold its wait.
 
     Args:
-        on_end: called with the number of texts that have ended.
+        on_end: called with the number of each request whose text has ended, and its answer.
     """
-    streams = [TextStream(engine) for _ in requests]
+    streams = [TextStream(engine, request.stop) for request in requests]
     rounds: list[list[Round]] = [[] for _ in requests]
     first: list[float] = [0.0] * len(requests)
-    last: list[float] = [0.0] * len(requests)
+    answers: list[Generation | None] = [None] * len(requests)
     synchronize(engine.backbone.device)
     started = time.perf_counter()
-    ended = 0
     for number, step, is_last in decode_batch(engine, requests, drafter, batch=batch, width=width):
-        last[number] = time.perf_counter() - started
-        first[number] = first[number] or last[number]
+        seconds = time.perf_counter() - started
+        first[number] = first[number] or seconds
         rounds[number].append(step)
-        streams[number].push(step.tokens)
-        ended += is_last
-        if is_last and on_end:
-            on_end(ended)
-    results = []
-    for stream, own, seconds, first_token in zip(streams, rounds, last, first, strict=True):
-        stream.finish()
-        results.append(Generation(stream.text, stream.ids, collect_stats(engine, mode, own, seconds, first_token), own))
-    return results
+        stream = streams[number]
+        stream.push(step.tokens)
+        if is_last:
+            stream.finish()
+            request, own = requests[number], rounds[number]
+            stats = collect_stats(engine, mode, own, len(request.prompt_ids), seconds, first[number], waited=True)
+            answer = answers[number] = Generation(stream.text, stream.ids, stats, own, stop=request.stop)
+            if on_end:
+                on_end(number, answer)
+    return [answer for answer in answers if answer is not None]
 
 
 def decode_batch(

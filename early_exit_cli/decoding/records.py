@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from early_exit_cli.decoding.answer import Generation, TextStream
+from early_exit_cli.decoding.answer import Generation
 from early_exit_cli.decoding.head_trace import TracedHead
+from early_exit_cli.decoding.text_stream import TextStream
 from early_exit_cli.drafting.reasons import Exit, Reason, decider
 from early_exit_cli.engine import Engine
 
@@ -16,7 +17,7 @@ def round_records(engine: Engine, generation: Generation, prompt_length: int) ->
 
     A committed token's `text` is what became certain with it: joined, they are the text of the answer.
     """
-    stream = TextStream(engine)
+    stream = TextStream(engine, generation.stop)
     records: list[dict[str, Any]] = []
     position = prompt_length
     for step in generation.rounds:

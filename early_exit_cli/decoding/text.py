@@ -10,16 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from itertools import zip_longest
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from early_exit_cli.decoding.head_trace import HeadViews, TracedHead
+from early_exit_cli.decoding.text_stream import TextStream
 from early_exit_cli.drafting.drafter import Draft, Drafter, show
 from early_exit_cli.drafting.reasons import Reason
 from early_exit_cli.engine import Engine
 from early_exit_cli.sampling import GREEDY, Chooser
 
+FinishReason = Literal["stop", "length"]
+"""Why a text ends: with a stop token or a rule, or at its limit."""
 StopsAfter = Callable[[int], bool]
 """Asked once for every committed token, in order: does the text end with it?"""
 
@@ -30,13 +34,15 @@ class Request:
 
     prompt_ids: token ids, at least one. max_new_tokens: the limit. chooser: how the backbone's choices follow from its
     logits; it holds the text's state, so a request has one of its own unless it is greedy. stop_ids: tokens that end
-    the text; the backbone's by default. stops_after: a further rule that ends it.
+    the text; the backbone's by default. stop: texts that end it; the answer goes up to the first. stops_after: a further
+    rule that ends it.
     """
 
     prompt_ids: list[int]
     max_new_tokens: int
     chooser: Chooser = GREEDY
     stop_ids: Container[int] | None = None
+    stop: tuple[str, ...] = ()
     stops_after: StopsAfter | None = None
 
 
@@ -62,7 +68,7 @@ class Round:
     tokens: committed, the first `accepted` of them drafted. drafted: how many were proposed. decided_by: why each token
     was drafted, None where the backbone decided. states: [len(tokens), hidden], the final normed state that decided each
     token, when asked for. traced: what every head says of each committed token, when traced. rejected: the proposals
-    from the first one on that the backbone did not choose, and why each was made.
+    from the first one on that the backbone did not choose, and why each was made. finish_reason: of the last round.
     """
 
     tokens: list[int]
@@ -72,6 +78,7 @@ class Round:
     states: Tensor | None = None
     traced: list[list[TracedHead]] = field(default_factory=list)
     rejected: list[tuple[int, Reason | None]] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
 
 
 class Text:
@@ -87,9 +94,9 @@ class Text:
     def __init__(self, engine: Engine, request: Request, drafter: Drafter, trace: bool = False) -> None:
         self.engine, self.drafter, self.chooser = engine, drafter, request.chooser
         self.stops = engine.backbone.eos_token_ids if request.stop_ids is None else request.stop_ids
-        self.stops_after = request.stops_after
+        self.stops_after = rule_of(engine, request)
         self.remaining = request.max_new_tokens
-        self.ended = False
+        self.finish_reason: FinishReason | None = None
         prompt_ids = request.prompt_ids
         self.pending = prompt_ids[-1] if prompt_ids else 0
         with torch.inference_mode():
@@ -100,6 +107,11 @@ class Text:
             self.exit_layers = sorted({*drafter.exit_layers, *(self.views.exit_layers if self.views else ())})
             on_states = self.process if self.exit_layers else None
             self.cache = engine.prefill(prompt_ids, request.max_new_tokens, self.exit_layers, on_states)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last round was the text's last."""
+        return self.finish_reason is not None
 
     def process(self, tokens: list[int], states: list[Tensor]) -> None:
         """Show verified positions to those who look: states after `exit_layers`, and the final normed one."""
@@ -115,7 +127,8 @@ class Text:
     def commit(self, draft: Draft, verified: Verified, keep_states: bool) -> Round:
         """Take over the drafted tokens that the backbone chose too, and its own next one."""
         matched = accepted_length(draft.tokens, verified.choices)
-        tokens, self.ended = cut_at_stop(verified.choices[: matched + 1], self.stops, self.remaining, self.stops_after)
+        choices = verified.choices[: matched + 1]
+        tokens, self.finish_reason = cut_at_stop(choices, self.stops, self.remaining, self.stops_after)
         count, accepted = len(tokens), min(matched, len(tokens))
         self.cache.length += count
         self.pending = tokens[-1]
@@ -132,6 +145,7 @@ class Text:
             states=verified.states[:count].clone() if keep_states else None,
             traced=verified.traced[:count],
             rejected=list(zip_longest(draft.tokens[matched:], draft.reasons[matched:])),
+            finish_reason=self.finish_reason,
         )
 
 
@@ -143,14 +157,29 @@ def accepted_length(draft: list[int], choices: list[int]) -> int:
     return length
 
 
+def rule_of(engine: Engine, request: Request) -> StopsAfter | None:
+    """What ends a text besides its stop tokens: the request's rule, and the texts it is to stop at."""
+    rule = request.stops_after
+    if not request.stop:
+        return rule
+    stream = TextStream(engine, request.stop)
+
+    def stops_after(token: int) -> bool:
+        asked = rule is not None and rule(token)
+        stream.push([token])
+        return asked or stream.stopped
+
+    return stops_after
+
+
 def cut_at_stop(
     tokens: list[int], stop_ids: Container[int], remaining: int, stops_after: StopsAfter | None = None
-) -> tuple[list[int], bool]:
+) -> tuple[list[int], FinishReason | None]:
     """The stop rule: up to and with the first stop token or the first one that `stops_after` ends the text after, at
-    most `remaining`; and whether the text ends here."""
+    most `remaining`; and why the text ends here, if it does."""
     tokens = tokens[:remaining]
     for place, token in enumerate(tokens):
         asked = stops_after is not None and stops_after(token)
         if asked or token in stop_ids:
-            return tokens[: place + 1], True
-    return tokens, len(tokens) == remaining
+            return tokens[: place + 1], "stop"
+    return tokens, "length" if len(tokens) == remaining else None

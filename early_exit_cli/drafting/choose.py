@@ -58,7 +58,8 @@ def expected_rate(
 
 
 def choose_heads(engine: Engine, level: float, width: int, costs: Costs | None = None) -> list[int]:
-    """The heads to read at a level on this device; none when no set is expected to beat plain decoding.
+    """The heads to read at a level on this device; none when no set is expected to beat plain decoding by more than the
+    costs may be wrong, those of drafting one way and those of plain decoding the other.
 
     A bundle whose calibration counted no sets (one made elsewhere) has all its heads read.
     """
@@ -71,7 +72,7 @@ def choose_heads(engine: Engine, level: float, width: int, costs: Costs | None =
     widths = [w for w in engine.blocks.widths if w <= max(width, min(engine.blocks.widths))]
     widths = widths if widths[-1] >= width else [*widths, engine.blocks.pass_width(width)]
     costs = costs or cost_table(engine)
-    best, best_rate = [], NEED / costs.plain(engine.blocks.num_blocks, min(widths))
+    best, best_rate = [], NEED * (1 + 2 * costs.error) / costs.plain(engine.blocks.num_blocks, min(widths))
     for choice in counted:
         rate = expected_rate(costs, choice, engine.heads.exit_layers, engine.blocks.num_blocks, widths, width)
         if rate > best_rate:

@@ -3,7 +3,7 @@
 `NoDrafter` never proposes, which makes the decoding loop plain decoding. `ExitDrafter` is early exit: it runs a token to
 the first exit layer, reads its head, exits when the head's entropy is below its threshold, and otherwise goes on to the
 next head; when no head exits, drafting ends and the round is verified. `FixedDrafter` lets one head draft everything.
-`lookup.LookupDrafter` drafts from the text, `eagle_drafter.EagleDrafter` rolls forward from verified states.
+`lookup.LookupDrafter` drafts from the text, `eagle.EagleDrafter` rolls forward from verified states.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from early_exit_cli.drafting.reasons import Reason
-from early_exit_cli.drafting.round_costs import RoundTimes
 from early_exit_cli.engine import Engine, Row
 from early_exit_cli.runtime.kv_cache import KVCache
+from early_exit_cli.runtime.round_times import RoundTimes
 from early_exit_cli.sampling import GREEDY, Chooser
 
 
@@ -55,7 +55,6 @@ class Drafter(ABC):
     def bind(self, engine: Engine) -> None:
         """The model that the next text is decoded by; called before `exit_layers` is asked for."""
         if engine.backbone.device.type == "cuda":
-            engine.round_times = engine.round_times or RoundTimes()
             self.times = engine.round_times
 
     def begin(self, prompt_ids: list[int], chooser: Chooser = GREEDY) -> None:

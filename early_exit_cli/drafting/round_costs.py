@@ -1,47 +1,14 @@
-"""What a round costs one text: its share of a pass, and what rounds take beyond their measured parts."""
+"""What a round costs one text: its share of a pass."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
-from statistics import median
 
 from early_exit_cli.runtime.blocks import LARGEST_WIDTH
 
 NEED = 1.03
 """A draft must be expected to beat plain decoding by this factor: what the models of its worth leave out (exits come in
 runs, they are taken as independent) is of this size, and ties should fall to the simpler side."""
-
-
-class RoundTimes:
-    """How much longer rounds take than their parts were measured to, by who drafted; "" where nobody did.
-
-    On a GPU a round is also what the host does between two waits for it, which no measurement of a part holds: learned as
-    rounds run, the median of the last ones.
-    """
-
-    KEPT = 9
-    NEEDED = 3
-    """Rounds without a draft that come first in a process, and rounds after which a drafter is judged."""
-
-    def __init__(self) -> None:
-        self.beyond: dict[str, deque[float]] = {}
-
-    def observe(self, kind: str, milliseconds: float, expected: float) -> None:
-        """A round is over that was expected to take `expected` milliseconds."""
-        self.beyond.setdefault(kind, deque(maxlen=self.KEPT)).append(milliseconds - expected)
-
-    @property
-    def knows_plain(self) -> bool:
-        """Whether enough rounds without a draft were seen to compare with."""
-        return len(self.beyond.get("", ())) >= self.NEEDED
-
-    def extra(self, kind: str) -> float:
-        """Milliseconds to add to what a draft costs, in steps of 0.01; 0 until enough is known."""
-        found = self.beyond.get(kind, ())
-        if not self.knows_plain or len(found) < self.NEEDED:
-            return 0.0
-        return round(max(0.0, median(found) - median(self.beyond[""])), 2)
 
 
 def share_of_pass(pass_cost: Callable[[int], float], rows: int, batch_size: int) -> float:

@@ -13,6 +13,7 @@ from early_exit_cli.calibration.head_outputs import HeadOutputs, read_batches
 from early_exit_cli.data.packing import Batch
 from early_exit_cli.engine import Engine, default_width, require_heads
 from early_exit_cli.evaluation.acceptance import Acceptance, explain_acceptance
+from early_exit_cli.files.forms import to_block_numbers
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class HeadScore:
     top5_accuracy: float
     accuracy_vs_lm_head: float
     top5_accuracy_vs_lm_head: float
+
+    @property
+    def exit_layer(self) -> int:
+        """Number of blocks run before it."""
+        return self.layer_idx + 1
 
 
 @dataclass(frozen=True)
@@ -100,8 +106,8 @@ def evaluate(
             "top5_accuracy": int((all_of.backbone_top5 == targets[:, None]).any(-1).sum()) / total,
         },
         auxiliary_heads=[
-            HeadScore(index, layer, row[0], total, *(count / total for count in row))
-            for index, (layer, row) in enumerate(zip(heads.layers, hits.tolist(), strict=True))
+            HeadScore(index, block, row[0], total, *(count / total for count in row))
+            for index, (block, row) in enumerate(zip(to_block_numbers(heads.exit_layers), hits.tolist(), strict=True))
         ],
         agreement_by=agreement_by(all_of, sources),
         acceptance=None

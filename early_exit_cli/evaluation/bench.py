@@ -63,10 +63,13 @@ def run_bench(
     setup: Setup,
     prompts: list[dict[str, Any]],
     encode: Callable[[str], list[int]],
-    on_answer: Callable[[int, str], None] | None = None,
+    on_progress: Callable[[int, str], None] | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]]]:
     """Measure. Records are written to `output_dir/records.jsonl` as they come, and again at the end with their
     differences from `full`.
+
+    Args:
+        on_progress: called with the number of answers there are and what has made the last one; 0 while methods load.
 
     Returns:
         (a record per prompt, method and repeat; load and warm-up seconds per method).
@@ -83,8 +86,12 @@ def run_bench(
     config.output_dir.mkdir(parents=True, exist_ok=True)
     try:
         for name in config.methods:  # one after another, so that loading does not disturb a warm-up
+            if on_progress:
+                on_progress(0, f"loading {name}")
             workers[name] = Worker(name, setup)
             costs[name] = workers[name].ready()
+        if on_progress:
+            on_progress(0, "")
         with open(config.output_dir / "records.jsonl", "w", encoding="utf-8") as file:
             for repeat in range(config.repeats):
                 for number, prompt in enumerate(prompts):
@@ -104,8 +111,8 @@ def run_bench(
                         records.append(record)
                         file.write(json.dumps(record) + "\n")
                         file.flush()
-                        if on_answer:
-                            on_answer(len(records), name)
+                        if on_progress:
+                            on_progress(len(records), name)
         encoded = [encode(prompt["prompt"]) for prompt in prompts]
         compare_with_baseline(records, lambda p, tokens: workers[BASELINE].top2_gap(encoded[p] + tokens))
         write_lines(config.output_dir / "records.jsonl", records)
@@ -216,12 +223,26 @@ def _figures(records: list[dict[str, Any]], config: BenchConfig) -> dict[str, di
             "identical_to_own_plain": _identical(prompts, plain) if name in PLAIN_OF and plain else None,
             "bit_exact_prompts": _bit_exact(prompts, runs[BASELINE]) if name not in PEERS else None,
             "prompts": len(prompts),
+            **_stage_rates(prompts),
             "ttft_s": statistics.median(firsts) if firsts else None,
             "partly_rejected_drafts": sum(rows[0]["partly_rejected"] or 0 for rows in prompts.values()),
             "drafted": sum(rows[0]["drafted"] or 0 for rows in prompts.values()),
             "accepted": sum(rows[0]["accepted"] or 0 for rows in prompts.values()),
         }
     return figures
+
+
+def _stage_rates(prompts: dict[int, list[dict[str, Any]]]) -> dict[str, float | None]:
+    """Tokens of the prompts over the time to the first new ones, and tokens after those over the time after them."""
+    rows = [row for repeats in prompts.values() for row in repeats]
+    if not all(row["first_token_seconds"] for row in rows):
+        return {"prefill_tokens_per_second": None, "decode_tokens_per_second": None}
+    first = sum(row["first_token_seconds"] for row in rows)
+    later = sum(len(row["token_ids"]) - row["first_tokens"] for row in rows)
+    return {
+        "prefill_tokens_per_second": sum(row["prompt_tokens"] for row in rows) / first,
+        "decode_tokens_per_second": later / (sum(row["seconds"] for row in rows) - first) if later else None,
+    }
 
 
 def _tokens_per_second(prompts: dict[int, list[dict[str, Any]]]) -> float:

@@ -29,11 +29,13 @@ LLAMA_CONTEXT = 4096
 
 @dataclass(frozen=True)
 class Answer:
-    """One timed answer: new token ids, seconds in all and to the first token; our own counts where there are any."""
+    """One timed answer: new token ids, seconds in all and to the first tokens, and how many came then; our own counts where
+    there are any."""
 
     token_ids: list[int]
     seconds: float
     first_token_seconds: float | None
+    first_tokens: int = 1
     accept_length: float | None = None
     drafted: int | None = None
     accepted: int | None = None
@@ -117,6 +119,7 @@ class _Ours:
             run.token_ids,
             run.stats.total_time_seconds,
             run.stats.time_to_first_token_seconds,
+            len(run.rounds[0].tokens),
             run.stats.accept_length,
             run.stats.tokens_drafted,
             run.stats.tokens_accepted,
@@ -157,8 +160,8 @@ class _Transformers:
         if kind == "transformers-lookup":
             self.options["prompt_lookup_num_tokens"] = LOOKUP_TOKENS
         if kind == "transformers-early-exit":
-            first = read_bundle_config(bundle_folder(setup.bundle)).head_layer_indices[0]
-            self.options["assistant_early_exit"] = first + 1
+            heads = read_bundle_config(bundle_folder(setup.bundle))
+            self.options["assistant_early_exit"] = heads.exit_layers[0]
 
     def answer(self, prompt_ids: list[int], max_tokens: int) -> Answer:
         import torch

@@ -14,27 +14,36 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import platformdirs
+
 from early_exit_cli import __version__
 
 RECORDED_PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "datasets", "safetensors")
 
 
 def user_cache_dir() -> Path:
-    """Where converted models, on-policy answers and measurements are kept: `EEXIT_HOME`, else `~/.cache/eexit`.
+    """Where converted models, on-policy answers and measurements are kept: `EEXIT_HOME`, else the system's own place."""
+    return cache_place()[0]
 
-    Where there is no home, as for an unknown user in a container, it is a folder of this process alone.
+
+def cache_place() -> tuple[Path, str]:
+    """The user's cache folder, and what says so.
+
+    By default it is `eexit` among the system's caches: `XDG_CACHE_HOME` or `~/.cache` on Linux, `~/Library/Caches` on macOS,
+    `%LOCALAPPDATA%` on Windows. Where there is no home, as for an unknown user in a container, it is a folder of this
+    process alone.
     """
     root = os.environ.get("EEXIT_HOME")
     if root:
-        return Path(root).expanduser()
-    caches = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if caches.is_absolute():  # the specification says to ignore any other
-        return caches / "eexit"
+        return Path(root).expanduser(), "EEXIT_HOME"
     try:
-        home = Path.home()
+        found = platformdirs.user_cache_path("eexit", appauthor=False)
     except RuntimeError:
-        home = Path()
-    return home / ".cache" / "eexit" if home.is_absolute() else _folder_of_process()
+        found = Path()
+    if not found.is_absolute():
+        return _folder_of_process(), "of this process alone: there is no home folder"
+    caches = os.environ.get("XDG_CACHE_HOME")
+    return found, "XDG_CACHE_HOME" if caches and found.is_relative_to(caches) else "default"
 
 
 def kept_path(*parts: str) -> Path:
@@ -47,11 +56,34 @@ def kept_path(*parts: str) -> Path:
     return path if path.exists() or _can_write(user_cache_dir()) else _folder_of_process().joinpath(*parts)
 
 
+def from_home(path: Path | str) -> str:
+    """A path as a person writes it, the home folder as `~`; other text as it is."""
+    try:
+        home = str(Path.home())
+    except RuntimeError:
+        return str(path)
+    whole = str(path)
+    return f"~{whole[len(home) :]}" if whole == home or whole.startswith(home + os.sep) else whole
+
+
 def unsaved() -> str | None:
     """What to tell a person where this process could keep nothing; None where it could, or had nothing to keep."""
     if not _folder_of_process.cache_info().currsize:
         return None
     return "nothing was kept for the next time: there is no cache folder that can be written; name one with EEXIT_HOME"
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether this user may write into a folder, or make it; it is not made."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK)
+
+
+def keeps_nothing() -> bool:
+    """Whether nobody has a home here: all that is written to the user's cache folder goes with this process."""
+    folder = user_cache_dir()
+    return bool(_folder_of_process.cache_info().currsize) and folder == _folder_of_process()
 
 
 @functools.cache
@@ -85,15 +117,25 @@ def versions() -> dict[str, str]:
 
 def processor_name() -> str:
     """The processor as the system names it, with its core count."""
-    name = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-                break
-    except OSError:
-        pass
+    name = _processor().get("model name") or platform.processor() or platform.machine()
     return f"{name}, {os.cpu_count()} cores"
+
+
+def processor_flags() -> frozenset[str] | None:
+    """The processor's instruction sets, as Linux calls them; None where it does not say."""
+    flags = _processor().get("flags")
+    return None if flags is None else frozenset(flags.split())
+
+
+@functools.cache
+def _processor() -> dict[str, str]:
+    """What Linux says of its first processor; nothing on other systems. py-cpuinfo knows those, but takes a second."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def commit() -> str | None:

@@ -7,6 +7,7 @@ whoever changes a file changes the JSON itself, so that they stay.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -37,3 +38,16 @@ def require_ascending(numbers: list[int], below: int, what: str) -> None:
     """Refuse numbers that do not rise, or that are not all between 0 and `below` - 1."""
     if any(b <= a for a, b in itertools.pairwise(numbers)) or (numbers and not 0 <= numbers[0] <= numbers[-1] < below):
         raise ValueError(f"{what} must be ascending, between 0 and {below - 1}")
+
+
+def to_exit_layers(blocks: Sequence[int]) -> list[int]:
+    """Exit layers, which are numbers of blocks run, from 0-based numbers of the blocks whose output is read.
+
+    Files and settings name blocks, as DSSD does; the program counts in exit layers.
+    """
+    return [block + 1 for block in blocks]
+
+
+def to_block_numbers(exit_layers: Sequence[int]) -> list[int]:
+    """What files and settings say of exit layers: the inverse of `to_exit_layers`."""
+    return [layer - 1 for layer in exit_layers]

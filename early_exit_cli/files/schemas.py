@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from early_exit_cli.config import DataConfig, Quantization, UncertaintyMetric
 from early_exit_cli.errors import BundleError, EexitError, shown
 from early_exit_cli.files.atomic import read_json
-from early_exit_cli.files.forms import Absent, Count, Form, Name, Positive, Share, require_ascending
+from early_exit_cli.files.forms import Absent, Count, Form, Name, Positive, Share, require_ascending, to_exit_layers
 
 FORMAT_VERSION = 1
 """Of bundles and of caches."""
@@ -51,16 +51,21 @@ class BundleForm(Form):
     training_config: TrainingSettings | None = None
 
     @property
+    def exit_layers(self) -> list[int]:
+        """Numbers of blocks run before each head."""
+        return to_exit_layers(self.head_layer_indices)
+
+    @property
     def declared(self) -> dict[str, Any]:
         """The keys `DECLARED` and their values."""
         return {key: getattr(self, key) for key in DECLARED}
 
     @model_validator(mode="after")
-    def _layers_fit(self) -> BundleForm:
-        layers = self.head_layer_indices
-        if len(layers) != self.num_heads:
-            raise ValueError(f"num_heads is {self.num_heads}, but head_layer_indices names {len(layers)} blocks")
-        require_ascending(layers, self.num_hidden_layers, "head_layer_indices")
+    def _blocks_fit(self) -> BundleForm:
+        blocks = self.head_layer_indices
+        if len(blocks) != self.num_heads:
+            raise ValueError(f"num_heads is {self.num_heads}, but head_layer_indices names {len(blocks)} blocks")
+        require_ascending(blocks, self.num_hidden_layers, "head_layer_indices")
         return self
 
 
@@ -216,6 +221,11 @@ class ScoredHead(Form):
     accuracy: Share
     accuracy_vs_lm_head: Share
     top5_accuracy_vs_lm_head: Share
+
+    @property
+    def exit_layer(self) -> int:
+        """Number of blocks run before it."""
+        return self.layer_idx + 1
 
 
 class Score(Form):

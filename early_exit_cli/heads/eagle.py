@@ -72,18 +72,18 @@ class EagleHead(nn.Module):
     """See the module's docstring.
 
     Args:
-        layers: 0-based blocks whose output is read, besides the last one's.
+        exit_layers: numbers of blocks run before the states that it reads, besides the last one's.
         draft_vocab: [draft vocab] int64, the tokens it may propose; None for all.
     """
 
     draft_vocab: Tensor | None
 
-    def __init__(self, view: BackboneView, layers: Sequence[int], draft_vocab: Tensor | None) -> None:
+    def __init__(self, view: BackboneView, exit_layers: Sequence[int], draft_vocab: Tensor | None) -> None:
         super().__init__()
         hidden, eps, shape = view.hidden_size, view.final_norm.eps, view.last_block.shape
-        self.exit_layers = [layer + 1 for layer in layers]
-        self.fc_norm = nn.ModuleList(nn.RMSNorm(hidden, eps) for _ in layers)
-        self.fc = nn.Linear((len(layers) + 1) * hidden, hidden, bias=False)
+        self.exit_layers = list(exit_layers)
+        self.fc_norm = nn.ModuleList(nn.RMSNorm(hidden, eps) for _ in exit_layers)
+        self.fc = nn.Linear((len(exit_layers) + 1) * hidden, hidden, bias=False)
         self.layers = nn.ModuleList([Block(hidden, shape, eps)])
         self.norm = nn.RMSNorm(hidden, eps)
         self.register_buffer(DRAFT_VOCAB, draft_vocab)
@@ -210,14 +210,14 @@ def roll_out_attention(query: Tensor, keys: list[Tensor], values: list[Tensor], 
     return attended.view(rows, heads, seq, width)
 
 
-def load_eagle(path: Path, view: BackboneView, layers: Sequence[int]) -> EagleHead:
+def load_eagle(path: Path, view: BackboneView, exit_layers: Sequence[int]) -> EagleHead:
     """Read eagle.safetensors strictly.
 
     Raises:
         BundleError: damaged, or names or shapes that do not fit, NaN or infinite weights.
     """
     tensors, draft_vocab = read_tensors(path, view.vocab_size)
-    head = EagleHead(view, layers, draft_vocab)
+    head = EagleHead(view, exit_layers, draft_vocab)
     shapes = {name: list(value.shape) for name, value in head.state_dict().items() if name != DRAFT_VOCAB}
     require_tensors(path, tensors, shapes)
     head.load_state_dict(tensors if draft_vocab is None else {**tensors, DRAFT_VOCAB: draft_vocab})

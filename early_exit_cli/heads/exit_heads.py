@@ -23,6 +23,7 @@ from early_exit_cli.config import HeadsConfig
 from early_exit_cli.data.packing import Batch
 from early_exit_cli.errors import BundleError, ConfigError
 from early_exit_cli.files.atomic import write_atomic
+from early_exit_cli.files.forms import to_exit_layers
 from early_exit_cli.heads.attention import HeadCache, rotary, rotate
 from early_exit_cli.hidden_states.states import States
 
@@ -31,30 +32,30 @@ WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def default_placement(num_heads: int, num_blocks: int) -> list[int]:
-    """0-based blocks whose output feeds a head, evenly spread: 3 heads on 30 blocks give 7, 15, 22."""
+    """What stands for `head_layer_indices` where it is not set, evenly spread: 3 heads on 30 blocks give 7, 15, 22."""
     return [int(index) for index in np.linspace(0, num_blocks, num_heads + 2, dtype=int)[1:-1]]
 
 
-def head_layers(config: HeadsConfig, num_blocks: int) -> list[int]:
-    """The configured or default placement, checked against the depth. An EAGLE head reads two layers and the last.
+def exit_layers_of(config: HeadsConfig, num_blocks: int) -> list[int]:
+    """Exit layers of the configured or default placement, checked against the depth; an EAGLE head has two by default.
 
     Raises:
         ConfigError: a block number outside 0 .. num_blocks - 2 (after the last block there is nothing to skip), or
             more heads than places.
     """
-    layers = config.head_layer_indices or default_placement(config.num_heads, num_blocks)
+    blocks = config.head_layer_indices or default_placement(config.num_heads, num_blocks)
     if config.kind == "eagle" and config.head_layer_indices is None:
-        layers = default_placement(3, num_blocks)[:2]
-    if len(set(layers)) < len(layers):
+        blocks = default_placement(3, num_blocks)[:2]
+    if len(set(blocks)) < len(blocks):
         raise ConfigError(
-            f"heads.num_heads = {len(layers)}: a backbone of {num_blocks} blocks has no place for so many"
+            f"heads.num_heads = {len(blocks)}: a backbone of {num_blocks} blocks has no place for so many"
         )
-    if layers[-1] > num_blocks - 2:
+    if blocks[-1] > num_blocks - 2:
         raise ConfigError(
-            f"heads.head_layer_indices: block {layers[-1]} is out of range; a backbone of {num_blocks} blocks takes "
+            f"heads.head_layer_indices: block {blocks[-1]} is out of range; a backbone of {num_blocks} blocks takes "
             f"heads after blocks 0 to {num_blocks - 2}"
         )
-    return layers
+    return to_exit_layers(blocks)
 
 
 class LinearHead(nn.Module):
@@ -151,21 +152,20 @@ class DraftLMHead:
 class ExitHeads(nn.Module):
     """All heads of a bundle, in depth order.
 
-    `layers` are 0-based block indices as in config.json; `exit_layers` the numbers of blocks run, one more. With a
-    draft vocabulary, column j of the logits is token `draft_vocab[j]`.
+    `exit_layers` are the numbers of blocks run before each. With a draft vocabulary, column j of the logits is token
+    `draft_vocab[j]`.
     """
 
     draft_vocab: Tensor | None
 
     def __init__(
-        self, view: BackboneView, kind: str, layers: Sequence[int], rank: int, draft_vocab: Tensor | None
+        self, view: BackboneView, kind: str, exit_layers: Sequence[int], rank: int, draft_vocab: Tensor | None
     ) -> None:
         super().__init__()
         eps = view.final_norm.eps
         self.kind = kind
         self.rank = rank
-        self.layers = list(layers)
-        self.exit_layers = [layer + 1 for layer in layers]
+        self.exit_layers = list(exit_layers)
         hidden, vocab = view.hidden_size, view.vocab_size
         make: dict[str, Callable[[], nn.Module]] = {
             "linear": lambda: LinearHead(hidden, vocab, eps),
@@ -174,7 +174,7 @@ class ExitHeads(nn.Module):
         }
         if kind not in make:
             raise BundleError(f"heads of kind {kind!r} are unknown here; known: {', '.join(make)}")
-        self.heads = nn.ModuleList(make[kind]() for _ in layers)
+        self.heads = nn.ModuleList(make[kind]() for _ in exit_layers)
         self.register_buffer("draft_vocab", draft_vocab)
         self.lm_head = DraftLMHead(view, draft_vocab)
 
@@ -322,14 +322,14 @@ def read_heads(
     return tensors, draft_vocab
 
 
-def load_heads(path: Path, view: BackboneView, kind: str, layers: Sequence[int], rank: int) -> ExitHeads:
+def load_heads(path: Path, view: BackboneView, kind: str, exit_layers: Sequence[int], rank: int) -> ExitHeads:
     """Heads for this backbone, frozen.
 
     Raises:
         BundleError: as `read_heads`.
     """
     tensors, draft_vocab = read_tensors(path, view.vocab_size)
-    heads = ExitHeads(view, kind, layers, rank, draft_vocab)
+    heads = ExitHeads(view, kind, exit_layers, rank, draft_vocab)
     shapes = {name.removeprefix("heads."): list(value.shape) for name, value in heads.state_dict().items()}
     require_tensors(path, tensors, {name: shape for name, shape in shapes.items() if name != DRAFT_VOCAB})
     state = {f"heads.{name}": value for name, value in tensors.items()}

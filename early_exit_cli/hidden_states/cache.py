@@ -101,7 +101,7 @@ class Cache:
             self.manifest = read_form(folder / MANIFEST, ManifestForm)
         except BundleError as error:
             raise CacheError(f"no cache in {folder}: {error.message}", hint="eexit cache extract") from error
-        self.layers = self.manifest.layers
+        self.exit_layers = self.manifest.exit_layers
         self.shards = list(self.manifest.shards)
         self.tokens = sum(shard.tokens for shard in self.shards)
         self.total_bytes = sum(shard.bytes for shard in self.shards)
@@ -144,7 +144,7 @@ class Cache:
     def is_shorter_than(self, config: CacheConfig, training: TrainingConfig, world: int) -> bool:
         """Whether the bounds ask for more than is here, and the text has more."""
         found = self.manifest
-        token_bytes = bytes_per_token(found.hidden_size, len(self.layers), found.store)
+        token_bytes = bytes_per_token(found.hidden_size, len(self.exit_layers), found.store)
         wanted = wanted_sequences(config, training, found.max_length, token_bytes, found.available_sequences, world)
         return wanted > self.sequences()
 
@@ -194,11 +194,15 @@ def bytes_per_token(hidden_size: int, heads: int, store: str) -> int:
 LATER_SETTINGS = [("data.answer_turns", "first")]
 """Values that caches were made with before there was a setting: a request does not name them."""
 CONTENTS = ("backbone.content", "data.content")
-"""Compared where both sides know it: a cache may be older, or train where its backbone is not."""
+"""Compared where both sides know it: a cache may be older, or be named where its backbone is not."""
 
 
 def cache_request(backbone: BackboneConfig, heads: HeadsConfig, data: DataConfig, cache: CacheConfig) -> dict[str, Any]:
-    """All settings that decide what a cache holds, but not how much of it; what is here and no setting by its content."""
+    """All settings that decide what a cache holds, but not how much of it; what is here and no setting by its content.
+
+    Raises:
+        CacheError, BackboneError: files that change right now, or a GGUF file that is no whole model.
+    """
     settings: dict[str, Any] = {
         f"backbone.{name}": getattr(backbone, name) for name in ("model_name", "revision", "quantization")
     }
@@ -206,16 +210,25 @@ def cache_request(backbone: BackboneConfig, heads: HeadsConfig, data: DataConfig
     settings["heads"] = layers if layers is not None else f"{heads.num_heads} evenly spread"
     settings |= {f"data.{name}": value for name, value in data.model_dump(mode="json").items()}
     settings |= {f"cache.{name}": getattr(cache, name) for name in ("store", "shard_tokens", "held_out_rows")}
-    path = Path(data.dataset_name or "").expanduser()
-    if path.is_file():
-        settings["data.dataset_name"] = path.name
-        settings["data.content"] = file_sha256(path)[:16]
-    elif path.is_dir():  # datasets may keep files of its own beside those of the set
-        files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("cache-"))
-        settings["data.content"] = content_of(files)
-    settings["backbone.content"] = local_content(backbone)
-    settings = {name: value for name, value in settings.items() if value is not None or name not in CONTENTS}
+    if data.dataset_name is not None:
+        settings |= _identity_of_data(Path(data.dataset_name).expanduser())
+    content = local_content(backbone)
+    if content is not None:
+        settings["backbone.content"] = content
     return {name: value for name, value in settings.items() if (name, value) not in LATER_SETTINGS}
+
+
+def _identity_of_data(path: Path) -> dict[str, Any]:
+    """What a request says of a data set's file or folder; nothing of one that is not here."""
+    if path.is_file():
+        return {"data.dataset_name": path.name, "data.content": file_sha256(path)[:16]}
+    if not path.is_dir():
+        return {}
+    # datasets may keep files of its own beside those of the set
+    content = content_of(sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("cache-")))
+    if content is None:
+        raise CacheError(f"the files of {path} changed while they were read", hint="wait until they are written")
+    return {"data.content": content}
 
 
 def default_folder(request: dict[str, Any]) -> Path:
@@ -223,8 +236,11 @@ def default_folder(request: dict[str, Any]) -> Path:
     return kept_path("states", sha256_of(json.dumps(request, sort_keys=True))[:24])
 
 
-def check_request(cache: Cache, request: dict[str, Any]) -> None:
+def check_request(cache: Cache, request: dict[str, Any]) -> dict[str, Any]:
     """Refuse a cache that was made otherwise.
+
+    Returns:
+        What may be recorded of it from now on: a content that was not known when it was begun stays unknown.
 
     Raises:
         CacheError: every field that differs, with both values.
@@ -239,6 +255,7 @@ def check_request(cache: Cache, request: dict[str, Any]) -> None:
         raise CacheError(
             f"the cache in {cache.folder} was made otherwise ({'; '.join(differing)})", hint="use another --cache-dir"
         )
+    return {key: value for key, value in request.items() if key in made or key not in CONTENTS}
 
 
 def wanted_sequences(
@@ -342,14 +359,14 @@ def load_shard(path: Path) -> dict[str, Tensor]:
 def info(cache: Cache) -> dict[str, Any]:
     """What a person asks of a cache."""
     found = cache.manifest
-    heads, hidden, vocab = len(cache.layers), found.hidden_size, found.fingerprint.vocab_size
+    heads, hidden, vocab = len(cache.exit_layers), found.hidden_size, found.fingerprint.vocab_size
     checked = sum(shard.checked for shard in cache.shards)
     return {
         "folder": str(cache.folder),
         "complete": cache.is_complete,
         "model_name": found.request.model_name,
         "quantization": found.fingerprint.quantization,
-        "layers": cache.layers,
+        "layers": found.layers,
         "store": found.store,
         "sequences": cache.sequences(),
         "available_sequences": found.available_sequences,

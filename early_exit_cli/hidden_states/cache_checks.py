@@ -8,12 +8,18 @@ from torch import Tensor
 
 from early_exit_cli.backbone.output import BlockShape
 from early_exit_cli.errors import shown
+from early_exit_cli.files.forms import to_block_numbers
 from early_exit_cli.hidden_states.manifest import ManifestForm, Shard
 
 LAST_BLOCK = "last_block."
 """Prefix of the last block's weights in the readout."""
 READOUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 STATE_DTYPES = (torch.bfloat16, torch.float8_e4m3fn)
+
+
+def state_names(exit_layers: list[int]) -> list[str]:
+    """What a shard calls the states after each exit layer and after the last block, such as `block.7` and `final`."""
+    return [*(f"block.{block}" for block in to_block_numbers(exit_layers)), "final"]
 
 
 def readout_misfit(tensors: dict[str, Tensor], manifest: ManifestForm) -> str | None:
@@ -57,7 +63,7 @@ def shard_misfit(
     """What is wrong with a shard, if anything.
 
     Args:
-        shard: its record in the manifest. states: names of the states that are read, such as `block.7`.
+        shard: its record in the manifest. states: names of the states that are read (`state_names`).
     """
     tokens, rows = shard.tokens, shard.rows
     scales = [f"{name}.scale" for name in states if f"{name}.scale" in tensors]

@@ -16,6 +16,7 @@ from early_exit_cli.config import TrainingConfig
 from early_exit_cli.data.packing import Batch, stacked
 from early_exit_cli.errors import CacheError
 from early_exit_cli.files.atomic import sha256_of
+from early_exit_cli.files.forms import to_block_numbers
 from early_exit_cli.hidden_states.cache import (
     Cache,
     StoredView,
@@ -24,7 +25,7 @@ from early_exit_cli.hidden_states.cache import (
     owned_text,
     unpacked,
 )
-from early_exit_cli.hidden_states.cache_checks import shard_misfit
+from early_exit_cli.hidden_states.cache_checks import shard_misfit, state_names
 from early_exit_cli.hidden_states.manifest import Shard
 from early_exit_cli.hidden_states.states import States
 
@@ -32,9 +33,11 @@ from early_exit_cli.hidden_states.states import States
 class _LoadedShard:
     """One shard in memory; rows are cut from it."""
 
-    def __init__(self, path: Path, shard: Shard, layers: list[int], view: StoredView, device: torch.device) -> None:
+    def __init__(
+        self, path: Path, shard: Shard, exit_layers: list[int], view: StoredView, device: torch.device
+    ) -> None:
         tensors = load_shard(path)
-        names = [*(f"block.{layer}" for layer in layers), "final"]
+        names = state_names(exit_layers)
         what = shard_misfit(tensors, shard, names, view.hidden_size, view.vocab_size)
         if what:
             raise CacheError(f"{path} is no shard of this cache: {what}", hint="eexit cache verify names all damage")
@@ -62,15 +65,17 @@ class CachedStates:
     meanwhile in the background, and two are held at a time, whatever the size of the cache.
     """
 
-    def __init__(self, cache: Cache, layers: list[int] | None, training: TrainingConfig, device: torch.device) -> None:
+    def __init__(
+        self, cache: Cache, exit_layers: list[int] | None, training: TrainingConfig, device: torch.device
+    ) -> None:
         cache.require_complete()
         cache.require_sizes()
         self.cache = cache
-        self.layers = layers or cache.layers
-        missing = [layer for layer in self.layers if layer not in cache.layers]
-        if missing:
+        self.exit_layers = exit_layers or cache.exit_layers
+        if not set(self.exit_layers) <= set(cache.exit_layers):
+            kept, asked = to_block_numbers(cache.exit_layers), to_block_numbers(self.exit_layers)
             raise CacheError(
-                f"the cache in {cache.folder} holds states after blocks {cache.layers}; heads ask for {self.layers}",
+                f"the cache in {cache.folder} holds states after blocks {kept}; heads ask for {asked}",
                 hint="extract them, or --head-layer-indices",
             )
         self.view = cache.view(device)
@@ -130,7 +135,7 @@ class CachedStates:
         if following is not None:
             self._prefetch(shards[following])
         return States(
-            [torch.cat([part.exits[head] for part in parts]) for head in range(len(self.layers))],
+            [torch.cat([part.exits[head] for part in parts]) for head in range(len(self.exit_layers))],
             torch.cat([part.final for part in parts]),
             torch.cat([part.measured for part in parts]),
             stacked([part.batch for part in parts]).to(self.device),
@@ -149,7 +154,7 @@ class CachedStates:
         return self.loaded[name]
 
     def _read(self, shard: Shard) -> _LoadedShard:
-        return _LoadedShard(self.cache.path(shard), shard, self.layers, self.view, self.device)
+        return _LoadedShard(self.cache.path(shard), shard, self.exit_layers, self.view, self.device)
 
     def _prefetch(self, shard: Shard) -> None:
         name = shard.file

@@ -34,6 +34,7 @@ from early_exit_cli.files.atomic import (
     write_atomic,
     write_json,
 )
+from early_exit_cli.files.forms import to_block_numbers
 from early_exit_cli.files.schemas import FORMAT_VERSION, read_form
 from early_exit_cli.hidden_states.cache import (
     LARGEST_FP8,
@@ -48,7 +49,7 @@ from early_exit_cli.hidden_states.cache import (
     unpacked,
     wanted_sequences,
 )
-from early_exit_cli.hidden_states.cache_checks import LAST_BLOCK
+from early_exit_cli.hidden_states.cache_checks import LAST_BLOCK, state_names
 from early_exit_cli.hidden_states.live import run_states
 from early_exit_cli.hidden_states.manifest import Plan, Shard, StoredSplit
 from early_exit_cli.hidden_states.states import count_tokens, log_normalizer
@@ -86,7 +87,7 @@ def extract(
     folder: Path,
     request: dict[str, Any],
     backbone: Backbone,
-    layers: list[int],
+    exit_layers: list[int],
     train: list[Document],
     held_out: list[Document],
     data: DataConfig,
@@ -104,17 +105,17 @@ def extract(
         NumericsError: NaN or infinite states, with the sequence and the block.
     """
     rows = _rows_of(train, held_out, backbone, data, config)
-    token_bytes = bytes_per_token(backbone.hidden_size, len(layers), config.store)
+    token_bytes = bytes_per_token(backbone.hidden_size, len(exit_layers), config.store)
     available = len(rows["train"])
     wanted = wanted_sequences(config, training, data.max_length, token_bytes, available, processes.num_processes)
     rows["train"] = rows["train"][:wanted]
     if (folder / MANIFEST).exists():
-        check_request(Cache(folder), request)
+        request = check_request(Cache(folder), request)
         check_backbone(Cache(folder), backbone)
     known = _recorded_shards(folder)
     plans = _plans(rows, config.shard_tokens // data.max_length)
     missing = [plan for plan in plans if not _is_done(folder, plan, known.get(plan.file))]
-    estimate = _estimate(folder, plans, missing, token_bytes, backbone, layers, rows)
+    estimate = _estimate(folder, plans, missing, token_bytes, backbone, exit_layers, rows)
     if on_plan and processes.is_main_process:
         on_plan(estimate)
     if estimate.missing_bytes > estimate.free_bytes:
@@ -128,7 +129,7 @@ def extract(
         "request": request,
         "data": data.model_dump(mode="json"),
         "fingerprint": backbone.fingerprint,
-        "layers": layers,
+        "layers": to_block_numbers(exit_layers),
         "hidden_size": backbone.hidden_size,
         "num_blocks": backbone.num_blocks,
         "norm_eps": backbone.final_norm.eps,
@@ -151,7 +152,7 @@ def extract(
         mine = missing[processes.process_index :: processes.num_processes]
         done_tokens = 0
         for number, plan in enumerate(mine, start=1):
-            shard = _write_shard(folder, plan, rows, backbone, layers, config.store)
+            shard = _write_shard(folder, plan, rows, backbone, exit_layers, config.store)
             write_json(_record_path(folder, plan), shard.as_json())
             done_tokens += shard.tokens
             if on_shard and processes.is_main_process:
@@ -200,7 +201,8 @@ def repair(
                 raise CacheError(
                     f"the text of {shard.file} is not the text it was made from", hint="extract a new cache"
                 )
-            cache.shards[index] = _write_shard(cache.folder, plan, rows, backbone, cache.layers, cache.manifest.store)
+            store = cache.manifest.store
+            cache.shards[index] = _write_shard(cache.folder, plan, rows, backbone, cache.exit_layers, store)
             if cache.shards[index].sha256 != shard.sha256:
                 changed.append(shard.file)
             tokens += shard.tokens
@@ -296,7 +298,7 @@ def _estimate(
     missing: list[Plan],
     token_bytes: int,
     backbone: Backbone,
-    layers: list[int],
+    exit_layers: list[int],
     rows: dict[StoredSplit, list[Batch]],
 ) -> Estimate:
     """Sizes exactly, time from one pass."""
@@ -309,7 +311,7 @@ def _estimate(
         plan = missing[0]
         sample = rows[plan.split][plan.first : plan.first + ROWS_PER_PASS]
         started = time.perf_counter()
-        states = run_states(backbone, next(batches(sample, ROWS_PER_PASS)), [layer + 1 for layer in layers])
+        states = run_states(backbone, next(batches(sample, ROWS_PER_PASS)), exit_layers)
         seconds = (time.perf_counter() - started) / states.final.shape[0] * missing_tokens
     return Estimate(
         sequences=sum(plan.rows for plan in plans),
@@ -323,22 +325,26 @@ def _estimate(
 
 
 def _write_shard(
-    folder: Path, plan: Plan, rows: dict[StoredSplit, list[Batch]], backbone: Backbone, layers: list[int], store: str
+    folder: Path,
+    plan: Plan,
+    rows: dict[StoredSplit, list[Batch]],
+    backbone: Backbone,
+    exit_layers: list[int],
+    store: str,
 ) -> Shard:
     """Compute one shard and write it; its record for the manifest."""
-    part = rows[plan.split][plan.first : plan.last]
+    part, names = rows[plan.split][plan.first : plan.last], state_names(exit_layers)
     parts: list[list[Tensor]] = []
     normalizers: list[Tensor] = []
     for number, batch in enumerate(batches(part, ROWS_PER_PASS)):
-        states = run_states(backbone, batch, [layer + 1 for layer in layers])
-        for name, state in zip(
-            [*(f"block {layer}" for layer in layers), "the last block"], [*states.exits, states.final], strict=True
-        ):
+        states = run_states(backbone, batch, exit_layers)
+        for name, state in zip(names, [*states.exits, states.final], strict=True):
             if not torch.isfinite(state).all():
+                block = "the last block" if name == "final" else name.replace(".", " ")
                 first = plan.first + number * ROWS_PER_PASS
+                last = first + batch.input_ids.shape[0] - 1
                 raise NumericsError(
-                    f"NaN or infinite states after {name} in sequences {first} to {first + batch.input_ids.shape[0] - 1} "
-                    f"of the {plan.split} text",
+                    f"NaN or infinite states after {block} in sequences {first} to {last} of the {plan.split} text",
                     hint="check the model file and the text",
                 )
         at_once = states.final.split(NORMALIZED_AT_ONCE)
@@ -346,7 +352,7 @@ def _write_shard(
         parts.append([state.cpu() for state in (*states.exits, states.final)])
     tensors = {**_text(part), "normalizer": torch.cat(normalizers)}
     agreed = checked = 0
-    for name, pieces in zip([*(f"block.{layer}" for layer in layers), "final"], zip(*parts, strict=True), strict=True):
+    for name, pieces in zip(names, zip(*parts, strict=True), strict=True):
         state = torch.cat(pieces)
         tensors |= _packed(name, state, store)
         if name == "final" and store == "fp8":

@@ -40,7 +40,7 @@ class BackboneStates:
     def __init__(
         self,
         backbone: Backbone,
-        layers: list[int],
+        exit_layers: list[int],
         train: list[Document],
         held_out: list[Document],
         data: DataConfig,
@@ -48,16 +48,12 @@ class BackboneStates:
     ) -> None:
         self.view: BackboneView = backbone
         self.backbone = backbone
-        self.layers = layers
+        self.exit_layers = exit_layers
         self.batch_size, self.seed = training.batch_size, training.seed
         pad = backbone.pad_token_id
         self.rows = pack(train, data.max_length, pad)
         self.held_out_rows = pack(held_out, data.max_length, pad)[: training.eval_batches * training.batch_size]
         self._epoch: tuple[tuple[int, int, int], list[Batch]] | None = None
-
-    @property
-    def exit_layers(self) -> list[int]:
-        return [layer + 1 for layer in self.layers]
 
     def token_counts(self) -> Tensor:
         return count_tokens(self.rows, self.backbone.vocab_size)
@@ -78,4 +74,5 @@ class BackboneStates:
             yield run_states(self.backbone, batch, self.exit_layers)
 
     def identity(self) -> dict[str, Any]:
-        return {"fingerprint": self.backbone.fingerprint, "sequences": len(self.rows)}
+        found = self.backbone
+        return {"fingerprint": found.fingerprint, "content": found.content, "sequences": len(self.rows)}

@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from early_exit_cli.backbone.output import BlockShape, LogitMap
 from early_exit_cli.config import DataConfig, Quantization
-from early_exit_cli.files.forms import Absent, Count, Form, Name, Positive, require_ascending
+from early_exit_cli.files.forms import Absent, Count, Form, Name, Positive, require_ascending, to_exit_layers
 from early_exit_cli.files.schemas import Version
 
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -102,6 +102,11 @@ class ManifestForm(Form):
     norm_subtracts_mean: bool = False
     logit_map: Annotated[LogitMap | None, Absent] = None
     readout: Annotated[StoredOutput | None, Absent] = None
+
+    @property
+    def exit_layers(self) -> list[int]:
+        """Numbers of blocks run before each of the stored states."""
+        return to_exit_layers(self.layers)
 
     @model_validator(mode="after")
     def _belongs_together(self) -> ManifestForm:

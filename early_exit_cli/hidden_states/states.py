@@ -41,8 +41,8 @@ class Prediction:
 class StateSource(Protocol):
     """Batches of states for training, the same ones for the same numbers, whatever happened in between."""
 
-    layers: list[int]
-    """0-based blocks whose output the heads read."""
+    exit_layers: list[int]
+    """Numbers of blocks run before the states that the heads read."""
 
     @property
     def view(self) -> BackboneView:

@@ -1,21 +1,22 @@
 """One answer as a page that stands alone: the drafter of each token, every round, the methods. From records to text.
 
-No request leaves the page (its policy forbids them), everything that comes from a model or a person is escaped, and all
-pictures are SVG drawn here. `page.html` is the frame: style, and the script of the tooltips.
+Here is what the page says and where its marks stand; `page.html`, a Jinja template, has the elements, the style, and the
+script of the tooltips. No request leaves the page (its policy forbids them), everything that is filled in is escaped, and
+all pictures are SVG drawn here.
 """
 
 from __future__ import annotations
 
-import html
-from collections.abc import Iterable
 from pathlib import Path
-from string import Template
 from typing import Any
 
-from early_exit_cli.report.palette import decider_of, look
+from early_exit_cli.report.numbers import ENDS, rate
+from early_exit_cli.report.palette import BAD, GOOD, decider_of, look
 
 Record = dict[str, Any]
 """As `decoding.token_record`, `decoding.round_records` and `Generation.record` make them."""
+Mark = dict[str, Any]
+"""An SVG element: its `tag`, its `text` if it has any, and its `attributes`, of which None stands for none."""
 CELL, GAP = 12, 3
 """Pixels of a token in the timeline, and between two."""
 CHART = (760, 230)
@@ -32,28 +33,43 @@ def render_page(record: Record) -> str:
             `methods`, name -> record of an answer, with speedup, identical and bit_exact where it was compared; `shown`,
             the method whose `rounds` are drawn.
     """
-    parts = [
-        _header(record),
-        _figures(record),
-        _answer(record),
-        _timeline(record) if any(step["accepted"] or step["rejected"] for step in record["rounds"]) else "",
-        _depths(record) if any(token["head"] is not None for token in _tokens(record)) else "",
-        _entropies(record),
-        _methods(record) if len(record["methods"]) > 1 else "",
-        _footer(record),
-    ]
-    frame = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
-    title = f"{record['model']}: the drafter of each token"
-    return frame.substitute(title=_text(title), colours=_colours(record), body="\n".join(filter(None, parts)))
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup, escape
 
+    def finalize(value: Any) -> Markup:
+        """Escaped for elements and attributes; a carriage return would otherwise become a newline, a NUL is no text."""
+        if isinstance(value, Markup):
+            return value
+        return Markup(str(escape(value)).replace("\r", "&#13;").replace("\0", "&#65533;"))
 
-def _text(value: Any) -> str:
-    """Escaped for elements and attributes; a carriage return would otherwise become a newline, a NUL is no text."""
-    return html.escape(str(value)).replace("\r", "&#13;").replace("\0", "&#65533;")
-
-
-def _tip(lines: Iterable[str]) -> str:
-    return f'data-tip="{_text(chr(10).join(lines))}"'
+    frame = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        finalize=finalize,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    frame.filters |= {"class": _class}
+    drafted = _drafted(record)
+    return frame.get_template("page.html").render(
+        record,
+        colours=_colours(record),
+        good=GOOD,
+        bad=BAD,
+        headline=_headline(record),
+        badges=_badges(record),
+        figures=_figures(record),
+        counts=_deciders(record),
+        pieces=_pieces(record),
+        columns=_columns(record) if any(step["accepted"] or step["rejected"] for step in record["rounds"]) else [],
+        depths=_depths(record) if any(token["head"] is not None for token in _tokens(record)) else [],
+        entropies=_entropies(record),
+        rows=_rows(record) if len(record["methods"]) > 1 else [],
+        has_rejected=any(step["rejected"] for step in record["rounds"]),
+        has_thresholds=any(token["threshold"] is not None for token in drafted),
+        chart=CHART,
+    )
 
 
 def _visible(text: str) -> str:
@@ -77,55 +93,49 @@ def _tokens(record: Record) -> list[Record]:
     return [token for step in record["rounds"] for token in step["tokens"]]
 
 
+def _counts_of(method: Record) -> dict[str, int]:
+    """Tokens by decider."""
+    return {
+        "backbone" if key == "full" else f"head {key}" if key.isdigit() else key: count
+        for key, count in method["stats"]["exit_distribution"].items()
+    }
+
+
 def _deciders(record: Record) -> dict[str, int]:
     """Tokens by decider, of the shown method; heads first, the backbone last."""
-    counts = record["methods"][record["shown"]]["stats"]["exit_distribution"]
-    named = {_decider(key): count for key, count in counts.items()}
+    named = _counts_of(record["methods"][record["shown"]])
     return {name: named[name] for name in sorted(named, key=lambda name: (name == "backbone", not name[-1:].isdigit()))}
 
 
-def _decider(counted: str) -> str:
-    return "backbone" if counted == "full" else f"head {counted}" if counted.isdigit() else counted
-
-
-def _colours(record: Record) -> str:
-    """A class that sets --c for every decider on the page."""
-    counted = [key for method in record["methods"].values() for key in method["stats"]["exit_distribution"]]
-    deciders = {_decider(key) for key in counted} | {decider_of(token) for token in _drafted(record)} | {"backbone"}
+def _colours(record: Record) -> dict[str, str]:
+    """The colour of every decider on the page."""
+    counted = {decider for method in record["methods"].values() for decider in _counts_of(method)}
+    deciders = counted | {decider_of(token) for token in _drafted(record)} | {"backbone"}
     looks = {decider: look(decider) for decider in sorted(deciders)}
-    return "\n".join(
-        f".{_class(decider)} {{ --c: {seen.colour if seen else 'var(--backbone)'}; }}"
-        for decider, seen in looks.items()
-    )
+    return {decider: seen.colour if seen else "var(--backbone)" for decider, seen in looks.items()}
 
 
 def _drafted(record: Record) -> list[Record]:
     return _tokens(record) + [token for step in record["rounds"] for token in step["rejected"]]
 
 
-def _section(title: str, words: str, content: str) -> str:
-    return f"<section>\n<h2>{title}</h2>\n<p>{words}</p>\n{content}\n</section>"
-
-
-def _header(record: Record) -> str:
+def _headline(record: Record) -> str:
     shown = record["methods"][record["shown"]]
-    stats = shown["stats"]
-    headline = f"{stats['tokens_per_second']:.0f} tokens a second"
-    badges = []
     if "speedup" in shown:
-        headline = f"{shown['speedup']:.2f}× as fast as plain decoding"
-        badges.append(_same_badge(shown))
+        return f"{shown['speedup']:.2f}× as fast as plain decoding"
+    return f"{shown['stats']['tokens_per_second']:.0f} tokens a second"
+
+
+def _badges(record: Record) -> list[tuple[str, str]]:
+    """(class, words) of each badge below the headline."""
+    shown = record["methods"][record["shown"]]
+    badges = [_same_badge(shown)] if "speedup" in shown else []
     badges.append(("good", "every token verified by the model"))
-    badges.append(("", f"{stats['total_tokens_generated']} tokens"))
+    badges.append(("", f"{shown['stats']['total_tokens_generated']} tokens, ended {ENDS[shown['finish_reason']]}"))
     badges.append(("", f"method {record['shown']}"))
     if record["accuracy_level"] is not None and any(token["threshold"] is not None for token in _drafted(record)):
         badges.append(("", f"accuracy level {record['accuracy_level']:.2f}"))
-    drawn = "".join(f'<span class="badge {kind}">{_text(words)}</span>' for kind, words in badges)
-    return (
-        f'<header>\n<p class="brand">eexit</p>\n<h1>{headline}</h1>\n'
-        f"<p>{_text(record['model'])} in {_text(record['quantization'])}, {record['num_blocks']} blocks, "
-        f'on {_text(record["processor"])}</p>\n<div class="badges">{drawn}</div>\n</header>'
-    )
+    return badges
 
 
 def _same_badge(method: Record) -> tuple[str, str]:
@@ -138,10 +148,13 @@ def _same_badge(method: Record) -> tuple[str, str]:
     )
 
 
-def _figures(record: Record) -> str:
+def _figures(record: Record) -> list[tuple[str, str]]:
+    """(value, what it is) of each large number."""
     stats = record["methods"][record["shown"]]["stats"]
     figures = [
-        (f"{stats['tokens_per_second']:.1f}", "tokens/s"),
+        (rate(stats["tokens_per_second"]), "tokens/s, whole answer"),
+        (rate(stats["prefill_tokens_per_second"]), "prefill tokens/s"),
+        (rate(stats["decode_tokens_per_second"]), "decode tokens/s"),
         (f"{stats['time_to_first_token_seconds'] * 1000:.0f} ms", "to the first token"),
     ]
     if stats["tokens_drafted"]:
@@ -149,39 +162,30 @@ def _figures(record: Record) -> str:
             (f"{stats['accept_length']:.2f}", "tokens a verify step"),
             (f"{stats['tokens_accepted']} of {stats['tokens_drafted']}", "drafted tokens accepted"),
         ]
-    figures.append((f"{stats['average_exit_layer']:.1f} of {record['num_blocks']}", "average exit layer"))
-    return (
-        '<section class="figures">'
-        + "".join(f"<div><b>{v}</b><span>{k}</span></div>" for v, k in figures)
-        + "</section>"
-    )
+    if _exits_drafted(stats):
+        figures.append((f"{stats['average_exit_layer']:.1f} of {record['num_blocks']}", "average exit layer"))
+    return figures
 
 
-def _answer(record: Record) -> str:
-    counts = _deciders(record)
-    total = sum(counts.values())
-    names = "".join(
-        f'<li class="{_class(name)}"><i></i>{_text(name)} <b>{count}</b> ({count / total:.0%})</li>'
-        for name, count in counts.items()
-    )
-    spans = []
+def _exits_drafted(stats: Record) -> bool:
+    """Whether exit heads drafted any token: lookup runs no block, and its tokens would count as exits after none."""
+    return any(count for name, count in stats["exit_distribution"].items() if name.isdigit())
+
+
+def _pieces(record: Record) -> list[Record]:
+    """The answer's tokens, and struck between them those that were rejected."""
+    pieces = []
     for number, step in enumerate(record["rounds"], 1):
-        committed = [_span(record, step, number, place) for place in range(len(step["tokens"]))]
+        committed = [_piece(record, step, number, place) for place in range(len(step["tokens"]))]
         struck = [
-            f"<del {_tip(_rejected_lines(step, number, place))}>{_text(_visible(token['token_text']))}</del>"
+            {"classes": None, "tip": _rejected_lines(step, number, place), "text": _visible(token["token_text"])}
             for place, token in enumerate(step["rejected"])
         ]
-        spans += [*committed[: step["accepted"]], *struck, *committed[step["accepted"] :]]
-    toggle = ""
-    if any(step["rejected"] for step in record["rounds"]):
-        toggle = '<li><label><input type="checkbox" id="rejected"> show rejected drafts</label></li>'
-    return (
-        f'<section>\n<p class="prompt">{_text(record["prompt"])}</p>\n<div class="answer" id="answer">{"".join(spans)}</div>\n'
-        f'{_share_bar(counts)}\n<ul class="legend">{names}{toggle}</ul>\n</section>'
-    )
+        pieces += [*committed[: step["accepted"]], *struck, *committed[step["accepted"] :]]
+    return pieces
 
 
-def _span(record: Record, step: Record, number: int, place: int) -> str:
+def _piece(record: Record, step: Record, number: int, place: int) -> Record:
     """A committed token. One without text is an end token, or waits for the rest of a character."""
     token = step["tokens"][place]
     decider = decider_of(token)
@@ -191,8 +195,8 @@ def _span(record: Record, step: Record, number: int, place: int) -> str:
         classes += ["d"] if seen.line == "none" else ["d", seen.line]
     if not token["text"]:
         classes.append("end" if token is _tokens(record)[-1] else "void")
-    tip = _tip(_token_lines(record, step, number, place))
-    return f'<span class="{" ".join(classes)}" data-p="{token["position"]}" {tip}>{_text(token["text"])}</span>'
+    tip = _token_lines(record, step, number, place)
+    return {"classes": " ".join(classes), "position": token["position"], "tip": tip, "text": token["text"]}
 
 
 def _token_lines(record: Record, step: Record, number: int, place: int) -> list[str]:
@@ -239,70 +243,64 @@ def _why(token: Record, num_blocks: int | None) -> list[str]:
     return lines
 
 
-def _share_bar(counts: dict[str, int]) -> str:
-    parts = "".join(
-        f'<i class="{_class(name)}" style="flex:{count}" {_tip([f"{name}: {count} tokens"])}></i>'
-        for name, count in counts.items()
-        if count
-    )
-    return f'<div class="share">{parts}</div>'
+def _mark(tag: str, text: str | None = None, **attributes: Any) -> Mark:
+    """An SVG element; `class_` is written `class`, `data_p` is `data-p`, and `data_tip` takes lines."""
+    named = {name.rstrip("_").replace("_", "-"): value for name, value in attributes.items()}
+    if "data-tip" in named:
+        named["data-tip"] = "\n".join(named["data-tip"])
+    return {"tag": tag, "text": text, "attributes": named}
 
 
-def _timeline(record: Record) -> str:
-    """A column per round: accepted drafts, the backbone's token on top of them, hollow what was rejected."""
+def _columns(record: Record) -> list[Record]:
+    """A picture per round: accepted drafts, the backbone's token on top of them, hollow what was rejected."""
     columns = []
     for number, step in enumerate(record["rounds"], 1):
         drawn = [
-            (decider_of(token), "", f'data-p="{token["position"]}"', _token_lines(record, step, number, place))
-            for place, token in enumerate(step["tokens"])
-        ] + [
-            (decider_of(token), " no", "", _rejected_lines(step, number, place))
-            for place, token in enumerate(step["rejected"])
-        ]
+            (token, "", _token_lines(record, step, number, place)) for place, token in enumerate(step["tokens"])
+        ] + [(token, " no", _rejected_lines(step, number, place)) for place, token in enumerate(step["rejected"])]
         height = len(drawn) * (CELL + GAP)
-        cells = ""
-        for place, (decider, rejected, position, lines) in enumerate(drawn):
+        marks = []
+        for place, (token, rejected, lines) in enumerate(drawn):
             top = height - (place + 1) * (CELL + GAP) + GAP
             inset = 0.6 if rejected else 0
             size = CELL - 2 * inset
-            cells += (
-                f'<rect class="cell{rejected} {_class(decider)}" {position} x="{inset}" y="{top + inset}" width="{size}" '
-                f'height="{size}" rx="2" {_tip(lines)}/>'
-            )
+            drafter = _class(decider_of(token))
+            marks.append(
+                _mark(
+                    "rect", class_=f"cell{rejected} {drafter}", data_p=None if rejected else token["position"],
+                    x=inset, y=top + inset, width=size, height=size, rx=2, data_tip=lines,
+                )
+            )  # fmt: skip
             if rejected:
-                cells += f'<path class="cross {_class(decider)}" d="M{CELL * 0.3} {top + CELL * 0.7}l{CELL * 0.4} -{CELL * 0.4}"/>'
-        columns.append(f'<svg width="{CELL}" height="{height}" viewBox="0 0 {CELL} {height}">{cells}</svg>')
-    rounds = len(record["rounds"])
-    words = (
-        f"{rounds} verify steps, left to right. Bottom up: drafted tokens that the backbone accepted, its own next token, and "
-        "hollow what it rejected."
-    )
-    return _section("Draft and verify", words, f'<div class="rounds">{"".join(columns)}</div>')
+                path = f"M{CELL * 0.3} {top + CELL * 0.7}l{CELL * 0.4} -{CELL * 0.4}"
+                marks.append(_mark("path", class_=f"cross {drafter}", d=path))
+        columns.append({"width": CELL, "height": height, "marks": marks})
+    return columns
 
 
-def _depths(record: Record) -> str:
+def _depths(record: Record) -> list[Mark]:
     """A bar per committed token, as high as the blocks that ran for it."""
     tokens = _tokens(record)
     depth = record["num_blocks"]
-    width, height, plot = _plot()
+    plot = _plot()
     step = plot[2] / len(tokens)
     marks = _horizontal_grid(plot, [(layer / depth, str(layer)) for layer in (0, *record["exit_layers"], depth)])
     for place, token in enumerate(tokens):
         tall = max(token["exit_layer"] / depth * plot[3], 2)
-        marks += (
-            f'<rect class="cell {_class(decider_of(token))}" data-p="{token["position"]}" x="{plot[0] + place * step:.2f}" '
-            f'y="{plot[1] + plot[3] - tall:.2f}" width="{max(step - 1, 0.8):.2f}" height="{tall:.2f}" '
-            f"{_tip([_quoted(token['token_text']) + ' by ' + decider_of(token), *_why(token, depth)])}/>"
-        )
+        marks.append(
+            _mark(
+                "rect", class_=f"cell {_class(decider_of(token))}", data_p=token["position"],
+                x=f"{plot[0] + place * step:.2f}", y=f"{plot[1] + plot[3] - tall:.2f}",
+                width=f"{max(step - 1, 0.8):.2f}", height=f"{tall:.2f}",
+                data_tip=[f"{_quoted(token['token_text'])} by {decider_of(token)}", *_why(token, depth)],
+            )
+        )  # fmt: skip
     labels = {f"head {head}": layer for head, layer in enumerate(record["exit_layers"])} | {"backbone": depth}
-    for name, layer in labels.items():
-        marks += _right_label(plot, plot[1] + plot[3] * (1 - layer / depth), name)
-    marks += _axis_words(plot, len(tokens), "blocks")
-    words = "Blocks that ran for each token. The backbone runs all of them, an exit head those up to its exit layer."
-    return _section("How deep each token went", words, _chart(width, height, marks))
+    marks += [_right_label(plot, plot[1] + plot[3] * (1 - layer / depth), name) for name, layer in labels.items()]
+    return marks + _axis_words(plot, len(tokens), "blocks")
 
 
-def _entropies(record: Record) -> str:
+def _entropies(record: Record) -> list[Mark]:
     """A dot per drafted token: its head's entropy, and whether the backbone agreed; dashed, the thresholds."""
     dots: list[tuple[int, Record, str]] = []
     place = 0
@@ -312,126 +310,93 @@ def _entropies(record: Record) -> str:
             dots.append((place + step["accepted"], step["rejected"][0], " no"))
         place += len(step["tokens"])
     if len(dots) < 2:
-        return ""
+        return []
     limits = {decider_of(token): token["threshold"] for _, token, _ in dots if token["threshold"] is not None}
     top = max([token["entropy"] for _, token, _ in dots] + list(limits.values())) * 1.08 or 1.0
-    width, height, plot = _plot()
+    plot = _plot()
     marks = _horizontal_grid(plot, [(share, f"{share * top:.1f}") for share in (0, 0.25, 0.5, 0.75, 1)])
     taken: list[float] = []
     for decider, limit in sorted(limits.items(), key=lambda item: item[1]):
         y = plot[1] + plot[3] * (1 - limit / top)
         label = min([y, *(other - 13 for other in taken)])
         taken.append(label)
-        marks += f'<path class="limit {_class(decider)}" d="M{plot[0]} {y:.1f}h{plot[2]}"/>' + _right_label(
-            plot, label, f"{decider}: {limit:.2f}"
-        )
+        marks.append(_mark("path", class_=f"limit {_class(decider)}", d=f"M{plot[0]} {y:.1f}h{plot[2]}"))
+        marks.append(_right_label(plot, label, f"{decider}: {limit:.2f}"))
     for at, token, rejected in dots:
         x, y = plot[0] + (at + 0.5) / place * plot[2], plot[1] + plot[3] * (1 - token["entropy"] / top)
         verdict = "rejected" if rejected else "accepted"
-        position = "" if rejected else f'data-p="{token["position"]}"'
-        lines = [
-            f"{_quoted(token['token_text'])} by {decider_of(token)}, {verdict}",
-            *_why(token, record["num_blocks"]),
-        ]
-        marks += f'<circle class="dot{rejected} {_class(decider_of(token))}" {position} cx="{x:.1f}" cy="{y:.1f}" r="3.6" {_tip(lines)}/>'
-    marks += _axis_words(plot, place, "nats")
-    words = "Entropy of the head at each token it drafted. Dashed: its threshold. Hollow: rejected by the backbone."
-    return _section("How sure the heads were", words, _chart(width, height, marks))
+        marks.append(
+            _mark(
+                "circle", class_=f"dot{rejected} {_class(decider_of(token))}",
+                data_p=None if rejected else token["position"], cx=f"{x:.1f}", cy=f"{y:.1f}", r=3.6,
+                data_tip=[
+                    f"{_quoted(token['token_text'])} by {decider_of(token)}, {verdict}",
+                    *_why(token, record["num_blocks"]),
+                ],
+            )
+        )  # fmt: skip
+    return marks + _axis_words(plot, place, "nats")
 
 
 Plot = tuple[float, float, float, float]
 """x, y, width and height of the plotted area."""
 
 
-def _plot() -> tuple[int, int, Plot]:
+def _plot() -> Plot:
     (width, height), (left, top, right, bottom) = CHART, MARGIN
-    return width, height, (left, top, width - left - right, height - top - bottom)
+    return left, top, width - left - right, height - top - bottom
 
 
-def _horizontal_grid(plot: Plot, lines: list[tuple[float, str]]) -> str:
+def _horizontal_grid(plot: Plot, lines: list[tuple[float, str]]) -> list[Mark]:
     """Lines at shares of the height, with their labels on the left."""
-    drawn = ""
+    marks = []
     for share, label in lines:
         y = plot[1] + plot[3] * (1 - share)
-        drawn += f'<path class="grid" d="M{plot[0]} {y:.1f}h{plot[2]}"/>'
-        drawn += f'<text x="{plot[0] - 8}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'
-    return drawn
+        marks.append(_mark("path", class_="grid", d=f"M{plot[0]} {y:.1f}h{plot[2]}"))
+        marks.append(_mark("text", label, x=plot[0] - 8, y=f"{y + 4:.1f}", text_anchor="end"))
+    return marks
 
 
-def _right_label(plot: Plot, y: float, words: str) -> str:
-    return f'<text x="{plot[0] + plot[2] + 8}" y="{y + 4:.1f}">{_text(words)}</text>'
+def _right_label(plot: Plot, y: float, words: str) -> Mark:
+    return _mark("text", words, x=plot[0] + plot[2] + 8, y=f"{y + 4:.1f}")
 
 
-def _axis_words(plot: Plot, tokens: int, unit: str) -> str:
+def _axis_words(plot: Plot, tokens: int, unit: str) -> list[Mark]:
     base = plot[1] + plot[3] + 20
-    return (
-        f'<text x="{plot[0]}" y="{base}">token 1</text>'
-        f'<text x="{plot[0] + plot[2]}" y="{base}" text-anchor="end">{tokens}</text>'
-        f'<text x="0" y="{plot[1] - 14}">{unit}</text>'
-    )
+    return [
+        _mark("text", "token 1", x=plot[0], y=base),
+        _mark("text", str(tokens), x=plot[0] + plot[2], y=base, text_anchor="end"),
+        _mark("text", unit, x=0, y=plot[1] - 14),
+    ]
 
 
-def _chart(width: int, height: int, marks: str) -> str:
-    return f'<div class="scroll"><svg viewBox="0 0 {width} {height}" role="img">{marks}</svg></div>'
-
-
-def _methods(record: Record) -> str:
+def _rows(record: Record) -> list[Record]:
     """Every method, one a row."""
     methods = record["methods"]
     fastest = max(method["stats"]["tokens_per_second"] for method in methods.values())
-    rows = ""
+    rows = []
     for name, method in methods.items():
         stats = method["stats"]
-        counts = {_decider(key): count for key, count in stats["exit_distribution"].items()}
-        speed = stats["tokens_per_second"]
-        cells = [
-            ("", _text(name)),
-            ("", f'<span class="speed" style="width:{speed / fastest * 80:.0f}px"></span>{speed:.1f}'),
-            ("n", f"{method['speedup']:.2f}×" if "speedup" in method else "1.00×"),
-            ("n", str(stats["tokens_drafted"] or "–")),
-            ("n", str(stats["tokens_accepted"]) if stats["tokens_drafted"] else "–"),
-            ("n", _share(stats["acceptance_rate"])),
-            ("n", f"{stats['accept_length']:.2f}"),
-            ("n", f"{stats['average_exit_layer']:.1f}"),
-            ("", _same_tokens(method)),
-            ("", _share_bar(counts)),
+        numbers = [
+            f"{method['speedup']:.2f}×" if "speedup" in method else "1.00×",
+            stats["tokens_drafted"] or "–",
+            stats["tokens_accepted"] if stats["tokens_drafted"] else "–",
+            _share(stats["acceptance_rate"]),
+            f"{stats['accept_length']:.2f}",
+            f"{stats['average_exit_layer']:.1f}" if _exits_drafted(stats) else "–",
         ]
-        row = "".join(f'<td class="{kind}">{cell}</td>' if kind else f"<td>{cell}</td>" for kind, cell in cells)
-        rows += f'<tr class="shown">{row}</tr>' if name == record["shown"] else f"<tr>{row}</tr>"
-    heads = [
-        *(
-            ("", "method"),
-            ("", "tokens/s"),
-            ("n", "speed-up"),
-            ("n", "drafted"),
-            ("n", "accepted"),
-            ("n", "acceptance"),
-        ),
-        *(("n", "accept length"), ("n", "exit layer"), ("", "text"), ("", "tokens by drafter")),
-    ]
-    head = "".join(f'<th class="{kind}">{name}</th>' if kind else f"<th>{name}</th>" for kind, name in heads)
-    words = "The same prompt, every method in turns on the same machine; medians. Bold: the answer above."
-    return _section("Methods", words, f'<div class="scroll"><table><tr>{head}</tr>{rows}</table></div>')
+        speed = stats["tokens_per_second"]
+        rows.append(
+            {"name": name, "bar": f"{speed / fastest * 80:.0f}", "speed": f"{speed:.1f}", "numbers": numbers,
+             "same": _same_tokens(method), "counts": _counts_of(method)}
+        )  # fmt: skip
+    return rows
 
 
-def _same_tokens(method: Record) -> str:
+def _same_tokens(method: Record) -> tuple[str, str]:
+    """(class, words)."""
     if "identical" not in method:
-        return "baseline"
+        return "", "baseline"
     if not method["identical"]:
-        return '<span class="different">different</span>'
-    return f'<span class="same">{"same bits" if method["bit_exact"] else "same"}</span>'
-
-
-def _footer(record: Record) -> str:
-    how = (
-        "Drafted tokens are proposals; the model itself checks all of them in one pass and keeps those it would have chosen. "
-        "So the tokens are its own."
-    )
-    if any(token["threshold"] is not None for token in _drafted(record)):
-        how += (
-            " A head is sure when the entropy of its prediction is below a threshold that was calibrated on other text."
-        )
-    return (
-        f"<footer>\n<p>{how}</p>\n<p>Greedy, one text at a time, {record['prompt_tokens']} tokens of prompt. Made by "
-        f"<code>eexit {_text(record['version'])}</code>.</p>\n</footer>"
-    )
+        return "different", "different"
+    return "same", "same bits" if method["bit_exact"] else "same"

@@ -1,12 +1,13 @@
-"""How deciders look, in the terminal and on the page: who decides in colour, the backbone in the reader's own.
+"""The colours of terminal, page and pictures: who decides in colour, the backbone in the reader's own.
 
-The colours keep apart under the three kinds of colour blindness and are neither too light for a white background nor too
+None of them needs red told from green. The colours of deciders keep apart under the three kinds of colour blindness and are neither too light for a white background nor too
 dark for a black one; lines under the text tell lookup and eagle from heads where colours do not show.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +24,29 @@ class Look:
 
 LOOKS = {"lookup": Look("#1C8C82", "single"), "eagle": Look("#8A9E0C", "double")}
 OTHER = Look("#7A7A7A", "double")
+PLAIN = "#7A7A7A"
+"""The baseline in pictures."""
+PEERS = ("#3A94F5", "#A87A2B", "#8B6BD9", "#4C4A46", "#E0A93B")
+METHODS = {"full": PLAIN, "auto": HEADS[1], "adaptive": HEADS[0]} | {name: seen.colour for name, seen in LOOKS.items()}
+
+
+@dataclass(frozen=True)
+class Shades:
+    """A colour on a light ground, and on a dark one."""
+
+    light: str
+    dark: str
+
+
+GOOD, BAD = Shades("#2463B5", "#7FB2F0"), Shades("#B3500F", "#F0A05A")
+"""What holds, what is right; what does not."""
+
+
+def method_colours(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each method of a comparison: our own ones, the same at several levels, and peers in their order."""
+    names = list(names)
+    peers = itertools.cycle(PEERS)
+    return {name: METHODS.get(name.partition("@")[0]) or next(peers) for name in names}
 
 
 def look(decider: str) -> Look | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from early_exit_cli.files.atomic import write_atomic
+from early_exit_cli.report.palette import BAD, GOOD, HEADS, method_colours
 
 
 def available() -> bool:
@@ -20,7 +21,7 @@ def draw_bench(report: dict[str, Any], records: list[dict[str, Any]], path: Path
 
     methods = report["methods"]
     names = list(methods)
-    colours = {name: f"C{index}" for index, name in enumerate(names)}
+    colours = method_colours(names)
     accepts = {
         name: [r["accept_length"] for r in records if r["method"] == name and r["repeat"] == 0 and r["accept_length"]]
         for name in names
@@ -85,7 +86,7 @@ def _save(figure: Any, path: Path) -> None:
 def _named(calibration: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
     """(colour, name, record) of each head."""
     return [
-        (f"C{index}", f"head {index}, after {head['exit_layer']} blocks", head)
+        (HEADS[index % len(HEADS)], f"head {index}, after {head['exit_layer']} blocks", head)
         for index, head in enumerate(calibration["heads"])
     ]
 
@@ -124,8 +125,8 @@ def _draw_uncertainty(calibration: dict[str, Any]) -> Any:
     for number, (_, name, head) in enumerate(heads, start=1):
         axes = figure.add_subplot(1, len(heads), number, sharey=first)
         first = first or axes
-        axes.stairs(head["right"], edges, fill=True, alpha=0.45, color="tab:green", label="right")
-        axes.stairs(head["wrong"], edges, linewidth=1.6, color="tab:red", label="wrong")
+        axes.stairs(head["right"], edges, fill=True, alpha=0.45, color=GOOD.dark, label="right")
+        axes.stairs(head["wrong"], edges, linewidth=1.6, color=BAD.light, label="wrong")
         axes.set_title(f"{name}: {head['agreement']:.0%} right", fontsize="medium")
         axes.set_xlabel(unit)
         if number == 1:

@@ -15,6 +15,7 @@ from typing import Any
 
 from early_exit_cli.files.atomic import sha256_of, write_atomic
 from early_exit_cli.files.environment import kept_path, versions
+from early_exit_cli.steps import step
 
 FOLDER = Path(__file__).parent / "cuda"
 SOURCES = ("product", "attention", "lm_head", "rows")
@@ -83,6 +84,18 @@ def _bindings(name: str) -> Any:
         raise NoCudaCode(f"{name} was not found (pip install cuda-bindings nvidia-cuda-nvrtc): {error}") from error
 
 
+def lacks(capability: tuple[int, int]) -> str | None:
+    """What a card of this compute capability lacks to run it; None where nothing is known to be missing."""
+    if capability < OLDEST:
+        return f"compute capability {capability[0]}.{capability[1]} is older than {OLDEST[0]}.{OLDEST[1]}"
+    try:
+        for name in ("driver", "nvrtc"):
+            _bindings(name)
+    except NoCudaCode as error:
+        return str(error)
+    return None
+
+
 def shape_for(shared_memory: int) -> tuple[int, int]:
     """(warps of a product's block of threads, stages of their rings) for a card with so much shared memory a block.
 
@@ -114,7 +127,8 @@ def _kept(name: str, capability: tuple[int, int], card: str, options: tuple[str,
     try:
         return path.read_bytes()
     except OSError:
-        code, _ = compiled(name, capability, options)
+        with step(f"compiling kernels for {card}, once"):
+            code, _ = compiled(name, capability, options)
     with contextlib.suppress(OSError):  # a folder that cannot be written: compiled again next time
         write_atomic(path, functools.partial(_write, code))
     return code

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from early_exit_cli.files.atomic import sha256_of, write_atomic
-from early_exit_cli.files.environment import kept_path, processor_name
+from early_exit_cli.files.environment import kept_path, processor_flags, processor_name
+from early_exit_cli.steps import step
 
 FOLDER = Path(__file__).parent / "native"
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
@@ -31,11 +32,8 @@ def lacks() -> str | None:
     """What this processor lacks to run it; None where nothing is known to be missing."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return f"it is written for x86-64, and this is {platform.machine()}"
-    try:
-        flags = next(
-            line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")
-        ).split()
-    except (OSError, StopIteration):  # not Linux: the compiler will say
+    flags = processor_flags()
+    if flags is None:  # not Linux: the compiler will say
         return None
     missing = [flag for flag in ("avx512bw", "avx512_vnni", "avx512_bf16") if flag not in flags]
     return f"this processor has no {missing[0]}" if missing else None
@@ -93,7 +91,8 @@ def _compile(compiler: str, path: Path) -> None:
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
 
     try:
-        write_atomic(path, compile_to)
+        with step("compiling the passes for this processor, once"):
+            write_atomic(path, compile_to)
     except subprocess.CalledProcessError as error:
         first = next((line for line in error.stderr.splitlines() if "error" in line), f"exit code {error.returncode}")
         raise NoNativeCode(f"{compiler} could not compile it: {first.strip()[:200]}") from error

@@ -7,6 +7,7 @@ import torch
 from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.errors import BackboneError, BundleError, UnsupportedBackboneError
 from early_exit_cli.files.atomic import keep_json
+from early_exit_cli.files.kept import MADE_FROM
 from early_exit_cli.files.schemas import WidthsForm, read_form
 from early_exit_cli.runtime.blocks import KEY_STEP, Blocks
 from early_exit_cli.runtime.cuda_blocks import CudaBlocks
@@ -17,6 +18,7 @@ from early_exit_cli.runtime.hf_blocks import HFBlocks
 from early_exit_cli.runtime.invariant_widths import measure_widths
 from early_exit_cli.runtime.measurements import device_identity, measurement_path
 from early_exit_cli.runtime.native_blocks import NativeBlocks, compiled_blocks
+from early_exit_cli.steps import step
 
 
 def make_blocks(backbone: Backbone, runner: str = "auto", cuda_graphs: str = "auto") -> Blocks:
@@ -38,7 +40,7 @@ def make_blocks(backbone: Backbone, runner: str = "auto", cuda_graphs: str = "au
         blocks.widths, blocks.argmax_widths = tuple(found.widths), tuple(found.argmax_widths)
         blocks.is_invariant, blocks.any_length = found.is_invariant, found.any_length
     except BundleError:
-        with torch.inference_mode():
+        with torch.inference_mode(), step("measuring once which passes are exact on this device"):
             measure_widths(blocks)
         measured = {
             "widths": list(blocks.widths),
@@ -46,13 +48,14 @@ def make_blocks(backbone: Backbone, runner: str = "auto", cuda_graphs: str = "au
             "any_length": blocks.any_length,
             "argmax_widths": list(blocks.argmax_widths),
         }
-        keep_json(path, {**measured, **identity})
+        keep_json(path, {MADE_FROM: backbone.name, **measured, **identity})
     if blocks.argmax_widths:
         blocks.exact_argmax = ExactArgmax(backbone.lm_head.weight)
     if isinstance(blocks, CudaBlocks):
-        blocks.prepare()
+        with step("recording passes"):
+            blocks.prepare()
     elif isinstance(blocks, FusedBlocks) and backbone.device.type == "cuda" and cuda_graphs != "off":
-        with torch.inference_mode():
+        with torch.inference_mode(), step("recording passes"):
             use_graphs(blocks, CudaRecorder(backbone.device))
         if cuda_graphs == "on" and blocks.without_graphs is not None:
             raise BackboneError(f"no CUDA graphs here: {blocks.without_graphs}", hint="--cuda-graphs auto")

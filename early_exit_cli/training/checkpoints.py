@@ -11,6 +11,8 @@ from early_exit_cli.files.schemas import MarkerForm, read_form
 
 MARKER = "complete.json"
 KEPT_CHECKPOINTS = 2
+LATER_KEYS = ("content",)
+"""Of a run's identity, what older checkpoints do not name: compared where they do."""
 
 
 def complete_checkpoints(output_dir: Path) -> list[Path]:
@@ -39,7 +41,7 @@ def resumable(output_dir: Path, identity: dict[str, Any]) -> tuple[Path, MarkerF
     changed = [
         f"{key}: {shown(before.get(key))} then, {value!r} now"
         for key, value in identity.items()
-        if before.get(key) != value
+        if before.get(key) != value and (key in before or key not in LATER_KEYS)
     ]
     if changed:
         raise CheckpointError(

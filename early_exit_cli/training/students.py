@@ -18,6 +18,7 @@ from early_exit_cli.bundle.files import (
 from early_exit_cli.bundle.save import save_bundle, save_eagle
 from early_exit_cli.config import HeadsConfig
 from early_exit_cli.errors import BundleError, shown
+from early_exit_cli.files.forms import to_block_numbers
 from early_exit_cli.files.schemas import RecordForm
 from early_exit_cli.heads.eagle import EagleHead, load_eagle
 from early_exit_cli.heads.exit_heads import DRAFT_VOCAB, ExitHeads, load_heads
@@ -62,21 +63,20 @@ class ExitStudent:
     only_answers = False
 
     def __init__(self, source: StateSource, config: HeadsConfig) -> None:
-        self.view = source.view
+        self.view, self.exit_layers = source.view, source.exit_layers
         vocab = draft_vocabulary(source.token_counts(), config.draft_vocab, self.view.eos_token_ids)
         self.module = ExitHeads(
-            self.view, config.kind, source.layers, config.rank, None if config.kind == "linear" else vocab
+            self.view, config.kind, self.exit_layers, config.rank, None if config.kind == "linear" else vocab
         ).to(self.view.device)
         self.module.start_from(self.view)
         if config.start_from is not None:
-            folder, record = _same_heads(config.start_from, "heads", self.module.exit_layers)
+            folder, record = _same_heads(config.start_from, "heads", self.exit_layers)
             made = kind_of_heads(record, folder)
             if (made.kind, made.rank) != (config.kind, self.module.rank):
                 raise BundleError(
                     f"{folder} has {made.kind} heads of rank {made.rank}", hint="--head and --rank as there"
                 )
-            _take_over(self.module, load_heads(folder / HEADS_FILE, self.view, made.kind, source.layers, made.rank))
-        self.exit_layers = self.module.exit_layers
+            _take_over(self.module, load_heads(folder / HEADS_FILE, self.view, made.kind, self.exit_layers, made.rank))
         self.parts = [f"head {head}, after {layer} blocks" for head, layer in enumerate(self.exit_layers)]
 
     @property
@@ -95,8 +95,8 @@ class ExitStudent:
         save_bundle(folder, self.view, self.module, training_config, record)
 
     def identity(self) -> dict[str, Any]:
-        heads = self.module
-        return {"head_layer_indices": heads.layers, "kind": heads.kind, "rank": heads.rank}
+        blocks = to_block_numbers(self.exit_layers)
+        return {"head_layer_indices": blocks, "kind": self.module.kind, "rank": self.module.rank}
 
 
 class EagleStudent:
@@ -105,15 +105,14 @@ class EagleStudent:
     only_answers = True
 
     def __init__(self, source: StateSource, config: HeadsConfig) -> None:
-        self.view = source.view
+        self.view, self.exit_layers = source.view, source.exit_layers
         self.steps, self.variation = config.roll_out, config.variation
         vocab = draft_vocabulary(source.token_counts(), config.draft_vocab, self.view.eos_token_ids)
-        self.module = EagleHead(self.view, source.layers, vocab).to(self.view.device)
+        self.module = EagleHead(self.view, self.exit_layers, vocab).to(self.view.device)
         self.module.start_from(self.view)
         if config.start_from is not None:
-            folder, _ = _same_heads(config.start_from, "eagle", self.module.exit_layers)
-            _take_over(self.module, load_eagle(eagle_file(folder), self.view, source.layers))
-        self.exit_layers = self.module.exit_layers
+            folder, _ = _same_heads(config.start_from, "eagle", self.exit_layers)
+            _take_over(self.module, load_eagle(eagle_file(folder), self.view, self.exit_layers))
         self.parts = [f"draft position {step + 1}" for step in range(self.steps)]
 
     @property
@@ -143,7 +142,7 @@ def _same_heads(folder: Path, kind: str, exit_layers: list[int]) -> tuple[Path, 
     if kind == "eagle":
         found = [] if record.eagle is None else record.eagle.exit_layers
     else:
-        found = [layer + 1 for layer in read_bundle_config(folder).head_layer_indices]
+        found = read_bundle_config(folder).exit_layers
     if found != exit_layers:
         has = f"heads after {shown(found)} blocks" if found else "no such heads"
         raise BundleError(f"cannot start from {folder}: it has {has}, and these read after {shown(exit_layers)}")

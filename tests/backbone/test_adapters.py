@@ -1,5 +1,7 @@
 """A model that somebody wrapped, hooked or changed gives the changed model's answer, or is refused: never the old one's."""
 
+from unittest import mock
+
 import pytest
 import torch
 from tiny_models import byte_tokenizer
@@ -10,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from early_exit_cli import EarlyExitModel
 from early_exit_cli.backbone.load import adopt_backbone
 from early_exit_cli.backbone.quantization import settings_for
-from early_exit_cli.errors import ConfigError, UnsupportedBackboneError
+from early_exit_cli.errors import BackboneError, ConfigError, UnsupportedBackboneError
 from early_exit_cli.runtime.fused_blocks import FusedBlocks
 from early_exit_cli.runtime.hf_blocks import HFBlocks
 from early_exit_cli.runtime.select import make_blocks
@@ -180,13 +182,24 @@ def test_a_whole_block_in_a_wrapper_is_run_as_one(tiny_folder):
     assert answer(early(model)) == greedy(library_model(tiny_folder("llama")))
 
 
-@pytest.mark.parametrize("name", [f"{BLOCK}.self_attn.q_proj", "model.embed_tokens", "lm_head"])
-def test_in_nf4_the_changed_logits_are_read(tiny_folder, name):
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (low_rank, f"{BLOCK}.self_attn.q_proj"),
+        (hooked_before, f"{BLOCK}.mlp.up_proj"),
+        (reversed_output, f"{BLOCK}.mlp"),
+        (own_forward, f"{BLOCK}.self_attn.v_proj"),
+        (reversed_output, "model.embed_tokens"),
+        (reversed_output, "model.norm"),
+        (low_rank, "lm_head"),
+    ],
+)
+def test_in_nf4_the_changed_logits_are_read(tiny_folder, change, name):
     """The case that was answered with the base model's tokens: plain weights in 4 bit, something beside them."""
     model = library_model(tiny_folder("llama"), "4bit")
     with torch.no_grad():
         before = model(PROMPT).logits[0]
-        (reversed_output if name == "model.embed_tokens" else low_rank)(model, name)
+        change(model, name)
         expected = model(PROMPT).logits[0]
         blocks = make_blocks(adopt_backbone(model, byte_tokenizer()))
         assert type(blocks) is HFBlocks
@@ -332,6 +345,63 @@ def test_a_lora_of_peft_gives_the_adapted_answer(tiny_folder, quantization, targ
     distance = (logits - expected).norm() / expected.norm()
     assert distance < (1e-4 if quantization == "none" else 0.05)
     assert (before - expected).norm() / expected.norm() > 4 * distance
+
+
+def by_transformers(model, lora):
+    with mock.patch("transformers.integrations.peft.check_peft_version"):  # it asks for a release to come
+        model.add_adapter(lora)
+
+
+def by_peft(model, lora):
+    pytest.importorskip("peft").inject_adapter_in_model(lora, model)
+
+
+@pytest.mark.parametrize("quantization", ["none", "4bit"])
+@pytest.mark.parametrize("add", [by_transformers, by_peft])
+def test_an_adapter_in_the_librarys_own_model_gives_the_adapted_answer(tiny_folder, add, quantization):
+    peft = pytest.importorskip("peft")
+    model = library_model(tiny_folder("llama"), quantization)
+    lora = peft.LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    with torch.no_grad():
+        before = model(PROMPT).logits[0]
+        torch.manual_seed(5)
+        add(model, lora)
+        expected = model.eval()(PROMPT).logits[0]
+    found = early(model)
+    for weights in (expected, before):  # which is the base's own once the adapter is switched off
+        with torch.no_grad():
+            blocks = found.engine.blocks
+            states = blocks.run(blocks.embed(PROMPT[0]), blocks.new_cache(64), 0, 0, blocks.num_blocks)
+            logits = blocks.logits(blocks.final_norm(states))
+        distance = (logits - weights).norm() / weights.norm()
+        assert distance < (1e-4 if quantization == "none" else 0.05)
+        assert (before - expected).norm() / expected.norm() > 4 * distance
+        if quantization == "none":
+            assert answer(found) == greedy(model)
+        for module in model.modules():
+            if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
+                module.enable_adapters(False)
+
+
+@pytest.mark.parametrize("quantization", ["none", "4bit"])
+@pytest.mark.parametrize("add", [by_transformers, by_peft])
+def test_an_adapter_that_is_added_later_is_refused(tiny_folder, add, quantization):
+    peft = pytest.importorskip("peft")
+    model = library_model(tiny_folder("llama"), quantization)
+    found = early(model)
+    answer(found)
+    add(model, peft.LoraConfig(target_modules=["up_proj"], init_lora_weights=False))
+    with pytest.raises(ConfigError, match=r"mlp\.up_proj is replaced by a") as refused:
+        answer(found)
+    assert "merge_and_unload()" in str(refused.value.hint)
+
+
+def test_a_model_of_peft_itself_is_refused(tiny_folder):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(library_model(tiny_folder("llama"), "4bit"), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(BackboneError, match=r"PeftModel.* is not a causal language model") as refused:
+        early(model)
+    assert "merge_and_unload()" in str(refused.value.hint)
 
 
 def test_modules_that_peft_saves_whole_are_run_as_its_wrapper_does(tiny_folder):

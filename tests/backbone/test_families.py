@@ -124,13 +124,13 @@ def test_heads_read_states_as_the_backbone_does(tiny_backbone, family):
     """An untrained adapter is the final norm and the LM head with all that the family does to its logits."""
     backbone = tiny_backbone(family)
     blocks = HFBlocks(backbone)
-    heads = ExitHeads(backbone, "adapter", [0, 2, 4], 16, None)
+    heads = ExitHeads(backbone, "adapter", [1, 3, 5], 16, None)
     hidden = torch.randn(5, backbone.hidden_size, generator=torch.Generator().manual_seed(1)) * 3
     with torch.no_grad():
         expected = blocks.logits(blocks.final_norm(hidden))
         assert torch.allclose(heads.logits(0, hidden), expected, atol=1e-4)
         vocab = torch.tensor([3, 50, 200])
-        some = ExitHeads(backbone, "adapter", [0, 2, 4], 16, vocab)
+        some = ExitHeads(backbone, "adapter", [1, 3, 5], 16, vocab)
         assert torch.allclose(some.logits(0, hidden), expected[:, vocab], atol=1e-4)
 
 
@@ -146,7 +146,7 @@ def test_a_cap_leaves_the_best_token_the_best_in_bfloat16():
 @pytest.mark.parametrize("family", ["gemma2", "olmo2"])
 def test_linear_heads_start_as_norm_and_lm_head(tiny_backbone, family):
     backbone = tiny_backbone(family)
-    heads = ExitHeads(backbone, "linear", [1, 3], 0, None)
+    heads = ExitHeads(backbone, "linear", [2, 4], 0, None)
     heads.start_from(backbone)
     hidden = torch.randn(4, 64)
     with torch.no_grad():
@@ -178,7 +178,20 @@ def test_heads_train_from_a_cache_and_decode_by_the_commands(tmp_path, tiny_fold
     commands: list[list] = [
         ["train", "--mode", "offline", *common, *data, *places, "--num-heads", 2, "--rank", 8, "--max-steps", 3],
         ["calibrate", "--bundle", bundle, "--accuracy-levels", "0.1,0.9"],
-        ["infer", "--bundle", bundle, "--mode", "compare", "--prompt", "hello", "--max-tokens", 12, *heads],
+        [
+            "infer",
+            "--bundle",
+            bundle,
+            "--mode",
+            "compare",
+            "--drafter",
+            "exit",
+            "--prompt",
+            "hello",
+            "--max-tokens",
+            12,
+            *heads,
+        ],
     ]
     *_, answer = [output_of(*command) for command in commands]
     verdict = json.loads(answer)
@@ -211,7 +224,7 @@ def test_decoding_in_4_bit_is_bit_exact(tiny_folder, family):
     blocks = make_blocks(backbone)
     assert blocks.is_invariant
     torch.manual_seed(2)
-    heads = ExitHeads(backbone, "adapter", [0, 2, 4], 16, None).to(backbone.dtype).requires_grad_(False)
+    heads = ExitHeads(backbone, "adapter", [1, 3, 5], 16, None).to(backbone.dtype).requires_grad_(False)
     model = Engine(backbone, blocks, heads)
     plain = generate(model, Request(LONG_PROMPT, 40), NoDrafter(), mode="full", keep_states=True)
     accepted = partly = 0
@@ -265,7 +278,7 @@ def test_what_does_not_run_is_refused_by_name_before_weights_load(tmp_path, conf
 def test_what_needs_the_llama_shape_says_so(tiny_backbone):
     backbone = tiny_backbone("gpt2")
     with pytest.raises(UnsupportedBackboneError, match=r"block of the Llama shape, and .*gpt2, none\) has none"):
-        EagleHead(backbone, [1, 3], None)
+        EagleHead(backbone, [2, 4], None)
     with pytest.raises(UnsupportedBackboneError, match="fused runner is for blocks of the Llama shape"):
         make_blocks(backbone, "fused")
     assert isinstance(make_blocks(backbone), HFBlocks)

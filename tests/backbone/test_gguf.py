@@ -1,14 +1,18 @@
 """GGUF files as backbones: converted once, without a word where nobody watches."""
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from gguf_files import write_gguf
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from early_exit_cli.backbone.gguf import converted_gguf, embedded_gguf
-from early_exit_cli.backbone.load import load_tokenizer
+from early_exit_cli.backbone.load import load_backbone, load_tokenizer
 from early_exit_cli.config import BackboneConfig
+from early_exit_cli.errors import BackboneError, UnsupportedBackboneError
 
 
 def without_a_trace(folder):
@@ -45,3 +49,91 @@ def test_the_embedded_model_is_a_folder_like_any_other():
     config = without_a_trace(folder)
     assert (config.hidden_size, config.num_hidden_layers) == (576, 30)
     assert AutoTokenizer.from_pretrained(folder).decode([config.bos_token_id]) == "<|im_start|>"
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 8192, "rope_theta": 10000.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
+
+
+def rotary_of(scaling):
+    """The rotary embedding of the tiny Llama with this scaling."""
+    return LlamaRotaryEmbedding(LlamaConfig(hidden_size=64, num_attention_heads=4, rope_parameters=scaling))
+
+
+def llama3_factors():
+    plain = rotary_of({"rope_type": "default", "rope_theta": 10000.0})
+    return (plain.inv_freq / rotary_of(LLAMA3).inv_freq).numpy()
+
+
+def add_yarn(writer, **more):
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(4.0)
+    writer.add_rope_scaling_orig_ctx_len(64)
+    for name, value in more.items():
+        getattr(writer, name)(value)
+
+
+def add_linear(writer):
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    writer.add_rope_scaling_factor(2.0)
+
+
+@pytest.fixture
+def scaled_gguf(tmp_path, tiny_folder, monkeypatch):
+    """What is added to the file of the tiny Llama -> the file."""
+    monkeypatch.setenv("EEXIT_HOME", str(tmp_path / "home"))
+    tensors = load_file(tiny_folder("llama") / "model.safetensors")
+    return lambda more: write_gguf(tmp_path / "scaled.gguf", tiny_folder("llama"), tensors, more=more)[0]
+
+
+def test_a_tensor_that_the_library_would_leave_out_is_refused(scaled_gguf):
+    """A Llama with biases, which no configuration of the library's reader says: without them it gave other words."""
+    path = scaled_gguf(lambda writer: writer.add_tensor("blk.0.attn_q.bias", np.ones(64, np.float32)))
+    with pytest.raises(BackboneError, match=r"holds 1 tensors that transformers does not read: blk\.0\.attn_q\.bias"):
+        converted_gguf(path)
+
+
+@pytest.mark.parametrize(
+    ("more", "scaling"),
+    [
+        (lambda writer: writer.add_tensor("rope_freqs.weight", llama3_factors()), LLAMA3),
+        (add_linear, {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}),
+        (
+            lambda writer: writer.add_rope_scaling_factor(2.0),
+            {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
+        ),
+        (
+            lambda writer: writer.add_float32("llama.rope.scale_linear", 2.0),
+            {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
+        ),
+        (add_yarn, YARN),
+        (lambda writer: writer.add_tensor("rope_freqs.weight", np.ones(8, np.float32)), None),
+        (lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.NONE), None),
+    ],
+    ids=["llama3", "linear", "linear by its factor", "linear as it was said", "yarn", "factors of one", "none"],
+)
+def test_rotary_scaling_is_the_files_own(scaled_gguf, more, scaling):
+    """`transformers` leaves it out: the same weights then gave other words."""
+    found = load_backbone(BackboneConfig(model_name=str(scaled_gguf(more)), quantization="none", device="cpu"))
+    rotary = rotary_of(scaling or {"rope_type": "default", "rope_theta": 10000.0})
+    assert torch.allclose(found.trunk.rotary_emb.inv_freq, rotary.inv_freq, rtol=1e-5)
+    assert found.trunk.rotary_emb.attention_scaling == rotary.attention_scaling
+    assert (scaling is None) == (found.config.rope_parameters["rope_type"] == "default")
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (lambda writer: writer.add_tensor("rope_freqs.weight", 3 * llama3_factors()), "rope_freqs.weight"),
+        (lambda writer: writer.add_tensor("rope_freqs.weight", llama3_factors()[-4:].copy()), "rope_freqs.weight"),
+        (lambda writer: writer.add_tensor("rope_factors_long.weight", np.ones(8, np.float32)), "rope_factors_long.weight"),
+        (lambda writer: add_yarn(writer, add_rope_scaling_attn_factors=0.7), "attn_factor"),
+        (lambda writer: add_yarn(writer, add_rope_scaling_yarn_beta_fast=16.0), "yarn_beta_fast"),
+    ],
+    ids=["other factors", "too few factors", "longrope", "yarn's attention", "yarn's constants"],
+)  # fmt: skip
+def test_rotary_scaling_that_no_configuration_says_is_refused(scaled_gguf, more, named):
+    with pytest.raises(UnsupportedBackboneError, match="rotary scaling of another kind") as refused:
+        converted_gguf(scaled_gguf(more))
+    assert named in refused.value.message

@@ -4,11 +4,14 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import get_args
+from unittest import mock
 
 import pytest
 import torch
+from hub_caches import hub_cache
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -19,9 +22,10 @@ from early_exit_cli.backbone.load import load_backbone
 from early_exit_cli.backbone.quantization import settings_for
 from early_exit_cli.backbone.weight_cache import load_copy, save_copy
 from early_exit_cli.cli.app import app
-from early_exit_cli.config import BackboneConfig, KeptKind
+from early_exit_cli.config import BackboneConfig
+from early_exit_cli.config_files import KeptKind
 from early_exit_cli.errors import BackboneError
-from early_exit_cli.files.atomic import file_sha256
+from early_exit_cli.files import environment
 from early_exit_cli.files.kept import KINDS
 
 COMMIT = "a" * 40
@@ -148,20 +152,6 @@ def test_a_copied_folder_finds_the_copy_and_keeps_its_own_name(model, tmp_path, 
     assert not quantized
     assert len(copies()) == 1
     assert (backbone.name, backbone.model.name_or_path) == (str(moved), str(moved))
-
-
-def hub_cache(model, folder):
-    """The Hub's cache with `model` as org/tiny; the folder of its files, which are links."""
-    repository = folder / "models--org--tiny"
-    snapshot = repository / "snapshots" / COMMIT
-    for made in (repository / "blobs", repository / "refs", snapshot):
-        made.mkdir(parents=True)
-    (repository / "refs" / "main").write_text(COMMIT)
-    for path in model.iterdir():
-        blob = repository / "blobs" / file_sha256(path)
-        shutil.copyfile(path, blob)
-        (snapshot / path.name).symlink_to(blob)
-    return snapshot
 
 
 def test_files_are_hashed_once_and_those_of_the_hub_never(model, tmp_path, monkeypatch):
@@ -306,6 +296,21 @@ def test_a_cache_folder_that_cannot_be_written_costs_nothing(model, tmp_path, mo
     monkeypatch.setenv("EEXIT_HOME", str(tmp_path / "file" / "home"))
     expected = logits_of(load(model, weight_cache=False))
     assert torch.equal(logits_of(load(model)), expected)
+
+
+def test_without_a_home_nothing_is_copied_for_this_process_alone(model, tmp_path, monkeypatch, quantized):
+    monkeypatch.setenv("EEXIT_HOME", "")
+    monkeypatch.setattr(environment.platformdirs, "user_cache_path", mock.Mock(side_effect=RuntimeError))
+    environment._folder_of_process.cache_clear()
+    try:
+        for _ in range(2):
+            quantized.clear()
+            load(model)
+            assert quantized
+            assert not copies()
+        assert weights_folder().is_relative_to(tempfile.gettempdir())
+    finally:
+        environment._folder_of_process.cache_clear()
 
 
 def test_a_model_that_does_not_compute_leaves_no_copy(model):

@@ -52,9 +52,9 @@ def test_logits_and_states_are_those_of_the_small_model(pair):
 def test_heads_say_what_they_said(pair):
     small, large = pair
     torch.manual_seed(2)
-    exits = ExitHeads(small, "adapter", [1], 16, None).requires_grad_(False).to(torch.bfloat16)
+    exits = ExitHeads(small, "adapter", [2], 16, None).requires_grad_(False).to(torch.bfloat16)
     exits.heads[0].up.weight.normal_(std=0.1)
-    head = EagleHead(small, [0, 2], None).requires_grad_(False).to(torch.bfloat16)
+    head = EagleHead(small, [1, 3], None).requires_grad_(False).to(torch.bfloat16)
     head.start_from(small)
     for weight in head.parameters():
         weight.add_(torch.randn_like(weight), alpha=0.03)

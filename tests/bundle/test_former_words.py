@@ -8,12 +8,13 @@ import pytest
 from drafters import some_head
 
 import early_exit_cli
-from early_exit_cli.bundle.files import eagle_file, eagle_layers, read_bundle_record
+from early_exit_cli.bundle.files import eagle_exit_layers, eagle_file, read_bundle_record
 from early_exit_cli.bundle.load import load_engine
 from early_exit_cli.bundle.pull import copy_bundle
 from early_exit_cli.bundle.push import check_bundle, staged, write_card
 from early_exit_cli.bundle.save import save_eagle
-from early_exit_cli.config import BackboneConfig, BundleConfig, PushConfig
+from early_exit_cli.config import BackboneConfig, BundleConfig
+from early_exit_cli.config_files import PushConfig
 from early_exit_cli.decoding.answer import generate
 from early_exit_cli.decoding.text import Request
 from early_exit_cli.drafting.chances import draft_chances_of, save_draft_chances
@@ -69,7 +70,7 @@ def test_its_record_is_that_of_today(old):
 def test_its_head_is_loaded(old, smollm2):
     record = read_bundle_record(old)
     assert eagle_file(old) == old / "lookahead.safetensors"
-    head = load_eagle(eagle_file(old), smollm2, eagle_layers(record.eagle, old, smollm2.num_blocks))
+    head = load_eagle(eagle_file(old), smollm2, eagle_exit_layers(record.eagle, old, smollm2.num_blocks))
     assert head.exit_layers == record.eagle.exit_layers == [8, 16]
     assert head.logits(head.norm.weight[None]).shape == (1, 8192)
 
@@ -117,7 +118,7 @@ def test_a_copy_of_it_is_one_too(old, tmp_path):
 
 def test_what_changes_it_writes_todays_words(old, smollm2):
     record = read_bundle_record(old)
-    head = load_eagle(eagle_file(old), smollm2, eagle_layers(record.eagle, old, smollm2.num_blocks))
+    head = load_eagle(eagle_file(old), smollm2, eagle_exit_layers(record.eagle, old, smollm2.num_blocks))
     save_draft_chances(draft_chances_of(record), old)
     assert says_lookahead(old) == ["lookahead.safetensors"]
     assert json.loads((old / "eexit.json").read_text()) == json.loads((SHIPPED / "eexit.json").read_text())

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import early_exit_cli
 from early_exit_cli.bundle.push import check_bundle, push, staged, write_card
 from early_exit_cli.cli.app import app
-from early_exit_cli.config import HubConfig, PushConfig
+from early_exit_cli.config_files import HubConfig, PushConfig
 from early_exit_cli.errors import BundleError, ConfigError
 from early_exit_cli.files.atomic import file_sha256
 

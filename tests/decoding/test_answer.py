@@ -8,7 +8,7 @@ from tiny_models import byte_tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from early_exit_cli.decoding.answer import TextStream
+from early_exit_cli.decoding.text_stream import TextStream
 
 WORDS = ["▁ok", "▁then", "ß", "▁", "日", "<s>", "</s>"]
 
@@ -23,12 +23,12 @@ def with_byte_fallback() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
-def stream_of(tokenizer) -> TextStream:
-    return TextStream(SimpleNamespace(backbone=SimpleNamespace(tokenizer=tokenizer)))
+def stream_of(tokenizer, stop=()) -> TextStream:
+    return TextStream(SimpleNamespace(backbone=SimpleNamespace(tokenizer=tokenizer)), stop)
 
 
-def streamed(tokenizer, ids: list[int]) -> tuple[list[str], TextStream]:
-    stream = stream_of(tokenizer)
+def streamed(tokenizer, ids: list[int], stop=()) -> tuple[list[str], TextStream]:
+    stream = stream_of(tokenizer, stop)
     return [*(stream.push([token]) for token in ids), stream.finish()], stream
 
 
@@ -82,3 +82,26 @@ def test_the_pieces_joined_are_the_whole_text(kind, request):
         assert "".join(pieces) == stream.text
         assert stream.text.rstrip("\ufffd") == whole.rstrip("\ufffd")
         assert whole.startswith(stream.text)
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "shown"),
+    [
+        ("one. two", [". "], "one"),
+        ("aab", ["ab"], "a"),
+        ("abcab", ["bd", "abd"], "abcab"),
+        ("a stop and STOP", ["STOP"], "a stop and "),
+        ("xyz and more", ["more", "yz"], "x"),
+        ("stop", ["stop"], ""),
+        ("日本語", ["本"], "日"),
+    ],
+)
+def test_a_text_goes_up_to_the_first_stop_text_and_shows_nothing_that_may_become_one(text, stop, shown):
+    tokenizer = byte_tokenizer()
+    ids = tokenizer(text)["input_ids"]
+    pieces, stream = streamed(tokenizer, ids, stop)
+    assert "".join(pieces) == stream.text == shown
+    assert stream.stopped == (shown != text)
+    assert stream.ids == ids
+    for place in range(len(pieces)):
+        assert shown.startswith("".join(pieces[:place]))

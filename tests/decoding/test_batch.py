@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from drafters import make_drafter, tokens_of
+from drafters import ScriptedDrafter, make_drafter, tokens_of
 
 from early_exit_cli.config import SamplingConfig
+from early_exit_cli.decoding.answer import generate
 from early_exit_cli.decoding.batch import decode_batch, generate_batch
 from early_exit_cli.decoding.loop import decode
 from early_exit_cli.decoding.text import Request
@@ -126,6 +127,75 @@ def test_padding_rows_of_a_pass_are_nobodys(tiny_model):
     for cache in caches:
         assert cache.keys[0][:, cache.length : cache.length + width].any()
         assert not cache.keys[0][:, cache.length + width :].any()
+
+
+class Watching(ScriptedDrafter):
+    """Drafts nothing but what is known, and keeps what it is shown."""
+
+    exit_layers = (2, 4)
+
+    def __init__(self, continuations):
+        self.forks, self.continuations = [], continuations
+
+    def fork(self):
+        number = len(self.forks)
+        made = ScriptedDrafter(self.continuations[number], lambda index: index % 3 == 2, PROMPTS[number])
+        made.exit_layers, made.seen = self.exit_layers, []
+        made.process = lambda tokens, states: made.seen.append((tokens, [state.clone() for state in states]))
+        self.forks.append(made)
+        return made
+
+
+def test_a_drafter_is_shown_the_same_states_in_a_batch_as_alone(tiny_model):
+    """Wrong ones would change no token: only fewer drafts would be accepted."""
+    model = tiny_model("llama")
+    requests = [Request(prompt, TOKENS, stop_ids=()) for prompt in PROMPTS]
+    known = [tokens_of(decode(model, request, NoDrafter())) for request in requests]
+    alone, together = Watching(known), Watching(known)
+    for request in requests:
+        for _ in decode(model, request, alone.fork(), width=4):
+            pass
+    for _ in decode_batch(model, requests, together, batch=2, width=4):
+        pass
+    for ours, theirs in zip(together.forks, alone.forks, strict=True):
+        assert [tokens for tokens, _ in ours.seen] == [tokens for tokens, _ in theirs.seen]
+        for (_, states), (_, expected) in zip(ours.seen, theirs.seen, strict=True):
+            assert len(states) == len(expected) == 3
+            assert all(map(torch.equal, states, expected))
+
+
+def test_answers_in_a_batch_are_counted_and_timed_by_themselves(tiny_model):
+    model = tiny_model("llama")
+    drafter = make_drafter("fixed", model)
+    requests = [Request(prompt, tokens, stop_ids=()) for prompt, tokens in zip(PROMPTS, (3, 9, 5, 20, 1), strict=True)]
+    ended = []
+    texts = generate_batch(
+        model,
+        requests,
+        drafter,
+        mode="fixed",
+        batch=2,
+        width=4,
+        on_end=lambda number, text: ended.append((number, text)),
+    )
+    assert sorted(number for number, _ in ended) == list(range(5))
+    assert all(texts[number] is text for number, text in ended)
+    waited = []
+    for request, text in zip(requests, texts, strict=True):
+        lone = generate(model, request, drafter, mode="fixed", width=4)
+        assert (text.text, text.token_ids) == (lone.text, lone.token_ids)
+        assert [step.tokens for step in text.rounds] == [step.tokens for step in lone.rounds]
+        ours, theirs = text.stats, lone.stats
+        for name in ("mode", "total_tokens_generated", "tokens_drafted", "tokens_accepted", "exit_distribution"):
+            assert getattr(ours, name) == getattr(theirs, name)
+        assert 0 < ours.time_to_first_token_seconds <= ours.total_time_seconds
+        assert ours.prefill_tokens_per_second is None  # it would count the wait
+        assert text.stop == request.stop
+        waited.append(ours.time_to_first_token_seconds)
+        if len(text.rounds) > 1:
+            assert ours.time_to_first_token_seconds < ours.total_time_seconds
+    assert max(waited[:2]) < min(waited[2:])  # seconds hold the wait for room in the batch
+    assert len(generate_batch(model, requests[:1], drafter, mode="fixed", batch=2, width=4)) == 1
 
 
 def test_a_bad_prompt_is_refused(tiny_model):

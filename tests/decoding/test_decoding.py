@@ -5,10 +5,11 @@ import torch
 from drafters import PROMPT, ScriptedDrafter, thresholds_between, tokens_of
 from tiny_models import END, FAMILIES
 
-from early_exit_cli.decoding.answer import TextStream, generate
+from early_exit_cli.decoding.answer import Interrupted, generate
 from early_exit_cli.decoding.loop import decode
 from early_exit_cli.decoding.records import trace_records
 from early_exit_cli.decoding.text import Request, accepted_length, cut_at_stop
+from early_exit_cli.decoding.text_stream import TextStream
 from early_exit_cli.drafting.drafter import NoDrafter
 from early_exit_cli.drafting.exit import ExitDrafter
 from early_exit_cli.errors import ConfigError, NumericsError
@@ -140,7 +141,7 @@ def smollm2_model(smollm2):
     from early_exit_cli.runtime.select import make_blocks
 
     torch.manual_seed(0)
-    heads = ExitHeads(smollm2, "adapter", [7, 15, 22], 16, torch.arange(8192))
+    heads = ExitHeads(smollm2, "adapter", [8, 16, 23], 16, torch.arange(8192))
     return Engine(smollm2, make_blocks(smollm2), heads.to(smollm2.dtype).requires_grad_(False))
 
 
@@ -156,6 +157,47 @@ def test_statistics_count_committed_tokens_only(model, plain):
     assert full.stats.acceptance_rate is None
     assert full.stats.exit_distribution == {"0": 0, "1": 0, "2": 0, "full": 5}
     assert full.stats.average_exit_layer == model.blocks.num_blocks
+
+
+@pytest.mark.parametrize("drafter", [NoDrafter(), ExitDrafter([1e9] * 3)], ids=["plain", "drafted"])
+def test_an_answer_says_why_it_ends_and_ends_before_a_stop_text(model, drafter):
+    whole = generate(model, Request(PROMPT, 40), drafter, mode="x")
+    assert whole.finish_reason == "length"
+    word = whole.text[len(whole.text) // 2 :][:3]
+    place = whole.text.index(word)
+    pieces = []
+    request = Request(PROMPT, 40, stop=("never in there", word))
+    cut = generate(model, request, drafter, mode="x", on_text=lambda piece, decider: pieces.append(piece))
+    assert (cut.finish_reason, cut.text, "".join(pieces)) == ("stop", whole.text[:place], whole.text[:place])
+    assert cut.token_ids == whole.token_ids[: len(cut.token_ids)]
+    assert len(cut.token_ids) < len(whole.token_ids)
+    assert "".join(record["text"] for record in trace_records(model, cut, len(PROMPT))) == cut.text
+    assert cut.record()["finish_reason"] == "stop"
+
+
+def test_rates_of_prefill_and_decoding_add_up_to_the_whole(model):
+    stats = generate(model, Request(PROMPT, 20), NoDrafter(), mode="full").stats
+    assert stats.prompt_tokens == len(PROMPT)
+    assert stats.prefill_tokens_per_second * stats.time_to_first_token_seconds == pytest.approx(len(PROMPT))
+    later = stats.total_time_seconds - stats.time_to_first_token_seconds
+    assert stats.decode_tokens_per_second * later == pytest.approx(19)
+    assert generate(model, Request(PROMPT, 1), NoDrafter(), mode="full").stats.decode_tokens_per_second is None
+
+
+def test_an_interrupted_answer_keeps_what_there_is(model):
+    def interrupt(token, seen=[]):  # noqa: B006 (remembers)
+        seen.append(token)
+        if len(seen) == 7:
+            raise KeyboardInterrupt
+
+    whole = generate(model, Request(PROMPT, 40), NoDrafter(), mode="full")
+    with pytest.raises(Interrupted) as caught:
+        generate(model, Request(PROMPT, 40), NoDrafter(), mode="full", on_token=interrupt)
+    found = caught.value.generation
+    assert found.token_ids == whole.token_ids[:7]
+    assert whole.text.startswith(found.text)
+    assert found.finish_reason is None
+    assert found.stats.total_tokens_generated == 7
 
 
 def test_the_trace_names_every_heads_view_of_every_token(model):
@@ -189,11 +231,12 @@ def test_accepted_length_stops_at_the_first_difference():
 
 
 def test_the_stop_rule_cuts_at_the_first_end_token_and_the_cap():
-    assert cut_at_stop([1, 2, END, 3], {END}, 10) == ([1, 2, END], True)
-    assert cut_at_stop([1, 2, 3], {END}, 3) == ([1, 2, 3], True)
-    assert cut_at_stop([1, 2, 3], {END}, 2) == ([1, 2], True)
-    assert cut_at_stop([1, 2, END], {END}, 2) == ([1, 2], True)
-    assert cut_at_stop([1, 2], {END}, 3) == ([1, 2], False)
+    assert cut_at_stop([1, 2, END, 3], {END}, 10) == ([1, 2, END], "stop")
+    assert cut_at_stop([1, 2, END], {END}, 3) == ([1, 2, END], "stop")
+    assert cut_at_stop([1, 2, 3], {END}, 3) == ([1, 2, 3], "length")
+    assert cut_at_stop([1, 2, 3], {END}, 2) == ([1, 2], "length")
+    assert cut_at_stop([1, 2, END], {END}, 2) == ([1, 2], "length")
+    assert cut_at_stop([1, 2], {END}, 3) == ([1, 2], None)
 
 
 def test_a_stream_never_shows_half_a_character(model):

@@ -1,5 +1,6 @@
 """Lookup in a corpus: matches against a search by hand, drafts from it, and a file that cannot be read."""
 
+import itertools
 import random
 
 import pytest
@@ -39,6 +40,12 @@ def test_the_match_is_the_longest_end_that_stands_in_the_corpus(letters):
                 assert cursor.predict(7) == tokens[cursor.continuation : cursor.continuation + 7]
             else:
                 assert cursor.predict(7) == []
+
+
+def test_all_short_texts_have_their_suffixes_in_order():
+    for size in range(6):
+        for tokens in itertools.product(range(3), repeat=size):
+            assert Corpus(tokens).order == sorted(range(size), key=lambda start, tokens=tokens: tokens[start:])
 
 
 def test_of_several_places_the_one_that_most_share_is_taken():

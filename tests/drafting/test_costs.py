@@ -5,10 +5,12 @@ import random
 
 import pytest
 import torch
+from drafters import some_head
 
 from early_exit_cli.calibration.thresholds import count_head_sets
+from early_exit_cli.drafting import costs as measuring
 from early_exit_cli.drafting.choose import choose_heads, expected_rate
-from early_exit_cli.drafting.costs import Costs, cost_table, fastest_in_turns, measure_costs, never_falling
+from early_exit_cli.drafting.costs import Costs, cost_table, fastest_in_turns, measure_costs, never_falling, pass_costs
 from early_exit_cli.files.schemas import CalibratedHead, CalibrationRecord, HeadSet, RecordForm
 
 WIDTHS = [2, 4, 8]
@@ -97,6 +99,13 @@ def test_the_set_that_earns_most_is_read(tiny_model):
     assert choose_heads(model, 0.8, 8, costs) in ([1], [0, 1])
 
 
+def test_heads_must_pay_by_more_than_the_costs_may_be_wrong(tiny_model):
+    model = model_of_known_costs(tiny_model)
+    model.record = record(([1], [0.95], [0.99]))
+    for error, read in ((0.0, [1]), (10.0, [])):
+        assert choose_heads(model, 0.8, 8, COSTS.model_copy(update={"error": error})) == read
+
+
 def test_a_bundle_without_counts_has_all_heads_read(tiny_model):
     model = tiny_model("llama")
     model.record = None
@@ -127,7 +136,7 @@ def test_a_spoilt_moment_spoils_one_entry_at_most():
 def test_runs_take_turns_and_the_first_only_warms_up(monkeypatch):
     clock, happened = [0.0], []
     monkeypatch.setattr("early_exit_cli.drafting.costs.time.perf_counter", lambda: clock[0])
-    seconds = {"a": iter([9.0, 0.5, *[0.3] * 5, 0.2]), "b": iter([1.0, *[2.0] * 7])}
+    seconds = {"a": iter([9.0, 0.5, 0.3, 0.3, 0.2]), "b": iter([1.0, *[2.0] * 4])}
 
     def call(name):
         happened.append(name)
@@ -139,7 +148,7 @@ def test_runs_take_turns_and_the_first_only_warms_up(monkeypatch):
     calls = {name: (before, lambda name=name: call(name)) for name in ("a", "b")}
     found = fastest_in_turns(calls, torch.device("cpu"))
     assert found == {"a": pytest.approx(200.0), "b": pytest.approx(2000.0)}  # b's 1.0 s was its warm-up
-    assert happened == ["a", "b"] * 8
+    assert happened == ["a", "b"] * 5
 
 
 def test_costs_are_measured_once_and_again_when_asked(tiny_model, monkeypatch, tmp_path):
@@ -158,5 +167,123 @@ def test_costs_are_measured_once_and_again_when_asked(tiny_model, monkeypatch, t
         "head",
         "eagle_read",
         "eagle_step",
+        "error",
     }
     assert cost_table(model, refresh=True) == cost_table(model)
+
+
+KNOWN = {("near", 1): 60.0, ("near", 8): 120.0, ("far", 1): 90.0, ("far", 8): 150.0}
+KNOWN |= {("finish", 1): 4.0, ("finish", 8): 5.0, ("head", 1): 0.7, ("read", 1): 0.6, ("step", 1): 0.2}
+
+
+def measured(model, monkeypatch, times=KNOWN):
+    """Costs where each call is made once, whatever it takes, and these are the times."""
+
+    def once(calls, device):
+        for before, call in calls.values():
+            before()
+            call()
+        return {key: times[key] for key in calls}
+
+    monkeypatch.setattr(measuring, "fastest_in_turns", once)
+    return measure_costs(model, [1, 8])
+
+
+def test_what_was_timed_is_what_a_cost_says(tiny_model, monkeypatch):
+    model = tiny_model("llama")
+    model.eagle = some_head(model.backbone)
+    costs = measured(model, monkeypatch)
+    assert costs.per_block == {1: 10.0, 8: 20.0}  # of six blocks
+    assert costs.per_block_far == {1: 15.0, 8: 25.0}
+    assert costs.finish == {1: 4.0, 8: 5.0}
+    assert (costs.head, costs.eagle_read, costs.eagle_step) == (0.7, 0.6, 0.2)
+    assert costs.plain(6, 8) == 125.0
+    bare = tiny_model("llama")
+    bare.heads = None
+    costs = measured(bare, monkeypatch)
+    assert (costs.head, costs.eagle_read, costs.eagle_step) == (0.0, 0.0, 0.0)
+
+
+def test_a_step_of_a_chain_is_what_each_further_one_adds(tiny_model, monkeypatch):
+    """Where steps run all at once: a chain of five takes 2.6, reading and the first choice 0.6."""
+    asked = []
+
+    class Chained:
+        most_steps = 5
+
+        def __init__(self, head):
+            self.cache = type("Cache", (), {"length": 0})
+
+        def read(self, tokens, states):
+            self.cache.length += len(tokens)
+
+        def chain(self, tokens, states, count):
+            asked.append((self.cache.length, len(tokens), [len(state) for state in states], count))
+            self.cache.length += len(tokens)
+
+    monkeypatch.setattr(measuring, "eagle_runner", Chained)
+    model = tiny_model("llama")
+    model.eagle = some_head(model.backbone)
+    costs = measured(model, monkeypatch, KNOWN | {("step", 1): 2.6})
+    assert costs.eagle_read == 0.6
+    assert costs.eagle_step == pytest.approx(0.5)
+    assert asked[:2] == [(256, 2, [2, 2, 2], 1), (256, 2, [2, 2, 2], 5)]
+    assert measured(model, monkeypatch, KNOWN | {("step", 1): 0.5}).eagle_step == 0.0  # never less than nothing
+
+
+def test_what_two_measurements_differ_by_must_be_expected_beyond_plain_decoding(tiny_model, monkeypatch):
+    model = tiny_model("llama")
+    first = KNOWN | {("near", 8): 132.0, ("step", 1): 0.5}
+    slower = iter([first, KNOWN])
+    monkeypatch.setattr(measuring, "fastest_in_turns", lambda calls, device: dict.fromkeys(calls, 1.0) | next(slower))
+    costs = measure_costs(model, [1, 8])
+    assert costs.per_block == {1: 10.0, 8: 20.0}
+    assert costs.error == pytest.approx(12 / 120)  # what is small beside a pass counts by its share of one
+
+
+def test_other_heads_have_costs_of_their_own(tiny_model, monkeypatch, tmp_path):
+    monkeypatch.setenv("EEXIT_HOME", str(tmp_path))
+    made = []
+    known = COSTS.model_copy(update={name: dict.fromkeys(range(1, 17), 1.0) for name in ("per_block", "finish")})
+    known = known.model_copy(update={"per_block_far": known.per_block})
+    monkeypatch.setattr(measuring, "measure_costs", lambda engine, widths: made.append(widths) or known)
+    for heads, eagle in ((True, False), (False, False), (True, True), (False, True)):
+        model = tiny_model("llama")
+        model.heads = model.heads if heads else None
+        model.eagle = some_head(model.backbone) if eagle else None
+        for _ in range(2):
+            assert cost_table(model) == known
+    assert made == [sorted({1, *model.blocks.widths})] * 4
+
+
+def test_passes_beyond_the_measured_widths_cost_what_the_last_step_of_rows_did(tiny_model, monkeypatch):
+    blocks = tiny_model("llama").blocks
+    blocks.widths = (2, 4, 8)
+    costs = pass_costs(COSTS, blocks)
+    known = {width: 6 * COSTS.per_block[width] + COSTS.finish[width] for width in WIDTHS}
+    assert [costs(rows) for rows in (1, 2, 3, 4, 5, 8)] == [known[width] for width in (2, 2, 4, 4, 8, 8)]
+    assert costs(11) == known[8]  # no pass has more rows
+    monkeypatch.setattr(type(blocks), "batch_rows", 32)
+    assert pass_costs(COSTS, blocks)(11) == pytest.approx(known[8] + 3 * (known[8] - known[4]) / 4)
+
+
+@pytest.mark.parametrize("watched", [[0], []], ids=["attends", "does not"])
+def test_a_head_is_timed_over_one_more_token_behind_a_text(watched):
+    happened = []
+
+    class Reader:
+        def watched(self, heads):
+            assert heads == [0]
+            return watched
+
+        def process(self, head, states):
+            happened.append(("process", head, len(states)))
+
+        def read(self, head, rows):
+            happened.append(("read", head, [len(row) for row in rows]))
+
+    call = measuring._head_call(Reader(), torch.zeros(9, 4))
+    for _ in range(2):
+        call()
+    seen = [("process", head, 9) for head in watched]
+    assert happened == [*seen, *2 * [*(("process", head, 1) for head in watched), ("read", 0, [1])]]

@@ -7,7 +7,7 @@ import pytest
 
 from early_exit_cli.decoding.answer import generate
 from early_exit_cli.decoding.text import Request
-from early_exit_cli.drafting.drafter import NoDrafter
+from early_exit_cli.drafting.drafter import Draft, NoDrafter
 from early_exit_cli.drafting.lookup import LookupDrafter
 from early_exit_cli.drafting.suffix_automaton import SuffixAutomaton
 
@@ -76,6 +76,64 @@ def test_what_was_wrong_before_is_drafted_less(tiny_model):
     drafter.begin([5, 6, 7, 8, 5, 6])  # another text is another matter
     assert len(drafter.draft(None, None, 6, 15, ()).tokens) == len(first.tokens)
     assert drafter.draft(None, None, 6, 15, {8}).tokens == [7, 8]  # nothing is drafted after the end
+
+
+CHANCE = 0.8
+"""Of the next token, whatever the match."""
+
+
+def best_of_all(pass_cost, limit, batch_size=1):
+    """Of all draft lengths the one with the most tokens per millisecond, and that rate, the simpler one where two tie."""
+
+    def rate(length):
+        shared = pass_cost(batch_size) * (1 / batch_size - 1) if batch_size > 1 else 0.0
+        return sum(CHANCE**place for place in range(length + 1)) / (pass_cost(length + batch_size) + shared)
+
+    best = max(range(limit + 1), key=rate)
+    return best, pytest.approx(rate(best))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("per_row", [0.0, 0.3, 1.0, 2.5, 6.0])
+def test_a_draft_is_as_long_as_all_lengths_tried_one_by_one_say(per_row, batch_size):
+    drafter = LookupDrafter(lambda rows: 3.0 + per_row * rows, [CHANCE] * 6)
+    drafter.begin([1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2])
+    drafter.resize_batch(batch_size)
+    for limit in (1, 2, 5, 15):
+        length, rate = best_of_all(lambda rows: 3.0 + per_row * rows, limit, batch_size)
+        assert drafter.expected_rate(limit) == rate
+        draft = drafter.draft(None, None, 2, limit, ())
+        assert draft.tokens == [3, 4, 5, 6, 7, 8, 9, 1, 2, 3, 4, 5, 6, 7, 8][:length]
+        assert {reason.length for reason in draft.reasons} <= {2}
+        assert len(draft.reasons) == length
+    assert drafter.expected_rate(0) == 0.0
+
+
+def test_nothing_is_drafted_behind_the_end_or_without_a_match():
+    drafter = LookupDrafter(lambda rows: 10.0, [CHANCE] * 6)
+    drafter.begin([1, 2, 3, 4, 5, 1, 2])
+    assert drafter.draft(None, None, 2, 5, {4}).tokens == [3, 4]
+    drafter.begin([1, 2, 3, 4, 5])
+    assert drafter.expected_rate(5) == 0.0
+    assert not drafter.draft(None, None, 5, 5, ()).tokens
+
+
+def test_what_this_text_has_shown_counts_beside_six_tokens_of_the_prior():
+    drafter = LookupDrafter(lambda rows: 10.0, [CHANCE] * 6)
+    drafter.begin([1, 2, 3, 4, 5, 1, 2])
+    draft = drafter.draft(None, None, 2, 3, ())
+    assert draft.tokens == [3, 4, 5]
+    (source,) = drafter.sources
+    assert source.chance == pytest.approx(0.8)
+    drafter.accept(draft, [3, 9], 1)  # one right, one wrong, and of the third nothing is known
+    drafter.accept(Draft(), [1, 2], 0)  # the same kind of match again
+    assert source.chance == pytest.approx((6 * 0.8 + 1) / (6 + 2))
+    draft = drafter.draft(None, None, 2, 3, ())
+    drafter.accept(draft, [*draft.tokens, 9], 3)  # all right: no wrong one ended it
+    drafter.accept(Draft(), [1, 2], 0)
+    assert source.chance == pytest.approx((6 * 0.8 + 1 + 3) / (6 + 2 + 3))
+    drafter.begin([1, 2, 3, 4, 5, 1, 2])
+    assert drafter.sources[0].chance == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral-window", "qwen3"])

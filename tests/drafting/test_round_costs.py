@@ -10,7 +10,7 @@ from early_exit_cli.drafting.drafter import Draft, NoDrafter
 from early_exit_cli.drafting.eagle import EagleDrafter
 from early_exit_cli.drafting.lookup import LookupDrafter
 from early_exit_cli.drafting.reasons import Match
-from early_exit_cli.drafting.round_costs import RoundTimes
+from early_exit_cli.runtime.round_times import RoundTimes
 
 PROMPT = [1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3, 4, 5, 6]
 

@@ -79,7 +79,7 @@ def test_a_calibration_by_confidence_elsewhere_is_used_by_infer_and_evaluate(own
     assert all(value <= 0 for value in json.loads(path.read_text())["thresholds"]["0.20"].values())
     chosen = ["--bundle", own, "--calibration-path", path, "--accuracy-level", 0.2]
     code, out, err = eexit(
-        "infer", *chosen, "--mode", "compare", "--read-heads", "all", "--repeats", 1, "--prompt", "abc", "--max-tokens", 24,
+        "infer", *chosen, "--mode", "compare", "--drafter", "exit", "--read-heads", "all", "--repeats", 1, "--prompt", "abc", "--max-tokens", 24,
         "--json",
     )  # fmt: skip
     assert code == 0, err

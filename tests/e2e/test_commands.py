@@ -58,6 +58,8 @@ def test_compare_is_identical_bit_exact_and_gives_a_speedup(bundle):
         bundle,
         "--mode",
         "compare",
+        "--drafter",
+        "exit",
         "--prompt",
         "abc",
         "--max-tokens",
@@ -218,6 +220,13 @@ def test_a_broken_bundle_is_one_clear_line_and_code_1(bundle, tmp_path, change, 
         (["infer", "--prompt", "a", "--prompt-file", "b"], 2, "several prompts"),
         (["infer", "--prompt", "a" * 600], 2, "exceed the context of 512"),
         (["infer", "--prompt", "a", "--accuracy-level", "0.77"], 2, "0.77 was not calibrated"),
+        (["infer", "a", "--accuracy-level", "0.77", "--drafter", "lookup"], 2, "0.77 was not calibrated"),
+        (["infer", "a", "--accuracy-level", "0.77", "--mode", "compare"], 2, "0.77 was not calibrated"),
+        (["infer", "a", "--prompt", "b"], 2, "'a' is given beside --prompt 'b'"),
+        (["infer", "a", "--system", "b", "--raw"], 2, "--system goes into the chat template"),
+        (["infer", "a", "--stop", ""], 2, "inference.stop"),
+        (["infer", "a", "--threads", "0"], 2, "--threads"),
+        (["infer", "a", "--output", "nowhere/answers.jsonl"], 2, "cannot write to nowhere/answers.jsonl"),
         (["infer", "--prompt", "a", "--width", "40"], 2, "inference.width"),
         (
             ["infer", "--prompt", "a", "--set", "inference.max_token=3"],
@@ -407,7 +416,7 @@ def test_two_processes_train_one_set_of_heads(tiny_folder, prompts, tmp_path):
     report = json.loads(out[out.index("{") :])
     assert report["steps"] == 4
     (answers,) = (tmp_path / "home" / "answers").iterdir()
-    assert len(answers.read_text().splitlines()) == 60
+    assert len(answers.read_text().splitlines()) == 1 + 60  # what they were made from, and an answer a prompt
     marker = json.loads(next((tmp_path / "run" / "checkpoints").glob("*/complete.json")).read_text())
     assert marker["identity"]["world_size"] == 2
 

@@ -19,7 +19,7 @@ def made(tiny_bundle, tmp_path_factory):
     """(page, answers of all methods) of a real decode: compare, at a level where drafts are accepted and rejected."""
     path = tmp_path_factory.mktemp("page") / "page.html"
     code, out, err = eexit(
-        "infer", "--bundle", tiny_bundle, "--mode", "compare", "--accuracy-level", 0.6, "--read-heads", "all",
+        "infer", "--bundle", tiny_bundle, "--mode", "compare", "--drafter", "exit", "--accuracy-level", 0.6, "--read-heads", "all",
         "--repeats", 1, "--max-tokens", 40, "--prompt", PROMPT, "--html", path, "--json",
     )  # fmt: skip
     assert code == 0, err

@@ -94,7 +94,8 @@ def test_push_and_pull_as_a_person_types_them(hub, repo, linear_bundle, tmp_path
     backbone = tiny_backbone("llama")
     config, calibration, heads = dssd_loader.load(tmp_path, backbone.final_norm.eps)
     assert set(calibration.at(0.3)) == set(range(config.num_heads))
-    ours = load_heads(tmp_path / "copy" / "heads.safetensors", backbone, "linear", config.head_layer_indices, 0)
+    exit_layers = [block + 1 for block in config.head_layer_indices]
+    ours = load_heads(tmp_path / "copy" / "heads.safetensors", backbone, "linear", exit_layers, 0)
     hidden = torch.randn(5, config.hidden_size)
     with torch.no_grad():
         for index, head in enumerate(heads):

@@ -1,13 +1,13 @@
 """Modes and colours of `eexit infer` as a person runs them, on a tiny bundle."""
 
 import json
-import os
-import pty
 import re
-import subprocess
 
 import pytest
-from commands import command_line, eexit
+from commands import eexit
+from ptys import in_terminal
+
+from early_exit_cli.report.answer_text import CONTROLS
 
 PROMPT = ["--prompt", "one two three", "--max-tokens", 24]
 
@@ -127,40 +127,19 @@ def test_combinations_without_meaning_are_refused(base, arguments, words):
     assert "Traceback" not in err
 
 
-def in_terminal(arguments, **environment):
-    """What a terminal would get: the bytes of stdout and stderr together."""
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        command_line(*arguments),
-        stdin=subprocess.DEVNULL,
-        stdout=theirs,
-        stderr=theirs,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "TERM": "xterm-256color", "COLORTERM": "truecolor"} | environment,
-    )
-    os.close(theirs)
-    written = b""
-    while True:
-        try:
-            chunk = os.read(ours, 65536)
-        except OSError:  # Linux: the other end is closed
-            break
-        if not chunk:
-            break
-        written += chunk
-    os.close(ours)
-    assert process.wait(timeout=60) == 0, written
-    return written.decode().replace("\r\n", "\n")
-
-
 def test_a_terminal_shows_who_decided_and_the_same_text(base, full):
     arguments = [*base, "--mode", "fixed_layerskip", "--fixed-head", 2]
-    coloured = in_terminal(arguments)
-    assert "\x1b[38;2;58;148;245m" in coloured  # head 2
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", coloured)
-    assert plain.startswith(full["text"] + "\n")
-    assert re.search(
-        r"head 0: 0  head 1: 0  head 2: \d+  backbone: \d+\n24 tokens, [\d.]+ tokens/s, accept length", plain
-    )
+    shown, written = in_terminal(arguments, columns=100)
+    assert "\x1b[38;2;58;148;245m" in written  # head 2
+    assert "loading PyTorch" in written
+    text = [line.rstrip() for line in full["text"].translate(CONTROLS).split("\n")]
+    assert shown[: len(text)] == text
+    legend, *statistics = shown[len(text) :]
+    assert re.fullmatch(r"tokens by drafter: head 2 \d+, backbone \d+", legend)
+    assert any(re.fullmatch(r"ended +at the limit", line) for line in statistics)
+    without, written = in_terminal(arguments, columns=100, NO_COLOR="1")
+    assert not re.search(r"\x1b\[[\d;]*3[0-9;]*m", written)
+    assert [re.sub("[0-9.,]+", "N", line) for line in without] == [re.sub("[0-9.,]+", "N", line) for line in shown]
 
 
 def test_colours_go_into_a_pipe_where_they_are_asked_for(base, full):

@@ -20,7 +20,7 @@ def test_the_bundle_is_complete_and_under_20_mb():
 @pytest.mark.parametrize("level", ["0.60", pytest.param("0.80", marks=pytest.mark.slow), "0.99"])
 def test_adaptive_answers_are_the_plain_ones_bit_for_bit(level):
     code, out, err = eexit(
-        "infer", "--mode", "compare", "--repeats", "1", "--max-tokens", "64", "--accuracy-level", level, "--json",
+        "infer", "--mode", "compare", "--drafter", "exit", "--repeats", "1", "--max-tokens", "64", "--accuracy-level", level, "--json",
         "--read-heads", "all",
         "--prompt", "A shop sells 3 apples for 2 dollars. How much do 12 apples cost? Think step by step.",
     )  # fmt: skip

@@ -1,10 +1,16 @@
 """Inputs and surroundings that are not as they should be: every good row is answered, every bad one is named."""
 
+import contextlib
 import json
+import os
 import random
+import time
+from pathlib import Path
 
 import pytest
-from commands import eexit, eexit_process, one_line
+from commands import ONE_THREAD, eexit, eexit_process, one_line, started
+from gguf_files import write_gguf
+from safetensors.torch import load_file
 
 from early_exit_cli.engine import Engine
 from early_exit_cli.errors import NumericsError
@@ -132,3 +138,34 @@ def test_without_a_cache_folder_there_is_an_answer_and_a_line(infer, tmp_path, s
     assert err.count("nothing was kept for the next time") == 1
     assert "EEXIT_HOME" in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("rounds", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_two_processes_that_convert_the_same_model_both_answer(tiny_folder, tmp_path, rounds):
+    """Each converts and quantizes where nothing is kept yet; what one has completed stays, and is what the other reads."""
+    tensors = load_file(tiny_folder("llama") / "model.safetensors")
+    (path,) = write_gguf(tmp_path / "tiny.gguf", tiny_folder("llama"), tensors)
+    asked = ["--max-tokens", TOKENS, "--prompt", "one", "--json"]
+    command = ["infer", "--model-name", path, "--runner", "fused", "--drafter", "lookup", *asked]  # nothing to compile
+    answers = set()
+    for number in range(rounds):
+        home = tmp_path / f"home-{number}"
+        processes = [started(*command, env={**os.environ, "EEXIT_HOME": str(home), **ONE_THREAD}) for _ in range(2)]
+        seen: dict[Path, set[int]] = {}
+        while True:
+            are_ended = all(process.poll() is not None for process in processes)
+            for kind in ("gguf", "weights"):
+                for place in (home / kind).glob("[!.]*/model.safetensors"):
+                    with contextlib.suppress(FileNotFoundError):
+                        seen.setdefault(place, set()).add(place.stat().st_ino)
+            if are_ended:
+                break
+            time.sleep(0.005)
+        for process in processes:
+            out, err = process.communicate()
+            assert (process.returncode, "error" in err) == (0, False), err
+            answers.add(tuple(json.loads(out)["lookup"]["token_ids"]))
+        assert {place: {place.stat().st_ino} for place in seen} == seen  # nothing complete was ever replaced
+        assert [len(list((home / kind).glob("*/model.safetensors"))) for kind in ("gguf", "weights")] == [1, 1]
+        assert not list(home.glob("*/.*.tmp"))
+    assert len(answers) == 1

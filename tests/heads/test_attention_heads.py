@@ -30,10 +30,10 @@ OTHER = [7, 9, 7, 9, 7, 9, 30]
 NEW = 40
 
 
-def some_heads(backbone, layers=(0, 2, 4), vocab=None) -> ExitHeads:
+def some_heads(backbone, exit_layers=(1, 3, 5), vocab=None) -> ExitHeads:
     """Attention heads that look around, with the last block's queries and keys."""
     torch.manual_seed(3)
-    heads = ExitHeads(backbone, "attention", list(layers), 16, vocab)
+    heads = ExitHeads(backbone, "attention", exit_layers, 16, vocab)
     heads.start_from(backbone)
     for head in heads.heads:
         torch.nn.init.normal_(head.o_proj.weight, std=0.05)
@@ -63,7 +63,7 @@ def thresholds(model, share) -> list[float]:
 
 def test_an_untrained_head_is_the_logit_lens(tiny_backbone):
     backbone = tiny_backbone("llama")
-    heads = ExitHeads(backbone, "attention", [1, 3], 8, None)
+    heads = ExitHeads(backbone, "attention", [2, 4], 8, None)
     heads.start_from(backbone)
     states = run_states(backbone, pack([Document(PROMPT, "s")], 20, 0)[0], heads.exit_layers)
     with torch.no_grad():
@@ -161,7 +161,7 @@ def test_reading_costs_something(model):
 @pytest.mark.skipif(not has_native_code(), reason="no compiled code on this machine")
 def test_compiled_readings_say_what_pytorchs_say(smollm2):
     """Token by token over a text, in rounds whose drafts are partly taken back."""
-    heads = some_heads(smollm2, (3, 7), torch.arange(8192))
+    heads = some_heads(smollm2, (4, 8), torch.arange(8192))
     for head in heads.heads:
         head.up.weight.mul_(0.02)
     native, plain = exit_runner(heads), ExitRunner(heads)
@@ -196,21 +196,21 @@ def test_compiled_readings_say_what_pytorchs_say(smollm2):
 def test_a_file_is_read_strictly(model, tiny_backbone, tmp_path):
     backbone, path = tiny_backbone("llama"), tmp_path / "heads.safetensors"
     model.heads.save(path, torch.float32)
-    loaded = load_heads(path, backbone, "attention", [0, 2, 4], 16)
+    loaded = load_heads(path, backbone, "attention", [1, 3, 5], 16)
     states = run_states(backbone, pack([Document(PROMPT, "s")], 20, 0)[0], loaded.exit_layers)
     for ours, theirs in zip(loaded(states, torch.arange(20)), model.heads(states, torch.arange(20)), strict=True):
         assert torch.equal(ours, theirs)
     read_heads(path, "attention", 3, 64, backbone.vocab_size, 16)
     for kind, rank in (("adapter", 16), ("attention", 8)):
         with pytest.raises(BundleError):
-            load_heads(path, backbone, kind, [0, 2, 4], rank)
+            load_heads(path, backbone, kind, [1, 3, 5], rank)
         with pytest.raises(BundleError):
             read_heads(path, kind, 3, 64, backbone.vocab_size, rank)
 
 
 def test_other_families_say_which_kind_to_take(tiny_backbone):
     with pytest.raises(UnsupportedBackboneError, match="an attention of its own") as raised:
-        ExitHeads(tiny_backbone("gpt2"), "attention", [1], 8, None)
+        ExitHeads(tiny_backbone("gpt2"), "attention", [2], 8, None)
     assert raised.value.hint == "--head adapter"
 
 
@@ -238,7 +238,9 @@ def test_from_training_to_an_answer(tmp_path, tiny_folder):
     evaluation = json.loads(output_of("evaluate", "--bundle", bundle, *data, "--json"))
     assert len(evaluation["auxiliary_heads"]) == 2
     answer = ["--bundle", bundle, "--prompt", "line 7", "--raw", "--max-tokens", 24, "--read-heads", "all"]
-    compared = json.loads(output_of("infer", *answer, "--mode", "compare", "--accuracy-level", "0.10", "--json"))
+    compared = json.loads(
+        output_of("infer", *answer, "--mode", "compare", "--drafter", "exit", "--accuracy-level", "0.10", "--json")
+    )
     assert compared["identical"]
     assert compared["bit_exact"]
     assert compared["adaptive_early_exit"]["stats"]["tokens_drafted"] > 0

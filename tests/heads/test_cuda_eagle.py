@@ -22,7 +22,7 @@ from early_exit_cli.runtime.reference_kernels import ReferenceKernels
 def head(backbone):
     """A head that drafts half the vocabulary, whose weights are numbers that NF4 holds as they are."""
     torch.manual_seed(3)
-    made = EagleHead(backbone(), [0, 2], torch.arange(0, VOCAB, 2)).requires_grad_(False).to(torch.bfloat16)
+    made = EagleHead(backbone(), [1, 3], torch.arange(0, VOCAB, 2)).requires_grad_(False).to(torch.bfloat16)
     made.start_from(backbone())
     for name, weight in made.named_parameters():
         if weight.ndim == 2:

@@ -219,7 +219,7 @@ def train(backbone, folder, steps=200, start_from=None, **changes):
     heads = HeadsConfig(kind="eagle", head_layer_indices=[1, 3], draft_vocab=0, roll_out=2, start_from=start_from)
     config = TrainingConfig(output_dir=folder, max_steps=steps, batch_size=4, lr=3e-3, eval_every=steps, **changes)
     data = DataConfig(dataset_name="x", max_length=32)
-    source = BackboneStates(backbone, [1, 3], texts, texts[:4], data, config)
+    source = BackboneStates(backbone, [2, 4], texts, texts[:4], data, config)
     return Trainer(Lessons(source), heads, config, data, {}), texts
 
 

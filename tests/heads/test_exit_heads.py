@@ -5,7 +5,7 @@ from safetensors.torch import load_file, save_file
 from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.config import HeadsConfig
 from early_exit_cli.errors import BundleError, ConfigError
-from early_exit_cli.heads.exit_heads import ExitHeads, default_placement, head_layers, load_heads
+from early_exit_cli.heads.exit_heads import ExitHeads, default_placement, exit_layers_of, load_heads
 
 
 def test_default_placement_is_the_seeds():
@@ -16,14 +16,14 @@ def test_default_placement_is_the_seeds():
 
 def test_placement_beyond_the_depth_is_refused_with_the_range():
     with pytest.raises(ConfigError, match=r"block 29 is out of range.* 0 to 28"):
-        head_layers(HeadsConfig(head_layer_indices=[3, 29]), 30)
+        exit_layers_of(HeadsConfig(head_layer_indices=[3, 29]), 30)
     with pytest.raises(ConfigError, match="no place"):
-        head_layers(HeadsConfig(num_heads=9), 6)
+        exit_layers_of(HeadsConfig(num_heads=9), 6)
 
 
 def make(backbone: Backbone, kind: str, vocab=None) -> ExitHeads:
     torch.manual_seed(0)
-    heads = ExitHeads(backbone, kind, [1, 3], 8, vocab)
+    heads = ExitHeads(backbone, kind, [2, 4], 8, vocab)
     for parameter in heads.parameters():
         torch.nn.init.normal_(parameter)
     return heads
@@ -31,7 +31,7 @@ def make(backbone: Backbone, kind: str, vocab=None) -> ExitHeads:
 
 def test_an_untrained_adapter_is_the_logit_lens(tiny_backbone):
     backbone = tiny_backbone("llama")
-    heads = ExitHeads(backbone, "adapter", [1, 3], 8, None)
+    heads = ExitHeads(backbone, "adapter", [2, 4], 8, None)
     hidden = torch.randn(4, 64)
     with torch.no_grad():
         assert torch.allclose(heads.logits(0, hidden), backbone.lm_head(backbone.norm(hidden)), atol=1e-5)
@@ -39,7 +39,7 @@ def test_an_untrained_adapter_is_the_logit_lens(tiny_backbone):
 
 def test_untrained_linear_heads_start_as_the_backbones_lm_head(tiny_backbone):
     backbone = tiny_backbone("llama")
-    heads = ExitHeads(backbone, "linear", [1, 3], 8, None)
+    heads = ExitHeads(backbone, "linear", [2, 4], 8, None)
     heads.start_from(backbone)
     hidden = torch.randn(4, 64)
     with torch.no_grad():
@@ -64,7 +64,7 @@ def test_saved_heads_load_as_they_were(tmp_path, tiny_backbone, kind, vocab):
     backbone = tiny_backbone("llama")
     heads = make(backbone, kind, vocab)
     heads.save(tmp_path / "heads.safetensors", torch.float32)
-    loaded = load_heads(tmp_path / "heads.safetensors", backbone, kind, [1, 3], 8)
+    loaded = load_heads(tmp_path / "heads.safetensors", backbone, kind, [2, 4], 8)
     for name, value in heads.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
 
@@ -134,4 +134,4 @@ def test_damaged_files_are_named(tmp_path, tiny_backbone, damage, words):
     make(backbone, "adapter").save(path, torch.float32)
     damage(path)
     with pytest.raises(BundleError, match=words):
-        load_heads(path, backbone, "adapter", [1, 3], 8)
+        load_heads(path, backbone, "adapter", [2, 4], 8)

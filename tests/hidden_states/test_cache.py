@@ -10,12 +10,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_caches import DATA, SMALL, content, documents, make_cache
 
-from early_exit_cli.config import BackboneConfig, CacheConfig, HeadsConfig, TrainingConfig
+from early_exit_cli.config import BackboneConfig, CacheConfig, DataConfig, HeadsConfig, TrainingConfig
 from early_exit_cli.data.packing import batches, pack
 from early_exit_cli.errors import CacheError, NumericsError
 from early_exit_cli.files.atomic import file_sha256
 from early_exit_cli.hidden_states import extract as extraction
-from early_exit_cli.hidden_states.cache import Cache, bytes_per_token, check_request, info, measured_positions, verify
+from early_exit_cli.hidden_states.cache import (
+    Cache,
+    bytes_per_token,
+    cache_request,
+    check_request,
+    damage_record,
+    default_folder,
+    info,
+    measured_positions,
+    owned_text,
+    verify,
+    wanted_sequences,
+)
 from early_exit_cli.hidden_states.cached import CachedStates
 from early_exit_cli.hidden_states.extract import repair
 from early_exit_cli.hidden_states.live import run_states
@@ -46,6 +58,14 @@ def test_stored_states_are_the_backbones(cache, tiny_backbone):
     view = cache.view(CPU)
     assert torch.equal(view.lm_head_weight, backbone.lm_head.weight)
     assert view.fingerprint == backbone.fingerprint
+
+
+def test_its_files_name_blocks_as_settings_do(cache):
+    assert cache.exit_layers == [2, 5]
+    written = json.loads((cache.folder / "manifest.json").read_text())
+    assert written["layers"] == info(cache)["layers"] == [1, 4]
+    names = {name for name in load_file(cache.path(cache.shards[0])) if name.startswith("block")}
+    assert names == {"block.1", "block.4"}
 
 
 def test_measured_positions_survive_the_form_on_disk():
@@ -309,14 +329,12 @@ def test_variants_trained_together_equal_those_trained_alone(cache, tmp_path):
 
 
 def test_heads_ask_only_for_blocks_that_were_kept(cache):
-    assert CachedStates(cache, [4], TrainingConfig(), CPU).batch(0, 0, 1).exits[0].shape[1] == 64
+    assert CachedStates(cache, [5], TrainingConfig(), CPU).batch(0, 0, 1).exits[0].shape[1] == 64
     with pytest.raises(CacheError, match=r"after blocks \[1, 4\]; heads ask for \[2\]"):
-        CachedStates(cache, [2], TrainingConfig(), CPU)
+        CachedStates(cache, [3], TrainingConfig(), CPU)
 
 
 def test_a_backbone_of_another_request_has_another_folder():
-    from early_exit_cli.hidden_states.cache import cache_request, default_folder
-
     one = cache_request(BackboneConfig(), HeadsConfig(), DATA, CacheConfig())
     other = cache_request(BackboneConfig(quantization="8bit"), HeadsConfig(), DATA, CacheConfig())
     assert default_folder(one) != default_folder(other)
@@ -335,3 +353,126 @@ def test_what_a_manifest_says_beyond_what_is_read_survives_a_repair(cache, tiny_
     damage_truncated(cache.folder / "readout.safetensors")
     repair(noted, verify(noted), tiny_backbone("llama"), documents(0), documents(1, 8), DATA, SMALL)
     assert json.loads(path.read_text()) == manifest
+
+
+def request_of(heads=None, **data):
+    backbone = BackboneConfig(model_name="somebody/model")
+    return cache_request(backbone, HeadsConfig(**(heads or {})), DataConfig(**data), CacheConfig())
+
+
+def test_a_request_names_its_text_by_what_it_holds(tmp_path):
+    """The same rows in another place are the same text; the same file with other rows is another one."""
+    for folder in ("a", "b"):
+        (tmp_path / folder / "set").mkdir(parents=True)
+        (tmp_path / folder / "text.jsonl").write_text("one")
+        (tmp_path / folder / "set" / "rows.arrow").write_text("one")
+    (tmp_path / "b" / "set" / "cache-1.arrow").write_text("left there by datasets")
+    for name in ("text.jsonl", "set"):
+        here, there = (request_of(dataset_name=str(tmp_path / folder / name)) for folder in "ab")
+        assert here["data.content"] == there["data.content"]
+        assert len(here["data.content"]) >= 16
+        file = tmp_path / "b" / name
+        (file if file.is_file() else file / "rows.arrow").write_text("two")
+        changed = request_of(dataset_name=str(tmp_path / "b" / name))
+        assert changed["data.content"] != here["data.content"]
+    assert request_of(dataset_name=str(tmp_path / "a" / "text.jsonl"))["data.dataset_name"] == "text.jsonl"
+    assert "data.content" not in request_of(dataset_name="somebody/set")
+    assert request_of(dataset_name="somebody/set")["data.dataset_config_name"] is None
+
+
+def test_a_request_names_what_a_backbone_on_this_machine_holds(monkeypatch, tmp_path):
+    from early_exit_cli.hidden_states import cache
+
+    monkeypatch.setattr(cache, "local_content", lambda backbone: {"somebody/model": "abc"}.get(backbone.model_name))
+    assert request_of()["backbone.content"] == "abc"
+    monkeypatch.setattr(cache, "local_content", lambda backbone: None)
+    assert "backbone.content" not in request_of()
+    monkeypatch.setattr(cache, "content_of", lambda files: None)
+    with pytest.raises(CacheError, match="changed while they were read"):
+        request_of(dataset_name=str(tmp_path))
+
+
+def test_a_request_tells_heads_and_turns_apart_and_its_folder_does_not_depend_on_their_order(monkeypatch, tmp_path):
+    assert request_of({"head_layer_indices": [1, 4]})["heads"] == [1, 4]
+    assert request_of({"num_heads": 4})["heads"] == "4 evenly spread"
+    assert "data.answer_turns" not in request_of()  # as it was before there was a choice
+    assert request_of(answer_turns="every")["data.answer_turns"] == "every"
+    request = request_of()
+    monkeypatch.setenv("EEXIT_HOME", str(tmp_path))
+    folder = default_folder(request)
+    assert folder.parent == tmp_path / "states"
+    assert default_folder(dict(reversed(request.items()))) == folder
+
+
+def test_a_cache_says_what_it_holds(cache, tiny_backbone):
+    facts = info(cache)
+    tokens = sum(shard.tokens for shard in cache.shards)
+    assert facts == {
+        "folder": str(cache.folder),
+        "complete": True,
+        "model_name": tiny_backbone("llama").name,
+        "quantization": "none",
+        "layers": [1, 4],
+        "store": "bf16",
+        "sequences": len(pack(documents(0), 32, 256)),
+        "available_sequences": len(pack(documents(0), 32, 256)),
+        "tokens": tokens,
+        "shards": len(list((cache.folder / "shards").iterdir())),
+        "bytes": sum(path.stat().st_size for path in (cache.folder / "shards").iterdir()),
+        "bytes_per_token": cache.total_bytes / tokens,
+        "bytes_per_token_expected": 2 * 64 * 3 + 8,
+        "bytes_per_token_with_logits": 2 * 64 * 2 + 2 * tiny_backbone("llama").vocab_size + 8,
+        "agreement_of_stored_states": facts["agreement_of_stored_states"],
+        "request": cache.manifest.request.as_json(),
+    }
+
+
+def test_verifying_names_each_file_and_reports_each_shard(cache):
+    (cache.folder / "readout.safetensors").unlink()
+    cache.path(cache.shards[1]).unlink()
+    seen = []
+    found = verify(cache, lambda *report: seen.append(report))
+    assert damage_record(found) == [
+        {"file": "readout.safetensors", "what": "missing"},
+        {"file": f"shards/{cache.shards[1].file}", "what": "missing"},
+    ]
+    assert [(done, total) for done, total, _ in seen] == [
+        (number, len(cache.shards)) for number in range(1, len(cache.shards) + 1)
+    ]
+    assert all(rate > 0 for *_, rate in seen)
+    with pytest.raises(CacheError, match=rf"{cache.shards[1].file} is damaged: missing"):
+        cache.require_sizes()
+
+
+def test_bounds_are_counted_in_sequences():
+    steps = TrainingConfig(batch_size=2, gradient_accumulation_steps=3)
+
+    def wanted(available=1000, world=1, **bounds):
+        return wanted_sequences(CacheConfig(held_out_rows=3, **bounds), steps, 32, 100, available, world)
+
+    assert wanted() == 1000
+    assert wanted(cache_steps=5) == 5 * 2 * 3
+    assert wanted(cache_steps=5, world=2) == 5 * 2 * 3 * 2
+    assert wanted(cache_tokens=32 * 7 + 31) == 7
+    assert wanted(cache_gb=32 * 100 * 10 / 1e9) == 10 - 3
+    assert wanted(cache_tokens=32 * 7, cache_steps=1, cache_gb=32 * 100 * 12 / 1e9) == 6
+    assert wanted(cache_tokens=3) == wanted(cache_gb=1e-9) == 1
+    assert wanted(available=4, cache_steps=9) == 4
+
+
+def test_a_view_gives_back_the_last_block(cache, tiny_backbone):
+    backbone, view = tiny_backbone("llama"), cache.view(CPU)
+    assert view.last_block.shape == backbone.last_block.shape
+    assert view.last_block.weights.keys() == backbone.last_block.weights.keys()
+    for name, weight in backbone.last_block.weights.items():
+        assert torch.equal(view.last_block.weights[name], weight)
+
+
+def test_tokens_on_disk_know_their_documents_and_where_in_an_answer_they_stand():
+    rows = pack([document for document in documents(3) if len(document.ids) <= 32], 32, 256)
+    ids, owners, places = owned_text(extraction._text(rows))
+    assert ids.tolist() == [token for row in rows for token in row.input_ids[row.valid].tolist()]
+    assert places.tolist() == [place for row in rows for place in row.places[row.valid].tolist()]
+    documents_of_rows = torch.cat([row.documents[row.valid] for row in rows])
+    assert torch.equal(owners.diff() == 1, documents_of_rows.diff() != 0)
+    assert int(owners[0]) == 0

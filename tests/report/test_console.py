@@ -33,22 +33,22 @@ def test_colours_are_for_terminals_unless_said_otherwise(monkeypatch, choice, te
     assert console.wants_colour(choice) is wanted
 
 
-def test_coloured_text_is_the_text_and_each_piece_ends_its_colour(capsys):
-    text = ["naïve – ", "日本", "語 🙂\n", "\ttab\r\n", "[bold]not markup[/bold]", " end"]
-    for piece, decider in zip(text, DECIDERS, strict=True):
-        console.stream_coloured(piece, decider)
-        written = capsys.readouterr().out
-        assert ESCAPE.sub("", written) == piece
+@pytest.mark.parametrize("decider", DECIDERS)
+def test_coloured_text_is_the_text_and_each_piece_ends_its_colour(decider):
+    for text in ("naïve – ", "日本", "語 🙂\n", "\ttab\r\n", "[bold]not markup[/bold]", " end"):
+        written = console.paint(text, decider)
+        assert ESCAPE.sub("", written) == text
         assert ("\x1b" in written) == (decider != "backbone")
         assert not written.startswith("\x1b") or written.endswith("\x1b[0m")
 
 
 def test_the_legend_names_every_decider_in_its_colour_on_stderr(capsys):
-    console.legend({"head 0": 3, "lookup": 4, "backbone": 5}, "12 tokens, 80.0 tokens/s")
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert ESCAPE.sub("", err) == "head 0: 3  lookup: 4  backbone: 5\n12 tokens, 80.0 tokens/s\n"
-    assert err.count("\x1b[0m") == 2
+    for coloured in (True, False):
+        console.legend({"head 0": 3, "lookup": 4, "backbone": 5}, coloured)
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert ESCAPE.sub("", err) == "tokens by drafter: head 0 3, lookup 4, backbone 5\n"
+        assert err.count("\x1b[0m") == 2 * coloured
 
 
 def test_every_decider_looks_different_and_the_backbone_plain():

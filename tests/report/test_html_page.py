@@ -22,10 +22,11 @@ def by_head(text, position, head=0, entropy=0.5, threshold=1.0):
 def answer(name, **known):
     stats = {
         "mode": name, "total_tokens_generated": 4, "tokens_per_second": 80.0, "time_to_first_token_seconds": 0.1,
+        "prefill_tokens_per_second": 1234.5, "decode_tokens_per_second": 90.0,
         "tokens_drafted": 3, "tokens_accepted": 1, "acceptance_rate": 1 / 3, "accept_length": 2.0,
         "exit_distribution": {"0": 1, "full": 2, "lookup": 1}, "average_exit_layer": 17.0,
     }  # fmt: skip
-    return {"text": "", "token_ids": [], "stats": stats} | known
+    return {"text": "", "token_ids": [], "finish_reason": "stop", "stats": stats} | known
 
 
 def record(**known):

@@ -75,7 +75,7 @@ def test_texts_together_have_the_bits_of_each_alone(backbone):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_drafter_says_plain_decodings_words_and_bits(backbone, kind):
     torch.manual_seed(2)
-    heads = ExitHeads(backbone(kind), "adapter", [0, 2], 16, None).requires_grad_(False).to(torch.bfloat16)
+    heads = ExitHeads(backbone(kind), "adapter", [1, 3], 16, None).requires_grad_(False).to(torch.bfloat16)
     model = Engine(backbone(kind), on_reference(backbone(kind)), heads)
     plain = answer(model)
     for drafter in (almost_known(plain.token_ids), ExitDrafter([9.0, 9.0]), ExitDrafter([4.0, 9.0])):

@@ -389,7 +389,7 @@ def test_a_sampled_draft_of_a_compiled_exit_head_is_made_from_its_logits(smollm2
 @pytest.mark.parametrize("other", ["linear", "float32", "cap", "rank"])
 def test_exit_heads_of_other_forms_are_read_by_pytorch(smollm2, other):
     kind, rank = ("linear" if other == "linear" else "adapter"), (20 if other == "rank" else 32)
-    heads = ExitHeads(smollm2, kind, [7], rank, torch.arange(64)).to(
+    heads = ExitHeads(smollm2, kind, [8], rank, torch.arange(64)).to(
         torch.float32 if other == "float32" else torch.bfloat16
     )
     if other == "cap":

@@ -44,7 +44,7 @@ def thresholds_between(model, share):
 def some_head(backbone, draft_vocab=None):
     """An EAGLE head that reads two layers of a tiny model; untrained, and the same each time."""
     torch.manual_seed(3)
-    head = EagleHead(backbone, [1, 3], draft_vocab)
+    head = EagleHead(backbone, [2, 4], draft_vocab)
     head.start_from(backbone)
     for parameter in head.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)

@@ -1,6 +1,7 @@
 """GGUF files of tiny models, whole or in parts, as `gguf` writes them."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -39,11 +40,18 @@ def paired_rows(name, weight, heads):
     return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
-def write_gguf(path: Path, folder: Path, tensors: dict, parts_of: int | None = None) -> list[Path]:
+def write_gguf(
+    path: Path,
+    folder: Path,
+    tensors: dict,
+    parts_of: int | None = None,
+    more: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
+) -> list[Path]:
     """A Llama's tensors as a GGUF file with the byte tokenizer, or as files of at most `parts_of` tensors each.
 
     Args:
         folder: of the model, for its configuration.
+        more: adds to what is written.
     """
     config = AutoConfig.from_pretrained(folder)
     writer = gguf.GGUFWriter(path, "llama", split_max_tensors=parts_of or 0)
@@ -66,6 +74,7 @@ def write_gguf(path: Path, folder: Path, tensors: dict, parts_of: int | None = N
     for name, tensor in tensors.items():
         heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
         writer.add_tensor(gguf_name(name), paired_rows(name, tensor.float().numpy(), heads))
+    more(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

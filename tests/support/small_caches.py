@@ -8,7 +8,7 @@ from early_exit_cli.data.documents import Document
 from early_exit_cli.files.atomic import file_sha256
 from early_exit_cli.hidden_states.extract import extract
 
-LAYERS = [1, 4]
+EXIT_LAYERS = [2, 5]
 DATA = DataConfig(dataset_name="x", max_length=32)
 SMALL = CacheConfig(shard_tokens=128, held_out_rows=3)  # four sequences a shard
 
@@ -36,7 +36,7 @@ def make_cache(folder, backbone, config=SMALL, train=None, processes=None, **req
         folder,
         asked,
         backbone,
-        LAYERS,
+        EXIT_LAYERS,
         documents(0) if train is None else train,
         documents(1, 8),
         DATA,

@@ -4,7 +4,7 @@ import torch
 
 from early_exit_cli.config import DataConfig, HeadsConfig, TrainingConfig
 from early_exit_cli.data.documents import Document
-from early_exit_cli.heads.exit_heads import head_layers
+from early_exit_cli.heads.exit_heads import exit_layers_of
 from early_exit_cli.hidden_states.live import BackboneStates
 from early_exit_cli.training.trainer import Lessons, Trainer
 
@@ -18,9 +18,9 @@ def documents(seed, count=24):
 
 
 def make_trainer(backbone, heads, config, train=None, held_out=4):
-    layers = head_layers(heads, backbone.num_blocks)
+    exit_layers = exit_layers_of(heads, backbone.num_blocks)
     train = documents(0) if train is None else train
-    source = BackboneStates(backbone, layers, train, documents(1, held_out), DATA, config)
+    source = BackboneStates(backbone, exit_layers, train, documents(1, held_out), DATA, config)
     return Trainer(Lessons(source), heads, config, DATA, {})
 
 

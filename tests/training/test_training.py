@@ -94,7 +94,10 @@ def test_training_raises_agreement_and_leaves_a_bundle(tmp_path, tiny_backbone, 
         BackboneConfig(model_name=str(tiny_folder("llama")), quantization="none", device="cpu"),
         BundleConfig(bundle=str(tmp_path / "run" / "config.json")),
     )
-    assert model.heads.layers == [1, 4]
+    assert model.heads.exit_layers == [2, 5]
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    marker = json.loads((complete_checkpoints(tmp_path / "run")[-1] / MARKER).read_text())
+    assert written["head_layer_indices"] == marker["identity"]["head_layer_indices"] == [1, 4]
     assert model.heads.draft_vocab is None
     assert (tmp_path / "run" / "last" / "heads.safetensors").exists()
 
