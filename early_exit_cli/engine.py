@@ -20,6 +20,7 @@ from early_exit_cli.heads.uncertainty import Thresholds
 from early_exit_cli.runtime.blocks import LARGEST_WIDTH, Blocks
 from early_exit_cli.runtime.kv_cache import KVCache
 from early_exit_cli.runtime.passes import Passes
+from early_exit_cli.runtime.prefix import Prefix
 from early_exit_cli.runtime.round_times import RoundTimes
 from early_exit_cli.steps import LONG_PROMPT, step
 
@@ -59,6 +60,7 @@ class Engine:
         max_new_tokens: int,
         exit_layers: Sequence[int] = (),
         on_states: OnStates | None = None,
+        prefix: Prefix | None = None,
     ) -> KVCache:
         """A KV cache holding the prompt but for its last token, which is the first one to be run by decoding.
 
@@ -67,6 +69,7 @@ class Engine:
         Args:
             on_states: called with each piece's following tokens, and its states after `exit_layers` and the final
                 normed ones (`Drafter.process`).
+            prefix: of an earlier text: what it holds of this prompt is not computed again.
 
         Raises:
             ConfigError: empty prompt, or prompt and new tokens beyond the context.
@@ -77,8 +80,16 @@ class Engine:
             raise ConfigError(f"token {outside[0]} of the prompt is not in the vocabulary")
         cache = self.blocks.new_cache(len(prompt_ids) + max_new_tokens + LARGEST_WIDTH)
         stops = [*exit_layers, self.blocks.num_blocks]
+        kept = 0
+        if prefix is not None and (kept := prefix.reusable(self.blocks, prompt_ids, exit_layers)):
+            prefix.copy_to(cache, kept)
+            if on_states:
+                on_states(prompt_ids[1 : kept + 1], prefix.states_of(exit_layers, kept))
         with step("reading the prompt") if len(prompt_ids) > LONG_PROMPT else nullcontext() as reading:
-            for piece in self.blocks.prompt_pieces(len(prompt_ids) - 1):
+            for whole in self.blocks.prompt_pieces(len(prompt_ids) - 1):
+                piece = slice(max(whole.start, kept), whole.stop)
+                if piece.start >= piece.stop:
+                    continue
                 if reading is not None:
                     reading.say(f"reading the prompt, {piece.start:,} of {len(prompt_ids):,} tokens")
                 *deep, final = self.run_tokens(prompt_ids[piece], cache, piece.start, stops)

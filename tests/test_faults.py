@@ -393,7 +393,8 @@ def test_ctrl_c_stops_an_answer_with_130(tiny_folder):
 
 def test_every_fault_of_the_table_names_tests_that_exist():
     rows = [line for line in DOCS.read_text().splitlines() if re.match(r"\| \d", line)]
-    assert [int(row.split("|")[1]) for row in rows] == list(range(1, 28))
+    assert len(rows) > 30
+    assert [int(row.split("|")[1]) for row in rows] == list(range(1, len(rows) + 1))
     tests = Path(__file__).parent
     for row in rows:
         named = re.findall(r"`([\w/]+\.py)::(test_\w+)`", row)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from early_exit_cli.decoding.loop import decode
+from early_exit_cli.decoding.prefixes import Prefixes
 from early_exit_cli.decoding.text import FinishReason, Request, Round
 from early_exit_cli.decoding.text_stream import TextStream
 from early_exit_cli.drafting.drafter import Drafter
@@ -91,13 +92,14 @@ def generate(
     width: int = DEFAULT_WIDTH,
     keep_states: bool = False,
     trace: bool = False,
+    prefixes: Prefixes | None = None,
     on_text: Callable[[str, str], None] | None = None,
     on_token: Callable[[int], None] | None = None,
 ) -> Generation:
     """Decode to the end, timed from before the prefill to after the last token.
 
     Args:
-        width, keep_states, trace: as for `decode`.
+        width, keep_states, trace, prefixes: as for `decode`.
         on_text: called with each piece of text as its token is committed, and with who decided that token (a character
             of several tokens belongs to the last one).
         on_token: called with each committed token.
@@ -110,7 +112,7 @@ def generate(
     first_token = 0.0
     synchronize(engine.backbone.device)
     reason: Reason | None = None
-    steps = decode(engine, request, drafter, width=width, keep_states=keep_states, trace=trace)
+    steps = decode(engine, request, drafter, width=width, keep_states=keep_states, trace=trace, prefixes=prefixes)
     started = time.perf_counter()
     interrupted = False
     try:
@@ -127,6 +129,8 @@ def generate(
         if not rounds:
             raise
         interrupted = True
+    finally:
+        steps.close()
     synchronize(engine.backbone.device)
     seconds = time.perf_counter() - started
     rest = stream.finish()

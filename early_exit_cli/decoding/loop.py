@@ -8,12 +8,13 @@ the backbone's own choice.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 import torch
 from torch import Tensor
 
 from early_exit_cli.decoding.head_trace import TracedHead
+from early_exit_cli.decoding.prefixes import Prefixes
 from early_exit_cli.decoding.text import Request, Round, Text, Verified
 from early_exit_cli.drafting.drafter import Draft, Drafter
 from early_exit_cli.engine import DEFAULT_WIDTH, Engine, Row, catch_up, checked_width
@@ -28,27 +29,34 @@ def decode(
     width: int = DEFAULT_WIDTH,
     keep_states: bool = False,
     trace: bool = False,
-) -> Iterator[Round]:
+    prefixes: Prefixes | None = None,
+) -> Generator[Round]:
     """Decode one text, a Round at a time.
 
     Args:
         width: rows of a verifying pass, at most LARGEST_WIDTH; at most width - 1 tokens are drafted.
         keep_states: keep the final state that decided each token. trace: read every head for each token.
+        prefixes: what earlier texts left; this one leaves its own there, also when it is not decoded to the end.
 
     Raises:
         ConfigError: empty prompt, beyond the context, width out of range.
         NumericsError: the backbone's logits are not finite.
     """
     width = checked_width(engine, width)
-    text = Text(engine, request, drafter, trace)  # prefill
-    while not text.ended:
-        started = time.perf_counter()
-        with torch.inference_mode():
-            draft = text.draft(width - 1)
-            verified = verify(engine, text, draft)
-        committed = text.commit(draft, verified, keep_states)
-        drafter.timed(draft, (time.perf_counter() - started) * 1000)
-        yield committed
+    text = Text(engine, request, drafter, trace, prefixes)  # prefill
+    try:
+        while not text.ended:
+            started = time.perf_counter()
+            with torch.inference_mode():
+                draft = text.draft(width - 1)
+                verified = verify(engine, text, draft)
+            committed = text.commit(draft, verified, keep_states)
+            drafter.timed(draft, (time.perf_counter() - started) * 1000)
+            yield committed
+    finally:
+        if prefixes is not None:
+            with torch.inference_mode():
+                prefixes.keep(text.prefix())
 
 
 def verify(engine: Engine, text: Text, draft: Draft) -> Verified:

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from early_exit_cli.decoding.head_trace import HeadViews, TracedHead
+from early_exit_cli.decoding.prefixes import Prefixes
 from early_exit_cli.decoding.text_stream import TextStream
 from early_exit_cli.drafting.drafter import Draft, Drafter, show
 from early_exit_cli.drafting.reasons import Reason
 from early_exit_cli.engine import Engine
+from early_exit_cli.runtime.prefix import FINAL, Prefix, kept_of
 from early_exit_cli.sampling import GREEDY, Chooser
 
 FinishReason = Literal["stop", "length"]
@@ -86,18 +88,29 @@ class Text:
 
     Args:
         trace: read every head for each token.
+        prefixes: of earlier texts; `prefix` leaves what is here to later ones.
 
     Raises:
         ConfigError: empty prompt, or beyond the context.
     """
 
-    def __init__(self, engine: Engine, request: Request, drafter: Drafter, trace: bool = False) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        request: Request,
+        drafter: Drafter,
+        trace: bool = False,
+        prefixes: Prefixes | None = None,
+    ) -> None:
         self.engine, self.drafter, self.chooser = engine, drafter, request.chooser
         self.stops = engine.backbone.eos_token_ids if request.stop_ids is None else request.stop_ids
         self.stops_after = rule_of(engine, request)
         self.remaining = request.max_new_tokens
         self.finish_reason: FinishReason | None = None
         prompt_ids = request.prompt_ids
+        self.tokens, self.prompt_tokens = list(prompt_ids), len(prompt_ids)
+        self.seen: list[list[Tensor]] | None = None if prefixes is None else []
+        """States of all positions, in the pieces in which they came, to be left to later texts."""
         self.pending = prompt_ids[-1] if prompt_ids else 0
         with torch.inference_mode():
             self.chooser.begin(engine.backbone.vocab_size, prompt_ids)
@@ -106,7 +119,8 @@ class Text:
             self.views = HeadViews(engine, engine.heads) if trace and engine.heads is not None else None
             self.exit_layers = sorted({*drafter.exit_layers, *(self.views.exit_layers if self.views else ())})
             on_states = self.process if self.exit_layers else None
-            self.cache = engine.prefill(prompt_ids, request.max_new_tokens, self.exit_layers, on_states)
+            known = None if prefixes is None else prefixes.best(engine, prompt_ids, self.exit_layers)
+            self.cache = engine.prefill(prompt_ids, request.max_new_tokens, self.exit_layers, on_states, known)
 
     @property
     def ended(self) -> bool:
@@ -115,6 +129,8 @@ class Text:
 
     def process(self, tokens: list[int], states: list[Tensor]) -> None:
         """Show verified positions to those who look: states after `exit_layers`, and the final normed one."""
+        if self.seen is not None:
+            self.seen.append(states)
         show(self.drafter, tokens, self.exit_layers, states)
         if self.views:
             self.views.process(self.exit_layers, states)
@@ -131,6 +147,7 @@ class Text:
         tokens, self.finish_reason = cut_at_stop(choices, self.stops, self.remaining, self.stops_after)
         count, accepted = len(tokens), min(matched, len(tokens))
         self.cache.length += count
+        self.tokens += tokens
         self.pending = tokens[-1]
         self.remaining -= count
         self.chooser.commit(tokens)
@@ -147,6 +164,18 @@ class Text:
             rejected=list(zip_longest(draft.tokens[matched:], draft.reasons[matched:])),
             finish_reason=self.finish_reason,
         )
+
+    def prefix(self) -> Prefix:
+        """What a later text that begins like this one need not compute again."""
+        length = self.cache.length
+        states: dict[int, Tensor] = {}
+        if self.seen:
+            layers = (*self.exit_layers, FINAL)
+            states = {
+                layer: torch.cat(pieces) for layer, pieces in zip(layers, zip(*self.seen, strict=True), strict=True)
+            }
+            length = min(length, len(states[FINAL]))  # less only where it was interrupted in between
+        return kept_of(self.cache, self.tokens[:length], self.prompt_tokens - 1, states)
 
 
 def accepted_length(draft: list[int], choices: list[int]) -> int:

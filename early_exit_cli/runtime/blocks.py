@@ -124,6 +124,21 @@ class Blocks(ABC):
         for start in range(0, length, PREFILL_WIDTH):
             yield slice(start, min(start + PREFILL_WIDTH, length))
 
+    def shared_positions(self, prefilled: int, same: int, length: int) -> int:
+        """How many positions of a prefill of `length` tokens have the bits that an earlier text left there.
+
+        Those of passes that both prefills made: wide ones, whose bits do not depend on the size of the buffer.
+
+        Args:
+            prefilled: tokens of the earlier prefill. same: tokens that both texts begin with.
+        """
+        shared = 0
+        for ours, theirs in zip(self.prompt_pieces(length), self.prompt_pieces(prefilled), strict=False):
+            if ours != theirs or ours.stop > same or ours.stop - ours.start <= LARGEST_WIDTH:
+                break
+            shared = ours.stop
+        return shared
+
     def keys_read(self, cache: KVCache, end: int, width: int) -> int:
         """How many keys a pass of `width` rows up to position `end` reads."""
         needed = min(-(-end // KEY_STEP) * KEY_STEP, cache.capacity)

@@ -100,6 +100,10 @@ class NativeBlocks(FusedBlocks):
         """Never: only the keys that a row needs are read, however large the buffer is."""
         return False
 
+    def shared_positions(self, prefilled: int, same: int, length: int) -> int:
+        """All: bits depend on nothing but the tokens before, decoded ones like those of a prefill."""
+        return same
+
     def rotary_tables(self, limit: int) -> Rotary:
         """Contiguous: rows are read by address."""
         tables = super().rotary_tables(limit)

@@ -16,7 +16,7 @@ def own(bundle, tmp_path):
 
 
 def test_calibrate_shows_both_rules_and_draws(own):
-    code, out, err = eexit("calibrate", "--bundle", own, "--accuracy-levels", "0.2,0.5")
+    code, out, err = eexit("calibrate", "--bundle", own, "--accuracy-levels", "0.2,0.5", "--verbose")
     assert code == 0, err
     assert "independent threshold" in out
     assert "promises on the second text" in out
