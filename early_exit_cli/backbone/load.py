@@ -249,10 +249,12 @@ def _is_remote(config: BackboneConfig) -> bool:
     name = config.model_name
     if Path(name).expanduser().exists() or (name == EMBEDDED_MODEL and config.revision is None and embedded_gguf()):
         return False
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import constants, try_to_load_from_cache
 
     try:
-        return not isinstance(try_to_load_from_cache(name, SETTINGS[0], revision=config.revision), str)
+        return not constants.HF_HUB_OFFLINE and not isinstance(
+            try_to_load_from_cache(name, SETTINGS[0], revision=config.revision), str
+        )
     except ValueError:  # no id of the Hub: loading says so
         return False
 

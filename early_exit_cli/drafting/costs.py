@@ -36,6 +36,7 @@ from early_exit_cli.steps import step
 
 REPEATS = 4
 PROTOCOL = 6
+TRIES, AGREED = 3, 0.1
 """Of the measurement: costs that were measured in another way are not taken."""
 CONTEXT, FAR_CONTEXT = 256, 1024
 SAMPLE_TEXT = "The history of the lighthouse is the history of trade by sea, and of those who waited for it. "
@@ -97,9 +98,19 @@ def cost_table(engine: Engine, *, refresh: bool = False) -> Costs:
             if all({*widths} <= {*table} for table in (found.per_block, found.per_block_far, found.finish)):
                 return found
     with step("measuring once what a pass costs here"):
-        costs = measure_costs(engine, widths)
+        costs = quietest(lambda: measure_costs(engine, widths))
     keep_json(path, {MADE_FROM: engine.backbone.name, "costs": costs.model_dump(), **identity})
     return costs
+
+
+def quietest(measure: Callable[[], Costs]) -> Costs:
+    """The measurement that was disturbed the least, of up to TRIES: the first one whose halves agree is enough."""
+    found = measure()
+    for _ in range(TRIES - 1):
+        if found.error <= AGREED:
+            break
+        found = min(found, measure(), key=lambda costs: costs.error)
+    return found
 
 
 def measure_costs(engine: Engine, widths: list[int]) -> Costs:

@@ -116,8 +116,9 @@ def paused() -> Iterator[None]:
 
 @contextmanager
 def status_line() -> Iterator[None]:
-    """In the block a line says what is done, unless nobody watches: stderr is no terminal, or cannot move its cursor."""
-    if terminal_columns(sys.stderr) is None:
+    """In the block a line says what is done, unless nobody watches: stderr is no terminal, or cannot move its cursor. Of
+    several processes the first one speaks."""
+    if terminal_columns(sys.stderr) is None or os.environ.get("LOCAL_RANK", "0") != "0":
         yield
         return
     line = StatusLine()

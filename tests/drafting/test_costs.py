@@ -241,6 +241,17 @@ def test_what_two_measurements_differ_by_must_be_expected_beyond_plain_decoding(
     assert costs.error == pytest.approx(12 / 120)  # what is small beside a pass counts by its share of one
 
 
+def test_a_disturbed_measurement_is_made_again_and_the_quietest_counts():
+    def tries(*errors):
+        left = [COSTS.model_copy(update={"error": error}) for error in errors]
+        found = measuring.quietest(lambda: left.pop(0))
+        return found.error, len(left)
+
+    assert tries(0.05, 0.0, 0.0) == (0.05, 2)
+    assert tries(0.5, 0.02, 0.0) == (0.02, 1)
+    assert tries(0.5, 0.3, 0.9, 0.0) == (0.3, 1)
+
+
 def test_other_heads_have_costs_of_their_own(tiny_model, monkeypatch, tmp_path):
     monkeypatch.setenv("EEXIT_HOME", str(tmp_path))
     made = []

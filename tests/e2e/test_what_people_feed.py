@@ -93,7 +93,7 @@ def test_a_row_that_fails_leaves_the_others_their_answers(infer, tmp_path, monke
     code, out, err = eexit(*infer, "--prompts", path, "--json", "--batch", batch)
     records = json.loads(out)["records"]
     assert [record.get("error") for record in records] == [None, message if batch == 1 else None, None]
-    assert [record.get("row") for record in records] == [None, 2 if batch == 1 else None, None]
+    assert [record.get("row") for record in records] == [1, 2, 3]
     assert code == (1 if batch == 1 else 0), err
 
 

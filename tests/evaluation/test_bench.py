@@ -14,7 +14,7 @@ SETUP = Setup(BackboneConfig(), BundleConfig(), SamplingConfig(), 0.9, "auto")
 def record(method, prompt, repeat, tokens, seconds, category="qa", states="a", **more):
     return {
         "prompt": prompt, "category": category, "method": method, "repeat": repeat, "token_ids": tokens, "seconds": seconds,
-        "first_token_seconds": 0.1, "accept_length": None, "states_hash": states, "drafted": None, "accepted": None,
+        "first_token_seconds": 0.1, "first_tokens": 1, "prompt_tokens": 40, "accept_length": None, "states_hash": states, "drafted": None, "accepted": None,
         "partly_rejected": None, **more,
     }  # fmt: skip
 

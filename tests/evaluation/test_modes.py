@@ -113,7 +113,8 @@ def test_the_table_of_all_methods_goes_to_stderr(model, capsys):
     assert out == ""
     row = next(line for line in err.splitlines() if line.startswith("layerskip_h2_d5"))
     assert "bit-exact" in row
-    assert "0: 0  1: 0  2: " in row
+    assert "head 2 " in row
+    assert "head 0" not in row
 
 
 def test_comprehensive_needs_a_calibration(model):

@@ -14,8 +14,10 @@ from early_exit_cli.data.packing import pack
 from early_exit_cli.decoding.answer import generate
 from early_exit_cli.decoding.loop import decode
 from early_exit_cli.decoding.text import Request
+from early_exit_cli.drafting import choose
 from early_exit_cli.drafting.chances import DraftChances, Survival, draft_chances_of
 from early_exit_cli.drafting.choose import auto_drafter, eagle_drafter
+from early_exit_cli.drafting.costs import Costs
 from early_exit_cli.drafting.drafter import Draft, NoDrafter
 from early_exit_cli.drafting.eagle import EagleDrafter
 from early_exit_cli.drafting.reasons import Step
@@ -311,13 +313,16 @@ def test_an_exported_checkpoint_holds_the_head_and_what_it_borrows(tmp_path, tin
     assert config["draft_vocab_size"] == 4
 
 
-def test_the_shipped_head_drafts_in_bfloat16_without_changing_a_bit(smollm2):
+def test_the_shipped_head_drafts_in_bfloat16_without_changing_a_bit(smollm2, monkeypatch):
     from early_exit_cli.config import SHIPPED_BUNDLE
 
     model = load_engine(BackboneConfig(device="cpu"), BundleConfig(bundle=SHIPPED_BUNDLE))
     prompt = smollm2.encode_prompt("Explain step by step how to solve 2x + 6 = 14.")
+    by_width = {width: 0.1 + 0.004 * width for width in {1, *model.blocks.widths}}
+    known = Costs(per_block=by_width, per_block_far=by_width, finish=by_width, head=0.1, eagle_read=0.2, eagle_step=0.2)
+    monkeypatch.setattr(choose, "cost_table", lambda engine: known)
     plain = generate(model, Request(prompt, 48), NoDrafter(), mode="full", keep_states=True)
-    run = generate(model, Request(prompt, 48), eagle_drafter(model), mode="eagle", width=16, keep_states=True)
+    run = generate(model, Request(prompt, 48), choose.eagle_drafter(model), mode="eagle", width=16, keep_states=True)
     assert run.token_ids == plain.token_ids
     assert torch.equal(run.states, plain.states)
     assert run.stats.tokens_accepted > 10
