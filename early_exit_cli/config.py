@@ -10,9 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from early_exit_cli.config_fields import (
+    DrafterName,
     FloatList,
     IntList,
     MethodList,
@@ -295,6 +296,17 @@ def _mode_alias(value: Any) -> Any:
     return {"adaptive": "adaptive_early_exit"}.get(value, value)
 
 
+def _require_stops(stops: list[str]) -> list[str]:
+    if "" in stops:
+        raise ValueError("an empty text stands everywhere")
+    return stops
+
+
+Stops = Annotated[TextList, AfterValidator(_require_stops)]
+Colour = Literal["auto", "always", "never"]
+COLOUR_HELP = "Colour the answer's tokens by drafter. auto: in a terminal, unless NO_COLOR is set."
+
+
 class InferenceConfig(Section):
     """Answering prompts."""
 
@@ -305,13 +317,11 @@ class InferenceConfig(Section):
         f"of up to {DYNAMIC_LENGTH} tokens, verified. compare: full and one other, in turns. comprehensive: full, every "
         "head at draft lengths 5, 10 and 15, and every calibrated level, in turns.",
     )
-    drafter: Annotated[Literal["exit", "eagle", "lookup", "auto", "none"] | None, BeforeValidator(todays_word)] = (
-        setting(
-            None,
-            "What proposes tokens for the backbone to verify. exit: the bundle's exit heads. eagle: its EAGLE head. "
-            "lookup: the text itself, continuing its longest repeated suffix; needs no heads. auto: whichever promises most. "
-            "Default: auto; with --mode adaptive, exit.",
-        )
+    drafter: DrafterName = setting(
+        None,
+        "What proposes tokens for the backbone to verify. exit: the bundle's exit heads. eagle: its EAGLE head. "
+        "lookup: the text itself, continuing its longest repeated suffix; needs no heads. auto: whichever promises most. "
+        "Default: auto; with --mode adaptive, exit.",
     )
     lookup_corpus: Path | None = setting(
         None, "A text file that lookup, alone or in auto, may draft from besides the prompt and the answer so far."
@@ -328,7 +338,7 @@ class InferenceConfig(Section):
         aliases=("--batch-size",),
     )
     max_tokens: int = setting(128, "New tokens, at most.", ge=1, aliases=("--max-new-tokens",))
-    stop: TextList = setting([], "End the answer before this text. Repeatable.")
+    stop: Stops = setting([], "End the answer before this text. Repeatable.")
     accuracy_level: float = setting(
         0.9, "Target accuracy of exited tokens; must be a calibrated level.", gt=0.0, lt=1.0
     )
@@ -356,17 +366,23 @@ class InferenceConfig(Section):
     html: Path | None = setting(
         None, "Write the answer as one page to look at and share: tokens coloured by drafter, rounds, methods."
     )
-    color: Literal["auto", "always", "never"] = setting(
-        "auto",
-        "Colour the answer's tokens by drafter. auto: in a terminal, unless NO_COLOR is set.",
-    )
+    color: Colour = setting("auto", COLOUR_HELP)
 
-    @field_validator("stop")
-    @classmethod
-    def _stops_say_something(cls, stops: list[str]) -> list[str]:
-        if "" in stops:
-            raise ValueError("an empty text stands everywhere")
-        return stops
+
+class ChatConfig(Section):
+    """A conversation with a model that stays loaded."""
+
+    system: str | None = setting(None, "What the system says first, in the model's chat template.")
+    load: Path | None = setting(None, "Go on with the conversation of this file, as /save writes it.")
+    drafter: DrafterName = setting(
+        None, "What proposes tokens for the backbone to verify, as for infer. Default: auto."
+    )
+    max_tokens: int = setting(1024, "New tokens of an answer, at most.", ge=1, aliases=("--max-new-tokens",))
+    stop: Stops = setting([], "End an answer before this text. Repeatable.")
+    prefix_gb: float = setting(
+        1.0, "Keep what earlier turns have computed, at most so many gigabytes (10^9 bytes); 0 keeps nothing.", ge=0.0
+    )
+    color: Colour = setting("auto", COLOUR_HELP)
 
 
 class SamplingConfig(Section):
@@ -442,6 +458,7 @@ class Config(Section):
     calibration: CalibrationConfig = Field(default_factory=CalibrationConfig)
     bundle: BundleConfig = Field(default_factory=BundleConfig)
     inference: InferenceConfig = Field(default_factory=InferenceConfig)
+    chat: ChatConfig = Field(default_factory=ChatConfig)
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     bench: BenchConfig = Field(default_factory=BenchConfig)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 from pydantic.fields import FieldInfo
@@ -35,6 +35,9 @@ FORMER_WORDS = {"lookahead": "eagle"}
 def todays_word(value: Any) -> Any:
     """A word of settings or files as it is written now."""
     return FORMER_WORDS.get(value, value) if isinstance(value, str) else value
+
+
+DrafterName = Annotated[Literal["exit", "eagle", "lookup", "auto", "none"] | None, BeforeValidator(todays_word)]
 
 
 def split_numbers(value: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from early_exit_cli.config_fields import RepoId, Section, TextList, setting
 
-KeptKind = Literal["models", "weights", "bundles", "measurements", "code", "answers", "states"]
+KeptKind = Literal["models", "weights", "bundles", "measurements", "code", "answers", "states", "history"]
 
 
 class KeptConfig(Section):
@@ -16,7 +16,7 @@ class KeptConfig(Section):
     kind: KeptKind | None = setting(
         None,
         "models: converted from GGUF files. weights: 4-bit copies of backbones. bundles: converted from DSSD's. "
-        "measurements: widths and costs of passes. code: compiled here. answers, states: of training. "
+        "measurements: widths and costs of passes. code: compiled here. answers, states: of training. history: typed in chats. "
         "Default: every kind.",
     )
 

@@ -85,7 +85,7 @@ class Engine:
             prefix.copy_to(cache, kept)
             if on_states:
                 on_states(prompt_ids[1 : kept + 1], prefix.states_of(exit_layers, kept))
-        with step("reading the prompt") if len(prompt_ids) > LONG_PROMPT else nullcontext() as reading:
+        with step("reading the prompt") if len(prompt_ids) - kept > LONG_PROMPT else nullcontext() as reading:
             for whole in self.blocks.prompt_pieces(len(prompt_ids) - 1):
                 piece = slice(max(whole.start, kept), whole.stop)
                 if piece.start >= piece.stop:

@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from early_exit_cli import __version__
-from early_exit_cli.cli import bench, cache, calibrate, env, evaluate, export, hub, infer, train
+from early_exit_cli.cli import bench, cache, calibrate, chat, env, evaluate, export, hub, infer, train
 from early_exit_cli.cli.options import Command
 from early_exit_cli.errors import EexitError, EexitWarning, said
 from early_exit_cli.files.environment import unsaved
@@ -40,6 +40,12 @@ def add(tree: typer.Typer, name: str, function: Command, help: str, *, hidden: b
 
 
 add(app, "infer", infer.command, "Answer prompts: with drafts, plainly, or several ways side by side.")
+add(
+    app,
+    "chat",
+    chat.command,
+    "Talk with a model that stays loaded: each turn takes over what the earlier ones computed.",
+)
 add(app, "train", train.command, "Train exit heads or an EAGLE head, beside the running backbone or from a cache.")
 add(app, "calibrate", calibrate.command, "Fit thresholds for each head and target accuracy, and what drafts are worth.")
 add(app, "evaluate", evaluate.command, "Measure the heads on text, and why drafts are not accepted.")

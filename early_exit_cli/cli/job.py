@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from early_exit_cli.config import InferenceConfig
+from early_exit_cli.config import InferenceConfig, SamplingConfig
 from early_exit_cli.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class Job:
 
     engine: Engine
     settings: InferenceConfig
+    sampling: SamplingConfig
     drafter: Drafter
     chooser: Chooser
     width: int

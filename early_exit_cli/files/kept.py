@@ -46,6 +46,7 @@ KINDS: dict[KeptKind, Kind] = {
     "code": Kind(("native", "cuda"), "code compiled here"),
     "answers": Kind(("answers",), "on-policy answers to train on", is_dear=True),
     "states": Kind(("states",), "hidden states without a --cache-dir of their own", is_dear=True),
+    "history": Kind(("chat",), "what was typed in eexit chat", is_dear=True),
 }
 
 

@@ -85,9 +85,25 @@ def show_warnings(category: type[Warning]) -> None:
 def emit_json(value: Any) -> None:
     """One JSON document on stdout; where that is not Unicode, with escapes, so that nothing is lost."""
     make_room()
-    is_unicode = (sys.stdout.encoding or "utf-8").lower().replace("-", "").startswith("utf")
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=not is_unicode) + "\n")
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=not _is_unicode()) + "\n")
     sys.stdout.flush()
+
+
+def emit_json_line(value: Any) -> None:
+    """One JSON document in a line on stdout, with escapes where that is not Unicode."""
+    make_room()
+    sys.stdout.write(json.dumps(value, ensure_ascii=not _is_unicode()) + "\n")
+    sys.stdout.flush()
+
+
+def _is_unicode() -> bool:
+    return (sys.stdout.encoding or "utf-8").lower().replace("-", "").startswith("utf")
+
+
+def shortened(text: str, most: int = 80) -> str:
+    """The beginning of a text, on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[:most]} ..."
 
 
 def stream_text(piece: str) -> None:

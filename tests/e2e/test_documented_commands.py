@@ -18,6 +18,7 @@ SMALLER = {
     "train": "--max-steps 2 --batch-size 2 --max-length 64 --answer-tokens 8 --draft-vocab 64",
     "cache": "--max-length 64 --answer-tokens 8",
     "infer": "--max-tokens 6 --repeats 1",
+    "chat": "--max-tokens 6",
 }
 """What is added to a command, so that it takes seconds; a flag given twice counts the last time."""
 
@@ -57,6 +58,6 @@ def test_a_documented_command_runs(terminal, command):
     extra = shlex.split(SMALLER.get(words[0], ""))
     if words[0] in ("train", "cache") or "--model-name" in words:
         extra += ["--model-name", "Qwen/Qwen2.5-0.5B-Instruct", "--quantization", "none"]
-    code, out, err = terminal.run(*words, *extra)
+    code, out, err = terminal.run(*words, *extra, stdin="Hello\n")
     assert code == 0, err
     assert out or err

@@ -10,10 +10,12 @@ import traceback
 from early_exit_cli.cli.app import main
 
 answers = sys.stdout
-for line in sys.stdin:
+requests = sys.stdin
+for line in requests:
     request = json.loads(line)
     os.environ.update(request["environment"])
     sys.argv = ["eexit", *request["arguments"]]
+    sys.stdin = io.StringIO(request["stdin"])
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:

@@ -36,9 +36,9 @@ class Terminal:
             cwd=folder,
         )
 
-    def run(self, *arguments: object, token: str = WRITER) -> Answer:
+    def run(self, *arguments: object, token: str = WRITER, stdin: str = "") -> Answer:
         """Run one command."""
-        request = {"arguments": words_of(*arguments), "environment": {"HF_TOKEN": token}}
+        request = {"arguments": words_of(*arguments), "environment": {"HF_TOKEN": token}, "stdin": stdin}
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(request) + "\n")

@@ -1,0 +1,109 @@
+"""The model and the drafter that some settings mean, loaded once for all prompts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from early_exit_cli.cli.job import Job, RecordFile
+from early_exit_cli.cli.shared import load_libraries
+from early_exit_cli.report import console
+from early_exit_cli.resolve import Resolved
+
+if TYPE_CHECKING:
+    from early_exit_cli.drafting.drafter import Drafter
+    from early_exit_cli.engine import Engine
+
+MODE_KINDS = {"fixed_layerskip": "fixed", "dynamic_early_exit": "dynamic", "comprehensive": "all"}
+"""Modes that say themselves how tokens are proposed, and the kind of drafter each means."""
+
+
+def prepare(resolved: Resolved, as_json: bool) -> Job:
+    """Load the model and make the drafter of the mode."""
+    load_libraries()
+    from early_exit_cli.drafting.choose import make_drafter
+    from early_exit_cli.sampling import make_chooser
+
+    settings = resolved.config.inference
+    output = None if settings.output is None else RecordFile(settings.output)
+    kind = drafter_kind(resolved)
+    if kind == "all" and resolved.is_default("inference.read_heads"):
+        settings = settings.model_copy(update={"read_heads": "all"})
+    engine = load(resolved, kind)
+    say_how_it_runs(engine)
+    check_level(resolved, engine)
+    drafter, width = make_drafter(engine, settings, kind)
+    say_what_is_not_read(engine, drafter)
+    coloured = console.wants_colour(settings.color) and not as_json
+    return Job(
+        engine,
+        settings,
+        resolved.config.sampling,
+        drafter,
+        make_chooser(resolved.config.sampling),
+        width,
+        as_json,
+        coloured,
+        output,
+    )
+
+
+def drafter_kind(resolved: Resolved) -> str:
+    """The drafter that was named, or that the mode means: `adaptive` is early exit, in all others it is `auto`."""
+    settings = resolved.config.inference
+    if settings.mode in MODE_KINDS:
+        return MODE_KINDS[settings.mode]
+    if settings.mode == "full":
+        return "none"
+    asked_for_exits = settings.mode == "adaptive_early_exit" and not resolved.is_default("inference.mode")
+    return settings.drafter or ("exit" if asked_for_exits else "auto")
+
+
+def load(resolved: Resolved, kind: str) -> Engine:
+    """The model; a backbone that was named without a bundle is loaded alone where no head must be read."""
+    from early_exit_cli.bundle.load import load_engine
+    from early_exit_cli.cli.shared import backbone_of_bundle
+    from early_exit_cli.drafting.choose import HEADLESS
+
+    config = resolved.config
+    if kind in HEADLESS and resolved.is_default("bundle.bundle") and not resolved.is_default("backbone.model_name"):
+        return load_engine(config.backbone, None)
+    needed = kind not in ("none", "lookup") or not resolved.is_default("inference.accuracy_level")
+    return load_engine(backbone_of_bundle(resolved), config.bundle, with_thresholds=needed)
+
+
+def check_level(resolved: Resolved, engine: Engine) -> None:
+    """Refuse an accuracy level that was asked for and not calibrated, whoever drafts.
+
+    Raises:
+        ConfigError: with the levels there are.
+    """
+    if engine.thresholds is not None and not resolved.is_default("inference.accuracy_level"):
+        engine.thresholds.at(resolved.config.inference.accuracy_level)
+
+
+def say_how_it_runs(engine: Engine) -> None:
+    """On stderr, on a GPU: what was recorded, or why the passes are the library's."""
+    blocks = engine.blocks
+    if blocks.without_kernels:
+        console.note(f"{engine.backbone.device_name}: the library's kernels, since {blocks.without_kernels}")
+    if blocks.without_graphs:
+        console.note(f"CUDA graphs off: {blocks.without_graphs}")
+    if blocks.recording_seconds:
+        widths = ", ".join(map(str, blocks.widths))
+        console.note(
+            f"{engine.backbone.device_name}: passes of {widths} rows recorded in {blocks.recording_seconds:.1f} s"
+        )
+
+
+def say_what_is_not_read(engine: Engine, drafter: Drafter) -> None:
+    """On stderr: which of the bundle's heads are left unread, and why."""
+    from early_exit_cli.drafting.auto import AutoDrafter
+    from early_exit_cli.drafting.exit import ExitDrafter
+
+    if isinstance(drafter, AutoDrafter) and engine.heads is not None and engine.thresholds is None:
+        console.note("the bundle is not calibrated: its heads are not read (eexit calibrate)")
+    if type(drafter) is ExitDrafter and drafter.active is not None and len(drafter.active) < len(drafter.thresholds):
+        unread = [str(head) for head in range(len(drafter.thresholds)) if head not in drafter.active]
+        console.note(
+            f"head {', '.join(unread)} not read: by the costs measured here it would not pay (--read-heads all)"
+        )
