@@ -102,9 +102,10 @@ def _counts_of(method: Record) -> dict[str, int]:
 
 
 def _deciders(record: Record) -> dict[str, int]:
-    """Tokens by decider, of the shown method; heads first, the backbone last."""
+    """Tokens by decider, of the shown method, without those that decided none; heads first, the backbone last."""
     named = _counts_of(record["methods"][record["shown"]])
-    return {name: named[name] for name in sorted(named, key=lambda name: (name == "backbone", not name[-1:].isdigit()))}
+    ordered = sorted(named, key=lambda name: (name == "backbone", not name[-1:].isdigit()))
+    return {name: named[name] for name in ordered if named[name]}
 
 
 def _colours(record: Record) -> dict[str, str]:
