@@ -144,8 +144,7 @@ class Conversation:
         return max((place for place, turn in enumerate(self.messages) if turn["role"] == "user"), default=None)
 
     def _answer(self, on_text: OnText) -> Generation:
-        from early_exit_cli.decoding.answer import Interrupted, generate
-        from early_exit_cli.sampling import make_chooser
+        from early_exit_cli.decoding.answer import Interrupted
 
         job = self.job
         ids = job.engine.backbone.encode_prompt(self.messages)
@@ -156,19 +155,10 @@ class Conversation:
                 hint="/undo takes a turn back, /new begins another conversation",
             )
         sampling = job.sampling.model_copy(update={"seed": job.sampling.seed + self.tries})
-        request = dataclasses.replace(
-            job.request(ids), max_new_tokens=min(job.settings.max_tokens, room), chooser=make_chooser(sampling)
-        )
+        request = dataclasses.replace(job, sampling=sampling).request(ids)
+        request = dataclasses.replace(request, max_new_tokens=min(job.settings.max_tokens, room))
         try:
-            run = generate(
-                job.engine,
-                request,
-                job.drafter,
-                mode=job.drafter.name,
-                width=job.width,
-                prefixes=self.prefixes,
-                on_text=on_text,
-            )
+            run = job.generate(request, prefixes=self.prefixes, on_text=on_text)
         except Interrupted as interruption:
             self._take(interruption.generation)
             raise

@@ -21,6 +21,7 @@ from early_exit_cli.cli.options import configured
 from early_exit_cli.files.environment import (
     cache_place,
     from_home,
+    installed,
     is_writable,
     processor_flags,
     processor_name,
@@ -94,13 +95,7 @@ def told(part: Callable[[], Any]) -> Any:
 
 def all_versions() -> dict[str, str]:
     """Versions of what decides a result, and of what is installed beside it."""
-    found = versions()
-    for package in OTHER_PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return versions() | installed(OTHER_PACKAGES)
 
 
 def told_processor() -> dict[str, Any]:

@@ -126,21 +126,14 @@ def read_prompt(settings: InferenceConfig) -> str:
 
 def answer_one(job: Job, prompt: str, ids: list[int]) -> None:
     """One prompt, one method, streamed. Interrupted, it says what there is."""
-    from early_exit_cli.decoding.answer import Interrupted, generate
+    from early_exit_cli.decoding.answer import Interrupted
     from early_exit_cli.decoding.records import trace_records
 
     settings = job.settings
     writer = AnswerWriter(job.coloured)
     try:
-        result = generate(
-            job.engine,
-            job.request(ids),
-            job.drafter,
-            mode=job.drafter.name,
-            width=job.width,
-            trace=settings.trace is not None,
-            on_text=None if job.as_json else writer.write,
-        )
+        on_text = None if job.as_json else writer.write
+        result = job.generate(job.request(ids), trace=settings.trace is not None, on_text=on_text)
     except Interrupted as interruption:
         writer.end()
         report_answer(job, interruption.generation)

@@ -13,10 +13,10 @@ from early_exit_cli.errors import ConfigError
 
 if TYPE_CHECKING:
     from early_exit_cli.backbone.chat import Prompt
+    from early_exit_cli.decoding.answer import Generation
     from early_exit_cli.decoding.text import Request
     from early_exit_cli.drafting.drafter import Drafter
     from early_exit_cli.engine import Engine
-    from early_exit_cli.sampling import Chooser
 
 
 class RecordFile:
@@ -49,7 +49,6 @@ class Job:
     settings: InferenceConfig
     sampling: SamplingConfig
     drafter: Drafter
-    chooser: Chooser
     width: int
     as_json: bool
     coloured: bool
@@ -58,8 +57,15 @@ class Job:
     def request(self, ids: list[int]) -> Request:
         """What is asked for of a prompt's token ids."""
         from early_exit_cli.decoding.text import Request
+        from early_exit_cli.sampling import make_chooser
 
-        return Request(ids, self.settings.max_tokens, self.chooser, stop=tuple(self.settings.stop))
+        return Request(ids, self.settings.max_tokens, make_chooser(self.sampling), stop=tuple(self.settings.stop))
+
+    def generate(self, request: Request, **more: Any) -> Generation:
+        """`decoding.answer.generate` with the job's engine, drafter and width."""
+        from early_exit_cli.decoding.answer import generate
+
+        return generate(self.engine, request, self.drafter, mode=self.drafter.name, width=self.width, **more)
 
     @property
     def title(self) -> str:

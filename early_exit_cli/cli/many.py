@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -106,7 +105,6 @@ def answer_many(job: Job, rows: list[PromptRow]) -> None:
 
 def answer_in_turn(job: Job, answers: Answers, on_answer: Callable[[int], None]) -> None:
     """One prompt after another."""
-    from early_exit_cli.decoding.answer import generate
     from early_exit_cli.evaluation.compare import compare
 
     settings = job.settings
@@ -120,15 +118,7 @@ def answer_in_turn(job: Job, answers: Answers, on_answer: Callable[[int], None])
                     answers.streamed(compared.drafted.text, "backbone")
                     found = compared.record()
                 else:
-                    run = generate(
-                        job.engine,
-                        request,
-                        job.drafter,
-                        mode=job.drafter.name,
-                        width=job.width,
-                        on_text=answers.streamed,
-                    )
-                    found = {job.drafter.name: run.record()}
+                    found = {job.drafter.name: job.generate(request, on_text=answers.streamed).record()}
                 answers.keep(place, found)
         except EexitError as error:
             answers.fail(place, error.message)
@@ -143,7 +133,7 @@ def answer_in_batches(job: Job, answers: Answers, on_answer: Callable[[int], Non
     from early_exit_cli.decoding.batch import generate_batch
 
     places = [*answers.encoded]
-    requests = [dataclasses.replace(job.request(ids), chooser=job.chooser.fork()) for ids in answers.encoded.values()]
+    requests = [job.request(ids) for ids in answers.encoded.values()]
 
     def on_end(number: int, run: Generation) -> None:
         answers.announce(places[number])

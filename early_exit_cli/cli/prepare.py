@@ -21,7 +21,6 @@ def prepare(resolved: Resolved, as_json: bool) -> Job:
     """Load the model and make the drafter of the mode."""
     load_libraries()
     from early_exit_cli.drafting.choose import make_drafter
-    from early_exit_cli.sampling import make_chooser
 
     settings = resolved.config.inference
     output = None if settings.output is None else RecordFile(settings.output)
@@ -39,7 +38,6 @@ def prepare(resolved: Resolved, as_json: bool) -> Job:
         settings,
         resolved.config.sampling,
         drafter,
-        make_chooser(resolved.config.sampling),
         width,
         as_json,
         coloured,

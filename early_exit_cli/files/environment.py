@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import importlib.metadata
 import os
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,12 +108,15 @@ def _folder_of_process() -> Path:
 
 def versions() -> dict[str, str]:
     """Versions of this program, Python and the libraries that decide a result."""
-    found = {"eexit": __version__, "python": platform.python_version()}
-    for package in RECORDED_PACKAGES:
-        try:
+    return {"eexit": __version__, "python": platform.python_version(), **installed(RECORDED_PACKAGES)}
+
+
+def installed(packages: Sequence[str]) -> dict[str, str]:
+    """Versions of those of some packages that are installed."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 

@@ -175,6 +175,8 @@ def _name(kind: KeptKind, path: Path) -> str:
     if kind == "measurements":
         found = _json(path)
         return _told(found) or _shape(found.get("fingerprint"))
+    if kind == "history":
+        return "what was typed"
     if kind == "weights" and path.is_file():
         return "hashes of model files"
     if kind == "weights":

@@ -2,8 +2,6 @@
 
 import json
 import os
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -35,18 +33,7 @@ INNER = "model.layers.2.mlp.down_proj.weight"
 """Neither in the embedding nor in the final norm, which the fingerprint that travels is made of."""
 
 
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    """A cache folder of its own for every test, and no second that has to pass before hashes are remembered."""
-    monkeypatch.setenv("EEXIT_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(contents, "SETTLED_NS", 0)
-    return tmp_path / "home"
-
-
-@pytest.fixture
-def model(tiny_folder, tmp_path):
-    """Folder of a tiny Llama that a test may change."""
-    return Path(shutil.copytree(tiny_folder("llama"), tmp_path / "model"))
+pytestmark = pytest.mark.usefixtures("home")
 
 
 def config(folder):
