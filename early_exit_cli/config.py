@@ -33,6 +33,7 @@ from early_exit_cli.config_files import (
     PushConfig,
     RemoveConfig,
 )
+from early_exit_cli.config_serving import ServeConfig
 
 EMBEDDED_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SHIPPED_BUNDLE = "smollm2-135m"
@@ -459,6 +460,7 @@ class Config(Section):
     bundle: BundleConfig = Field(default_factory=BundleConfig)
     inference: InferenceConfig = Field(default_factory=InferenceConfig)
     chat: ChatConfig = Field(default_factory=ChatConfig)
+    serve: ServeConfig = Field(default_factory=ServeConfig)
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     bench: BenchConfig = Field(default_factory=BenchConfig)

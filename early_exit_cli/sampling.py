@@ -10,7 +10,7 @@ and not min(1, p/q), and what it costs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import torch
@@ -81,11 +81,17 @@ class Sampler(Chooser):
 
     Args:
         processors: applied to the backbone's scores instead of the settings' own; drafts keep to the settings.
+        bias: added to the scores of these tokens before anything else, those of drafts too.
     """
 
-    def __init__(self, settings: SamplingConfig, processors: Processors | None = None) -> None:
+    def __init__(
+        self, settings: SamplingConfig, processors: Processors | None = None, bias: Mapping[int, float] | None = None
+    ) -> None:
         self.settings = settings
         self.processors = processors
+        self.bias = bias
+        self.added: Tensor | None = None
+        """`bias` for each token of the vocabulary."""
         self.generator = torch.Generator()
         self.text: list[int] = []
         self.noise: list[Tensor] = []
@@ -93,13 +99,16 @@ class Sampler(Chooser):
         self.vocab_size = 0
 
     def fork(self) -> Chooser:
-        return Sampler(self.settings, self.processors)
+        return Sampler(self.settings, self.processors, self.bias)
 
     def begin(self, vocab_size: int, prompt_ids: list[int]) -> None:
         self.vocab_size = vocab_size
         self.generator.manual_seed(self.settings.seed)
         self.text = list(prompt_ids)
         self.noise = []
+        if self.bias:
+            self.added = torch.zeros(vocab_size)
+            self.added[[*self.bias]] = torch.tensor([*self.bias.values()])
 
     def commit(self, tokens: list[int]) -> None:
         self.text += tokens
@@ -126,6 +135,8 @@ class Sampler(Chooser):
         settings = self.settings
         if token_ids is None:
             token_ids = torch.arange(scores.numel(), device=scores.device)
+        if self.added is not None:
+            scores = scores + self.added.to(scores.device)[token_ids]
         if settings.repetition_penalty != 1.0:
             scores = penalized(scores, token_ids, self.text + before, settings.repetition_penalty)
         if temperature:
@@ -190,6 +201,10 @@ def _token(place: int, token_ids: Tensor | None) -> int:
 GREEDY = Greedy()
 
 
-def make_chooser(settings: SamplingConfig) -> Chooser:
-    """Greedy decoding keeps its fast argmax."""
-    return GREEDY if settings.is_greedy else Sampler(settings)
+def make_chooser(settings: SamplingConfig, bias: Mapping[int, float] | None = None) -> Chooser:
+    """Greedy decoding keeps its fast argmax.
+
+    Args:
+        bias: token -> what is added to its score.
+    """
+    return GREEDY if settings.is_greedy and not bias else Sampler(settings, bias=bias)

@@ -13,6 +13,7 @@ ORDER = (
         "steps",
         "config_fields",
         "config_files",
+        "config_serving",
         "config",
         "resolve",
         "files",
@@ -21,14 +22,14 @@ ORDER = (
         "numerics",
     ),
     *("backbone", "runtime", "data", "hidden_states", "heads", "engine", "bundle"),
-    *("drafting", "decoding", "training", "calibration", "evaluation", "library", "cli"),
+    *("drafting", "decoding", "training", "calibration", "evaluation", "library", "serving", "cli"),
 )
 """From what imports nothing to what imports everything: the folders, and the files that stand beside them."""
 LONGEST_CHAIN = 16
 LONGEST_FILE = 500
 HEAVY = {"torch", "transformers", "accelerate", "datasets", "bitsandbytes"}
 NEVER_TORCH = (
-    *("errors", "steps", "config_fields", "config_files", "config", "resolve", "files", "report"),
+    *("errors", "steps", "config_fields", "config_files", "config_serving", "config", "resolve", "files", "report"),
     *("backbone.families", "runtime.native_code", "bundle.files", "bundle.hub_client", "bundle.model_card"),
 )
 

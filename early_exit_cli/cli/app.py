@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from early_exit_cli import __version__
-from early_exit_cli.cli import bench, cache, calibrate, chat, env, evaluate, export, hub, infer, train
+from early_exit_cli.cli import bench, cache, calibrate, chat, env, evaluate, export, hub, infer, serve, train
 from early_exit_cli.cli.options import Command
 from early_exit_cli.errors import EexitError, EexitWarning, said
 from early_exit_cli.files.environment import unsaved
@@ -45,6 +45,12 @@ add(
     "chat",
     chat.command,
     "Talk with a model that stays loaded: each turn takes over what the earlier ones computed.",
+)
+add(
+    app,
+    "serve",
+    serve.command,
+    "Serve OpenAI's API: requests share passes, and take over what earlier ones computed.",
 )
 add(app, "train", train.command, "Train exit heads or an EAGLE head, beside the running backbone or from a cache.")
 add(app, "calibrate", calibrate.command, "Fit thresholds for each head and target accuracy, and what drafts are worth.")

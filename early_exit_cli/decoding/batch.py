@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from early_exit_cli.decoding.answer import Generation, collect_stats
-from early_exit_cli.decoding.loop import states_after
+from early_exit_cli.decoding.loop import states_after, verify
+from early_exit_cli.decoding.prefixes import Prefixes
 from early_exit_cli.decoding.text import Request, Round, Text, Verified
 from early_exit_cli.decoding.text_stream import TextStream
-from early_exit_cli.drafting.drafter import Draft, Drafter
+from early_exit_cli.drafting.drafter import Draft, Drafter, NoDrafter
 from early_exit_cli.engine import Engine
 from early_exit_cli.numerics import synchronize
 from early_exit_cli.runtime.blocks import LARGEST_WIDTH
@@ -83,26 +84,102 @@ def decode_batch(
         NumericsError: the backbone's logits are not finite.
     """
     waiting = deque(enumerate(requests))
-    live: list[tuple[int, Text]] = []
-    room = engine.blocks.batch_rows
-    while waiting or live:
-        while waiting and len(live) < batch:
+    texts = Batch(engine, width=width, keep_states=keep_states)
+    numbers: dict[Text, int] = {}
+    while waiting or texts.live:
+        while waiting and len(texts.live) < batch:
             number, request = waiting.popleft()
-            live.append((number, Text(engine, request, drafter.fork())))
-        limit = min(width, max(1, room // len(live))) - 1
+            numbers[texts.join(request, drafter.fork())] = number
+        for text, step in texts.step():
+            if isinstance(step, Exception):
+                raise step
+            yield numbers[text], step, text.ended
+            if text.ended:
+                texts.leave(text)
+                del numbers[text]
+
+
+class Batch:
+    """Texts that are decoded together: they join, go on by a round each, and leave.
+
+    Args:
+        width: rows of one text in a pass, at most; fewer where the texts would not all fit into one pass.
+        keep_states: keep the final state that decided each token.
+        prefixes: what earlier texts left; a text that leaves the batch leaves its own there.
+    """
+
+    def __init__(
+        self, engine: Engine, *, width: int, keep_states: bool = False, prefixes: Prefixes | None = None
+    ) -> None:
+        self.engine, self.width, self.keep_states, self.prefixes = engine, width, keep_states, prefixes
+        self.live: list[Text] = []
+
+    def join(self, request: Request, drafter: Drafter) -> Text:
+        """A further text; making it is its prefill.
+
+        Args:
+            drafter: the text's own.
+
+        Raises:
+            ConfigError: an empty prompt, or one beyond the context.
+        """
+        text = Text(self.engine, request, drafter, prefixes=self.prefixes)
+        self.live.append(text)
+        return text
+
+    def leave(self, text: Text, *, keep: bool = True) -> None:
+        """A text goes on no further.
+
+        Args:
+            keep: leave what it computed to later ones.
+        """
+        self.live.remove(text)
+        if keep and self.prefixes is not None:
+            with torch.inference_mode():
+                self.prefixes.keep(text.prefix())
+
+    def step(self, texts: Sequence[Text] | None = None) -> list[tuple[Text, Round | Exception]]:
+        """A round of each text, or of some, in the same passes. One alone is decoded as `decode` does.
+
+        Returns:
+            Each text's Round; or what went wrong when it took over its part, and it can only leave.
+
+        Raises:
+            Exception: whatever a draft or a pass raises. No text has gone on then, and `step_apart` tells whose fault it was.
+        """
+        texts = [*self.live] if texts is None else texts
+        limit = min(self.width, max(1, self.engine.blocks.batch_rows // len(texts))) - 1
+        started = time.perf_counter()
         with torch.inference_mode():
             drafts = []
-            for _, text in live:
-                text.drafter.resize_batch(len(live))
+            for text in texts:
+                text.drafter.resize_batch(len(texts))
                 drafts.append(text.draft(limit))
-            every = _verify(engine, [text for _, text in live], drafts)
-        for (number, text), draft, verified in zip(live, drafts, every, strict=True):
-            step = text.commit(draft, verified, keep_states)
-            yield number, step, text.ended
-        live = [(number, text) for number, text in live if not text.ended]
+            alone = len(texts) == 1
+            every = [verify(self.engine, texts[0], drafts[0])] if alone else _verify(self.engine, texts, drafts)
+        found: list[tuple[Text, Round | Exception]] = []
+        for text, draft, verified in zip(texts, drafts, every, strict=True):
+            try:
+                found.append((text, text.commit(draft, verified, self.keep_states)))
+                if alone:
+                    text.drafter.timed(draft, (time.perf_counter() - started) * 1000)
+            except Exception as error:
+                found.append((text, error))
+        return found
+
+    def step_apart(self) -> list[tuple[Text, Round | Exception]]:
+        """`step` after one that failed: each text by itself and, since its draft may be half made, without drafts to its end."""
+        found: list[tuple[Text, Round | Exception]] = []
+        for text in [*self.live]:
+            text.drafter = NoDrafter()
+            try:
+                found += self.step([text])
+            except Exception as error:
+                found.append((text, error))
+        return found
 
 
-def _verify(engine: Engine, texts: list[Text], drafts: list[Draft]) -> list[Verified]:
+def _verify(engine: Engine, texts: Sequence[Text], drafts: list[Draft]) -> list[Verified]:
     """`loop.verify` for all texts; drafts whose rows have run already are finished each by itself."""
     depth = engine.blocks.num_blocks
     layers = [[*text.exit_layers, depth] for text in texts]
@@ -125,7 +202,7 @@ def _verify(engine: Engine, texts: list[Text], drafts: list[Draft]) -> list[Veri
     return _decide(engine, texts, drafts, every)
 
 
-def _decide(engine: Engine, texts: list[Text], drafts: list[Draft], every: list[list[Tensor]]) -> list[Verified]:
+def _decide(engine: Engine, texts: Sequence[Text], drafts: list[Draft], every: list[list[Tensor]]) -> list[Verified]:
     """Final norm and LM head over the rows of all texts, then each text's own choices.
 
     Args:

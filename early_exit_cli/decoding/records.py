@@ -7,6 +7,7 @@ from typing import Any
 
 from early_exit_cli.decoding.answer import Generation
 from early_exit_cli.decoding.head_trace import TracedHead
+from early_exit_cli.decoding.text import Round
 from early_exit_cli.decoding.text_stream import TextStream
 from early_exit_cli.drafting.reasons import Exit, Reason, decider
 from early_exit_cli.engine import Engine
@@ -21,16 +22,21 @@ def round_records(engine: Engine, generation: Generation, prompt_length: int) ->
     records: list[dict[str, Any]] = []
     position = prompt_length
     for step in generation.rounds:
-        tokens = []
-        views = step.traced or [[]] * len(step.tokens)
-        for token, reason, traced in zip(step.tokens, step.decided_by, views, strict=True):
-            record = token_record(engine, token, reason, traced)
-            tokens.append({"position": position, **record, "text": stream.push([token])})
-            position += 1
-        rejected = [token_record(engine, token, reason, []) for token, reason in step.rejected]
-        records.append({"accepted": step.accepted, "tokens": tokens, "rejected": rejected})
+        records.append(round_record(engine, stream, step, position))
+        position += len(step.tokens)
     records[-1]["tokens"][-1]["text"] += stream.finish()
     return records
+
+
+def round_record(engine: Engine, stream: TextStream, step: Round, position: int) -> dict[str, Any]:
+    """A round whose first token stands at `position`; `stream` has the answer's tokens before it, and then its own."""
+    tokens = []
+    views = step.traced or [[]] * len(step.tokens)
+    for place, (token, reason, traced) in enumerate(zip(step.tokens, step.decided_by, views, strict=True)):
+        record = token_record(engine, token, reason, traced)
+        tokens.append({"position": position + place, **record, "text": stream.push([token])})
+    rejected = [token_record(engine, token, reason, []) for token, reason in step.rejected]
+    return {"accepted": step.accepted, "tokens": tokens, "rejected": rejected}
 
 
 def token_record(engine: Engine, token: int, reason: Reason | None, traced: list[TracedHead]) -> dict[str, Any]:

@@ -120,6 +120,8 @@ class Text:
             self.exit_layers = sorted({*drafter.exit_layers, *(self.views.exit_layers if self.views else ())})
             on_states = self.process if self.exit_layers else None
             known = None if prefixes is None else prefixes.best(engine, prompt_ids, self.exit_layers)
+            self.reused = 0 if known is None else known.reusable(engine.blocks, prompt_ids, self.exit_layers)
+            """Tokens of the prompt that an earlier text had computed."""
             self.cache = engine.prefill(prompt_ids, request.max_new_tokens, self.exit_layers, on_states, known)
 
     @property

@@ -1,0 +1,83 @@
+"""The server's life: a socket before the model is loaded, then uvicorn; the first signal finishes what was taken."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from typing import Any, Protocol
+
+import uvicorn
+
+from early_exit_cli.errors import ConfigError
+
+MOST_HEADER_BYTES = 32 * 1024
+GRACE_SECONDS = 10
+"""For answers that are whole to be sent, once nothing is decoded any more."""
+
+
+class Draining(Protocol):
+    """Of a scheduler."""
+
+    @property
+    def idle(self) -> bool: ...
+
+    def drain(self) -> None: ...
+
+
+def listening_socket(host: str, port: int) -> socket.socket:
+    """A socket that is bound and not yet heard.
+
+    Raises:
+        ConfigError: the address cannot be had.
+    """
+    try:
+        is_v6 = ipaddress.ip_address(host).version == 6
+    except ValueError:  # a name
+        is_v6 = False
+    found = socket.socket(socket.AF_INET6 if is_v6 else socket.AF_INET)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((host, port))
+    except OSError as error:
+        found.close()
+        raise ConfigError(f"cannot listen on {host}, port {port}: {error.strerror}", hint="--port, --host") from error
+    return found
+
+
+def address_of(bound: socket.socket) -> str:
+    """Where clients find a socket."""
+    host, port = bound.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """Ends when a signal came and everything that was taken is over; at once with the second signal."""
+
+    def __init__(self, app: Any, scheduler: Draining) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http="h11",
+                ws="none",
+                lifespan="off",
+                loop="asyncio",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                h11_max_incomplete_event_size=MOST_HEADER_BYTES,
+                timeout_graceful_shutdown=GRACE_SECONDS,
+            )
+        )
+        self.scheduler = scheduler
+        self.signals = 0
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self.signals += 1
+        self.scheduler.drain()
+        if self.signals > 1:
+            self.should_exit = self.force_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        if self.signals and self.scheduler.idle:
+            self.should_exit = True
+        return await super().on_tick(counter)
