@@ -1,5 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
+JOBS ?= 2
 PROMPTS ?= prompts.jsonl
 PROMPT ?= Explain step by step how to solve 2x + 6 = 14, then check the answer.
 
@@ -14,15 +15,18 @@ bench: .venv/installed-peers
 	$(BIN)/eexit bench --prompts $(PROMPTS) --limit 2 --max-tokens 128 --repeats 3 \
 		--methods full,adaptive,lookup,auto,transformers,llama.cpp
 
+# One process a core, each with one thread: passes that wait for each other's threads would stand still.
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+
 test: .venv/installed-dev
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	$(PYTEST)
 
 # Everything that must hold before a change lands.
 check: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+	$(PYTEST) -q
 
 # Faults put into the core one by one, and whether a test fails: an hour or two. make mutation MUTANTS='early_exit_cli.sampling*'
 mutation: .venv/installed-dev

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -62,42 +63,8 @@ class Engine:
         on_states: OnStates | None = None,
         prefix: Prefix | None = None,
     ) -> KVCache:
-        """A KV cache holding the prompt but for its last token, which is the first one to be run by decoding.
-
-        The number of keys read may decide a token's last bits, so the capacity depends on the request alone.
-
-        Args:
-            on_states: called with each piece's following tokens, and its states after `exit_layers` and the final
-                normed ones (`Drafter.process`).
-            prefix: of an earlier text: what it holds of this prompt is not computed again.
-
-        Raises:
-            ConfigError: empty prompt, or prompt and new tokens beyond the context.
-        """
-        self.check_length(len(prompt_ids), max_new_tokens)
-        outside = [token for token in prompt_ids if not 0 <= token < len(self.backbone.embedding_weight)]
-        if outside:
-            raise ConfigError(f"token {outside[0]} of the prompt is not in the vocabulary")
-        cache = self.blocks.new_cache(len(prompt_ids) + max_new_tokens + LARGEST_WIDTH)
-        stops = [*exit_layers, self.blocks.num_blocks]
-        kept = 0
-        if prefix is not None and (kept := prefix.reusable(self.blocks, prompt_ids, exit_layers)):
-            prefix.copy_to(cache, kept)
-            if on_states:
-                on_states(prompt_ids[1 : kept + 1], prefix.states_of(exit_layers, kept))
-        with step("reading the prompt") if len(prompt_ids) - kept > LONG_PROMPT else nullcontext() as reading:
-            for whole in self.blocks.prompt_pieces(len(prompt_ids) - 1):
-                piece = slice(max(whole.start, kept), whole.stop)
-                if piece.start >= piece.stop:
-                    continue
-                if reading is not None:
-                    reading.say(f"reading the prompt, {piece.start:,} of {len(prompt_ids):,} tokens")
-                *deep, final = self.run_tokens(prompt_ids[piece], cache, piece.start, stops)
-                if on_states:
-                    following = prompt_ids[piece.start + 1 : piece.stop + 1]
-                    on_states(following, [*deep, self.blocks.final_norm(final)])
-        cache.length = len(prompt_ids) - 1
-        return cache
+        """The KV cache of a whole `Prefill`."""
+        return Prefill(self, prompt_ids, max_new_tokens, exit_layers, on_states, prefix).finish()
 
     def check_length(self, prompt_tokens: int, max_new_tokens: int) -> None:
         """Refuse an empty prompt, and one that does not fit the context together with its answer."""
@@ -141,6 +108,75 @@ class Engine:
     def logits(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """`Passes.logits`."""
         return self.passes.logits(hidden)
+
+
+class Prefill:
+    """A prompt being read into a KV cache, pass by pass: all but its last token, the first to be run by decoding.
+
+    The number of keys read may decide a token's last bits, so the capacity depends on the request alone.
+
+    Args:
+        on_states: called with each pass's following tokens, and its states after `exit_layers` and the final normed ones
+            (`Drafter.process`).
+        prefix: of an earlier text: what it holds of this prompt is not computed again.
+
+    Raises:
+        ConfigError: empty prompt, a token that is none, or prompt and new tokens beyond the context.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompt_ids: list[int],
+        max_new_tokens: int,
+        exit_layers: Sequence[int] = (),
+        on_states: OnStates | None = None,
+        prefix: Prefix | None = None,
+    ) -> None:
+        engine.check_length(len(prompt_ids), max_new_tokens)
+        outside = [token for token in prompt_ids if not 0 <= token < len(engine.backbone.embedding_weight)]
+        if outside:
+            raise ConfigError(f"token {outside[0]} of the prompt is not in the vocabulary")
+        self.engine, self.prompt_ids, self.on_states = engine, prompt_ids, on_states
+        self.stops = [*exit_layers, engine.blocks.num_blocks]
+        self.cache = engine.blocks.new_cache(len(prompt_ids) + max_new_tokens + LARGEST_WIDTH)
+        self.reused = 0 if prefix is None else prefix.reusable(engine.blocks, prompt_ids, exit_layers)
+        """Tokens that the prefix held."""
+        if prefix is not None and self.reused:
+            prefix.copy_to(self.cache, self.reused)
+            if on_states:
+                on_states(prompt_ids[1 : self.reused + 1], prefix.states_of(exit_layers, self.reused))
+        cuts = engine.blocks.prompt_pieces(len(prompt_ids) - 1)
+        self.left = deque(slice(max(cut.start, self.reused), cut.stop) for cut in cuts if cut.stop > self.reused)
+        self._end()
+
+    @property
+    def done(self) -> bool:
+        """Whether all is read."""
+        return not self.left
+
+    def run(self) -> None:
+        """The next pass."""
+        piece = self.left.popleft()
+        *deep, final = self.engine.run_tokens(self.prompt_ids[piece], self.cache, piece.start, self.stops)
+        if self.on_states:
+            following = self.prompt_ids[piece.start + 1 : piece.stop + 1]
+            self.on_states(following, [*deep, self.engine.blocks.final_norm(final)])
+        self._end()
+
+    def finish(self) -> KVCache:
+        """All passes that are left; a long prompt is announced."""
+        tokens = len(self.prompt_ids)
+        with step("reading the prompt") if tokens - self.reused > LONG_PROMPT else nullcontext() as reading:
+            while not self.done:
+                if reading is not None:
+                    reading.say(f"reading the prompt, {self.left[0].start:,} of {tokens:,} tokens")
+                self.run()
+        return self.cache
+
+    def _end(self) -> None:
+        if self.done:
+            self.cache.length = len(self.prompt_ids) - 1
 
 
 def require_heads(engine: Engine) -> ExitHeads:

@@ -114,16 +114,26 @@ class Batch:
         self.engine, self.width, self.keep_states, self.prefixes = engine, width, keep_states, prefixes
         self.live: list[Text] = []
 
-    def join(self, request: Request, drafter: Drafter) -> Text:
-        """A further text; making it is its prefill.
+    @property
+    def ready(self) -> list[Text]:
+        """Those whose prefill is finished."""
+        return [text for text in self.live if text.prefill.done]
+
+    def join(self, request: Request, drafter: Drafter, *, prefill: bool = True) -> Text:
+        """A further text.
 
         Args:
             drafter: the text's own.
+            prefill: finish it now. Else its passes (`Text.prefill`) are the caller's to run before the text's first round,
+                in between rounds of the others.
 
         Raises:
             ConfigError: an empty prompt, or one beyond the context.
         """
         text = Text(self.engine, request, drafter, prefixes=self.prefixes)
+        if prefill:
+            with torch.inference_mode():
+                text.prefill.finish()
         self.live.append(text)
         return text
 
@@ -131,15 +141,15 @@ class Batch:
         """A text goes on no further.
 
         Args:
-            keep: leave what it computed to later ones.
+            keep: leave what it computed to later ones; nothing of a prefill that is not finished.
         """
         self.live.remove(text)
-        if keep and self.prefixes is not None:
+        if keep and self.prefixes is not None and text.prefill.done:
             with torch.inference_mode():
                 self.prefixes.keep(text.prefix())
 
     def step(self, texts: Sequence[Text] | None = None) -> list[tuple[Text, Round | Exception]]:
-        """A round of each text, or of some, in the same passes. One alone is decoded as `decode` does.
+        """A round of each text that is ready, or of some of them, in the same passes. One alone is decoded as `decode` does.
 
         Returns:
             Each text's Round; or what went wrong when it took over its part, and it can only leave.
@@ -147,7 +157,9 @@ class Batch:
         Raises:
             Exception: whatever a draft or a pass raises. No text has gone on then, and `step_apart` tells whose fault it was.
         """
-        texts = [*self.live] if texts is None else texts
+        texts = self.ready if texts is None else texts
+        if not texts:
+            return []
         limit = min(self.width, max(1, self.engine.blocks.batch_rows // len(texts))) - 1
         started = time.perf_counter()
         with torch.inference_mode():
@@ -170,7 +182,7 @@ class Batch:
     def step_apart(self) -> list[tuple[Text, Round | Exception]]:
         """`step` after one that failed: each text by itself and, since its draft may be half made, without drafts to its end."""
         found: list[tuple[Text, Round | Exception]] = []
-        for text in [*self.live]:
+        for text in self.ready:
             text.drafter = NoDrafter()
             try:
                 found += self.step([text])

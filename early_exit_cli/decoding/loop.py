@@ -43,7 +43,9 @@ def decode(
         NumericsError: the backbone's logits are not finite.
     """
     width = checked_width(engine, width)
-    text = Text(engine, request, drafter, trace, prefixes)  # prefill
+    text = Text(engine, request, drafter, trace, prefixes)
+    with torch.inference_mode():
+        text.prefill.finish()
     try:
         while not text.ended:
             started = time.perf_counter()

@@ -20,7 +20,7 @@ from early_exit_cli.decoding.prefixes import Prefixes
 from early_exit_cli.decoding.text_stream import TextStream
 from early_exit_cli.drafting.drafter import Draft, Drafter, show
 from early_exit_cli.drafting.reasons import Reason
-from early_exit_cli.engine import Engine
+from early_exit_cli.engine import Engine, Prefill
 from early_exit_cli.runtime.prefix import FINAL, Prefix, kept_of
 from early_exit_cli.sampling import GREEDY, Chooser
 
@@ -84,7 +84,7 @@ class Round:
 
 
 class Text:
-    """One text being decoded; making it is the prefill.
+    """One text being decoded, once its prefill is finished.
 
     Args:
         trace: read every head for each token.
@@ -120,9 +120,9 @@ class Text:
             self.exit_layers = sorted({*drafter.exit_layers, *(self.views.exit_layers if self.views else ())})
             on_states = self.process if self.exit_layers else None
             known = None if prefixes is None else prefixes.best(engine, prompt_ids, self.exit_layers)
-            self.reused = 0 if known is None else known.reusable(engine.blocks, prompt_ids, self.exit_layers)
-            """Tokens of the prompt that an earlier text had computed."""
-            self.cache = engine.prefill(prompt_ids, request.max_new_tokens, self.exit_layers, on_states, known)
+            self.prefill = Prefill(engine, prompt_ids, request.max_new_tokens, self.exit_layers, on_states, known)
+            """To be finished before the first round."""
+            self.cache = self.prefill.cache
 
     @property
     def ended(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
 import os
 import threading
 import time
@@ -37,10 +38,11 @@ from early_exit_cli.serving.refusal import Refusal
 from early_exit_cli.serving.security import LOCAL_NAMES, Guard, is_local
 
 Log = Callable[[str], None]
-CHAT, TEXT, MODELS, HEALTH, METRICS = (
+CHAT, TEXT, MODELS, LOAD_MODEL, HEALTH, METRICS = (
     "/v1/chat/completions",
     "/v1/completions",
     "/v1/models",
+    "/load_model",
     "/health",
     "/metrics",
 )
@@ -83,6 +85,18 @@ class Api:
         if http.path_params["name"] != self.model:
             raise self._no_model(http.path_params["name"])
         return JSONResponse(self._about_model())
+
+    async def load_model(self, http: HttpRequest) -> Response:
+        """What `transformers chat` asks first: the model is here."""
+        body = await asyncio.wait_for(self._body(http), self.settings.timeout)
+        try:
+            name = json.loads(body)["model"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise Refusal(400, "the body must name a model", param="model") from None
+        if name != self.model:
+            raise self._no_model(name)
+        ready = event({"status": "ready", "model": self.model, "cached": True})
+        return Response(ready, media_type="text/event-stream")
 
     async def health(self, http: HttpRequest) -> Response:
         if self.answering.draining:
@@ -235,7 +249,7 @@ class Gate:
             return
         notes: list[str] = []
         scope["eexit"] = notes
-        status = HUNG_UP
+        status = None
 
         async def noting(message: Any) -> None:
             nonlocal status
@@ -248,8 +262,12 @@ class Gate:
             await self.app(scope, receive, noting)
         except Refusal as refusal:
             await refused(refusal)(scope, receive, noting)
+        except asyncio.CancelledError:  # stopped at once; what has begun just ends
+            if status is None:
+                stopped = Refusal(503, "the server was stopped before the answer was whole", code="stopping")
+                await refused(stopped)(scope, receive, noting)
         finally:
-            route = route_of(scope)
+            route, status = route_of(scope), HUNG_UP if status is None else status
             self.api.metrics.requests.labels(route, str(status)).inc()
             if "submitted" not in notes and not (route in QUIET and status < 400):
                 self.api.log(line_of(scope, status))
@@ -271,6 +289,7 @@ def make_app(engine: Engine, answering: Answering, settings: ServeConfig, *, key
             Route(TEXT, api.complete, methods=["POST"]),
             Route(MODELS, api.models),
             Route(MODELS + "/{name:path}", api.model_by_name),
+            Route(LOAD_MODEL, api.load_model, methods=["POST"]),
             Route(HEALTH, api.health),
             Route(METRICS, api.show_metrics),
         ],
@@ -320,7 +339,7 @@ def refusal_of(error: Exception) -> Refusal:
 def route_of(scope: Any) -> str:
     """Which route a request is for, in the words of metrics and log."""
     path = scope["path"]
-    return path if path in (CHAT, TEXT, MODELS, *QUIET) else "other"
+    return path if path in (CHAT, TEXT, MODELS, LOAD_MODEL, *QUIET) else "other"
 
 
 def line_of(scope: Any, status: int) -> str:

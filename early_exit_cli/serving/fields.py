@@ -225,6 +225,11 @@ def read_body(body: bytes, form: type[BodyT]) -> BodyT:
         raise Refusal(400, "the body must be a JSON object")
     if not whole:
         raise Refusal(400, "the body holds half a surrogate pair, which is no text")
+    if value.get("generation_config") is not None:
+        defaults = of_generation_config(value["generation_config"])
+        if value.get("max_completion_tokens") is not None:
+            defaults.pop("max_tokens", None)
+        value = {**defaults, **value}
     for name, neutral in NEUTRAL.items():
         asked = value.get(name)
         if asked is not None and not any(type(asked) is type(each) and asked == each for each in neutral):
@@ -239,3 +244,23 @@ def read_body(body: bytes, form: type[BodyT]) -> BodyT:
         first = error.errors()[0]
         param = ".".join(shown(part)[1:-1] if isinstance(part, str) else str(part) for part in first["loc"])
         raise Refusal(400, f"{param}: {first['msg'].removeprefix('Value error, ')}", param=param) from None
+
+
+def of_generation_config(given: Any) -> dict[str, Any]:
+    """The fields that `transformers chat` sends as its library's GenerationConfig, in JSON.
+
+    Raises:
+        Refusal: it is none.
+    """
+    try:
+        config = json.loads(given)
+        assert isinstance(config, dict)
+    except (TypeError, ValueError, AssertionError, RecursionError):
+        raise Refusal(
+            400, "generation_config: it must be a GenerationConfig in JSON", param="generation_config"
+        ) from None
+    names = {"max_new_tokens": "max_tokens", "repetition_penalty": "repetition_penalty"}
+    if config.get("do_sample"):
+        names |= {name: name for name in ("temperature", "top_p", "top_k", "min_p")}
+        config = {"temperature": 1.0} | {name: value for name, value in config.items() if value is not None}
+    return {ours: config[theirs] for theirs, ours in names.items() if config.get(theirs) is not None}

@@ -10,6 +10,8 @@ import time
 from collections import deque
 from typing import Any
 
+import torch
+
 from early_exit_cli.decoding.answer import collect_stats
 from early_exit_cli.decoding.batch import Batch
 from early_exit_cli.decoding.prefixes import Prefixes
@@ -32,7 +34,9 @@ class Live:
         self.engine, self.handle, self.text = engine, handle, text
         self.stream = TextStream(engine, handle.request.stop)
         self.rounds: list[Round] = []
-        self.joined, self.prefilled = joined, time.perf_counter()
+        self.joined = joined
+        self.prefilled: float | None = None
+        """When its prefill was finished."""
         self.first = 0.0
         """Seconds from the question to the first round's end."""
 
@@ -52,7 +56,8 @@ class Live:
     def end(self, mode: str, error: Exception | None) -> Ended:
         """It is over, and how it went."""
         now = time.perf_counter()
-        times = Times(self.joined - self.handle.asked, self.prefilled - self.joined, now - self.prefilled)
+        prefilled = now if self.prefilled is None else self.prefilled
+        times = Times(self.joined - self.handle.asked, prefilled - self.joined, now - prefilled)
         if not self.rounds:
             return Ended(times=times, error=error)
         rest = self.stream.finish()
@@ -64,7 +69,7 @@ class Live:
             token_ids=self.stream.ids,
             finish_reason=self.rounds[-1].finish_reason,
             prompt_tokens=stats.prompt_tokens,
-            reused=self.text.reused,
+            reused=self.text.prefill.reused,
             drafted=stats.tokens_drafted,
             accepted=stats.tokens_accepted,
             accept_length=stats.accept_length,
@@ -155,6 +160,7 @@ class Scheduler:
             while self._wait():
                 self._drop_cancelled()
                 self._join_next()
+                self._read()
                 self._step()
         finally:  # closed, or by a fault of this file: nobody is left waiting
             with self.changed:
@@ -184,23 +190,39 @@ class Scheduler:
                 self._leave(answer, answer.handle.reason, keep=True)
 
     def _join_next(self) -> None:
-        """The first in the line, where there is room. One a round, so that prefills do not hold up the others for long."""
+        """The first in the line, where there is room and no prompt is being read."""
         with self.changed:
-            if not self.line or len(self.answers) >= self.batch:
+            if not self.line or len(self.answers) >= self.batch or self._reading() is not None:
                 return
             handle = self.line.popleft()
         joined = time.perf_counter()
         try:
-            text = self.texts.join(handle.request, self.drafter.fork())
-            synchronize(self.engine.backbone.device)
+            text = self.texts.join(handle.request, self.drafter.fork(), prefill=False)
         except Exception as error:
             self._tell(handle, Ended(times=Times(queue=joined - handle.asked), error=error))
             return
         self.answers[text] = Live(self.engine, handle, text, joined)
 
-    def _step(self) -> None:
-        if not self.answers:
+    def _reading(self) -> Live | None:
+        """Whose prompt is being read; one at a time."""
+        return next((answer for answer in self.answers.values() if answer.prefilled is None), None)
+
+    def _read(self) -> None:
+        """A pass of a prefill, so that a long prompt holds up the others for one pass a round."""
+        answer = self._reading()
+        if answer is None:
             return
+        try:
+            with torch.inference_mode():
+                if not answer.text.prefill.done:
+                    answer.text.prefill.run()
+            if answer.text.prefill.done:
+                synchronize(self.engine.backbone.device)
+                answer.prefilled = time.perf_counter()
+        except Exception as error:
+            self._leave(answer, error)
+
+    def _step(self) -> None:
         try:
             rounds = self.texts.step()
         except Exception:  # of one text, or of what they shared

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import time
 from typing import Any, Protocol
 
 import uvicorn
@@ -13,6 +14,8 @@ from early_exit_cli.errors import ConfigError
 MOST_HEADER_BYTES = 32 * 1024
 GRACE_SECONDS = 10
 """For answers that are whole to be sent, once nothing is decoded any more."""
+IDLE_SECONDS = 30.0
+"""After which a connection that has not sent the whole head of a request is closed."""
 
 
 class Draining(Protocol):
@@ -51,9 +54,13 @@ def address_of(bound: socket.socket) -> str:
 
 
 class Server(uvicorn.Server):
-    """Ends when a signal came and everything that was taken is over; at once with the second signal."""
+    """Ends when a signal came and everything that was taken is over; at once with the second signal.
 
-    def __init__(self, app: Any, scheduler: Draining) -> None:
+    Args:
+        idle_seconds: after which a connection that asks nothing is closed.
+    """
+
+    def __init__(self, app: Any, scheduler: Draining, idle_seconds: float = IDLE_SECONDS) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -68,8 +75,10 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=GRACE_SECONDS,
             )
         )
-        self.scheduler = scheduler
+        self.scheduler, self.idle_seconds = scheduler, idle_seconds
         self.signals = 0
+        self.idle: dict[tuple[Any, int], float] = {}
+        """When each connection was first seen without a request, since its last one."""
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         self.signals += 1
@@ -80,4 +89,14 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         if self.signals and self.scheduler.idle:
             self.should_exit = True
+        self._close_idle()
         return await super().on_tick(counter)
+
+    def _close_idle(self) -> None:
+        now = time.monotonic()
+        connections: list[Any] = [*self.server_state.connections]
+        asking_nothing = [one for one in connections if one.cycle is None or one.cycle.response_complete]
+        self.idle = {(one, id(one.cycle)): self.idle.get((one, id(one.cycle)), now) for one in asking_nothing}
+        for (connection, _), since in self.idle.items():
+            if now - since > self.idle_seconds:
+                connection.transport.close()

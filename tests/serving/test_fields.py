@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from transformers import GenerationConfig
 
 from early_exit_cli.serving.fields import ChatBody, TextBody, read_body
 from early_exit_cli.serving.refusal import Refusal
@@ -164,3 +165,21 @@ def test_a_bias_is_of_tokens():
 )  # fmt: skip
 def test_what_is_no_body_is_refused_in_one_line(body):
     assert len(refused(body).message) < 500
+
+
+def test_a_generation_config_is_what_transformers_chat_sends():
+    def read(config, **more):
+        found = chat(generation_config=config, **more)
+        return found.limit, found.temperature, found.top_p
+
+    sampled = GenerationConfig(max_new_tokens=7, do_sample=True, top_p=0.5).to_json_string()
+    assert read(GenerationConfig(max_new_tokens=7, temperature=0.5).to_json_string()) == (7, None, None)
+    assert read(sampled) == (7, 1.0, 0.5)
+    assert read(sampled, max_tokens=9, temperature=0.3) == (9, 0.3, 0.5)
+    assert read(sampled, max_completion_tokens=9) == (9, 1.0, 0.5)
+
+
+@pytest.mark.parametrize("wrong", ["a", "[1]", {"do_sample": True}, 3])
+def test_what_is_no_generation_config_is_refused(wrong):
+    body = {"messages": MESSAGES, "generation_config": wrong}
+    assert refused(body).param == "generation_config"

@@ -12,7 +12,7 @@ from early_exit_cli.decoding.batch import Batch
 from early_exit_cli.decoding.text import Request
 from early_exit_cli.drafting.drafter import NoDrafter
 from early_exit_cli.errors import ConfigError
-from early_exit_cli.runtime.blocks import KEY_STEP
+from early_exit_cli.runtime.blocks import KEY_STEP, PREFILL_WIDTH
 from early_exit_cli.sampling import Sampler, make_chooser
 from early_exit_cli.serving.handle import Ended, Handle, HungUp, Piece, QueueFull, Stopping
 from early_exit_cli.serving.scheduler import Scheduler
@@ -159,6 +159,40 @@ def test_a_later_request_takes_over_what_earlier_ones_computed(tiny_model, sched
         assert each.ended.answer.reused == 192
     assert first.answer.reused == 0
     assert 0 < running.kept_bytes < 10**9
+
+
+def test_answers_go_on_while_a_long_prompt_is_read(tiny_model, scheduler):
+    engine, held = tiny_model("llama"), Held()
+    prompt = [(7 * place) % 250 for place in range(5 * PREFILL_WIDTH)]
+    running = scheduler(held, engine)
+    first = Asked(running, Request(PROMPTS[0], TOKENS, stop_ids=()))
+    held.wait()
+    second = Asked(running, Request(prompt, 4, stop_ids=()))
+    seen = []
+    hear = second.handle.on_event
+    second.handle.on_event = lambda event: seen.append(len(first.events)) or hear(event)
+    held.free.set()
+    assert second.ended.answer.token_ids == alone(engine, prompt, 4, stop_ids=()).token_ids
+    assert first.ended.answer.token_ids == alone(engine, PROMPTS[0], TOKENS, stop_ids=()).token_ids
+    assert 5 <= seen[0] < TOKENS
+
+
+def test_who_hangs_up_while_its_prompt_is_read_leaves_nothing(tiny_model, scheduler):
+    engine, held = tiny_model("llama"), Held()
+    prompt = [(7 * place) % 250 for place in range(5 * PREFILL_WIDTH)]
+    running = scheduler(held, engine, prefix_bytes=10**8)
+    first = Asked(running, Request(PROMPTS[0], TOKENS, stop_ids=()))
+    held.wait()
+    second = Asked(running, Request(prompt, 4, stop_ids=()))
+    for _ in range(3):
+        held.allowed.release()
+        held.wait()
+    second.handle.cancel(HungUp("gone"))
+    held.free.set()
+    assert isinstance(second.ended.error, HungUp)
+    assert second.ended.answer is None
+    assert first.ended.error is None
+    assert [kept.tokens[: len(PROMPTS[0])] for kept in running.prefixes.kept] == [PROMPTS[0]]
 
 
 def test_who_hangs_up_makes_room(scheduler):
