@@ -55,7 +55,7 @@ def command(resolved: Resolved, as_json: bool) -> None:
         address = f"{address_of(bound)}/v1"
         if as_json:
             console.emit_json_line({"address": address, "model": model_id(job.engine.backbone)})
-        console.note(f"{job.title}: {address}; Ctrl-C finishes what was asked, twice stops at once")
+        log(f"{job.title}: {address}; Ctrl-C finishes what was asked, twice stops at once")
         try:
             Server(app, scheduler).run(sockets=[bound])
         finally:
