@@ -17,12 +17,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.backbone.load import load_backbone
 from early_exit_cli.bundle.files import EAGLE_FILE, RECORD_FILE, record_json
 from early_exit_cli.config import BackboneConfig, DataConfig
 from early_exit_cli.data.documents import Document
 from early_exit_cli.data.load import load_documents
-from early_exit_cli.data.packing import batches, pack
+from early_exit_cli.data.packing import apart, pack
 from early_exit_cli.heads.eagle import EagleHead, load_eagle
 from early_exit_cli.hidden_states.live import run_states
 from early_exit_cli.hidden_states.states import States
@@ -38,6 +39,13 @@ def agreement(head: EagleHead, texts: list[States], choices: list[torch.Tensor])
             hits[step] += int((head.token_ids(said.logits.argmax(-1)) == chosen[said.positions]).sum())
             totals[step] += said.positions.numel()
     return hits, totals
+
+
+def choices_of(backbone: Backbone, text: States) -> torch.Tensor:
+    """The backbone's at the positions that count, [positions] int64; -1 elsewhere."""
+    choices = torch.full(text.measured.shape, -1)
+    choices[text.measured] = F.linear(text.final[text.measured], backbone.lm_head_weight).argmax(-1)
+    return choices
 
 
 def draw(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
@@ -64,6 +72,7 @@ def main() -> None:
     parser.add_argument("--max-documents", type=int)
     parser.add_argument("--holdout", type=float, default=0.06)
     parser.add_argument("--sampled-share", type=float, default=0.15)
+    parser.add_argument("--answer-tokens", type=int, default=128)
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--prompt-tokens", type=int, default=384)
     parser.add_argument(
@@ -73,7 +82,15 @@ def main() -> None:
     options = parser.parse_args()
     settings = {
         key: getattr(options, key)
-        for key in ("dataset_name", "max_documents", "holdout", "sampled_share", "max_length", "prompt_tokens")
+        for key in (
+            "dataset_name",
+            "max_documents",
+            "holdout",
+            "sampled_share",
+            "answer_tokens",
+            "max_length",
+            "prompt_tokens",
+        )
     }
     data = DataConfig(on_policy=True, **settings)
     backbone = load_backbone(BackboneConfig())
@@ -88,8 +105,8 @@ def main() -> None:
     with torch.no_grad():
         for source, documents in sorted(by_source.items()):
             rows = pack(documents, data.max_length, backbone.pad_token_id)
-            states[source] = [run_states(backbone, batch, exit_layers) for batch in batches(rows, 4)]
-            choices[source] = [F.linear(text.final, backbone.lm_head_weight).argmax(-1) for text in states[source]]
+            states[source] = [run_states(backbone, batch, exit_layers) for batch in apart(rows, 2 * data.max_length)]
+            choices[source] = [choices_of(backbone, text) for text in states[source]]
         curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
         tokens = options.seen or [record["eagle"]["training"]["tokens_seen"] for record in records]
         for folder, seen in zip(options.bundles, tokens, strict=True):

@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from early_exit_cli.backbone.load import load_backbone
-from early_exit_cli.calibration.draft_chances import TEMPERATURES, fit_temperatures, overlap
+from early_exit_cli.calibration.draft_chances import fit_temperature
+from early_exit_cli.calibration.held_out import TEMPERATURES, overlap, read_held_out
 from early_exit_cli.config import BackboneConfig, SamplingConfig
 from early_exit_cli.data.documents import Document
 from early_exit_cli.data.packing import pack
@@ -243,8 +244,7 @@ def test_the_overlap_is_one_where_both_say_the_same():
 @pytest.mark.parametrize("sharpness", [1 / 0.6, 1 / 0.8, 1 / 1.2])
 def test_the_fitted_temperature_undoes_what_a_head_is_too_sure_of(sharpness):
     logits = 3 * torch.randn(40, 50, generator=torch.Generator().manual_seed(0))
-    best = TEMPERATURES[int(overlap(logits, logits / sharpness, None).mean(0).argmax())]
-    assert best == pytest.approx(1 / sharpness)
+    assert fit_temperature(overlap(logits, logits / sharpness, None)) == pytest.approx(1 / sharpness)
 
 
 def test_temperatures_are_fitted_for_the_heads_that_are_there(tiny_model):
@@ -252,12 +252,13 @@ def test_temperatures_are_fitted_for_the_heads_that_are_there(tiny_model):
     generator = torch.Generator().manual_seed(0)
     documents = [Document(torch.randint(256, (60,), generator=generator).tolist(), "s", 5) for _ in range(4)]
     batches = pack(documents, 64, 0)
-    exits, eagle = fit_temperatures(model, batches)
-    assert exits in TEMPERATURES
-    assert eagle == 1.0  # there is no such head
+    alone = read_held_out(model, batches).overlaps
+    assert fit_temperature(alone["exit"]) in TEMPERATURES
+    assert fit_temperature(alone.get("eagle")) == 1.0  # there is no such head
     with_both = Engine(model.backbone, model.blocks, model.heads, eagle=some_head(model.backbone))
-    assert fit_temperatures(with_both, batches)[0] == exits
-    assert fit_temperatures(with_both, batches)[1] in TEMPERATURES
+    both = read_held_out(with_both, batches).overlaps
+    assert torch.equal(both["exit"], alone["exit"])
+    assert fit_temperature(both["eagle"]) in TEMPERATURES
 
 
 @pytest.mark.parametrize("cut", [dict(top_k=5), dict(top_p=0.5), dict(min_p=0.1)])

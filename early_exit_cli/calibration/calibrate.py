@@ -7,7 +7,6 @@ loader reads, and nothing else; all the rest goes into eexit.json.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from early_exit_cli.bundle.files import CONFIG_FILE, record_json
 from early_exit_cli.bundle.load import calibration_record_path
-from early_exit_cli.calibration.head_outputs import read_batches
 from early_exit_cli.calibration.intervals import independent_tokens, lower_bound, tokens_missing
 from early_exit_cli.calibration.thresholds import (
     Fitted,
@@ -28,8 +26,6 @@ from early_exit_cli.calibration.thresholds import (
     fit_thresholds,
 )
 from early_exit_cli.config import CalibrationConfig, ThresholdRule, UncertaintyMetric
-from early_exit_cli.data.packing import Batch
-from early_exit_cli.engine import Engine
 from early_exit_cli.files.atomic import write_json
 from early_exit_cli.files.schemas import CalibrationForm, HeadSet, Statistics
 from early_exit_cli.heads.uncertainty import level_key
@@ -135,48 +131,7 @@ def _is_judged(cell: Cell) -> bool:
     return cell.checked_tokens > ENOUGH_CHECKED
 
 
-def read_sample(
-    engine: Engine,
-    batches: Iterable[Batch],
-    metric: UncertaintyMetric,
-    on_batch: Callable[[int], None] | None = None,
-) -> tuple[Sample, int]:
-    """Read every head over the batches; returns the sample and the number of sequences.
-
-    Raises:
-        DataError: not one position to read.
-    """
-    nothing = "the calibration text holds no position to calibrate on"
-    all_of, sequences = read_batches(engine, batches, metric, nothing, on_batch)
-    return Sample(all_of.uncertainties, all_of.tokens == all_of.choices, all_of.documents), sequences
-
-
 def calibrate(
-    engine: Engine,
-    fit: Iterable[Batch],
-    check: Iterable[Batch],
-    config: CalibrationConfig,
-    dataset: str,
-    on_batch: Callable[[int], None] | None = None,
-) -> Calibration:
-    """Read every head over both texts, fit the thresholds on the first, check them on the second.
-
-    Raises:
-        DataError: a text without a position to calibrate on.
-    """
-    metric = config.uncertainty_metric
-    sample, sequences = read_sample(engine, fit, metric, on_batch)
-
-    def on_second(done: int) -> None:
-        if on_batch:
-            on_batch(sequences + done)
-
-    second, _ = read_sample(engine, check, metric, on_second)
-    layers = engine.heads.exit_layers if engine.heads is not None else []
-    return calibrate_samples(sample, second, layers, config, dataset, sequences)
-
-
-def calibrate_samples(
     sample: Sample, second: Sample, exit_layers: list[int], config: CalibrationConfig, dataset: str, sequences: int
 ) -> Calibration:
     """Fit on one sample, check on the other."""

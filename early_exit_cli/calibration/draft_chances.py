@@ -7,30 +7,30 @@ sampled draft survives most often. Kept in `eexit.json` under `drafting`.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from early_exit_cli.backbone.output import logits_of
+from early_exit_cli.calibration.held_out import TEMPERATURES, HeldOutSample, Rolled
 from early_exit_cli.calibration.thresholds import fit_logistic
 from early_exit_cli.data.documents import Document
-from early_exit_cli.data.packing import Batch
-from early_exit_cli.drafting.chances import Survival
+from early_exit_cli.drafting.chances import DraftChances, Survival
 from early_exit_cli.drafting.suffix_automaton import PRIOR, PRIOR_STRENGTH, SuffixAutomaton, kind_of_match
-from early_exit_cli.engine import Engine
-from early_exit_cli.heads.uncertainty import entropy
-from early_exit_cli.hidden_states.live import run_states
-from early_exit_cli.numerics import bfloat16_products, require_finite
 
-STEPS = 7
-"""Draft positions that are told apart."""
 KEPT_ENTROPIES = 16
-TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
-TEMPERATURE_BATCHES = 16
-TEMPERATURE_STRIDE = 4
-"""One position in so many is looked at for the temperature: each needs the backbone's whole distribution."""
+
+
+def fit_draft_chances(documents: Iterable[Document], first: HeldOutSample, second: HeldOutSample) -> DraftChances:
+    """From the first text, its documents among it; the EAGLE head's are looked at on the second text too."""
+    survival, checked = fit_eagle(first.rolled, second.rolled)
+    return DraftChances(
+        lookup=fit_lookup(documents),
+        eagle=survival,
+        checked=checked,
+        exit_temperature=fit_temperature(first.overlaps.get("exit")),
+        eagle_temperature=fit_temperature(first.overlaps.get("eagle")),
+    )
 
 
 def fit_lookup(documents: Iterable[Document]) -> list[float]:
@@ -49,39 +49,7 @@ def fit_lookup(documents: Iterable[Document]) -> list[float]:
     return [hits / count for hits, count in zip(right, seen, strict=True)]
 
 
-def roll_out(
-    engine: Engine, batches: Iterable[Batch], on_batch: Callable[[int], None] | None = None
-) -> list[tuple[Tensor, Tensor]]:
-    """The EAGLE head from every answer position, the text's own tokens in between: it agreed so far.
-
-    Returns:
-        For each draft position that the text reaches, (entropies [samples] in nats, whether the backbone agreed).
-    """
-    head = engine.eagle
-    if head is None:
-        return []
-    found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(STEPS)]
-    sequences = 0
-    with torch.inference_mode():
-        for batch in batches:
-            states = run_states(engine.backbone, batch, head.exit_layers)
-            best, choices = engine.backbone.lm_head(states.final).max(-1)
-            require_finite(best)
-            with bfloat16_products(engine.backbone.device, engine.backbone.dtype):
-                predictions = head(states, STEPS, only_measured=True)
-            for step, said in enumerate(predictions):
-                agreed = head.token_ids(said.logits.argmax(-1)) == choices[said.positions]
-                found[step].append((entropy(said.logits).cpu(), agreed.cpu()))
-            sequences += batch.input_ids.shape[0]
-            if on_batch:
-                on_batch(sequences)
-    joined = [tuple(torch.cat(part) for part in zip(*parts, strict=True)) for parts in found if parts]
-    return [(entropies, agreed) for entropies, agreed in joined if agreed.numel()]
-
-
-def fit_eagle(
-    first: list[tuple[Tensor, Tensor]], second: list[tuple[Tensor, Tensor]]
-) -> tuple[list[Survival], list[tuple[float, float]]]:
+def fit_eagle(first: list[Rolled], second: list[Rolled]) -> tuple[list[Survival], list[tuple[float, float]]]:
     """P(agree | entropy) per draft position from the first text's roll-outs, and what the second's say of it."""
     fitted = [fit_survival(entropies, agreed) for entropies, agreed in first]
     checked = [
@@ -91,40 +59,14 @@ def fit_eagle(
     return fitted[: len(checked)], checked
 
 
-def fit_temperatures(engine: Engine, batches: Iterable[Batch]) -> tuple[float, float]:
-    """For exit heads and for the EAGLE head: the temperature of its distribution q at which a draft from it survives
-    most often, where the text is sampled at temperature 1. By the overlap of both, sum of min(p, q) over the tokens
-    (Leviathan et al. 2023, section 3.2); 1 without such a head.
+def fit_temperature(overlaps: Tensor | None) -> float:
+    """The temperature of a head's distribution at which a draft from it survives most often, over the text's own; 1 without
+    such a head.
+
+    Args:
+        overlaps: [positions, TEMPERATURES].
     """
-    overlaps: dict[str, list[Tensor]] = {"exit": [], "eagle": []}
-    heads, eagle = engine.heads, engine.eagle
-    with torch.inference_mode():
-        for batch in itertools.islice(batches, TEMPERATURE_BATCHES):
-            if heads is not None:
-                states = run_states(engine.backbone, batch, heads.exit_layers)
-                places = states.measured.nonzero()[::TEMPERATURE_STRIDE, 0]
-                expected = logits_of(engine.backbone, states.final[places])
-                overlaps["exit"] += [overlap(expected, said, heads.draft_vocab) for said in heads(states, places)]
-            if eagle is not None:
-                states = run_states(engine.backbone, batch, eagle.exit_layers)
-                with bfloat16_products(engine.backbone.device, engine.backbone.dtype):
-                    first = eagle(states, 1, only_measured=True)[0]
-                expected = logits_of(engine.backbone, states.final[first.positions[::TEMPERATURE_STRIDE]])
-                logits = first.logits[::TEMPERATURE_STRIDE]
-                overlaps["eagle"].append(overlap(expected, logits, eagle.draft_vocab))
-    best = {
-        kind: TEMPERATURES[int(torch.cat(found).mean(0).argmax())] if found else 1.0 for kind, found in overlaps.items()
-    }
-    return best["exit"], best["eagle"]
-
-
-def overlap(backbone: Tensor, head: Tensor, draft_vocab: Tensor | None) -> Tensor:
-    """Logits [positions, vocab] and [positions, draft vocab] -> sum of min(p, q), [positions, TEMPERATURES]."""
-    log_p = backbone.float().log_softmax(-1)
-    p = (log_p if draft_vocab is None else log_p[:, draft_vocab]).exp()
-    return torch.stack(
-        [torch.minimum(p, (head.float() / temperature).softmax(-1)).sum(-1) for temperature in TEMPERATURES], -1
-    )
+    return 1.0 if overlaps is None else TEMPERATURES[int(overlaps.mean(0).argmax())]
 
 
 def fit_survival(entropies: Tensor, agreed: Tensor) -> Survival:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,46 @@ from early_exit_cli.engine import Engine, require_heads
 from early_exit_cli.errors import DataError
 from early_exit_cli.heads.uncertainty import uncertainty
 from early_exit_cli.hidden_states.live import run_states
+from early_exit_cli.hidden_states.states import States
 from early_exit_cli.numerics import require_finite
+
+
+@dataclass(frozen=True)
+class BackboneReading:
+    """A batch as the backbone reads it, once for all that is asked of it.
+
+    states: after all of `exit_layers`. positions: [positions] int64, those of `states` that count (`Batch.measured`).
+    products: [positions, vocab], the LM head's there. choices: [positions] int64, their argmax.
+    """
+
+    states: States
+    exit_layers: list[int]
+    positions: Tensor
+    products: Tensor
+    choices: Tensor
+
+    def after(self, exit_layers: Sequence[int]) -> States:
+        """With the states after some of the exit layers only."""
+        return replace(self.states, exits=[self.states.exits[self.exit_layers.index(layer)] for layer in exit_layers])
+
+    def rows_of(self, positions: Tensor) -> Tensor:
+        """Where some of `positions` stand among them."""
+        return torch.searchsorted(self.positions, positions.contiguous())
+
+
+def read_backbone(engine: Engine, batch: Batch, exit_layers: Iterable[int]) -> BackboneReading:
+    """Run a packed batch; within `torch.inference_mode`.
+
+    Raises:
+        NumericsError: NaN or infinite logits.
+    """
+    layers = sorted(set(exit_layers))
+    states = run_states(engine.backbone, batch, layers)
+    positions = states.measured.nonzero()[:, 0]
+    products = engine.backbone.lm_head(states.final[positions])
+    best, choices = products.max(-1)
+    require_finite(best)
+    return BackboneReading(states, layers, positions, products, choices)
 
 
 @dataclass(frozen=True)
@@ -43,27 +82,21 @@ def read_batch(engine: Engine, batch: Batch, metric: UncertaintyMetric = "entrop
         NumericsError: NaN or infinite logits of the backbone.
     """
     heads = require_heads(engine)
-    batch = batch.to(engine.backbone.device)
     with torch.inference_mode():
-        states = run_states(engine.backbone, batch, heads.exit_layers)
-        valid = batch.measured
-        targets = batch.input_ids.roll(-1, 1)[valid]
-        positions = states.measured.nonzero()[:, 0]
-        backbone_logits = engine.backbone.lm_head(states.final[positions])
-        highest, choices = backbone_logits.max(-1)
-        require_finite(highest)
+        read = read_backbone(engine, batch, heads.exit_layers)
+        batch, valid = read.states.batch, read.states.batch.measured
         tokens, uncertainties, top5 = [], [], []
-        for logits in heads(states, positions):
+        for logits in heads(read.after(heads.exit_layers), read.positions):
             uncertainties.append(uncertainty(logits, metric))
             best = heads.token_ids(logits.topk(min(5, logits.shape[-1]), -1).indices)
             top5.append(best)
             tokens.append(best[:, 0])
         return HeadOutputs(
-            choices.cpu(),
-            targets.cpu(),
+            read.choices.cpu(),
+            batch.input_ids.roll(-1, 1)[valid].cpu(),
             batch.documents[valid].cpu(),
             batch.places.roll(-1, 1)[valid].cpu(),
-            backbone_logits.topk(5, -1).indices.cpu(),
+            read.products.topk(5, -1).indices.cpu(),
             torch.stack(tokens).cpu(),
             torch.stack(uncertainties).cpu(),
             torch.stack(top5).cpu(),

@@ -13,10 +13,14 @@ from early_exit_cli.resolve import Resolved
 
 if TYPE_CHECKING:
     from early_exit_cli.calibration.calibrate import Calibration
+    from early_exit_cli.calibration.held_out import HeldOutSample
     from early_exit_cli.cli.shared import HeldOut
-    from early_exit_cli.config import ThresholdRule
-    from early_exit_cli.drafting.chances import DraftChances, Survival
+    from early_exit_cli.config import ThresholdRule, UncertaintyMetric
+    from early_exit_cli.drafting.chances import DraftChances
     from early_exit_cli.engine import Engine
+
+READ_TOGETHER = 2048
+"""Tokens of texts of like length that are read together."""
 
 
 @configured(
@@ -29,6 +33,7 @@ def command(resolved: Resolved, as_json: bool) -> None:
     from early_exit_cli.bundle.files import CALIBRATION_FILE
     from early_exit_cli.bundle.load import bundle_source, load_engine
     from early_exit_cli.calibration.calibrate import calibrate, calibration_json, calibration_record, save_calibration
+    from early_exit_cli.calibration.draft_chances import fit_draft_chances
     from early_exit_cli.cli.shared import backbone_of_bundle, data_of_bundle, dataset_label, held_out_text
     from early_exit_cli.drafting.chances import save_draft_chances
 
@@ -43,15 +48,16 @@ def command(resolved: Resolved, as_json: bool) -> None:
     engine = load_engine(backbone_of_bundle(resolved), config.bundle, with_thresholds=False)
     data = data_of_bundle(resolved, engine.record)
     fit, check = (held_out_text(data, engine, split, config.calibration.num_samples) for split in ("calibrate", "eval"))
-    chances = fit_draft_chances(engine, fit, check)
+    first, second = read_both(engine, fit, check, config.calibration.uncertainty_metric)
+    chances = fit_draft_chances(fit.documents, first, second)
     save_draft_chances(chances, folder)
     print_draft_chances(chances, as_json)
-    if engine.heads is None:
+    if engine.heads is None or first.exits is None or second.exits is None:
         if as_json:
             console.emit_json({"drafting": chances.model_dump()})
         return
-    with console.progress("calibrating", fit.sequences + check.sequences) as ticker:
-        result = calibrate(engine, fit.batches, check.batches, config.calibration, dataset_label(data), ticker.update)
+    layers, label = engine.heads.exit_layers, dataset_label(data)
+    result = calibrate(first.exits, second.exits, layers, config.calibration, label, fit.sequences)
     output = config.calibration.output_path or config.bundle.calibration_path or folder / CALIBRATION_FILE
     save_calibration(result, folder, output)
     record = calibration_record(result)
@@ -68,24 +74,19 @@ def command(resolved: Resolved, as_json: bool) -> None:
         raise TargetMissedError("\n".join(faults), hint="more held-out text, --assurance, other levels, or --margin")
 
 
-def fit_draft_chances(engine: Engine, fit: HeldOut, check: HeldOut) -> DraftChances:
-    """How likely drafts of lookup and of the EAGLE head survive, with the latter looked at on the second text too, and
-    at which temperature sampled drafts do best."""
-    from early_exit_cli.calibration.draft_chances import fit_eagle, fit_lookup, fit_temperatures, roll_out
-    from early_exit_cli.drafting.chances import DraftChances
+def read_both(
+    engine: Engine, fit: HeldOut, check: HeldOut, metric: UncertaintyMetric
+) -> tuple[HeldOutSample, HeldOutSample]:
+    """What the heads say of the text to fit on, and of the text to check on."""
+    from early_exit_cli.calibration.held_out import read_held_out
+    from early_exit_cli.data.packing import apart
 
-    lookup = fit_lookup(fit.documents)
-    for_exits, for_eagle = fit_temperatures(engine, fit.batches)
-    survival: list[Survival] = []
-    checked: list[tuple[float, float]] = []
-    if engine.eagle is not None:
-        with console.progress("rolling out", fit.sequences + check.sequences) as ticker:
-            first = roll_out(engine, fit.batches, ticker.update)
-            second = roll_out(engine, check.batches, lambda done: ticker.update(fit.sequences + done))
-        survival, checked = fit_eagle(first, second)
-    return DraftChances(
-        lookup=lookup, eagle=survival, checked=checked, exit_temperature=for_exits, eagle_temperature=for_eagle
-    )
+    texts, others = (apart(part.batches, READ_TOGETHER) for part in (fit, check))
+    count = sum(len(batch.input_ids) for batch in texts)
+    with console.progress("calibrating", count + sum(len(batch.input_ids) for batch in others)) as ticker:
+        first = read_held_out(engine, texts, metric, ticker.update)
+        second = read_held_out(engine, others, metric, lambda done: ticker.update(count + done))
+    return first, second
 
 
 def print_draft_chances(chances: DraftChances, as_json: bool) -> None:

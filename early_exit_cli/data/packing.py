@@ -125,3 +125,31 @@ def batches(rows: list[Batch], batch_size: int, seed: int | None = None) -> Iter
     for start in range(0, len(order), batch_size):
         chosen = [rows[index] for index in order[start : start + batch_size]]
         yield stacked(chosen)
+
+
+def apart(packed: list[Batch], tokens: int) -> list[Batch]:
+    """The documents of packed sequences in rows of their own, those of like length together: where attention is counted over
+    whole rows, no document pays for its neighbours.
+
+    Args:
+        tokens: places of a batch at most, padding included; a longer document is a batch by itself.
+
+    Returns:
+        Batches in ascending order of length, whose `documents` keep their numbers.
+    """
+    rows = []
+    for batch in packed:
+        for fields in zip(batch.input_ids, batch.documents, batch.places, strict=True):
+            lengths = fields[1].unique_consecutive(return_counts=True)[1].tolist()
+            pieces = (
+                Batch(*(part[None] for part in piece))
+                for piece in zip(*(f.split(lengths) for f in fields), strict=True)
+            )
+            rows += [piece for piece in pieces if piece.valid.any()]
+    rows.sort(key=lambda row: row.input_ids.shape[1])
+    found: list[list[Batch]] = []
+    for row in rows:
+        if not found or (len(found[-1]) + 1) * row.input_ids.shape[1] > tokens:
+            found.append([])
+        found[-1].append(row)
+    return [stacked(group) for group in found]

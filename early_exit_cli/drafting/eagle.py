@@ -8,7 +8,10 @@ measured; the draft of the highest expected tokens per millisecond is proposed, 
 from __future__ import annotations
 
 import copy
+from bisect import bisect
 from collections.abc import Callable, Container
+from itertools import pairwise
+from operator import mul
 from typing import NamedTuple
 
 import torch
@@ -30,6 +33,8 @@ ADAPTATIONS = 20
 """Steps of a text's adaptation that a promise tells apart."""
 LOOKED_AHEAD = 8
 """Tokens of a draft that a promise looks at."""
+READINGS = 8.0
+"""First tokens of a text that the calibrated entropies count for against those that this text has shown."""
 FORGETTING = 0.97
 """What is left of the text's own evidence after a round without a draft, so that drafting is tried again."""
 
@@ -76,7 +81,13 @@ class EagleDrafter(Drafter):
         self.hits = self.expected = 0.0
         self.guess: tuple[int, float] | None = None
         """A first token that was not worth drafting, and its chance: the text will tell whether it was right."""
-        self.promises: dict[tuple[int, int, int, float], float] = {}
+        known = survival[0].entropies or (0.0,)
+        self.between = [(low + high) / 2 for low, high in pairwise(known)]
+        """What tells apart the entropies that a promise looks at."""
+        self.prior = [READINGS / len(known)] * len(known)
+        self.met = list(self.prior)
+        """How often each of them is expected to be met in this text."""
+        self.promises: dict[tuple[int, int, int, float], tuple[list[float], list[float]]] = {}
         self.spent: float | None = None
         """Milliseconds that this round's drafting was expected to take; none where nothing was asked of the head."""
 
@@ -85,6 +96,7 @@ class EagleDrafter(Drafter):
         self.runner.reset()
         self.waiting = []
         self.hits = self.expected = 0.0
+        self.met = list(self.prior)
         self.guess = None
 
     def fork(self) -> Drafter:
@@ -98,8 +110,9 @@ class EagleDrafter(Drafter):
     def expected_rate(self, limit: int) -> float:
         """Tokens per millisecond that reading the head promises, before its first token is known; 0 where it cannot.
 
-        The entropy will say whether a draft is worth verifying: the promise is the mean over the entropies to be met, of
-        tokens over the mean of times. Where calibration kept none, the mean chance stands for all.
+        The entropy will say whether a draft is worth verifying: the promise is the mean over the entropies to be met, those of
+        calibration and this text's own, of tokens over the mean of times. Where calibration kept none, the mean chance
+        stands for all.
         """
         if limit < 1 or not self.waiting:
             return 0.0
@@ -107,13 +120,15 @@ class EagleDrafter(Drafter):
         if key not in self.promises:
             chances = [self._chance(0, uncertainty) for uncertainty in self._at(0).entropies] or [self._chance(0)]
             stops = [self._best_stop([chance], 1, key[1]) for chance in chances]
-            self.promises[key] = sum(stop.tokens for stop in stops) / sum(stop.milliseconds for stop in stops)
-        return self.promises[key]
+            self.promises[key] = [stop.tokens for stop in stops], [stop.milliseconds for stop in stops]
+        tokens, milliseconds = self.promises[key]
+        return sum(map(mul, self.met, tokens)) / sum(map(mul, self.met, milliseconds))
 
     def draft(self, engine: Engine, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]) -> Draft:
         self.guess = self.spent = None
         if self.expected_rate(limit) * self.passes.in_batch(self.batch_size)[1] <= NEED:
             self.hits, self.expected = self.hits * FORGETTING, self.expected * FORGETTING
+            self.met = [prior + (met - prior) * FORGETTING for prior, met in zip(self.prior, self.met, strict=True)]
             return Draft()
         if self.runner.most_steps and not self.chooser.reads_logits:
             return self._propose_chain(limit, stop_ids)
@@ -122,6 +137,8 @@ class EagleDrafter(Drafter):
         reasons: list[Step] = []
         while True:
             token, uncertainty = self.runner.choose(hidden, self.chooser, tokens, self.temperature)
+            if not tokens:
+                self.met[bisect(self.between, uncertainty)] += 1
             tokens.append(token)
             reasons.append(Step(len(tokens), uncertainty, self._chance(len(tokens) - 1, uncertainty)))
             best = self._best_stop([reason.chance for reason in reasons], len(tokens), limit).length
@@ -137,6 +154,8 @@ class EagleDrafter(Drafter):
         count = self._chain_length(min(limit, self.runner.most_steps))
         self.spent = self.read_cost + (count - 1) * self.step_cost
         tokens, entropies = self.runner.chain(*self._waiting(), count)
+        if entropies:
+            self.met[bisect(self.between, entropies[0])] += 1
         end = next((place + 1 for place, token in enumerate(tokens) if token in stop_ids), len(tokens))
         reasons = [Step(place + 1, found, self._chance(place, found)) for place, found in enumerate(entropies[:end])]
         best = self._best_stop([reason.chance for reason in reasons], max(count, 1), end).length

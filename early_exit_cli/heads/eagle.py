@@ -136,6 +136,9 @@ class EagleHead(nn.Module):
         This is EAGLE-3's training-time test: step k reads the true fused states up to t and its own outputs of the
         steps before, so that it learns from what it will see when it drafts.
 
+        Args:
+            only_measured: predictions of answer tokens only; the columns of a batch before all answers are not rolled out.
+
         Returns:
             A prediction per step. Step k says token t + k + 2 from position t, for the t whose document reaches it.
         """
@@ -144,30 +147,41 @@ class EagleHead(nn.Module):
         fused = self.fc(self.normed([*states.exits, states.final])).to(self.norm.weight.dtype)
         hidden = fused.new_zeros(*valid.shape, fused.shape[-1]).index_put((valid,), fused)  # [batch, seq, hidden]
         mask = batch.block_mask()
-        rows = torch.arange(len(valid), device=valid.device)[:, None]
-        owners = (batch.documents * len(valid) + rows)[valid]  # a document that goes on in another row is another one
+        rows, columns = valid.nonzero(as_tuple=True)
+        owners = batch.documents[valid] * len(valid) + rows  # a document that goes on in another row is another one
+        first = 0
+        if only_measured and states.measured.any():
+            first = max(int(columns[states.measured].amin()) - steps, 0)
         keys: list[Tensor] = []
         values: list[Tensor] = []
         predictions = []
         for step in range(steps):
-            embedded = F.embedding(batch.input_ids.roll(-1 - step, 1), self.embedding_weight)
-            hidden = self._step(embedded, hidden, step, mask, keys, values)
+            start = first if step else 0  # every token has keys and values, but not every one is rolled out
+            if step == 1:
+                hidden, mask = hidden[:, start:], mask[:, :, start:]
+            embedded = F.embedding(batch.input_ids.roll(-1 - step, 1)[:, start:], self.embedding_weight)
+            hidden = self._step(embedded, hidden, start + step, mask, keys, values)
             reach = 1 + step
             positions = (owners[:-reach] == owners[reach:]).nonzero()[:, 0]
             if only_measured:
                 positions = positions[states.measured[positions + reach]]
-            predictions.append(Prediction(self.logits(hidden[valid][positions]), positions + reach))
+            said = self.logits(hidden[rows[positions], columns[positions] - start])
+            predictions.append(Prediction(said, positions + reach))
         return predictions
 
     def _step(
-        self, embedded: Tensor, hidden: Tensor, step: int, mask: Tensor, keys: list[Tensor], values: list[Tensor]
+        self, embedded: Tensor, hidden: Tensor, place: int, mask: Tensor, keys: list[Tensor], values: list[Tensor]
     ) -> Tensor:
-        """One step from all positions at once, [batch, seq, hidden] -> [batch, seq, hidden]; keys and values grow."""
+        """One step from all positions at once, [batch, seq, hidden] -> [batch, seq, hidden]; keys and values grow.
+
+        Args:
+            place: rotary position of the first column.
+        """
         block, attention = self.block, self.block.self_attn
         rows, seq, _ = hidden.shape
         joined = torch.cat((block.input_layernorm(embedded.to(self.norm.weight.dtype)), block.hidden_norm(hidden)), -1)
         size = attention.shape.head_dim
-        cos, sin = rotary(torch.arange(step, seq + step, device=hidden.device), size, attention.shape.rope_theta)
+        cos, sin = rotary(torch.arange(place, seq + place, device=hidden.device), size, attention.shape.rope_theta)
 
         def split(projected: Tensor) -> Tensor:  # -> [batch, heads, seq, head_dim]
             return projected.view(rows, seq, -1, size).transpose(1, 2)
@@ -192,21 +206,23 @@ def roll_out_attention(query: Tensor, keys: list[Tensor], values: list[Tensor], 
     """Attention of step len(keys) - 1: over the true keys up to a position, and over that position's own later steps.
 
     Args:
-        query: [batch, query_heads, seq, head_dim]. keys, values: per step, [batch, kv_heads, seq, head_dim].
-        mask: [batch, 1, seq, seq] bool.
+        query: [batch, query_heads, seq, head_dim]. keys, values: per step, [batch, kv_heads, seq, head_dim]; of the first
+            step for all columns, of which the others may have the last ones only.
+        mask: [batch, 1, seq, columns] bool.
     """
     if len(keys) == 1:
         return F.scaled_dot_product_attention(query, keys[0], values[0], attn_mask=mask, enable_gqa=True)
     rows, heads, seq, width = query.shape
+    columns = keys[0].shape[2]
     grouped = (
         query.view(rows, keys[0].shape[1], -1, seq, width) * width**-0.5
     )  # [batch, kv_heads, group, seq, head_dim]
     true = torch.matmul(grouped, keys[0][:, :, None].transpose(-1, -2)).masked_fill(~mask[:, :, None], float("-inf"))
     own = [(grouped * key[:, :, None]).sum(-1, keepdim=True) for key in keys[1:]]
     weights = torch.softmax(torch.cat([true, *own], -1), -1, dtype=torch.float32).to(query.dtype)
-    attended = torch.matmul(weights[..., :seq], values[0][:, :, None])
+    attended = torch.matmul(weights[..., :columns], values[0][:, :, None])
     for step, value in enumerate(values[1:]):
-        attended = attended + weights[..., seq + step, None] * value[:, :, None]
+        attended = attended + weights[..., columns + step, None] * value[:, :, None]
     return attended.view(rows, heads, seq, width)
 
 

@@ -7,12 +7,12 @@ import torch
 from early_exit_cli.bundle.load import read_thresholds
 from early_exit_cli.calibration.calibrate import (
     calibrate,
-    calibrate_samples,
     calibration_json,
     calibration_record,
     save_calibration,
 )
 from early_exit_cli.calibration.head_outputs import join_head_outputs, read_batch
+from early_exit_cli.calibration.held_out import read_held_out
 from early_exit_cli.calibration.intervals import lower_bound
 from early_exit_cli.calibration.thresholds import Sample
 from early_exit_cli.config import CalibrationConfig
@@ -33,7 +33,7 @@ SAMPLE = Sample(torch.tensor([SHALLOW[0], DEEP[0]]), torch.tensor([SHALLOW[1], D
 
 def calibrated_by_hand(second=SAMPLE, **settings):
     config = CalibrationConfig(accuracy_levels=[0.75], **settings)
-    return calibrate_samples(SAMPLE, second, [3, 6], config, "some/data", 2)
+    return calibrate(SAMPLE, second, [3, 6], config, "some/data", 2)
 
 
 def test_both_rules_are_counted_and_the_chosen_one_is_written():
@@ -82,7 +82,7 @@ def test_promises_are_judged_where_many_tokens_exit(monkeypatch):
 
 def test_too_few_tokens_and_unreachable_levels_are_faults():
     wrong = Sample(SAMPLE.uncertainties, torch.zeros_like(SAMPLE.correct), SAMPLE.documents)
-    calibration = calibrate_samples(wrong, wrong, [3, 6], CalibrationConfig(accuracy_levels=[0.75]), "some/data", 2)
+    calibration = calibrate(wrong, wrong, [3, 6], CalibrationConfig(accuracy_levels=[0.75]), "some/data", 2)
     for _, _, cell in calibration.cells():
         assert not cell.reachable
         assert cell.tokens == 0
@@ -105,6 +105,11 @@ def test_histograms_hold_every_token_once():
         assert head.right[0] >= 1  # the surest tokens are right
 
 
+def calibrated_on(model, fit, check, config):
+    first, second = (read_held_out(model, batches, config.uncertainty_metric).exits for batches in (fit, check))
+    return calibrate(first, second, model.heads.exit_layers, config, "some/data", len(fit))
+
+
 @pytest.fixture(scope="module")
 def calibrated(tiny_model):
     model = tiny_model("llama")
@@ -114,7 +119,7 @@ def calibrated(tiny_model):
     return (
         model,
         batches,
-        calibrate(model, batches[:6], batches[6:], CalibrationConfig(accuracy_levels=[0.1, 0.3, 0.9]), "some/data"),
+        calibrated_on(model, batches[:6], batches[6:], CalibrationConfig(accuracy_levels=[0.1, 0.3, 0.9])),
     )
 
 
@@ -146,7 +151,7 @@ def test_coverage_agreement_and_check_are_those_of_the_thresholds(calibrated):
 def test_a_bundle_calibrated_by_confidence_is_gated_by_it(calibrated, tmp_path):
     model, batches, _ = calibrated
     config = CalibrationConfig(accuracy_levels=[0.1], uncertainty_metric="confidence")
-    save_calibration(calibrate(model, batches, batches, config, "some/data"), tmp_path, tmp_path / "calibration.json")
+    save_calibration(calibrated_on(model, batches, batches, config), tmp_path, tmp_path / "calibration.json")
     thresholds = read_thresholds(tmp_path / "calibration.json", 3)
     assert thresholds.metric == "confidence"
     assert all(-1 <= threshold <= 0 for threshold in thresholds.at(0.1))

@@ -8,7 +8,7 @@ from early_exit_cli.config import DataConfig
 from early_exit_cli.data import on_policy
 from early_exit_cli.data.documents import Document, split_documents
 from early_exit_cli.data.load import load_documents
-from early_exit_cli.data.packing import pack
+from early_exit_cli.data.packing import apart, pack
 from early_exit_cli.data.rows import read_prompts, read_records
 from early_exit_cli.errors import DataError
 
@@ -44,6 +44,27 @@ def test_packing_wastes_little_and_leaves_answers_with_their_prompts():
     assert sum(int(row.valid.sum()) for row in rows) > 0.97 * 512 * len(rows)
     first = [int(row.documents[0, 0]) for row in rows]
     assert first == sorted(first)  # so the first rows are no longer documents than the last
+
+
+def test_documents_apart_keep_their_tokens_numbers_and_places():
+    documents = [Document([n] * size, "s", answer_start=size // 3) for n, size in enumerate((5, 19, 3, 8, 8, 12))]
+    rows = pack(documents, 12, pad_id=0)
+    found = apart(rows, 30)
+    assert sorted(tokens_of(found)) == sorted(tokens_of(rows))
+    for batch in found:
+        places, length = batch.input_ids.shape
+        assert places * length <= 30 or places == 1
+        assert all(len({*row[row >= 0].tolist()}) == 1 for row in batch.documents)
+    assert [batch.input_ids.shape[1] for batch in found] == [7, 8, 12]
+    assert sum(int(batch.measured.sum()) for batch in found) == sum(int(row.measured.sum()) for row in rows)
+
+
+def tokens_of(batches):
+    return [
+        token
+        for batch in batches
+        for token in torch.stack((batch.documents, batch.input_ids, batch.places), -1)[batch.valid].tolist()
+    ]
 
 
 def test_attention_and_targets_never_cross_documents():

@@ -172,6 +172,39 @@ def test_costs_are_measured_once_and_again_when_asked(tiny_model, monkeypatch, t
     assert cost_table(model, refresh=True) == cost_table(model)
 
 
+def test_a_busy_first_measurement_does_not_last(tiny_model, monkeypatch, tmp_path):
+    """Measured again on later occasions, a few in all; the smaller of each figure stays, and the record says how many."""
+    monkeypatch.setenv("EEXIT_HOME", str(tmp_path))
+    model = tiny_model("llama")
+    clock = [1000.0]
+    monkeypatch.setattr("early_exit_cli.drafting.costs.time.time", lambda: clock[0])
+    widths = sorted({1, *model.blocks.widths})
+    made = []
+
+    def measure(*_):
+        slow = (3.0, 1.0, 2.0, 0.1)[len(made)]
+        made.append(slow)
+        finish = 7.0 if slow == 1.0 else 4.0
+        return Costs(
+            per_block=dict.fromkeys(widths, slow), per_block_far=dict.fromkeys(widths, slow),
+            finish=dict.fromkeys(widths, finish), head=slow, eagle_read=0.0, eagle_step=0.0, error=0.01 * slow,
+        )  # fmt: skip
+
+    monkeypatch.setattr(measuring, "measure_costs", measure)
+    found = []
+    for after in (0.0, 1.0, measuring.APART, 1.0, measuring.APART, measuring.APART, 1e6):
+        clock[0] += after
+        costs = cost_table(model)
+        found.append((len(made), costs.plain(1, 1), costs.head, costs.error))
+    assert found == [
+        (1, 7.0, 3.0, 0.03), (1, 7.0, 3.0, 0.03), (2, 5.0, 1.0, 0.01), (2, 5.0, 1.0, 0.01), *[(3, 5.0, 1.0, 0.01)] * 3,
+    ]  # fmt: skip
+    (kept,) = (tmp_path / "costs").iterdir()
+    assert len(json.loads(kept.read_text())["measured"]) == measuring.OCCASIONS == 3
+    assert cost_table(model, refresh=True).head == 0.1  # what was measured before is forgotten
+    assert len(json.loads(kept.read_text())["measured"]) == 1
+
+
 KNOWN = {("near", 1): 60.0, ("near", 8): 120.0, ("far", 1): 90.0, ("far", 8): 150.0}
 KNOWN |= {("finish", 1): 4.0, ("finish", 8): 5.0, ("head", 1): 0.7, ("read", 1): 0.6, ("step", 1): 0.2}
 

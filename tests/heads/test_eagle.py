@@ -7,10 +7,11 @@ from small_training import trainer as exit_trainer
 from tiny_models import FAMILIES
 
 from early_exit_cli.bundle.load import load_engine
-from early_exit_cli.calibration.draft_chances import fit_eagle, fit_lookup, fit_survival, roll_out
+from early_exit_cli.calibration.draft_chances import fit_eagle, fit_lookup, fit_survival
+from early_exit_cli.calibration.held_out import STEPS, read_held_out
 from early_exit_cli.config import BackboneConfig, BundleConfig, DataConfig, HeadsConfig, TrainingConfig
 from early_exit_cli.data.documents import Document
-from early_exit_cli.data.packing import pack
+from early_exit_cli.data.packing import apart, pack
 from early_exit_cli.decoding.answer import generate
 from early_exit_cli.decoding.loop import decode
 from early_exit_cli.decoding.text import Request
@@ -25,6 +26,7 @@ from early_exit_cli.engine import Engine
 from early_exit_cli.errors import BundleError
 from early_exit_cli.files.schemas import RecordForm
 from early_exit_cli.heads.eagle_runner import EagleRunner, draft_linear
+from early_exit_cli.heads.uncertainty import entropy
 from early_exit_cli.hidden_states.live import BackboneStates, run_states
 from early_exit_cli.sampling import GREEDY
 from early_exit_cli.training.trainer import Lessons, Trainer
@@ -79,6 +81,40 @@ def test_predictions_stay_within_their_document(tiny_backbone, text):
     measured = head(states, 2, only_measured=True)[1].positions
     assert states.measured[measured].all()
     assert set(measured.tolist()) < set(expected) | set(range(49))
+
+
+def test_texts_apart_are_rolled_out_as_packed_ones_are(tiny_model):
+    """Calibration reads texts of like length together and rolls out where answers are; the long way is every position of
+    packed rows, a text that is cut among them. The chances are the same."""
+    model = tiny_model("llama")
+    model.eagle = head = some_head(model.backbone)
+    generator = torch.Generator().manual_seed(3)
+    sizes = ((90, 40), (30, 12), (25, 3), (9, 8), (50, 30), (14, 0))
+    texts = [Document(torch.randint(256, (size,), generator=generator).tolist(), "s", start) for size, start in sizes]
+    rows = pack(texts, 64, 0)
+    expected = [[] for _ in range(STEPS)]
+    for row in rows:
+        states = run_states(model.backbone, row, head.exit_layers)
+        choices = model.backbone.lm_head(states.final).argmax(-1)
+        for said, found in zip(head(states, STEPS), expected, strict=True):
+            counts = states.measured[said.positions]
+            agreed = head.token_ids(said.logits.argmax(-1)) == choices[said.positions]
+            found.append((entropy(said.logits)[counts], agreed[counts]))
+    expected = [tuple(map(torch.cat, zip(*parts, strict=True))) for parts in expected]
+    found = read_held_out(model, apart(rows, 120)).rolled
+    for (entropies, agreed), (others, agreements) in zip(found, expected, strict=True):
+        assert torch.allclose(
+            entropies.sort().values, others.sort().values, atol=1e-2
+        )  # random weights amplify rounding
+        assert agreed.sum() == agreements.sum()
+    assert sum(agreed.sum() for _, agreed in found) > 0
+    (chances, checked), (others, known) = fit_eagle(found, found), fit_eagle(expected, expected)
+    for one, other in zip(chances, others, strict=True):
+        assert [one.mean, one.at(2.5), one.at(3.5)] == pytest.approx(
+            [other.mean, other.at(2.5), other.at(3.5)], abs=1e-3
+        )
+        assert one.entropies == pytest.approx(other.entropies, abs=1e-2)
+    assert torch.allclose(torch.tensor(checked), torch.tensor(known), atol=1e-3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -239,7 +275,7 @@ def test_training_learns_and_leaves_a_head_that_drafts(tmp_path, tiny_backbone, 
     with pytest.raises(BundleError, match="not calibrated"):
         eagle_drafter(model)
     batches = pack(texts, 32, 0)
-    rolled = roll_out(model, batches)
+    rolled = read_held_out(model, apart(batches, 128)).rolled
     survival, checked = fit_eagle(rolled, rolled)
     assert checked[0] == pytest.approx((survival[0].mean, survival[0].mean), abs=1e-3)
     assert survival[0].mean == pytest.approx(result.last_agreement[0], abs=0.2)
