@@ -257,9 +257,9 @@ def test_rows_beyond_the_kv_cache_are_refused(blocks):
 def without_code(monkeypatch, tmp_path):
     """As if nothing had been compiled on this machine yet."""
     monkeypatch.setenv("EEXIT_HOME", str(tmp_path))
-    native_code.cache_clear()
+    native_module._loaded.cache_clear()
     yield tmp_path
-    native_code.cache_clear()
+    native_module._loaded.cache_clear()
 
 
 def test_without_a_compiler_the_fused_runner_runs(without_code, monkeypatch, small_backbone):
@@ -284,7 +284,7 @@ def test_damaged_code_is_compiled_again(without_code):
     path.write_bytes(b"not a library")
     with pytest.raises(NoNativeCode, match="cannot be loaded"):
         native_code()
-    native_code.cache_clear()
+    native_module._loaded.cache_clear()
     native_code()
 
 
