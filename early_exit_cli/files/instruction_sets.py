@@ -42,9 +42,9 @@ SETS = (
     InstructionSet(
         *("avx512", "x86-64"),
         ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"),
-        ("-march=x86-64-v4", "-mavx512vnni"),
+        ("-march=x86-64-v4", "-mavx512vnni", "-mtune=native"),
     ),
-    InstructionSet("avx2", "x86-64", ("avx2", "fma", "f16c"), ("-march=x86-64-v3",)),
+    InstructionSet("avx2", "x86-64", ("avx2", "fma", "f16c"), ("-march=x86-64-v3", "-mtune=native")),
     InstructionSet("neon", "ARM64", (), ("-march=armv8-a",)),
 )
 """The fastest first."""

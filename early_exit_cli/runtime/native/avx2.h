@@ -192,14 +192,18 @@ INLINE void store_whole(int16_t *p, Ints x) {
     _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(_mm256_packs_epi32(x.low, x.high), 0xD8));
 }
 
-INLINE Sums dot_block(Codes w, const int16_t *x) {
-#define PART(i) _mm256_madd_epi16(w.of[i], _mm256_loadu_si256((const __m256i *)(x + 16 * i)))
-    return _mm256_add_epi32(_mm256_add_epi32(PART(0), PART(1)), _mm256_add_epi32(PART(2), PART(3)));
-#undef PART
+INLINE Sums dot_two(Codes v, Codes w, const int16_t *x) {
+    __m256i first = _mm256_setzero_si256(), second = _mm256_setzero_si256();
+    for (int i = 0; i < 4; i++) {
+        __m256i inputs = _mm256_loadu_si256((const __m256i *)(x + 16 * i));
+        first = _mm256_add_epi32(first, _mm256_madd_epi16(v.of[i], inputs));
+        second = _mm256_add_epi32(second, _mm256_madd_epi16(w.of[i], inputs));
+    }
+    return _mm256_add_epi32(_mm256_unpacklo_epi32(first, second), _mm256_unpackhi_epi32(first, second));
 }
 
-INLINE Four sums_of_four(Sums a, Sums b, Sums c, Sums d) {
-    __m256i all = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
+INLINE Four sums_of_four(Sums two, Sums others) {
+    __m256i all = _mm256_add_epi32(_mm256_unpacklo_epi64(two, others), _mm256_unpackhi_epi64(two, others));
     return _mm_cvtepi32_ps(_mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
 }
 
@@ -207,6 +211,10 @@ INLINE Four load4(const bf16 *p) {
     return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i *)p)), 16));
 }
 INLINE Four fma4(Four a, Four b, Four c) { return _mm_fmadd_ps(a, b, c); }
+
+INLINE __m256i quarter_of(Codes codes, int i) { return codes.of[i]; }
+INLINE __m256i add_products(__m256i sum, __m256i a, __m256i b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+#include "x86_outputs.h"
 
 /* ---- products over int8 rows, see kernels.h ---- */
 

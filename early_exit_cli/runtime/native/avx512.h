@@ -105,7 +105,7 @@ INLINE Ints read_ints16(const void *p) { return _mm512_loadu_si512(p); }
 typedef struct {
     __m512i of[2];
 } Codes;
-typedef __m512i Sums;
+typedef __m256i Sums;
 
 /* Inputs of half a byte each: the even ones, then the odd ones. */
 INLINE Codes decode_block(const uint8_t *weight) {
@@ -126,18 +126,18 @@ INLINE void order_inputs(const int16_t x[64], int16_t *out) {
 
 INLINE void store_whole(int16_t *p, Ints x) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(x)); }
 
-INLINE Sums dot_block(Codes w, const int16_t *x) {
-    __m512i sum = _mm512_madd_epi16(w.of[0], _mm512_loadu_si512(x));
-    return _mm512_dpwssd_epi32(sum, w.of[1], _mm512_loadu_si512(x + 32));
+INLINE __m256i dot_one(Codes w, __m512i even, __m512i odd) {
+    __m512i sum = _mm512_dpwssd_epi32(_mm512_madd_epi16(w.of[0], even), w.of[1], odd);
+    return _mm256_add_epi32(_mm512_castsi512_si256(sum), _mm512_extracti64x4_epi64(sum, 1));
+}
+INLINE Sums dot_two(Codes v, Codes w, const int16_t *x) {
+    __m512i even = _mm512_loadu_si512(x), odd = _mm512_loadu_si512(x + 32);
+    __m256i first = dot_one(v, even, odd), second = dot_one(w, even, odd);
+    return _mm256_add_epi32(_mm256_unpacklo_epi32(first, second), _mm256_unpackhi_epi32(first, second));
 }
 
-INLINE __m256i half_of(Sums x) {
-    return _mm256_add_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
-}
-
-INLINE Four sums_of_four(Sums a, Sums b, Sums c, Sums d) {
-    __m256i ab = _mm256_hadd_epi32(half_of(a), half_of(b)), cd = _mm256_hadd_epi32(half_of(c), half_of(d));
-    __m256i all = _mm256_hadd_epi32(ab, cd);
+INLINE Four sums_of_four(Sums two, Sums others) {
+    __m256i all = _mm256_add_epi32(_mm256_unpacklo_epi64(two, others), _mm256_unpackhi_epi64(two, others));
     return _mm_cvtepi32_ps(_mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
 }
 
@@ -145,6 +145,12 @@ INLINE Four load4(const bf16 *p) {
     return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i *)p)), 16));
 }
 INLINE Four fma4(Four a, Four b, Four c) { return _mm_fmadd_ps(a, b, c); }
+
+INLINE __m256i quarter_of(Codes codes, int i) {
+    return i % 2 ? _mm512_extracti64x4_epi64(codes.of[i / 2], 1) : _mm512_castsi512_si256(codes.of[i / 2]);
+}
+INLINE __m256i add_products(__m256i sum, __m256i a, __m256i b) { return _mm256_dpwssd_epi32(sum, a, b); }
+#include "x86_outputs.h"
 #endif
 
 /* 16 states' integers of 15 bits as 128 high + low, a byte each: all of the high ones, then all of the low ones. */

@@ -200,19 +200,19 @@ INLINE void store_whole(int16_t *p, Ints x) {
     for (int i = 0; i < 4; i++) vst1_s16(p + 4 * i, vmovn_s32(x.of[i]));
 }
 
-INLINE Sums dot_block(Codes w, const int16_t *x) {
-    int32x4_t sum = vdupq_n_s32(0);
+INLINE Sums dot_two(Codes v, Codes w, const int16_t *x) {
+    int32x4_t first = vdupq_n_s32(0), second = first;
     for (int i = 0; i < 8; i++) {
         int16x8_t inputs = vld1q_s16(x + 8 * i);
-        sum = vmlal_s16(sum, vget_low_s16(w.of[i]), vget_low_s16(inputs));
-        sum = vmlal_high_s16(sum, w.of[i], inputs);
+        first = vmlal_s16(first, vget_low_s16(v.of[i]), vget_low_s16(inputs));
+        first = vmlal_high_s16(first, v.of[i], inputs);
+        second = vmlal_s16(second, vget_low_s16(w.of[i]), vget_low_s16(inputs));
+        second = vmlal_high_s16(second, w.of[i], inputs);
     }
-    return sum;
+    return vpaddq_s32(first, second);
 }
 
-INLINE Four sums_of_four(Sums a, Sums b, Sums c, Sums d) {
-    return (Four)vcvtq_f32_s32(vpaddq_s32(vpaddq_s32(a, b), vpaddq_s32(c, d)));
-}
+INLINE Four sums_of_four(Sums two, Sums others) { return (Four)vcvtq_f32_s32(vpaddq_s32(two, others)); }
 
 INLINE Four load4(const bf16 *p) { return (Four)vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
 INLINE Four fma4(Four a, Four b, Four c) { return (Four)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }

@@ -19,7 +19,7 @@
  *   to_ints16 add_ints16 sum_ints16 less_to_floats16         of 16 integers; the last takes one number from each
  *   store_states int8_sums  products over int8 rows, see kernels.h
  *   decode_pairs            with HAS_BF16, for nf4_pairs.h; else
- *   decode_block order_inputs dot_block sums_of_four load4 fma4     for nf4_rows.h
+ *   decode_block order_inputs store_whole dot_two sums_of_four load4 fma4     for nf4_rows.h
  *
  * ROWS: so many rows share a weight that was read. VALUES: so many vectors of attention's values fit beside them.
  * INT8_INPUTS: inputs of an int8 row that lie side by side.
