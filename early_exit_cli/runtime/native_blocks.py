@@ -20,7 +20,7 @@ from early_exit_cli.runtime.blocks import LARGEST_WIDTH, Blocks
 from early_exit_cli.runtime.fused_blocks import FusedBlocks, why_not_nf4
 from early_exit_cli.runtime.kv_cache import KVCache, Part, Rotary
 from early_exit_cli.runtime.native_buffers import TILE, Held, native_part
-from early_exit_cli.runtime.native_code import Block, LMHead, Model, NoNativeCode, code_key, native_code
+from early_exit_cli.runtime.native_code import Block, LMHead, Model, code_key, native_code, why_no_native_code
 from early_exit_cli.runtime.native_code import Part as NativePart
 from early_exit_cli.runtime.nf4_linear import is_packed_nf4, is_plain_nf4
 
@@ -234,8 +234,4 @@ def why_not_native(backbone: Backbone) -> str | None:
     head_dim, inner = int(block.self_attn.head_dim), int(block.mlp.down_proj.in_features)
     if head_dim % 64 or any(size % TILE for size in (inner, block.self_attn.o_proj.in_features, backbone.hidden_size)):
         return f"their tiles do not fit head_dim {head_dim} and intermediate_size {inner}"
-    try:
-        native_code()
-    except NoNativeCode as error:
-        return str(error)
-    return None
+    return why_no_native_code()

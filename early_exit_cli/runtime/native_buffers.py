@@ -51,7 +51,9 @@ class Held:
         (out, size), inputs = rows.shape, self.code.int8_inputs
         whole, scales = int8_rows(rows)
         scale = scales.float()
-        tiles = (whole.to(torch.int16) + 128).to(torch.uint8).view(out // VOCAB_TILE, VOCAB_TILE, size // inputs, inputs)
+        tiles = (
+            (whole.to(torch.int16) + 128).to(torch.uint8).view(out // VOCAB_TILE, VOCAB_TILE, size // inputs, inputs)
+        )
         return tiles.transpose(1, 2).reshape(out, size), scale, whole.float() * scale[:, None]
 
     def nf4(self, product: PackedNF4 | MergedNF4) -> Product:

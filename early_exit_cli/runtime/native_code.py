@@ -78,13 +78,18 @@ def _loaded(variant: InstructionSet) -> ctypes.CDLL:
         raise NoNativeCode(f"{path} cannot be loaded ({error})") from error
 
 
-def has_native_code() -> bool:
-    """Whether the compiled library can be had here."""
+def why_no_native_code() -> str | None:
+    """Why the compiled library cannot be had on this machine; None where it can."""
     try:
         native_code()
-    except NoNativeCode:
-        return False
-    return True
+    except NoNativeCode as error:
+        return str(error)
+    return None
+
+
+def has_native_code() -> bool:
+    """Whether the compiled library can be had here."""
+    return why_no_native_code() is None
 
 
 def openmp() -> tuple[str, ...]:

@@ -85,6 +85,7 @@ INLINE void add_block(const int32_t *weight, const Eight *scales, const int16_t 
     Wholes sum[TALL][SIDES];
     for (int r = 0; r < rows; r++)
         for (int side = 0; side < SIDES; side++) sum[r][side] = zero_outputs();
+#pragma GCC unroll 4
     for (int pair = 0; pair < BLOCK / 2; pair++)
         for (int r = 0; r < rows; r++) {
             Wholes inputs = all_outputs(x + r * in + 2 * pair);
@@ -131,7 +132,7 @@ static void many_rows(const Product *p, int64_t first, Inputs x, int64_t width, 
 /* One tile of 32 outputs for all rows -> out [width, 32]. */
 static void sums_of_tile(const Product *p, int64_t index, Inputs x, int64_t width, float *out) {
 #ifdef HAS_OUTPUTS
-    if (width > MOST_ROWS) {
+    if (width >= MOST_ROWS) { /* fewer rows are not worth the turning */
         memset(out, 0, width * TILE * sizeof(float));
         for (int64_t output = 0; output < TILE; output += SIDES * HAS_OUTPUTS)
             many_rows(p, index * TILE + output, x, width, out + output);
