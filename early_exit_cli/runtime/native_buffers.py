@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from early_exit_cli.runtime.exact_argmax import int8_rows
 from early_exit_cli.runtime.kv_cache import KVCache, Part
 from early_exit_cli.runtime.native_code import Attention, Int8, Product
 from early_exit_cli.runtime.native_code import Part as NativePart
-from early_exit_cli.runtime.nf4_linear import VOCAB_TILE, MergedNF4, PackedNF4
+from early_exit_cli.runtime.nf4_linear import VOCAB_TILE, MergedNF4
 
 TILE, SCALES_TOGETHER = 32, 4
 
@@ -48,7 +49,7 @@ class Held:
             Integers plus 128 in tiles of 16 rows and 4 inputs, or 2, [out, in] uint8, scales [out] float32, what they
             stand for [out, in] float32.
         """
-        (out, size), inputs = rows.shape, self.code.int8_inputs
+        (out, size), inputs = rows.shape, int(self.code.int8_inputs)
         whole, scales = int8_rows(rows)
         scale = scales.float()
         tiles = (
@@ -56,14 +57,16 @@ class Held:
         )
         return tiles.transpose(1, 2).reshape(out, size), scale, whole.float() * scale[:, None]
 
-    def nf4(self, product: PackedNF4 | MergedNF4) -> Product:
-        """A product over NF4 weights, which are bitsandbytes' own memory where they lie as the code reads them."""
-        if self.code.packs_outputs:
-            weight, scale = product.weight, product.scales
-        elif isinstance(product, PackedNF4):
-            weight, scale = by_rows(product.weight, product.scales)
-        else:
+    def nf4(self, product: Any) -> Product:
+        """A product over NF4 weights (`nf4_linear`), which are bitsandbytes' own memory where they lie as the code reads
+        them.
+        """
+        if isinstance(product, MergedNF4):
             weight, scale = product.packed, product.scales.view(product.out_features, -1)
+        elif self.code.packs_outputs:
+            weight, scale = product.weight, product.scales
+        else:
+            weight, scale = by_rows(product.weight, product.scales)
         if not self.code.packs_outputs:  # [out, in / 64] to [out / 4, in / 64, 4]
             scale = scale.to(torch.bfloat16).unflatten(0, (-1, SCALES_TOGETHER)).transpose(1, 2)
         addresses = map(self.address, (weight, scale, product.bias))

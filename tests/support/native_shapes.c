@@ -114,7 +114,7 @@ static void products(int64_t in, int64_t out, int64_t width) {
         add_to_hash(sums, width * TILE * sizeof(float));
         for (int64_t row = 0; row < width; row++) {
             sums_of_tile(&p, tile, inputs_of(x + row * in, 1, in, of_one), 1, alone);
-            check(!memcmp(alone, sums + row * TILE, TILE * sizeof(float)), "a row's bits depend on the rows beside it", in);
+            check(!memcmp(alone, sums + row * TILE, TILE * sizeof(float)), "a row's bits depend on others", in);
             for (int64_t output = 0; output < TILE; output++) {
                 double wanted = 0, size = 0;
                 for (int64_t i = 0; i < in; i++) {
@@ -152,11 +152,12 @@ static void pass(int64_t hidden, int64_t inner, int64_t heads, int64_t kv_heads,
     enum { BLOCKS = 2 };
     Block blocks[BLOCKS];
     int64_t rows = heads + 2 * kv_heads, vocab = 16, position = 21, end = position + width;
-    int64_t capacity = (end + 15) / 16 * 16;
+    int64_t capacity = (end + 15) / 16 * 16, of_keys = kv_heads * capacity * size * sizeof(bf16);
     for (int i = 0; i < BLOCKS; i++)
-        blocks[i] = (Block){around_one(hidden), around_one(hidden), is_dressed ? around_one((heads + kv_heads) * size) : NULL,
-                            nf4(hidden, rows * size, is_dressed), nf4(heads * size, hidden, 0), nf4(hidden, 2 * inner, 0),
-                            nf4(inner, hidden, 0), window};
+        blocks[i] = (Block){around_one(hidden), around_one(hidden),
+                            is_dressed ? around_one((heads + kv_heads) * size) : NULL,
+                            nf4(hidden, rows * size, is_dressed), nf4(heads * size, hidden, 0),
+                            nf4(hidden, 2 * inner, 0), nf4(inner, hidden, 0), window};
     Model model = {blocks, numbers(vocab * hidden, 1.0f), hidden, inner, heads, kv_heads, size, 1e-5f,
                    1.0f / sqrtf((float)size)};
     bf16 *cos = numbers(end * size, 1.0f), *sin = numbers(end * size, 1.0f), *found[3];
@@ -164,8 +165,7 @@ static void pass(int64_t hidden, int64_t inner, int64_t heads, int64_t kv_heads,
     for (int64_t i = 0; i < end; i++) tokens[i] = random_bits() % vocab;
     for (int way = 0; way < 3; way++) { /* all rows in two passes, with three threads, a row at a time */
         bf16 *keys[BLOCKS], *values[BLOCKS];
-        for (int i = 0; i < BLOCKS; i++)
-            keys[i] = room(kv_heads * capacity * size * sizeof(bf16)), values[i] = room(kv_heads * capacity * size * sizeof(bf16));
+        for (int i = 0; i < BLOCKS; i++) keys[i] = room(of_keys), values[i] = room(of_keys);
         found[way] = room(end * hidden * sizeof(bf16));
         bf16 *kept = room(end * hidden * sizeof(bf16));
         for (int64_t first = 0; first < end;) {
@@ -178,7 +178,7 @@ static void pass(int64_t hidden, int64_t inner, int64_t heads, int64_t kv_heads,
         }
         check(way == 0 || !memcmp(found[way], found[0], end * hidden * sizeof(bf16)), "bits of a pass", width);
         for (int i = 0; i < BLOCKS; i++) {
-            if (!way) add_to_hash(keys[i], kv_heads * capacity * size * sizeof(bf16));
+            if (!way) add_to_hash(keys[i], of_keys);
             free(keys[i]), free(values[i]);
         }
         if (!way) add_to_hash(kept, end * hidden * sizeof(bf16));
@@ -215,7 +215,8 @@ static void drop_int8(Int8 p) { free((void *)p.weight), free((void *)p.scale); }
 static void lm_head(int64_t hidden, int64_t vocab, int64_t width) {
     bf16 *rows = room(vocab * hidden * sizeof(bf16));
     LMHead head = {int8(hidden, vocab, rows), NULL, NULL, rows, around_one(hidden), vocab, hidden, 1e-5f};
-    float *error = room(vocab * sizeof(float)), *norm = room(vocab * sizeof(float)), *values = room(width * sizeof(float));
+    float *error = room(vocab * sizeof(float)), *norm = room(vocab * sizeof(float));
+    float *values = room(width * sizeof(float));
     for (int64_t token = 0; token < vocab; token++) {
         double square = 0;
         for (int64_t i = 0; i < hidden; i++) square += pow(to_float(rows[token * hidden + i]), 2);
@@ -247,8 +248,8 @@ static void lm_head(int64_t hidden, int64_t vocab, int64_t width) {
 /* ---- heads that draft ---- */
 
 static Attention attention(int64_t in, int64_t hidden, int64_t heads, int64_t kv_heads, int64_t size) {
-    return (Attention){int8(in, 2 * kv_heads * size, NULL), int8(in, heads * size, NULL), int8(heads * size, hidden, NULL),
-                       heads, kv_heads, size, 1.0f / sqrtf((float)size)};
+    return (Attention){int8(in, 2 * kv_heads * size, NULL), int8(in, heads * size, NULL),
+                       int8(heads * size, hidden, NULL), heads, kv_heads, size, 1.0f / sqrtf((float)size)};
 }
 static void drop_attention(Attention a) { drop_int8(a.key_value), drop_int8(a.query), drop_int8(a.output); }
 
@@ -282,8 +283,9 @@ static void heads(int64_t hidden, int64_t inner, int64_t vocab, int64_t rows) {
         drop_buffers(buffers);
     }
     for (int attends = 0; attends < 2; attends++) {
-        ExitHead head = {{{NULL, NULL, 0, 0}, {NULL, NULL, 0, 0}, {NULL, NULL, 0, 0}, 0, 0, 0, 0}, int8(hidden, rank, NULL),
-                         int8(rank, hidden, NULL), int8(hidden, vocab, NULL), around_one(hidden), around_one(hidden),
+        Int8 none = {NULL, NULL, 0, 0};
+        ExitHead head = {{none, none, none, 0, 0, 0, 0}, int8(hidden, rank, NULL), int8(rank, hidden, NULL),
+                         int8(hidden, vocab, NULL), around_one(hidden), around_one(hidden),
                          around_one(hidden), 1e-5f, 1e-6f};
         if (attends) head.attention = attention(hidden, hidden, HEADS, KV_HEADS, SIZE);
         KVBuffers buffers = buffers_of(KV_HEADS, capacity, SIZE);
@@ -301,7 +303,8 @@ static void heads(int64_t hidden, int64_t inner, int64_t vocab, int64_t rows) {
     }
     drop_attention(eagle.attention), drop_int8(eagle.fuse), drop_int8(eagle.gate_up), drop_int8(eagle.down);
     drop_int8(eagle.lm_head), free((void *)eagle.fuse_norms), free((void *)eagle.input_norm);
-    free((void *)eagle.hidden_norm), free((void *)eagle.mlp_norm), free((void *)eagle.norm), free((void *)eagle.embedding);
+    free((void *)eagle.hidden_norm), free((void *)eagle.mlp_norm), free((void *)eagle.norm);
+    free((void *)eagle.embedding);
     for (int i = 0; i <= EXITS; i++) free(states[i]);
     free(state), free(logits), free(first_logits);
 }

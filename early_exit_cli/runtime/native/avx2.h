@@ -140,7 +140,9 @@ INLINE bf16 narrowed(float x) { return (bf16)(_mm256_cvtsi256_si32(to_nearest(_m
 
 /* ---- pairs ---- */
 
-INLINE Floats even_of(Ints pairs) { return as_floats(_mm256_slli_epi32(pairs.low, 16), _mm256_slli_epi32(pairs.high, 16)); }
+INLINE Floats even_of(Ints pairs) {
+    return as_floats(_mm256_slli_epi32(pairs.low, 16), _mm256_slli_epi32(pairs.high, 16));
+}
 INLINE Floats odd_of(Ints pairs) {
     const __m256i upper = _mm256_set1_epi32((int)0xFFFF0000);
     return as_floats(_mm256_and_si256(pairs.low, upper), _mm256_and_si256(pairs.high, upper));
@@ -163,8 +165,8 @@ INLINE __m256i both_lanes(const void *p) { return _mm256_broadcastsi128_si256(_m
 /* 16 bytes, twice */
 INLINE __m256i twice(const uint8_t *p) { return _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)p)); }
 
-/* Inputs of half a byte each: the values' lower bytes are looked up, then their upper ones. In `of`: even inputs 0..14 and
- * 32..46, 16..30 and 48..62, then the odd ones. */
+/* Inputs of half a byte each: the values' lower bytes are looked up, then their upper ones. In `of`: even inputs 0..14
+ * and 32..46, 16..30 and 48..62, then the odd ones. */
 INLINE Codes decode_block(const uint8_t *weight) {
     const __m256i half = _mm256_set1_epi8(15), lower = twice(NF4_LOWER), upper = twice(NF4_UPPER);
     __m256i bytes = _mm256_loadu_si256((const __m256i *)weight);
@@ -213,7 +215,9 @@ INLINE Four load4(const bf16 *p) {
 INLINE Four fma4(Four a, Four b, Four c) { return _mm_fmadd_ps(a, b, c); }
 
 INLINE __m256i quarter_of(Codes codes, int i) { return codes.of[i]; }
-INLINE __m256i add_products(__m256i sum, __m256i a, __m256i b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+INLINE __m256i add_products(__m256i sum, __m256i a, __m256i b) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+}
 #include "x86_outputs.h"
 
 /* ---- products over int8 rows, see kernels.h ---- */

@@ -1,4 +1,5 @@
-/* Vectors of AVX512 with VNNI: one register holds all 16 numbers. With BF16 (`HAS_BF16`) pairs are multiplied as they lie. */
+/* Vectors of AVX512 with VNNI: one register holds all 16 numbers. With BF16 (`HAS_BF16`) pairs are multiplied as they
+ * lie. */
 #pragma once
 #include <immintrin.h>
 
@@ -157,7 +158,8 @@ INLINE __m256i add_products(__m256i sum, __m256i a, __m256i b) { return _mm256_d
 INLINE void store_states(int8_t *states, int64_t size, int64_t i, Ints x) {
     __m512i high = _mm512_srai_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(64)), 7);
     _mm_storeu_si128((__m128i *)(states + i), _mm512_cvtepi32_epi8(high));
-    _mm_storeu_si128((__m128i *)(states + size + i), _mm512_cvtepi32_epi8(_mm512_sub_epi32(x, _mm512_slli_epi32(high, 7))));
+    __m512i low = _mm512_sub_epi32(x, _mm512_slli_epi32(high, 7));
+    _mm_storeu_si128((__m128i *)(states + size + i), _mm512_cvtepi32_epi8(low));
 }
 
 /* [in / 4, 16, 4] bytes times rows of states [rows, 2 size] -> sums of 16 outputs for each. */

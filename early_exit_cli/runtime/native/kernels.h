@@ -167,7 +167,8 @@ SHARED float softmax(float *x, int64_t begin, int64_t count, int64_t from, int64
     return sum16(total);
 }
 
-/* Sums of 16 VALUES dimensions of the values, weighted for `rows` rows by bfloat16 weights [rows, stride]; count is even. */
+/* Sums of 16 VALUES dimensions of the values, weighted for `rows` rows by bfloat16 weights [rows, stride]; count is
+ * even. */
 INLINE void weighted_sum(const bf16 *weights, int64_t stride, const bf16 *values, int64_t size, int64_t count,
                          const int rows, Floats out[][VALUES]) {
     for (int r = 0; r < rows; r++)
@@ -240,7 +241,7 @@ INLINE void int8_tile(const Int8 *p, int64_t tile, const int8_t *states, const f
     FOR_ROWS(ROWS, rows, BODY)
 #undef BODY
     for (int r = 0; r < rows; r++) /* less the rows' 128s */
-        out[r] = mul16(mul16(less_to_floats16(found[r], 128 * sum[r]), scale), all16(step[r]));
+        out[r] = mul16(mul16(less_to_floats16(found[r], (int32_t)(128u * (uint32_t)sum[r])), scale), all16(step[r]));
 }
 
 /* Scratch for up to PIECE rows. */

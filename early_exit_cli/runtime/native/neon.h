@@ -89,7 +89,8 @@ INLINE Lanes between16(int64_t first, int64_t low, int64_t high) {
     Lanes found;
     for (int i = 0; i < 4; i++) {
         int32x4_t place = vaddq_s32(vld1q_s32(lane), vdupq_n_s32((int32_t)first + 4 * i));
-        found.of[i] = vandq_u32(vcgeq_s32(place, vdupq_n_s32((int32_t)low)), vcltq_s32(place, vdupq_n_s32((int32_t)high)));
+        found.of[i] = vandq_u32(vcgeq_s32(place, vdupq_n_s32((int32_t)low)),
+                                vcltq_s32(place, vdupq_n_s32((int32_t)high)));
     }
     return found;
 }
@@ -171,8 +172,8 @@ INLINE int16x8_t looked_up(uint8x8_t lower, uint8x8_t upper) {
     return vreinterpretq_s16_u16(vorrq_u16(vmovl_u8(lower), vshll_n_u8(upper, 8)));
 }
 
-/* Inputs of half a byte each: the values' lower bytes are looked up, then their upper ones. In `of`: even inputs, eight at
- * a time, then the odd ones. */
+/* Inputs of half a byte each: the values' lower bytes are looked up, then their upper ones. In `of`: even inputs,
+ * eight at a time, then the odd ones. */
 INLINE Codes decode_block(const uint8_t *weight) {
     const uint8x16_t lower = vld1q_u8(NF4_LOWER), upper = vld1q_u8(NF4_UPPER);
     Codes found;

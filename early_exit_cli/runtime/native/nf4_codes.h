@@ -1,5 +1,5 @@
-/* The 16 values that half a byte of NF4 stands for (Dettmers et al. 2023), each rounded to bfloat16. Twice where a lookup
- * reads five bits, the fifth being another weight's. */
+/* The 16 values that half a byte of NF4 stands for (Dettmers et al. 2023), each rounded to bfloat16. Twice where a
+ * lookup reads five bits, the fifth being another weight's. */
 #pragma once
 #include <stdint.h>
 

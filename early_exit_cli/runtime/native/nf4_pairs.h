@@ -1,9 +1,9 @@
-/* The NF4 product where an instruction multiplies pairs of bfloat16: over bitsandbytes' own packing for such processors,
- * and in its order (csrc/cpu_ops.cpp): over each quantization block of 64 inputs in float32, two at a time, then times the
- * block's scale. A vector holds outputs.
+/* The NF4 product where an instruction multiplies pairs of bfloat16: over bitsandbytes' own packing for such
+ * processors, and in its order (csrc/cpu_ops.cpp): over each quantization block of 64 inputs in float32, two at a
+ * time, then times the block's scale. A vector holds outputs.
  *
- * weight: [out / 32, in / 2, 32], two inputs a byte: low half for outputs 0..15, high for 16..31. scale: [in / 64, out].
- */
+ * weight: [out / 32, in / 2, 32], two inputs a byte: low half for outputs 0..15, high for 16..31. scale: [in / 64,
+ * out]. */
 #pragma once
 #include "kernels.h"
 

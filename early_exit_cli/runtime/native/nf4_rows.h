@@ -1,13 +1,13 @@
-/* The NF4 product where nothing multiplies bfloat16, over bitsandbytes' plain packing, which it has for all processors. A
- * vector holds inputs.
+/* The NF4 product where nothing multiplies bfloat16, over bitsandbytes' plain packing, which it has for all
+ * processors. A vector holds inputs.
  *
- * The sum over a quantization block of 64 inputs is made of integers, and so has no order: the 16 values of NF4 are whole
- * times 2^-11, and a row's 64 inputs whole times a power of two, in 15 bits. Inputs down to a 64th of the block's largest
- * are what they were; smaller ones are rounded to 2^-14 of it, where bfloat16 itself rounds the largest to 2^-9. No sum
- * is beyond 64 * 2048 * 16320 < 2^31. It becomes a float32, times its scales, and is added to those of the blocks before.
+ * The sum over a quantization block of 64 inputs is made of integers, and so has no order: the 16 values of NF4 are
+ * whole times 2^-11, and a row's 64 inputs whole times a power of two, in 15 bits. Inputs down to a 64th of the
+ * block's largest are what they were; smaller ones are rounded to 2^-14 of it, where bfloat16 itself rounds the
+ * largest to 2^-9. No sum is beyond 64 * 2048 * 16320 < 2^31. It becomes a float32, times its scales, and is added to
+ * those of the blocks before.
  *
- * weight: [out, in / 2], the first of two inputs in the upper half of a byte. scale: [out / 4, in / 64, 4].
- */
+ * weight: [out, in / 2], the first of two inputs in the upper half of a byte. scale: [out / 4, in / 64, 4]. */
 #pragma once
 #include "kernels.h"
 
@@ -79,7 +79,8 @@ INLINE void rows_of_four(const Product *p, int64_t first, const int16_t *x, cons
 #define SIDES 2 /* vectors of outputs beside each other, */
 #define TALL 4  /* and rows, whose sums stay in registers */
 
-/* Adds one block's share of SIDES * HAS_OUTPUTS outputs to those of rows, [rows, 32]; weight: [SIDES, 32, HAS_OUTPUTS]. */
+/* Adds one block's share of SIDES * HAS_OUTPUTS outputs to those of rows, [rows, 32]; weight: [SIDES, 32,
+ * HAS_OUTPUTS]. */
 INLINE void add_block(const int32_t *weight, const Eight *scales, const int16_t *x, const float *steps, int64_t in,
                       const int rows, float *total) {
     Wholes sum[TALL][SIDES];
@@ -103,8 +104,8 @@ INLINE void add_block(const int32_t *weight, const Eight *scales, const int16_t 
         }
 }
 
-/* `rows_of_four` for outputs first .. first + SIDES * HAS_OUTPUTS - 1 and many rows -> out [width, 32], 0 before: the same
- * sums, over weights that are decoded and turned over once for all rows. */
+/* `rows_of_four` for outputs first .. first + SIDES * HAS_OUTPUTS - 1 and many rows -> out [width, 32], 0 before: the
+ * same sums, over weights that are decoded and turned over once for all rows. */
 static void many_rows(const Product *p, int64_t first, Inputs x, int64_t width, float *out) {
     const int64_t blocks = p->in / BLOCK, stride = p->in / 2;
     for (int64_t block = 0; block < blocks; block++) {

@@ -11,8 +11,8 @@
  *   times_power16(a, n)     a 2^n, n whole
  *   rounded16               to bfloat16 and back; narrowed: one number to bfloat16
  *   sum16 most16            of the 16 numbers, in one order
- *   Lanes                   some of the 16: between16(first, low, high) those of the places first .. first + 15 that lie in
- *                           [low, high); or_zero16 and max_where16(lanes, a, b) leave the others 0, and a
+ *   Lanes                   some of the 16: between16(first, low, high) those of the places first .. first + 15 that
+ *                           lie in [low, high); or_zero16 and max_where16(lanes, a, b) leave the others 0, and a
  *   equal16 at_least16      a bit for each number
  *   Pairs                   16 pairs of bfloat16: load_pairs of 32 in memory, all_pairs of one pair,
  *   dot_pairs(sum, a, b)    sum + both products of each pair

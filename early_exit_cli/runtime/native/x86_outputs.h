@@ -1,5 +1,5 @@
-/* Blocks of NF4 weights turned over, for products of many rows (nf4_rows.h): a register of 256 bits holds eight outputs.
- * Needs `Codes`, `decode_block`, `quarter_of` and `add_products` of its instruction set. */
+/* Blocks of NF4 weights turned over, for products of many rows (nf4_rows.h): a register of 256 bits holds eight
+ * outputs. Needs `Codes`, `decode_block`, `quarter_of` and `add_products` of its instruction set. */
 #pragma once
 
 #define HAS_OUTPUTS 8
