@@ -37,6 +37,10 @@ from early_exit_cli.runtime.select import make_blocks
 from early_exit_cli.sampling import Sampler
 
 SHAPES = ("llama", "llama3-rope", "mistral-window", "qwen2", "qwen2-window", "qwen3")
+AVX2_WHEN_SLOW = pytest.mark.parametrize(
+    "any_blocks", ["", pytest.param("avx2", marks=pytest.mark.slow)], indirect=True
+)
+"""Where the kernels' own tests at odd shapes say enough."""
 SHAPES_HERE = [*((family, "") for family in SHAPES), ("qwen2-window", "avx2"), ("qwen3", "avx2")]
 
 
@@ -208,6 +212,7 @@ def plain_weight(module):
     return values * state.absmax.float().T.repeat_interleave(64, 1)
 
 
+@AVX2_WHEN_SLOW
 def test_the_choice_is_the_first_of_the_best_logits(any_blocks, smollm2):
     ids = real_ids(smollm2, 640)
     ties = 0
@@ -367,6 +372,7 @@ def test_other_precisions_say_why(tiny_backbone):
         make_blocks(tiny_backbone("llama"), "native")
 
 
+@AVX2_WHEN_SLOW
 def test_compiled_eagle_steps_say_what_pytorchs_say(any_blocks, smollm2):
     """The shipped head, over a prompt read in pieces and rolled forward: near states, equal choices, near entropies."""
     head = load_engine(BackboneConfig(device="cpu"), BundleConfig(bundle=SHIPPED_BUNDLE)).eagle
@@ -416,6 +422,7 @@ def test_what_the_compiled_eagle_says_of_itself_is_so(smollm2):
         assert torch.equal(runner.read([5, 6, 7, 8, 9], states), hidden)
 
 
+@AVX2_WHEN_SLOW
 def test_compiled_exit_heads_say_what_pytorchs_say(any_blocks, smollm2):
     """Each shipped head over each place of a text: near logits, and choice, entropy and confidence of these."""
     heads = load_engine(BackboneConfig(device="cpu"), BundleConfig(bundle=SHIPPED_BUNDLE)).heads
