@@ -192,7 +192,6 @@ def divergence(smollm2):
 
 
 def test_passes_are_as_near_the_exact_arithmetic_as_the_librarys(any_blocks, smollm2, divergence):
-    """The same NF4 weights in float32 are the yardstick: the compiled passes may not be further from it."""
     ids = real_ids(smollm2, 120)
     with torch.inference_mode():
         ours = divergence(any_blocks.logits(any_blocks.final_norm(run_in_passes(any_blocks, ids, [120]))))
@@ -341,14 +340,12 @@ def test_both_packings_of_bitsandbytes_are_read_with_the_same_bits(small_backbon
     assert ours.model.blocks[2].down.weight == down.weight.data_ptr()
 
 
-def test_instruction_sets_are_kept_apart(blocks, made_blocks, small_backbone, monkeypatch):
+def test_instruction_sets_are_kept_apart(blocks, small_backbone, monkeypatch):
     """Compiled code, and what is measured of a runner, are found by the instruction set, too."""
-    before = native_module.code_key(), NativeBlocks(small_backbone("llama")).name
+    key, name = native_module.code_key(), NativeBlocks(small_backbone("llama")).name
     force(monkeypatch, "avx2")
-    name = NativeBlocks(small_backbone("llama")).name
-    assert native_module.code_key() != before[0]
-    assert name != before[1]
-    assert " avx2 " in name
+    assert native_module.code_key() != key
+    assert " avx2 " in NativeBlocks(small_backbone("llama")).name != name
 
 
 def test_damaged_code_is_compiled_again(without_code):
