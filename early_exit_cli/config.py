@@ -60,7 +60,7 @@ class BackboneConfig(Section):
     device: str = setting("auto", "auto takes a GPU where there is one; otherwise cpu, cuda, cuda:1 ...")
     runner: Literal["auto", "native", "fused", "hf"] = setting(
         "auto",
-        "Block runner: native is compiled code for CPUs with AVX512-BF16 and a C compiler, and our own kernels on NVIDIA "
+        "Block runner: native is compiled code for CPUs, where there is a C compiler, and our own kernels on NVIDIA "
         "GPUs; fused our lean PyTorch path for the Llama shape, hf the library's own modules; auto takes the first that fits.",
     )
     threads: int | None = setting(None, "Threads on a CPU. Default: one a core.", ge=1)

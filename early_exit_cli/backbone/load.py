@@ -25,6 +25,7 @@ from early_exit_cli.backbone.quantization import quantization_of, saved_in, sett
 from early_exit_cli.backbone.weight_cache import WeightCopy
 from early_exit_cli.config import EMBEDDED_MODEL, BackboneConfig
 from early_exit_cli.errors import BackboneError, BundleError, ConfigError, NumericsError, UnsupportedBackboneError
+from early_exit_cli.files.instruction_sets import instruction_set
 from early_exit_cli.steps import step
 
 COMPILED_PRODUCTS = "16"
@@ -51,7 +52,7 @@ def load_backbone(config: BackboneConfig) -> Backbone:
     """Load the backbone frozen, in the asked precision, or in the one its checkpoint was saved in.
 
     Raises:
-        ConfigError: CUDA graphs demanded on another device.
+        ConfigError: CUDA graphs demanded on another device, or an instruction set that this processor has not.
         UnsupportedBackboneError: nothing here runs such a model; told before any weight is read.
         BackboneError: not found, gated, offline, an adapter, damaged, or not whole.
         NumericsError: the loaded model does not compute finite numbers.
@@ -69,6 +70,8 @@ def load_backbone(config: BackboneConfig) -> Backbone:
 def _load(config: BackboneConfig) -> Backbone:
     """`load_backbone`, quietly."""
     device = pick_device(config.device)
+    if device.type == "cpu":
+        instruction_set()  # refused before any weight is read
     if config.cuda_graphs == "on" and device.type != "cuda":
         raise ConfigError(f"cuda_graphs is on, but the device is {device}", hint="--cuda-graphs auto")
     source, revision = _locate(config)

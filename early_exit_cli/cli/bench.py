@@ -6,8 +6,10 @@ from typing import Any
 
 from early_exit_cli.cli.options import configured
 from early_exit_cli.cli.shared import load_libraries
+from early_exit_cli.config import BackboneConfig
 from early_exit_cli.files.atomic import write_json
 from early_exit_cli.files.environment import environment, run_record
+from early_exit_cli.files.instruction_sets import instruction_set
 from early_exit_cli.report import console, plots
 from early_exit_cli.report.numbers import rate
 from early_exit_cli.resolve import Resolved
@@ -23,8 +25,7 @@ from early_exit_cli.resolve import Resolved
 def command(resolved: Resolved, as_json: bool) -> None:
     """Compare methods side by side on a set of prompts."""
     load_libraries()
-    from early_exit_cli.backbone.backbone import device_name
-    from early_exit_cli.backbone.load import load_tokenizer, pick_device
+    from early_exit_cli.backbone.load import load_tokenizer
     from early_exit_cli.bundle.load import bundle_source
     from early_exit_cli.cli.shared import backbone_of_bundle
     from early_exit_cli.data.rows import read_prompts
@@ -50,7 +51,7 @@ def command(resolved: Resolved, as_json: bool) -> None:
     with console.progress("measuring", total) as ticker:
         records, start_up = run_bench(config, setup, prompts, encode, ticker.update)
     report = summarize(records, start_up, config, setup)
-    processor = device_name(pick_device(backbone.device))
+    processor = place_of(backbone)
     report["environment"] |= {"processor": processor, "bundle": source.record()}
     write_json(config.output_dir / "report.json", report)
     write_json(config.output_dir / "run.json", run_record(resolved.rows(), processor, bundle=source.record()))
@@ -63,6 +64,17 @@ def command(resolved: Resolved, as_json: bool) -> None:
     console.note(f"records, report{' and picture' * plots.available()}: {config.output_dir}")
     if not plots.available():
         console.note("no picture: pip install 'eexit[plots]'")
+
+
+def place_of(backbone: BackboneConfig) -> str:
+    """The device, and on a CPU the instruction set that compiled passes use there."""
+    from early_exit_cli.backbone.backbone import device_name
+    from early_exit_cli.backbone.load import pick_device
+
+    device = pick_device(backbone.device)
+    is_compiled = device.type == "cpu" and backbone.runner in ("auto", "native")
+    variant = instruction_set() if is_compiled else None
+    return device_name(device) + ("" if variant is None else f", {variant.name}")
 
 
 def show_costs(resolved: Resolved, as_json: bool) -> None:
@@ -78,6 +90,7 @@ def show_costs(resolved: Resolved, as_json: bool) -> None:
             {
                 "costs": costs.model_dump(),
                 "widths": engine.blocks.widths,
+                "runner": engine.blocks.name,
                 "environment": environment(engine.backbone.device_name),
             }
         )
@@ -98,7 +111,8 @@ def show_costs(resolved: Resolved, as_json: bool) -> None:
             )
         )
     console.table(
-        f"{engine.backbone.name}, {engine.backbone.quantization}; ms on {engine.backbone.device_name}; "
+        f"{engine.backbone.name}, {engine.backbone.quantization}; ms on {engine.backbone.device_name} "
+        f"by {engine.blocks.name}; "
         f"invariant: {engine.blocks.is_invariant}; reading a head: {costs.head:.2f} ms"
         + (
             f"; the EAGLE head: {costs.eagle_read:.2f} ms for a first token, {costs.eagle_step:.2f} for a next"

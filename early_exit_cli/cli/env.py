@@ -46,6 +46,7 @@ INSTRUCTION_SETS = (
 )
 VARIABLES = (
     "EEXIT_HOME",
+    "EEXIT_ISA",
     "XDG_CACHE_HOME",
     "HF_HOME",
     "HF_HUB_OFFLINE",
@@ -162,6 +163,7 @@ def torch_built_for() -> str | None:
 
 def runner_of_cpu() -> dict[str, Any]:
     """Compiled passes where they can be had, else PyTorch's."""
+    from early_exit_cli.files.instruction_sets import instruction_set
     from early_exit_cli.runtime.native_code import code_key, find_compiler, lacks
 
     is_compiled = (user_cache_dir() / "native" / f"{code_key()}.so").exists()
@@ -170,7 +172,8 @@ def runner_of_cpu() -> dict[str, Any]:
         reason = "no C compiler was found"
     if reason is not None:
         return {"runner": "fused (PyTorch)", "why_not_native": reason}
-    return {"runner": "native (compiled code)", "compiled_already": is_compiled}
+    variant = getattr(instruction_set(), "name", "unknown")
+    return {"runner": "native (compiled code)", "instruction_set": variant, "compiled_already": is_compiled}
 
 
 def runner_of_gpu(capability: tuple[int, int]) -> dict[str, Any]:

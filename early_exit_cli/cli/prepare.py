@@ -80,7 +80,7 @@ def check_level(resolved: Resolved, engine: Engine) -> None:
 
 
 def say_how_it_runs(engine: Engine) -> None:
-    """On stderr, on a GPU: what was recorded, or why the passes are the library's."""
+    """On stderr: why the passes are not our own code's, and on a GPU what was recorded."""
     blocks = engine.blocks
     if blocks.without_kernels:
         console.note(f"{engine.backbone.device_name}: the library's kernels, since {blocks.without_kernels}")

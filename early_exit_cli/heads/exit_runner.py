@@ -121,7 +121,8 @@ class NativeExitRunner(ExitRunner):
 
     def __init__(self, heads: ExitHeads) -> None:
         super().__init__(heads)
-        self.code, self.held = native_code(), Held()
+        self.code = native_code()
+        self.held = Held(self.code)
         self.lm_head = self.held.int8_of(heads.lm_head.weight)
         self.weights = [self._weights(head) for head in cast("list[AdapterHead]", list(heads.heads))]
         self._hold_results()

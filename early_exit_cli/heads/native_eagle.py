@@ -26,7 +26,8 @@ class NativeEagle(EagleRunner):
 
     def load_weights(self) -> None:
         head, block, attention = self.head, self.head.block, self.head.block.self_attn
-        self.held = Held()
+        self.code = native_code()
+        self.held = Held(self.code)
         projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
         weights = (
             [head.fc.weight],
@@ -44,7 +45,6 @@ class NativeEagle(EagleRunner):
             *(len(head.fc_norm), head.fc.weight.shape[0], self.inner),
             float(head.norm.eps or 0.0),
         )
-        self.code = native_code()
         self._hold_results()
 
         vocab = head.draft_vocab

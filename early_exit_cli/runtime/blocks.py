@@ -64,7 +64,7 @@ class Blocks(ABC):
         self.recording_seconds = 0.0
         """What recording passes has taken."""
         self.without_kernels: str | None = None
-        """Why the passes are not our own kernels' although a GPU is there, see `select`."""
+        """Why this machine's passes are not our own code's although they are written for such a model, see `select`."""
         self.without_graphs: str | None = None
         """Why passes are not recorded here although they were to be, see `select.use_graphs`."""
 

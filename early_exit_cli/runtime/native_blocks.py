@@ -1,4 +1,4 @@
-"""The block runner for CPUs with AVX512-BF16: a whole pass over NF4 weights in one call of compiled code.
+"""The block runner for CPUs: a whole pass over NF4 weights in one call of code compiled for the processor.
 
 Eager PyTorch spends more on calling its kernels than these spend on a small pass. `native/blocks.c` does the blocks in
 one parallel region, `native/lm_head.c` the argmax in another; here are the addresses they need (docs/decisions/0017).
@@ -15,13 +15,14 @@ from torch import Tensor
 
 from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.errors import UnsupportedBackboneError
+from early_exit_cli.files.instruction_sets import instruction_set
 from early_exit_cli.runtime.blocks import LARGEST_WIDTH, Blocks
 from early_exit_cli.runtime.fused_blocks import FusedBlocks, why_not_nf4
 from early_exit_cli.runtime.kv_cache import KVCache, Part, Rotary
-from early_exit_cli.runtime.native_buffers import TILE, Held, int8_tiles, native_part
-from early_exit_cli.runtime.native_code import Block, LMHead, Model, NoNativeCode, Product, code_key, native_code
+from early_exit_cli.runtime.native_buffers import TILE, Held, native_part
+from early_exit_cli.runtime.native_code import Block, LMHead, Model, code_key, native_code, why_no_native_code
 from early_exit_cli.runtime.native_code import Part as NativePart
-from early_exit_cli.runtime.nf4_linear import is_packed_nf4
+from early_exit_cli.runtime.nf4_linear import is_packed_nf4, is_plain_nf4
 
 BATCH_ROWS = 64
 KEPT_AS = "_compiled_blocks"
@@ -41,8 +42,9 @@ class NativeBlocks(FusedBlocks):
         if reason is not None:
             raise UnsupportedBackboneError(f"{backbone.name}: no compiled passes here: {reason}", hint="--runner auto")
         super().__init__(backbone)
+        self.variant = getattr(instruction_set(), "name", "")
         self.code = native_code()
-        self.held = Held()
+        self.held = Held(self.code)
         self.model = self._model()
         self.head = self._head()
         self.embedded = self.backbone.embedding.num_embeddings
@@ -54,18 +56,14 @@ class NativeBlocks(FusedBlocks):
 
     @property
     def name(self) -> str:
-        return f"{super().name} {code_key()[:8]}"
-
-    def _product(self, product: Any) -> Product:
-        addresses = map(self.held.address, (product.weight, product.scales, product.bias))
-        return Product(*addresses, product.in_features, product.out_features)
+        return f"{super().name} {self.variant} {code_key()[:8]}"
 
     def _model(self) -> Model:
         blocks = (Block * self.num_blocks)(
             *(
                 Block(
                     *map(self.held.address, (layer.input_norm, layer.mlp_norm, layer.qk_norm)),
-                    *(self._product(product) for product in (layer.qkv, layer.output, layer.gate_up, layer.down)),
+                    *map(self.held.nf4, (layer.qkv, layer.output, layer.gate_up, layer.down)),
                     self.windows[index] or 0,
                 )
                 for index, layer in enumerate(self.layers)
@@ -84,7 +82,7 @@ class NativeBlocks(FusedBlocks):
         for start in range(0, vocab, 4096):  # in parts: float32 copies of the whole would double the memory
             part = slice(start, min(start + 4096, vocab))
             rows = weight[part].float()
-            tiles[part], scale[part], found = int8_tiles(rows)
+            tiles[part], scale[part], found = self.held.int8_tiles(rows)
             norm[part] = found.norm(dim=1)
             error[part] = (rows - found).norm(dim=1) + accumulation * rows.norm(dim=1)
         addresses = map(self.held.address, (error, norm, weight, self.backbone.final_norm.weight))
@@ -216,17 +214,24 @@ def compiled_blocks(backbone: Backbone) -> NativeBlocks | None:
     return cast("NativeBlocks | None", kept[KEPT_AS])
 
 
+def is_nf4(module: Any) -> bool:
+    """Whether code for this processor can read a linear map's weight: bitsandbytes' packing for AVX512-BF16 that code as it
+    is, other code unpacked; and its plain one, which it has on all other processors, other code."""
+    variant = instruction_set()
+    if variant is not None and variant.name == "avx512bf16":
+        return is_packed_nf4(module)
+    return is_plain_nf4(module) or is_packed_nf4(module)
+
+
 def why_not_native(backbone: Backbone) -> str | None:
     """Why this backbone's passes cannot be compiled code's on this machine; None where they can."""
-    reason = why_not_nf4(backbone, is_packed_nf4, "on a CPU with AVX512-BF16")
+    if backbone.device.type != "cpu":
+        return "they are for CPUs"
+    reason = why_not_nf4(backbone, is_nf4, "in bitsandbytes' packing for this processor")
     if reason is not None:
         return reason
     block = cast(Any, backbone.blocks[0])
     head_dim, inner = int(block.self_attn.head_dim), int(block.mlp.down_proj.in_features)
-    if head_dim % 64 or inner % TILE or block.self_attn.o_proj.in_features % TILE:
+    if head_dim % 64 or any(size % TILE for size in (inner, block.self_attn.o_proj.in_features, backbone.hidden_size)):
         return f"their tiles do not fit head_dim {head_dim} and intermediate_size {inner}"
-    try:
-        native_code()
-    except NoNativeCode as error:
-        return str(error)
-    return None
+    return why_no_native_code()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,17 +11,18 @@ from torch import Tensor
 from early_exit_cli.backbone.output import AttentionShape
 from early_exit_cli.runtime.exact_argmax import int8_rows
 from early_exit_cli.runtime.kv_cache import KVCache, Part
-from early_exit_cli.runtime.native_code import Attention, Int8
+from early_exit_cli.runtime.native_code import Attention, Int8, Product
 from early_exit_cli.runtime.native_code import Part as NativePart
-from early_exit_cli.runtime.nf4_linear import VOCAB_TILE
+from early_exit_cli.runtime.nf4_linear import VOCAB_TILE, MergedNF4
 
-TILE = 32
+TILE, SCALES_TOGETHER = 32, 4
 
 
 class Held:
-    """Tensors that compiled code reads by address, kept alive."""
+    """Tensors that compiled code reads by address, kept alive, in the tiles that its instruction set wants."""
 
-    def __init__(self) -> None:
+    def __init__(self, code: ctypes.CDLL) -> None:
+        self.code = code
         self.tensors: list[Tensor] = []
 
     def address(self, tensor: Tensor | None) -> int | None:
@@ -32,7 +34,7 @@ class Held:
 
     def int8_of(self, *weights: Tensor) -> Int8:
         """A product over weights [out, in], one behind another."""
-        tiles, scale, _ = int8_tiles(torch.cat(weights).float())
+        tiles, scale, _ = self.int8_tiles(torch.cat(weights).float())
         return self.int8(tiles, scale)
 
     def attention(self, shape: AttentionShape, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> Attention:
@@ -40,23 +42,55 @@ class Held:
         products = (self.int8_of(key, value), self.int8_of(query), self.int8_of(output))
         return Attention(*products, shape.query_heads, shape.kv_heads, shape.head_dim, shape.head_dim**-0.5)
 
+    def int8_tiles(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows [out, in] float32 in int8.
+
+        Returns:
+            Integers plus 128 in tiles of 16 rows and 4 inputs, or 2, [out, in] uint8, scales [out] float32, what they
+            stand for [out, in] float32.
+        """
+        (out, size), inputs = rows.shape, int(self.code.int8_inputs)
+        whole, scales = int8_rows(rows)
+        scale = scales.float()
+        tiles = (
+            (whole.to(torch.int16) + 128).to(torch.uint8).view(out // VOCAB_TILE, VOCAB_TILE, size // inputs, inputs)
+        )
+        return tiles.transpose(1, 2).reshape(out, size), scale, whole.float() * scale[:, None]
+
+    def nf4(self, product: Any) -> Product:
+        """A product over NF4 weights (`nf4_linear`), which are bitsandbytes' own memory where they lie as the code reads
+        them.
+        """
+        if isinstance(product, MergedNF4):
+            weight, scale = product.packed, product.scales.view(product.out_features, -1)
+        elif self.code.packs_outputs:
+            weight, scale = product.weight, product.scales
+        else:
+            weight, scale = by_rows(product.weight, product.scales)
+        if not self.code.packs_outputs:  # [out, in / 64] to [out / 4, in / 64, 4]
+            scale = scale.to(torch.bfloat16).unflatten(0, (-1, SCALES_TOGETHER)).transpose(1, 2)
+        addresses = map(self.address, (weight, scale, product.bias))
+        return Product(*addresses, product.in_features, product.out_features)
+
     def int8(self, tiles: Tensor, scale: Tensor) -> Int8:
         """A product over what `int8_tiles` made."""
         return Int8(self.address(tiles), self.address(scale), tiles.shape[1], tiles.shape[0])
 
 
-def int8_tiles(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows [out, in] float32 in int8.
+def by_rows(packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """bitsandbytes' packing for CPUs with AVX512-BF16 -> its plain one.
+
+    Args:
+        packed: [out, in / 2] uint8, two inputs of 32 outputs together. scales: [in / 64, out].
 
     Returns:
-        Integers plus 128 in tiles of 16 rows and 4 inputs [out, in] uint8, scales [out] float32, what they stand for
-        [out, in] float32.
+        [out, in / 2] uint8, the first of two inputs in the upper half; [out, in / 64].
     """
-    out, size = rows.shape
-    whole, scales = int8_rows(rows)
-    scale = scales.float()
-    tiles = (whole.to(torch.int16) + 128).to(torch.uint8).view(out // VOCAB_TILE, VOCAB_TILE, size // 4, 4)
-    return tiles.transpose(1, 2).reshape(out, size), scale, whole.float() * scale[:, None]
+    out, half = packed.shape
+    pairs = packed.view(out // TILE, half, TILE)
+    codes = torch.cat((pairs & 15, pairs >> 4), 2).view(out // TILE, half, TILE, 2)
+    plain = codes[..., 0] << 4 | codes[..., 1]
+    return plain.transpose(1, 2).reshape(out, half), scales.T
 
 
 def native_part(part: Part) -> NativePart:

@@ -1,25 +1,28 @@
 """The C code of the CPU's pass: compiled once on this machine, for this machine, and kept in the user's cache folder.
 
-Nothing is shipped compiled. Where there is no C compiler, or it fails, the reason is kept and PyTorch does the work.
+One source serves all instruction sets (`native/vectors.h`, docs/decisions/0023-instruction-sets.md). Nothing is shipped compiled. Where there is no C compiler, or it fails, the reason is kept and PyTorch does the work.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import os
 import platform
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 from early_exit_cli.files.atomic import sha256_of, write_atomic
-from early_exit_cli.files.environment import kept_path, processor_flags, processor_name
+from early_exit_cli.files.environment import kept_path, processor_name
+from early_exit_cli.files.instruction_sets import InstructionSet, instruction_set, lacks
 from early_exit_cli.steps import step
 
 FOLDER = Path(__file__).parent / "native"
-FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
+FLAGS = ("-O3", "-ffp-contract=off", "-shared", "-fPIC")
 """Without reassociation and contraction: a sum has one order, see the sources."""
 SECONDS = 120
 
@@ -28,66 +31,80 @@ class NoNativeCode(Exception):
     """Why there is none, in words for people."""
 
 
-def lacks() -> str | None:
-    """What this processor lacks to run it; None where nothing is known to be missing."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return f"it is written for x86-64, and this is {platform.machine()}"
-    flags = processor_flags()
-    if flags is None:  # not Linux: the compiler will say
-        return None
-    missing = [flag for flag in ("avx512bw", "avx512_vnni", "avx512_bf16") if flag not in flags]
-    return f"this processor has no {missing[0]}" if missing else None
-
-
 def find_compiler() -> str | None:
     """The C compiler: `CC` where it is set, else the system's."""
     names = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
     return next(filter(None, map(shutil.which, names)), None)
 
 
-@functools.cache
 def code_key() -> str:
-    """What the compiled code is made of and for: the sources, the flags, this machine."""
-    sources = [path.read_text(encoding="utf-8") for path in sorted(FOLDER.glob("*.[ch]"))]
-    return sha256_of("\n".join((*sources, *FLAGS, processor_name(), platform.platform())))[:24]
+    """What the compiled code is made of and for: the sources, the flags, the instruction set, this machine."""
+    return _key(instruction_set())
 
 
 @functools.cache
+def _key(variant: InstructionSet | None) -> str:
+    sources = [path.read_text(encoding="utf-8") for path in sorted(FOLDER.glob("*.[ch]"))]
+    target = () if variant is None else (variant.name, *variant.compiler)
+    return sha256_of("\n".join((*sources, *FLAGS, *target, processor_name(), platform.platform())))[:24]
+
+
 def native_code() -> ctypes.CDLL:
-    """The compiled library.
+    """The library compiled for the instruction set that is used here.
 
     Raises:
         NoNativeCode: it cannot be had here.
+        ConfigError: `EEXIT_ISA` names an instruction set that this machine has not.
     """
     lacking = lacks()
-    if lacking is not None:
+    variant = instruction_set()
+    if lacking is not None or variant is None:
         raise NoNativeCode(lacking)
+    return _loaded(variant)
+
+
+@functools.cache
+def _loaded(variant: InstructionSet) -> ctypes.CDLL:
     compiler = find_compiler()
-    path = kept_path("native", f"{code_key()}.so")
+    path = kept_path("native", f"{_key(variant)}.so")
     if not path.exists():
         if compiler is None:
             raise NoNativeCode("no C compiler was found")
-        _compile(compiler, path)
+        _compile(compiler, variant, path)
     try:
         return _declared(ctypes.CDLL(str(path)))
-    except (OSError, AttributeError) as error:
+    except (OSError, AttributeError, ValueError) as error:
         path.unlink(missing_ok=True)  # damaged: the next process compiles it again
         raise NoNativeCode(f"{path} cannot be loaded ({error})") from error
 
 
-def has_native_code() -> bool:
-    """Whether the compiled library can be had here."""
+def why_no_native_code() -> str | None:
+    """Why the compiled library cannot be had on this machine; None where it can."""
     try:
         native_code()
-    except NoNativeCode:
-        return False
-    return True
+    except NoNativeCode as error:
+        return str(error)
+    return None
 
 
-def _compile(compiler: str, path: Path) -> None:
+def has_native_code() -> bool:
+    """Whether the compiled library can be had here."""
+    return why_no_native_code() is None
+
+
+def openmp() -> tuple[str, ...]:
+    """The compiler's flags for threads. Apple's compiler has no OpenMP library of its own; torch brings one."""
+    if sys.platform != "darwin":
+        return ("-fopenmp",)
+    spec = importlib.util.find_spec("torch")
+    folder = Path(spec.origin or "").parent / "lib" if spec is not None else Path()
+    return ("-Xclang", "-fopenmp", f"-L{folder}", "-lomp", f"-Wl,-rpath,{folder}")
+
+
+def _compile(compiler: str, variant: InstructionSet, path: Path) -> None:
     def compile_to(target: Path) -> None:
         sources = [str(path) for path in sorted(FOLDER.glob("*.c"))]
-        command = [compiler, *FLAGS, *sources, "-o", str(target), "-lm"]
+        command = [compiler, *FLAGS, *variant.compiler, *openmp(), *sources, "-o", str(target), "-lm"]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
 
     try:
@@ -226,4 +243,6 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     for name, arguments in functions.items():
         getattr(library, name).argtypes = arguments
     library.eexit_final_norm.restype = library.eexit_logits.restype = None
+    library.packs_outputs = bool(ctypes.c_int.in_dll(library, "eexit_packs_outputs"))  # type: ignore[attr-defined]
+    library.int8_inputs = ctypes.c_int.in_dll(library, "eexit_int8_inputs").value  # type: ignore[attr-defined]
     return library

@@ -18,6 +18,7 @@ from early_exit_cli.runtime.hf_blocks import HFBlocks
 from early_exit_cli.runtime.invariant_widths import measure_widths
 from early_exit_cli.runtime.measurements import device_identity, measurement_path
 from early_exit_cli.runtime.native_blocks import NativeBlocks, compiled_blocks
+from early_exit_cli.runtime.native_code import why_no_native_code
 from early_exit_cli.steps import step
 
 
@@ -69,7 +70,10 @@ def _pick(backbone: Backbone, runner: str, cuda_graphs: str) -> Blocks:
     if compiled is not None or runner == "native":
         return compiled or NativeBlocks(backbone)  # which says why there is none
     is_fused = runner == "fused" or (runner == "auto" and backbone.has_llama_shape)
-    return FusedBlocks(backbone) if is_fused else HFBlocks(backbone)
+    blocks = FusedBlocks(backbone) if is_fused else HFBlocks(backbone)
+    if runner == "auto" and is_fused and backbone.device.type == "cpu" and backbone.quantization == "4bit":
+        blocks.without_kernels = why_no_native_code()
+    return blocks
 
 
 def _on_gpu(backbone: Backbone, runner: str, cuda_graphs: str) -> Blocks:

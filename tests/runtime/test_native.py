@@ -21,6 +21,7 @@ from early_exit_cli.decoding.text import Request
 from early_exit_cli.drafting.drafter import NoDrafter
 from early_exit_cli.engine import Engine
 from early_exit_cli.errors import UnsupportedBackboneError
+from early_exit_cli.files.instruction_sets import SETS
 from early_exit_cli.heads.eagle_runner import EagleRunner
 from early_exit_cli.heads.exit_heads import ExitHeads
 from early_exit_cli.heads.exit_runner import ExitRunner, NativeExitRunner, exit_runner
@@ -31,10 +32,16 @@ from early_exit_cli.runtime.fused_blocks import FusedBlocks
 from early_exit_cli.runtime.kv_cache import Part
 from early_exit_cli.runtime.native_blocks import NativeBlocks, why_not_native
 from early_exit_cli.runtime.native_code import NoNativeCode, native_code
+from early_exit_cli.runtime.nf4_linear import is_packed_nf4, is_plain_nf4
 from early_exit_cli.runtime.select import make_blocks
 from early_exit_cli.sampling import Sampler
 
 SHAPES = ("llama", "llama3-rope", "mistral-window", "qwen2", "qwen2-window", "qwen3")
+AVX2_WHEN_SLOW = pytest.mark.parametrize(
+    "any_blocks", ["", pytest.param("avx2", marks=pytest.mark.slow)], indirect=True
+)
+"""Where the kernels' own tests at odd shapes say enough."""
+SHAPES_HERE = [*((family, "") for family in SHAPES), ("qwen2-window", "avx2"), ("qwen3", "avx2")]
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +50,29 @@ def blocks(smollm2):
     if reason is not None:
         pytest.skip(reason)
     return NativeBlocks(smollm2)
+
+
+@pytest.fixture(scope="module")
+def made_blocks(smollm2, blocks):
+    """Instruction set -> the runner that uses it."""
+    return {"": blocks}
+
+
+@pytest.fixture(params=["", "avx2"])
+def any_blocks(request, monkeypatch, made_blocks, smollm2):
+    """The runner of this processor, then that of AVX2, which all code of a test uses."""
+    if request.param:
+        force(monkeypatch, request.param)
+    if request.param not in made_blocks:
+        made_blocks[request.param] = NativeBlocks(smollm2)
+    return made_blocks[request.param]
+
+
+def force(monkeypatch, name):
+    missing = next(known for known in SETS if known.name == name).missing()
+    if missing is not None:
+        pytest.skip(missing)
+    monkeypatch.setenv("EEXIT_ISA", name)
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +105,11 @@ def real_ids(backbone, length):
     return torch.tensor(ids[:length])
 
 
-@pytest.mark.parametrize("family", SHAPES)
-def test_every_shape_computes_what_the_fused_runner_does(small_backbone, family):
+@pytest.mark.parametrize(("family", "name"), SHAPES_HERE)
+def test_every_shape_computes_what_the_fused_runner_does(small_backbone, family, name, monkeypatch):
     """Norms of queries and keys, biases, scaled rotary embeddings, windows that the text outgrows."""
+    if name:
+        force(monkeypatch, name)
     backbone = small_backbone(family)
     ids = torch.randint(256, (96,), generator=torch.Generator().manual_seed(3))
     native, fused = NativeBlocks(backbone), FusedBlocks(backbone)
@@ -91,8 +123,10 @@ def test_every_shape_computes_what_the_fused_runner_does(small_backbone, family)
             states = states + theirs
 
 
-@pytest.mark.parametrize("family", SHAPES)
-def test_bits_do_not_depend_on_the_pass(small_backbone, family):
+@pytest.mark.parametrize(("family", "name"), SHAPES_HERE)
+def test_bits_do_not_depend_on_the_pass(small_backbone, family, name, monkeypatch):
+    if name:
+        force(monkeypatch, name)
     blocks = NativeBlocks(small_backbone(family))
     ids = torch.randint(256, (128,), generator=torch.Generator().manual_seed(4))
     with torch.inference_mode():
@@ -124,36 +158,43 @@ def test_tokens_are_embedded_as_the_backbone_embeds_them(blocks, smollm2):
                 blocks.run_tokens([5, outside], caches[0], 40, [blocks.num_blocks])
 
 
-def test_bits_do_not_depend_on_the_number_of_threads(blocks, smollm2):
+def test_bits_do_not_depend_on_the_number_of_threads(any_blocks, smollm2):
     ids, before = real_ids(smollm2, 70), torch.get_num_threads()
     found = []
     with torch.inference_mode():
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            states = run_in_passes(blocks, ids, [64, 6])
+            states = run_in_passes(any_blocks, ids, [64, 6])
             found.append(
-                (states, blocks.final_norm(states), blocks.logits(blocks.final_norm(states)), blocks.finish(states)[1])
+                (
+                    states,
+                    any_blocks.final_norm(states),
+                    any_blocks.logits(any_blocks.final_norm(states)),
+                    any_blocks.finish(states)[1],
+                )
             )
     torch.set_num_threads(before)
     for other in found[1:]:
         assert all(map(torch.equal, other, found[0]))
 
 
-def test_passes_are_as_near_the_exact_arithmetic_as_the_librarys(blocks, smollm2):
-    """The same NF4 weights in float32 are the yardstick: the compiled passes may not be further from it."""
+@pytest.fixture(scope="module")
+def divergence(smollm2):
+    """Logits of 120 tokens -> how far they are from those of the same NF4 weights in float32."""
     config = copy.deepcopy(smollm2.config)
     del config.quantization_config
     exact = AutoModelForCausalLM.from_config(config).float().eval()
     modules = dict(smollm2.model.named_modules())
     exact.load_state_dict({name: plain_weight(modules[name.removesuffix(".weight")]) for name in exact.state_dict()})
+    with torch.inference_mode():
+        wanted = exact(real_ids(smollm2, 120)[None]).logits[0].log_softmax(-1)
+    return lambda logits: float((wanted.exp() * (wanted - logits.float().log_softmax(-1))).sum(-1).mean())
+
+
+def test_passes_are_as_near_the_exact_arithmetic_as_the_librarys(any_blocks, smollm2, divergence):
     ids = real_ids(smollm2, 120)
     with torch.inference_mode():
-        wanted = exact(ids[None]).logits[0].log_softmax(-1)
-
-        def divergence(logits):
-            return float((wanted.exp() * (wanted - logits.float().log_softmax(-1))).sum(-1).mean())
-
-        ours = divergence(blocks.logits(blocks.final_norm(run_in_passes(blocks, ids, [120]))))
+        ours = divergence(any_blocks.logits(any_blocks.final_norm(run_in_passes(any_blocks, ids, [120]))))
         theirs = divergence(smollm2.model(ids[None]).logits[0])
     assert 0 < ours < 1.1 * theirs
 
@@ -170,16 +211,17 @@ def plain_weight(module):
     return values * state.absmax.float().T.repeat_interleave(64, 1)
 
 
-def test_the_choice_is_the_first_of_the_best_logits(blocks, smollm2):
+@AVX2_WHEN_SLOW
+def test_the_choice_is_the_first_of_the_best_logits(any_blocks, smollm2):
     ids = real_ids(smollm2, 640)
     ties = 0
     with torch.inference_mode():
-        normed = blocks.final_norm(run_in_passes(blocks, ids, [64] * 10, capacity=640))
+        normed = any_blocks.final_norm(run_in_passes(any_blocks, ids, [64] * 10, capacity=640))
         for width in (1, 3, 8, 16, 40):
             for rows in normed.split(width):
-                logits = blocks.logits(rows)
+                logits = any_blocks.logits(rows)
                 best = logits.max(-1).values
-                choices, values = blocks.choose(rows)
+                choices, values = any_blocks.choose(rows)
                 assert torch.equal(choices, (logits == best[:, None]).int().argmax(-1))
                 assert torch.equal(values, best.float())
                 ties += int(((logits == best[:, None]).sum(-1) > 1).sum())
@@ -257,15 +299,17 @@ def test_rows_beyond_the_kv_cache_are_refused(blocks):
 def without_code(monkeypatch, tmp_path):
     """As if nothing had been compiled on this machine yet."""
     monkeypatch.setenv("EEXIT_HOME", str(tmp_path))
-    native_code.cache_clear()
+    native_module._loaded.cache_clear()
     yield tmp_path
-    native_code.cache_clear()
+    native_module._loaded.cache_clear()
 
 
 def test_without_a_compiler_the_fused_runner_runs(without_code, monkeypatch, small_backbone):
     backbone = small_backbone("llama")
     monkeypatch.setattr(native_module, "find_compiler", lambda: None)
-    assert type(make_blocks(backbone)) is FusedBlocks
+    found = make_blocks(backbone)
+    assert type(found) is FusedBlocks
+    assert found.without_kernels == "no C compiler was found"  # a line at load
     with pytest.raises(UnsupportedBackboneError, match="no C compiler was found") as caught:
         make_blocks(backbone, "native")
     assert caught.value.hint == "--runner auto"
@@ -278,13 +322,39 @@ def test_a_compiler_that_fails_is_named(without_code, monkeypatch, small_backbon
     assert not list((without_code / "native").iterdir())
 
 
+def test_both_packings_of_bitsandbytes_are_read_with_the_same_bits(small_backbone, monkeypatch):
+    """That for AVX512-BF16 unpacked, and the plain one of all other processors in its own memory."""
+    packed = small_backbone("llama")
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+    plain = load_backbone(BackboneConfig(model_name=packed.name, device="cpu"))
+    assert why_not_native(packed) is None
+    assert is_plain_nf4(plain.blocks[0].mlp.down_proj)
+    if not is_packed_nf4(packed.blocks[0].mlp.down_proj):
+        pytest.skip("bitsandbytes packs nothing on this processor")
+    force(monkeypatch, "avx2")
+    ids = torch.randint(256, (40,), generator=torch.Generator().manual_seed(6))
+    ours, theirs = NativeBlocks(plain), NativeBlocks(packed)
+    with torch.inference_mode():
+        assert torch.equal(run_in_passes(ours, ids, [1, 7, 32]), run_in_passes(theirs, ids, [40]))
+    down = plain.blocks[2].mlp.down_proj
+    assert ours.model.blocks[2].down.weight == down.weight.data_ptr()
+
+
+def test_instruction_sets_are_kept_apart(blocks, small_backbone, monkeypatch):
+    """Compiled code, and what is measured of a runner, are found by the instruction set, too."""
+    key, name = native_module.code_key(), NativeBlocks(small_backbone("llama")).name
+    force(monkeypatch, "avx2")
+    assert native_module.code_key() != key
+    assert " avx2 " in NativeBlocks(small_backbone("llama")).name != name
+
+
 def test_damaged_code_is_compiled_again(without_code):
     path = without_code / "native" / f"{native_module.code_key()}.so"
     path.parent.mkdir()
     path.write_bytes(b"not a library")
     with pytest.raises(NoNativeCode, match="cannot be loaded"):
         native_code()
-    native_code.cache_clear()
+    native_module._loaded.cache_clear()
     native_code()
 
 
@@ -299,7 +369,8 @@ def test_other_precisions_say_why(tiny_backbone):
         make_blocks(tiny_backbone("llama"), "native")
 
 
-def test_compiled_eagle_steps_say_what_pytorchs_say(blocks, smollm2):
+@AVX2_WHEN_SLOW
+def test_compiled_eagle_steps_say_what_pytorchs_say(any_blocks, smollm2):
     """The shipped head, over a prompt read in pieces and rolled forward: near states, equal choices, near entropies."""
     head = load_engine(BackboneConfig(device="cpu"), BundleConfig(bundle=SHIPPED_BUNDLE)).eagle
     ids = real_ids(smollm2, 160)
@@ -309,10 +380,10 @@ def test_compiled_eagle_steps_say_what_pytorchs_say(blocks, smollm2):
     columns = {token: column for column, token in enumerate(head.draft_vocab.tolist())}
     agreed = rolled = 0
     with torch.inference_mode():
-        cache, states = blocks.new_cache(192), [blocks.embed(ids[:-1])]
-        for first, last in itertools.pairwise([0, *head.exit_layers, blocks.num_blocks]):
-            states.append(blocks.run(states[-1], cache, 0, first, last))
-        read = [*states[1:-1], blocks.final_norm(states[-1])]
+        cache, states = any_blocks.new_cache(192), [any_blocks.embed(ids[:-1])]
+        for first, last in itertools.pairwise([0, *head.exit_layers, any_blocks.num_blocks]):
+            states.append(any_blocks.run(states[-1], cache, 0, first, last))
+        read = [*states[1:-1], any_blocks.final_norm(states[-1])]
         start = 0
         for end in (60, 61, 64, 72, 100, 101, 103, 130, 159):
             verified = (words[start + 1 : end + 1], [state[start:end] for state in read])
@@ -348,14 +419,15 @@ def test_what_the_compiled_eagle_says_of_itself_is_so(smollm2):
         assert torch.equal(runner.read([5, 6, 7, 8, 9], states), hidden)
 
 
-def test_compiled_exit_heads_say_what_pytorchs_say(blocks, smollm2):
+@AVX2_WHEN_SLOW
+def test_compiled_exit_heads_say_what_pytorchs_say(any_blocks, smollm2):
     """Each shipped head over each place of a text: near logits, and choice, entropy and confidence of these."""
     heads = load_engine(BackboneConfig(device="cpu"), BundleConfig(bundle=SHIPPED_BUNDLE)).heads
     native, plain = exit_runner(heads), ExitRunner(heads)
     assert type(native) is NativeExitRunner
     ids = real_ids(smollm2, 60)
     with torch.inference_mode():
-        states = blocks.run_through(blocks.embed(ids), blocks.new_cache(96), 0, heads.exit_layers)
+        states = any_blocks.run_through(any_blocks.embed(ids), any_blocks.new_cache(96), 0, heads.exit_layers)
         agreed = 0
         for head, state in itertools.product(range(len(heads)), range(len(ids))):
             row = states[head][state : state + 1]

@@ -1,20 +1,18 @@
-/* A pass of blocks of the Llama shape over NF4 weights, on a CPU with AVX512-BF16.
+/* A pass of blocks of the Llama shape over NF4 weights, on a CPU.
  *
  * One parallel region a pass: the threads share every product by tiles of 32 outputs and meet at barriers. The bits of
  * a row depend on nothing but the tokens before it, whatever the number of rows, of threads or of keys in the buffer.
  *
- * Values are rounded to bfloat16 where the library's modules round. The NF4 product is bitsandbytes'
- * (csrc/cpu_ops.cpp): over each quantization block of 64 inputs in float32, then times the block's scale; over its own
- * packing of weights.
+ * Values are rounded to bfloat16 where the library's modules round, and so are the weights' scales.
  */
 #include "kernels.h"
 
-#define TILE 32     /* outputs that bitsandbytes packs together */
+#define TILE 32     /* outputs of a product that a thread makes at a time */
 #define BLOCK 64    /* inputs that share a scale */
 
 typedef struct {
-    const uint8_t *weight; /* [out / 32, in / 2, 32], two inputs a byte: low half for outputs 0..15, high for 16..31 */
-    const bf16 *scale;     /* [in / 64, out] */
+    const uint8_t *weight; /* half a byte for each input of each output, packed as nf4_pairs.h or nf4_rows.h says */
+    const bf16 *scale;     /* of each BLOCK inputs of each output */
     const bf16 *bias;      /* [out] or NULL */
     int64_t in, out;
 } Product;
@@ -43,105 +41,61 @@ typedef struct {
 
 /* ---- the NF4 product ---- */
 
-static const bf16 NF4[32] __attribute__((aligned(64))) = {
-    0xBF80, 0xBF32, 0xBF06, 0xBECA, 0xBE92, 0xBE3D, 0xBDBA, 0x0000,
-    0x3DA3, 0x3E25, 0x3E7C, 0x3EAD, 0x3EE2, 0x3F10, 0x3F39, 0x3F80,
-    0xBF80, 0xBF32, 0xBF06, 0xBECA, 0xBE92, 0xBE3D, 0xBDBA, 0x0000,
-    0x3DA3, 0x3E25, 0x3E7C, 0x3EAD, 0x3EE2, 0x3F10, 0x3F39, 0x3F80,
-}; /* twice: a lookup reads five bits, the fifth being another weight's */
+#ifdef HAS_BF16
+#include "nf4_pairs.h"
+#else
+#include "nf4_rows.h"
+#endif
 
-/* 32 bytes: two inputs of 32 outputs, as two vectors of bfloat16 pairs. */
-INLINE void decode(const uint8_t *weight, __m512bh *low, __m512bh *high) {
-    const __m512i table = _mm512_load_si512(NF4);
-    __m512i both = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)weight));
-    _mm_prefetch(weight + 2048, _MM_HINT_T0);
-    *low = (__m512bh)_mm512_permutexvar_epi16(both, table);
-    *high = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(both, 4), table);
-}
-
-/* Adds two inputs' share of the rows to their sums. */
-INLINE void add_pair(__m512 sum[][2], const bf16 *x, int64_t stride, __m512bh low, __m512bh high, const int rows) {
-    for (int r = 0; r < rows; r++) {
-        __m512bh value = (__m512bh)_mm512_set1_epi32(*(const int32_t *)(x + r * stride));
-        sum[r][0] = _mm512_dpbf16_ps(sum[r][0], value, low);
-        sum[r][1] = _mm512_dpbf16_ps(sum[r][1], value, high);
-    }
-}
-
-/* total += sum * scale, for the 64 inputs that share it */
-INLINE void add_scaled(float *total, __m512 sum[][2], const bf16 *scale, const int rows) {
-    __m512 first = load16(scale), second = load16(scale + 16);
-    for (int r = 0; r < rows; r++) {
-        _mm512_storeu_ps(total + r * TILE, _mm512_fmadd_ps(sum[r][0], first, _mm512_loadu_ps(total + r * TILE)));
-        _mm512_storeu_ps(total + r * TILE + 16,
-                         _mm512_fmadd_ps(sum[r][1], second, _mm512_loadu_ps(total + r * TILE + 16)));
-    }
-}
-
-/* One tile of outputs for up to ROWS rows: weights are used as they are decoded. */
-INLINE void rows_of_tile(const Product *p, const uint8_t *weight, const bf16 *scale, const bf16 *x, const int rows,
-                         float *total) {
-    for (int64_t k = 0; k < p->in; k += BLOCK, scale += p->out) {
-        __m512 sum[ROWS][2];
-        for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
-        for (int64_t pair = 0; pair < BLOCK; pair += 2, weight += 32) {
-            __m512bh low, high;
-            decode(weight, &low, &high);
-            add_pair(sum, x + k + pair, p->in, low, high, rows);
-        }
-        add_scaled(total, sum, scale, rows);
-    }
-}
-
-/* One tile of 32 outputs for all rows of x [width, in] -> out [width, 32], rounded. */
-static void tile(const Product *p, int64_t index, const bf16 *x, int64_t width, float *out) {
-    const uint8_t *weight = p->weight + index * TILE * p->in / 2;
-    const bf16 *scale = p->scale + index * TILE;
-    memset(out, 0, width * TILE * sizeof(float));
-    for (int64_t row = 0; row < width; row += ROWS) {
-        int rows = min(ROWS, width - row);
-#define BODY(n) rows_of_tile(p, weight, scale, x + row * p->in, n, out + row * TILE)
-        FOR_ROWS(rows, BODY)
-#undef BODY
-    }
+/* One tile of 32 outputs for all rows of x -> out [width, 32], rounded, with the bias. */
+static void tile(const Product *p, int64_t index, Inputs x, int64_t width, float *out) {
+    sums_of_tile(p, index, x, width, out);
     for (int64_t i = 0; i < width * TILE; i += 16) {
-        __m512 value = rounded(_mm512_loadu_ps(out + i));
-        if (p->bias) value = rounded(_mm512_add_ps(value, load16(p->bias + index * TILE + i % TILE)));
-        _mm512_storeu_ps(out + i, value);
+        Floats value = rounded16(read16(out + i));
+        if (p->bias) value = rounded16(add16(value, load16(p->bias + index * TILE + i % TILE)));
+        write16(out + i, value);
     }
 }
 
-/* out [width, p->out] = x [width, p->in] times the weights, or added to what is there.
- * own: [2, PIECE, 32] of scratch. */
-static void product(const Product *p, const bf16 *x, bf16 *out, int64_t width, int adds, float *own) {
+/* A thread's own: outputs [2, PIECE, 32], and the inputs of up to PIECE rows as a product reads them. */
+typedef struct {
+    float *outputs;
+    void *inputs;
+} ProductScratch;
+
+/* out [width, p->out] = x [width, p->in] times the weights, or added to what is there. */
+static void product(const Product *p, const bf16 *x, bf16 *out, int64_t width, int adds, ProductScratch scratch) {
     int64_t from, to;
+    float *own = scratch.outputs;
     share(p->out / TILE, &from, &to);
     for (int64_t row = 0; row < width; row += PIECE) {
         int rows = min(PIECE, width - row);
+        Inputs inputs = inputs_of(x + row * p->in, rows, p->in, scratch.inputs);
         for (int64_t t = from; t < to; t++) {
-            tile(p, t, x + row * p->in, rows, own);
+            tile(p, t, inputs, rows, own);
             for (int64_t i = 0; i < rows * TILE; i += 16) {
                 bf16 *place = out + (row + i / TILE) * p->out + t * TILE + i % TILE;
-                __m512 found = _mm512_loadu_ps(own + i);
-                store16(place, adds ? _mm512_add_ps(load16(place), found) : found);
+                Floats found = read16(own + i);
+                store16(place, adds ? add16(load16(place), found) : found);
             }
         }
     }
 }
 
 /* out [width, inner] = silu(gate) * up. */
-static void gated(const Product *p, const bf16 *x, bf16 *out, int64_t width, int64_t inner, float *own) {
+static void gated(const Product *p, const bf16 *x, bf16 *out, int64_t width, int64_t inner, ProductScratch scratch) {
     int64_t from, to;
     share(inner / TILE, &from, &to);
-    float *up = own + PIECE * TILE;
+    float *own = scratch.outputs, *up = own + PIECE * TILE;
     for (int64_t row = 0; row < width; row += PIECE) {
         int rows = min(PIECE, width - row);
+        Inputs inputs = inputs_of(x + row * p->in, rows, p->in, scratch.inputs);
         for (int64_t t = from; t < to; t++) {
-            tile(p, t, x + row * p->in, rows, own);
-            tile(p, t + inner / TILE, x + row * p->in, rows, up);
+            tile(p, t, inputs, rows, own);
+            tile(p, t + inner / TILE, inputs, rows, up);
             for (int64_t i = 0; i < rows * TILE; i += 16)
                 store16(out + (row + i / TILE) * inner + t * TILE + i % TILE,
-                        _mm512_mul_ps(rounded(silu(_mm512_loadu_ps(own + i))), _mm512_loadu_ps(up + i)));
+                        mul16(rounded16(silu(read16(own + i))), read16(up + i)));
         }
     }
 }
@@ -166,7 +120,7 @@ static void attend_rows(const Model *m, const Block *block, const Part *part, in
 #define BODY(n)                                                                                                        \
     attend(rotated, end, part->keys[index] + start, part->values[index] + start, block->window, size, m->scale, n,     \
            scores, found)
-    FOR_ROWS(rows, BODY)
+    FOR_ROWS(ROWS, rows, BODY)
 #undef BODY
 }
 
@@ -222,7 +176,9 @@ int eexit_run(const Model *m, const int64_t *tokens, bf16 *hidden, const Part *p
     int64_t row_of_scores = ROWS * (keys + 32);
     float *scores = scratch_of(threads * row_of_scores * sizeof(float));
     float *outputs = scratch_of(threads * 2 * PIECE * TILE * sizeof(float));
-    int failed = !qkv || !attended || !gate || !normed || !scores || !outputs;
+    int64_t of_inputs = min(width, PIECE) * bytes_of_inputs(max(max(m->hidden, m->inner), queries));
+    uint8_t *inputs = scratch_of(threads * of_inputs);
+    int failed = !qkv || !attended || !gate || !normed || !scores || !outputs || !inputs;
     Barrier barrier = {0};
     if (!failed && tokens)
         for (int64_t row = 0; row < width; row++)
@@ -232,7 +188,7 @@ int eexit_run(const Model *m, const int64_t *tokens, bf16 *hidden, const Part *p
     {
         int thread = omp_get_thread_num();
         bf16 *own = normed + thread * width * m->hidden;
-        float *output = outputs + thread * 2 * PIECE * TILE;
+        ProductScratch output = {outputs + thread * 2 * PIECE * TILE, inputs + thread * of_inputs};
         for (int index = first; index < last; index++) {
             const Block *block = m->blocks + index;
             for (int64_t row = 0; row < width; row++)
@@ -261,6 +217,14 @@ int eexit_run(const Model *m, const int64_t *tokens, bf16 *hidden, const Part *p
                 }
         }
     }
-    free(qkv), free(attended), free(gate), free(normed), free(scores), free(outputs);
+    free(qkv), free(attended), free(gate), free(normed), free(scores), free(outputs), free(inputs);
     return failed;
 }
+
+/* How an instruction set wants its weights packed, for who packs them. */
+#ifdef HAS_BF16
+const int eexit_packs_outputs = 1; /* nf4_pairs.h */
+#else
+const int eexit_packs_outputs = 0; /* nf4_rows.h */
+#endif
+const int eexit_int8_inputs = INT8_INPUTS;

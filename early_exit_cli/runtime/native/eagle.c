@@ -1,4 +1,4 @@
-/* The EAGLE head on a CPU with AVX512-BF16, as `eagle.EagleHead` computes it, with its products in int8:
+/* The EAGLE head on a CPU, as `eagle.EagleHead` computes it, with its products in int8:
  * drafts may be approximate. Of the positions that a pass verified all but the last only leave keys and values.
  */
 #include "kernels.h"
@@ -39,8 +39,7 @@ int eexit_eagle(const Eagle *h, const bf16 *const *states, const bf16 *own, cons
 #pragma omp parallel num_threads(threads)
     {
         int thread = omp_get_thread_num();
-        Int15 mine = {int15 + thread * 2 * chunk * widest, int15 + (thread * 2 + 1) * chunk * widest,
-                      steps + thread * chunk, sums_of + thread * chunk};
+        Int15 mine = {int15 + thread * 2 * chunk * widest, steps + thread * chunk, sums_of + thread * chunk};
         bf16 *input = inputs + thread * rows * 2 * hidden, *last = fused + (rows - 1) * hidden,
              *own_norm = normed + thread * hidden;
         int64_t from, to;
@@ -69,7 +68,7 @@ int eexit_eagle(const Eagle *h, const bf16 *const *states, const bf16 *own, cons
         share(h->inner / INT8_TILE, &from, &to);
         for (int64_t i = from * INT8_TILE; i < to * INT8_TILE; i += 16)
             store16(gated + 2 * h->inner + i,
-                    _mm512_mul_ps(rounded(silu(load16(gated + i))), load16(gated + h->inner + i)));
+                    mul16(rounded16(silu(load16(gated + i))), load16(gated + h->inner + i)));
         barrier_wait(&barrier);
         int8_product(&h->down, gated + 2 * h->inner, last, last, 1, &mine);
         barrier_wait(&barrier);

@@ -1,4 +1,4 @@
-/* An exit head on a CPU with AVX512-BF16, as `exit_heads.AdapterHead` and `exit_heads.AttentionHead` compute it, with
+/* An exit head on a CPU, as `exit_heads.AdapterHead` and `exit_heads.AttentionHead` compute it, with
  * its products in int8: drafts may be approximate.
  */
 #include "kernels.h"
@@ -34,8 +34,7 @@ int eexit_read_head(const ExitHead *h, const bf16 *states, int64_t rows, int64_t
 #pragma omp parallel num_threads(threads)
     {
         int thread = omp_get_thread_num();
-        Int15 mine = {int15 + thread * 2 * chunk * widest, int15 + (thread * 2 + 1) * chunk * widest,
-                      steps + thread * chunk, sums_of + thread * chunk};
+        Int15 mine = {int15 + thread * 2 * chunk * widest, steps + thread * chunk, sums_of + thread * chunk};
         bf16 *input = inputs + thread * rows * widest;
         if (attends) {
             for (int64_t row = 0; row < rows; row++)

@@ -1,88 +1,73 @@
-/* What the compiled passes share: numbers, norms, rotation, attention of one row, products over int8 rows.
+/* What the compiled passes share: norms, rotation, attention of one row, products over int8 rows, in the vectors of
+ * whichever instruction set it is compiled for.
  *
  * Every sum runs in one fixed order. Nothing here may be compiled with reassociation or contraction.
  */
 #pragma once
-#include <immintrin.h>
 #include <math.h>
+#if __has_include(<omp.h>)
 #include <omp.h>
+#else /* as with Apple's compiler */
+int omp_get_thread_num(void);
+int omp_get_num_threads(void);
+#endif
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-typedef uint16_t bf16;
+#include "vectors.h"
 
-#define INLINE static inline __attribute__((always_inline, unused))
-#define SHARED static __attribute__((unused))
-#define ROWS 8        /* rows that share a weight that was read */
 #define PIECE 64      /* rows of a product that are worked on at a time, so that they stay in the caches */
 #define INT8_TILE 16  /* outputs that int8 rows are packed by */
 
-/* ---- numbers ---- */
-
-INLINE float to_float(bf16 x) {
-    union { uint32_t bits; float value; } u = {(uint32_t)x << 16};
-    return u.value;
-}
-
-INLINE __m512 load16(const bf16 *p) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
-}
-
-INLINE __m256i to_bf16(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
-
-INLINE __m512 rounded(__m512 x) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(to_bf16(x)), 16));
-}
-
-INLINE void store16(bf16 *p, __m512 x) { _mm256_storeu_si256((__m256i *)p, to_bf16(x)); }
+/* ---- functions of numbers ---- */
 
 /* e^x, within 2 units in the last place of float32; 0 far below, infinite far above (Cephes' expf) */
-INLINE __m512 exponential(__m512 x) {
-    x = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(128.0f)), _mm512_set1_ps(-128.0f));
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 0);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-    p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-    return _mm512_scalef_ps(p, n);
+INLINE Floats exponential(Floats x) {
+    x = max16(min16(x, all16(128.0f)), all16(-128.0f));
+    Floats n = nearest16(mul16(x, all16(1.44269504088896341f)));
+    Floats r = negative_fma16(n, all16(0.693359375f), x);
+    r = negative_fma16(n, all16(-2.12194440e-4f), r);
+    Floats p = all16(1.9875691500e-4f);
+    p = fma16(p, r, all16(1.3981999507e-3f));
+    p = fma16(p, r, all16(8.3334519073e-3f));
+    p = fma16(p, r, all16(4.1665795894e-2f));
+    p = fma16(p, r, all16(1.6666665459e-1f));
+    p = fma16(p, r, all16(5.0000001201e-1f));
+    p = fma16(p, mul16(r, r), add16(r, all16(1.0f)));
+    return times_power16(p, n);
 }
 
-INLINE __m512 silu(__m512 x) {
-    __m512 e = exponential(_mm512_sub_ps(_mm512_setzero_ps(), x));
-    return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
+INLINE Floats silu(Floats x) {
+    Floats e = exponential(sub16(zero16(), x));
+    return div16(x, add16(all16(1.0f), e));
 }
 
 /* x / sqrt(mean(x^2) + eps), rounded, times the weight, rounded: [size] */
 INLINE void rms_norm(const bf16 *x, const bf16 *weight, bf16 *out, int64_t size, float eps) {
-    __m512 total = _mm512_setzero_ps();
+    Floats total = zero16();
     for (int64_t i = 0; i < size; i += 16) {
-        __m512 value = load16(x + i);
-        total = _mm512_fmadd_ps(value, value, total);
+        Floats value = load16(x + i);
+        total = fma16(value, value, total);
     }
-    __m512 by = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(total) / (float)size + eps));
+    Floats by = all16(1.0f / sqrtf(sum16(total) / (float)size + eps));
     for (int64_t i = 0; i < size; i += 16)
-        store16(out + i, _mm512_mul_ps(load16(weight + i), rounded(_mm512_mul_ps(load16(x + i), by))));
+        store16(out + i, mul16(load16(weight + i), rounded16(mul16(load16(x + i), by))));
 }
 
-/* Calls `body` with a constant number of rows, so that sums stay in registers. */
-#define FOR_ROWS(count, body) \
-    switch (count) { \
-    case 1: body(1); break; \
-    case 2: body(2); break; \
-    case 3: body(3); break; \
-    case 4: body(4); break; \
-    case 5: body(5); break; \
-    case 6: body(6); break; \
-    case 7: body(7); break; \
-    default: body(8); break; \
+/* Calls `body` with a constant number of rows, `most` at most, so that sums stay in registers. */
+#define FOR_ROWS(most, count, body)                                                                                    \
+    switch (count) {                                                                                                   \
+    case 1: body(1); break;                                                                                            \
+    case 2: body(2); break;                                                                                            \
+    case 3: body(3); break;                                                                                            \
+    case 4: body(4); break;                                                                                            \
+    case 5: if (most >= 5) body(5); break;                                                                             \
+    case 6: if (most >= 6) body(6); break;                                                                             \
+    case 7: if (most >= 7) body(7); break;                                                                             \
+    default: if (most >= 8) body(8); break;                                                                            \
     }
 
 INLINE int min(int64_t a, int64_t b) { return (int)(a < b ? a : b); }
@@ -112,7 +97,7 @@ INLINE void barrier_wait(Barrier *barrier) {
     }
     for (int spins = 0; atomic_load_explicit(&barrier->passed, memory_order_acquire) == passed; spins++)
         if (spins < SPINS)
-            _mm_pause();
+            relax();
         else
             sched_yield();
 }
@@ -129,9 +114,9 @@ SHARED void rotate(const bf16 *x, const bf16 *norm, const bf16 *cos, const bf16 
     }
     int64_t half = size / 2;
     for (int64_t i = 0; i < size; i += 16) {
-        __m512 other_half = load16(x + (i < half ? i + half : i - half));
-        __m512 product = rounded(_mm512_mul_ps(load16(x + i), load16(cos + i)));
-        store16(out + i, _mm512_add_ps(product, rounded(_mm512_mul_ps(other_half, load16(sin + i)))));
+        Floats other_half = load16(x + (i < half ? i + half : i - half));
+        Floats product = rounded16(mul16(load16(x + i), load16(cos + i)));
+        store16(out + i, add16(product, rounded16(mul16(other_half, load16(sin + i)))));
     }
 }
 
@@ -152,52 +137,48 @@ INLINE void score(const bf16 *queries, const bf16 *keys, int64_t begin, int64_t 
                   const int rows, float *out, int64_t stride) {
     for (int64_t first = begin; first < end; first += KEY_TILE) {
         const bf16 *tile = keys + first * size;
-        __m512 sum[ROWS];
-        for (int r = 0; r < rows; r++) sum[r] = _mm512_setzero_ps();
+        Floats sum[ROWS];
+        for (int r = 0; r < rows; r++) sum[r] = zero16();
         for (int64_t i = 0; i < size; i += 2) {
-            __m512bh pair = (__m512bh)_mm512_loadu_si512(tile + i * KEY_TILE);
+            Pairs pair = load_pairs(tile + i * KEY_TILE);
             for (int r = 0; r < rows; r++)
-                sum[r] = _mm512_dpbf16_ps(sum[r], pair,
-                                          (__m512bh)_mm512_set1_epi32(*(const int32_t *)(queries + r * size + i)));
+                sum[r] = dot_pairs(sum[r], pair,
+                                          all_pairs(queries + r * size + i));
         }
         for (int r = 0; r < rows; r++)
-            _mm512_storeu_ps(out + r * stride + first - begin, _mm512_mul_ps(sum[r], _mm512_set1_ps(scale)));
+            write16(out + r * stride + first - begin, mul16(sum[r], all16(scale)));
     }
 }
 
 /* Softmax of one row's scores of keys `begin` .. + count - 1 (whole tiles), of which it sees [from, end): in place,
  * rounded to bfloat16 and not yet divided by their sum, which is returned. */
 SHARED float softmax(float *x, int64_t begin, int64_t count, int64_t from, int64_t end) {
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i low = _mm512_set1_epi32((int)(from - begin)), high = _mm512_set1_epi32((int)(end - begin));
-    __m512 most = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
-#define SEEN(i)                                                                                                        \
-    (_mm512_cmpge_epi32_mask(_mm512_add_epi32(lane, _mm512_set1_epi32((int)(i))), low) &                               \
-     _mm512_cmplt_epi32_mask(_mm512_add_epi32(lane, _mm512_set1_epi32((int)(i))), high))
+    Floats most = all16(-INFINITY), total = zero16();
     for (int64_t i = 0; i < count; i += KEY_TILE)
-        most = _mm512_mask_max_ps(most, SEEN(i), most, _mm512_loadu_ps(x + i));
-    most = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+        most = max_where16(between16(begin + i, from, end), most, read16(x + i));
+    most = all16(most16(most));
     bf16 *weights = (bf16 *)x; /* behind what is still to be read */
     for (int64_t i = 0; i < count; i += KEY_TILE) {
-        __m512 e = rounded(_mm512_maskz_mov_ps(SEEN(i), exponential(_mm512_sub_ps(_mm512_loadu_ps(x + i), most))));
+        Floats e = exponential(sub16(read16(x + i), most));
+        e = rounded16(or_zero16(between16(begin + i, from, end), e));
         store16(weights + i, e);
-        total = _mm512_add_ps(total, e);
+        total = add16(total, e);
     }
-#undef SEEN
-    return _mm512_reduce_add_ps(total);
+    return sum16(total);
 }
 
-/* Sums of 64 dimensions of the values, weighted for `rows` rows by bfloat16 weights [rows, stride]; count is even. */
+/* Sums of 16 VALUES dimensions of the values, weighted for `rows` rows by bfloat16 weights [rows, stride]; count is
+ * even. */
 INLINE void weighted_sum(const bf16 *weights, int64_t stride, const bf16 *values, int64_t size, int64_t count,
-                         const int rows, __m512 out[][4]) {
+                         const int rows, Floats out[][VALUES]) {
     for (int r = 0; r < rows; r++)
-        for (int i = 0; i < 4; i++) out[r][i] = _mm512_setzero_ps();
+        for (int i = 0; i < VALUES; i++) out[r][i] = zero16();
     for (int64_t key = 0; key < count; key += 2) {
-        __m512bh value[4];
-        for (int i = 0; i < 4; i++) value[i] = (__m512bh)_mm512_loadu_si512(values + key * size + 32 * i);
+        Pairs value[VALUES];
+        for (int i = 0; i < VALUES; i++) value[i] = load_pairs(values + key * size + 32 * i);
         for (int r = 0; r < rows; r++) {
-            __m512bh weight = (__m512bh)_mm512_set1_epi32(*(const int32_t *)(weights + r * stride + key));
-            for (int i = 0; i < 4; i++) out[r][i] = _mm512_dpbf16_ps(out[r][i], weight, value[i]);
+            Pairs weight = all_pairs(weights + r * stride + key);
+            for (int i = 0; i < VALUES; i++) out[r][i] = dot_pairs(out[r][i], weight, value[i]);
         }
     }
 }
@@ -214,78 +195,58 @@ INLINE void attend(const bf16 *queries, const int64_t *end, const bf16 *keys, co
         total[r] = softmax(scores + r * count, begin, count, window && end[r] > window ? end[r] - window : 0, end[r]);
     const bf16 *weights = (const bf16 *)scores;
     const int half = rows < ROWS / 2 ? rows : ROWS / 2; /* whose sums fit into the registers */
-    for (int64_t d = 0; d < size; d += 64) {
+    for (int64_t d = 0; d < size; d += 16 * VALUES) {
         const bf16 *value = values + begin * size + 2 * d;
-        __m512 found[ROWS][4];
+        Floats found[ROWS][VALUES];
         weighted_sum(weights, 2 * count, value, size, seen, half, found);
         if (rows > half)
             weighted_sum(weights + half * 2 * count, 2 * count, value, size, seen, rows - half, found + half);
         for (int r = 0; r < rows; r++)
-            for (int i = 0; i < 4; i++)
-                store16(out[r] + d + 16 * i, _mm512_div_ps(found[r][i], _mm512_set1_ps(total[r])));
+            for (int i = 0; i < VALUES; i++)
+                store16(out[r] + d + 16 * i, div16(found[r][i], all16(total[r])));
     }
 }
 
 /* ---- products over int8 rows ---- */
 
 typedef struct {
-    const uint8_t *weight; /* [out / 16, in / 4, 16, 4], int8 rows plus 128 */
+    const uint8_t *weight; /* [out / 16, in / INT8_INPUTS, 16, INT8_INPUTS], int8 rows plus 128 */
     const float *scale;    /* [out], of the rows */
     int64_t in, out;
 } Int8;
 
-/* States in 15 bits: x ~ step * (128 high + low), [size] each. sum: of 128 high + low. Returns the step. */
-INLINE float split_int15(const bf16 *x, int8_t *high, int8_t *low, int64_t size, int32_t *sum) {
-    __m512 most = _mm512_setzero_ps();
-    for (int64_t i = 0; i < size; i += 16) most = _mm512_max_ps(most, _mm512_abs_ps(load16(x + i)));
-    float peak = _mm512_reduce_max_ps(most);
+/* States in 15 bits: x ~ step * whole, [size], which `store_states` lays into 2 size bytes. sum: of the whole numbers.
+ * Returns the step. */
+INLINE float split_int15(const bf16 *x, int8_t *states, int64_t size, int32_t *sum) {
+    Floats most = zero16();
+    for (int64_t i = 0; i < size; i += 16) most = max16(most, abs16(load16(x + i)));
+    float peak = most16(most);
     float step = peak > 0 ? peak / 16255.0f : 1.0f;
-    __m512 by = _mm512_set1_ps(step);
-    __m512i total = _mm512_setzero_si512();
+    Ints total = zero_ints16();
     for (int64_t i = 0; i < size; i += 16) {
-        __m512i value = _mm512_cvtps_epi32(_mm512_div_ps(load16(x + i), by));
-        __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(value, _mm512_set1_epi32(64)), 7);
-        total = _mm512_add_epi32(total, value);
-        _mm_storeu_si128((__m128i *)(high + i), _mm512_cvtepi32_epi8(upper));
-        _mm_storeu_si128((__m128i *)(low + i),
-                         _mm512_cvtepi32_epi8(_mm512_sub_epi32(value, _mm512_slli_epi32(upper, 7))));
+        Ints whole = to_ints16(div16(load16(x + i), all16(step)));
+        total = add_ints16(total, whole);
+        store_states(states, size, i, whole);
     }
-    *sum = _mm512_reduce_add_epi32(total);
+    *sum = sum_ints16(total);
     return step;
 }
 
-INLINE void int8_sums(const uint8_t *weight, const int8_t *high, const int8_t *low, int64_t size, const int rows,
-                      __m512i out[][2]) {
-    for (int r = 0; r < rows; r++) out[r][0] = out[r][1] = _mm512_setzero_si512();
-    for (int64_t i = 0; i < size; i += 4, weight += 64) {
-        __m512i four = _mm512_loadu_si512(weight);
-        _mm_prefetch(weight + 4096, _MM_HINT_T0);
-        for (int r = 0; r < rows; r++) {
-            out[r][0] =
-                _mm512_dpbusd_epi32(out[r][0], four, _mm512_set1_epi32(*(const int32_t *)(high + r * size + i)));
-            out[r][1] = _mm512_dpbusd_epi32(out[r][1], four, _mm512_set1_epi32(*(const int32_t *)(low + r * size + i)));
-        }
-    }
-}
-
-/* One tile of 16 outputs for up to ROWS split rows, [rows, in] each -> out [rows]. */
-INLINE void int8_tile(const Int8 *p, int64_t tile, const int8_t *high, const int8_t *low, const float *step,
-                      const int32_t *sum, int rows, __m512 *out) {
-    __m512i part[ROWS][2];
-    __m512 scale = _mm512_loadu_ps(p->scale + tile * INT8_TILE);
-#define BODY(n) int8_sums(p->weight + tile * INT8_TILE * p->in, high, low, p->in, n, part)
-    FOR_ROWS(rows, BODY)
+/* One tile of 16 outputs for up to ROWS split rows, [rows, 2 in] bytes -> out [rows]. */
+INLINE void int8_tile(const Int8 *p, int64_t tile, const int8_t *states, const float *step, const int32_t *sum,
+                      int rows, Floats *out) {
+    Ints found[ROWS];
+    Floats scale = read16(p->scale + tile * INT8_TILE);
+#define BODY(n) int8_sums(p->weight + tile * INT8_TILE * p->in, states, p->in, n, found)
+    FOR_ROWS(ROWS, rows, BODY)
 #undef BODY
-    for (int r = 0; r < rows; r++) {
-        __m512i whole = _mm512_add_epi32(_mm512_slli_epi32(part[r][0], 7), part[r][1]);
-        whole = _mm512_sub_epi32(whole, _mm512_set1_epi32(128 * sum[r])); /* the rows' 128s */
-        out[r] = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(whole), scale), _mm512_set1_ps(step[r]));
-    }
+    for (int r = 0; r < rows; r++) /* less the rows' 128s */
+        out[r] = mul16(mul16(less_to_floats16(found[r], (int32_t)(128u * (uint32_t)sum[r])), scale), all16(step[r]));
 }
 
 /* Scratch for up to PIECE rows. */
 typedef struct {
-    int8_t *high, *low;
+    int8_t *states;
     float *step;
     int32_t *sum;
 } Int15;
@@ -298,17 +259,15 @@ SHARED void int8_product(const Int8 *p, const bf16 *x, const bf16 *base, bf16 *o
     for (int64_t first = 0; first < rows; first += PIECE) {
         int chunk = min(PIECE, rows - first);
         for (int r = 0; r < chunk; r++)
-            own->step[r] =
-                split_int15(x + (first + r) * p->in, own->high + r * p->in, own->low + r * p->in, p->in, own->sum + r);
+            own->step[r] = split_int15(x + (first + r) * p->in, own->states + r * 2 * p->in, p->in, own->sum + r);
         for (int64_t t = from; t < to; t++)
             for (int row = 0; row < chunk; row += ROWS) {
-                __m512 found[ROWS];
+                Floats found[ROWS];
                 int count = min(ROWS, chunk - row);
-                int8_tile(p, t, own->high + row * p->in, own->low + row * p->in, own->step + row, own->sum + row, count,
-                          found);
+                int8_tile(p, t, own->states + row * 2 * p->in, own->step + row, own->sum + row, count, found);
                 for (int r = 0; r < count; r++) {
                     int64_t place = (first + row + r) * p->out + t * INT8_TILE;
-                    store16(out + place, base ? _mm512_add_ps(load16(base + place), found[r]) : found[r]);
+                    store16(out + place, base ? add16(load16(base + place), found[r]) : found[r]);
                 }
             }
     }
@@ -316,38 +275,38 @@ SHARED void int8_product(const Int8 *p, const bf16 *x, const bf16 *base, bf16 *o
 
 /* This thread's share of the logits of one state. */
 SHARED void int8_logits(const Int8 *p, const bf16 *x, float *logits, Int15 *own) {
-    own->step[0] = split_int15(x, own->high, own->low, p->in, own->sum);
+    own->step[0] = split_int15(x, own->states, p->in, own->sum);
     int64_t from, to;
     share(p->out / INT8_TILE, &from, &to);
     for (int64_t t = from; t < to; t++) {
-        __m512 found[1];
-        int8_tile(p, t, own->high, own->low, own->step, own->sum, 1, found);
-        _mm512_storeu_ps(logits + t * INT8_TILE, found[0]);
+        Floats found[1];
+        int8_tile(p, t, own->states, own->step, own->sum, 1, found);
+        write16(logits + t * INT8_TILE, found[0]);
     }
 }
 
 /* Entropy (nats) of the softmax of `count` logits, the first of the best, and, where asked for, its probability. */
 SHARED void choice_and_entropy(const float *logits, int64_t count, int64_t *choice, float *entropy, float *confidence) {
-    __m512 most = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps(), weighted = _mm512_setzero_ps();
-    for (int64_t i = 0; i < count; i += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(logits + i));
-    float peak = _mm512_reduce_max_ps(most);
+    Floats most = all16(-INFINITY), total = zero16(), weighted = zero16();
+    for (int64_t i = 0; i < count; i += 16) most = max16(most, read16(logits + i));
+    float peak = most16(most);
     *choice = 0;
     for (int64_t i = count - 16; i >= 0; i -= 16) {
-        unsigned equal = _mm512_cmp_ps_mask(_mm512_loadu_ps(logits + i), _mm512_set1_ps(peak), _CMP_EQ_OQ);
+        unsigned equal = equal16(read16(logits + i), all16(peak));
         if (equal) *choice = i + __builtin_ctz(equal);
     }
     for (int64_t i = 0; i < count; i += 16) {
-        __m512 below = _mm512_sub_ps(_mm512_loadu_ps(logits + i), _mm512_set1_ps(peak));
-        __m512 e = exponential(below);
-        total = _mm512_add_ps(total, e);
-        weighted = _mm512_fmadd_ps(e, below, weighted);
+        Floats below = sub16(read16(logits + i), all16(peak));
+        Floats e = exponential(below);
+        total = add16(total, e);
+        weighted = fma16(e, below, weighted);
     }
-    float sum = _mm512_reduce_add_ps(total); /* H = ln sum - (sum e x) / sum */
+    float sum = sum16(total); /* H = ln sum - (sum e x) / sum */
     if (confidence) *confidence = 1 / sum;
-    *entropy = logf(sum) - _mm512_reduce_add_ps(weighted) / sum;
+    *entropy = logf(sum) - sum16(weighted) / sum;
 }
 
-SHARED void *scratch_of(size_t bytes) { return aligned_alloc(64, (bytes + 63) & ~(size_t)63); }
+SHARED void *scratch_of(size_t bytes) { return aligned_alloc(64, (bytes + 64) & ~(size_t)63); }
 
 /* ---- a head's own attention ---- */
 

@@ -1,4 +1,4 @@
-/* The LM head on a CPU with AVX512-BF16: final norm, logits, and the exact argmax of `exact_argmax.ExactArgmax`.
+/* The LM head on a CPU: final norm, logits, and the exact argmax of `exact_argmax.ExactArgmax`.
  *
  * Approximate logits come from int8 rows and states in 15 bits; the tokens that could still be the best go through the
  * product that all logits are made by, so that even ties fall as there, to the lowest token.
@@ -17,11 +17,10 @@ typedef struct {
 
 /* The logit of a token: its row times the state, rounded. One order of summing for all uses. */
 INLINE float logit(const bf16 *row, const bf16 *state, int64_t hidden) {
-    __m512 sum = _mm512_setzero_ps();
+    Floats sum = zero16();
     for (int64_t i = 0; i < hidden; i += 32)
-        sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(state + i), (__m512bh)_mm512_loadu_si512(row + i));
-    bf16 narrowed = (bf16)_mm256_extract_epi16(to_bf16(_mm512_set1_ps(_mm512_reduce_add_ps(sum))), 0);
-    return to_float(narrowed);
+        sum = dot_pairs(sum, load_pairs(state + i), load_pairs(row + i));
+    return to_float(narrowed(sum16(sum)));
 }
 
 /* states [width, hidden], final norm not yet applied -> normed [width, hidden]. */
@@ -49,11 +48,11 @@ void eexit_logits(const LMHead *h, const bf16 *normed, bf16 *out, int64_t width,
 
 /* How far an approximate logit of these 16 tokens may be from the logit:
  * |A - L| <= ||w - w'|| ||h|| + ||w'|| ||h - h'|| + 2^-8 |A|, with the slack of `exact_argmax.ExactArgmax`. */
-INLINE __m512 error_of(const LMHead *h, int64_t token, __m512 approximate, float norm, float rest) {
-    __m512 bound = _mm512_mul_ps(_mm512_loadu_ps(h->error + token), _mm512_set1_ps(norm));
-    bound = _mm512_fmadd_ps(_mm512_loadu_ps(h->norm + token), _mm512_set1_ps(rest), bound);
-    return _mm512_fmadd_ps(_mm512_abs_ps(approximate), _mm512_set1_ps(1.01f / 256),
-                           _mm512_mul_ps(bound, _mm512_set1_ps(1.01f)));
+INLINE Floats error_of(const LMHead *h, int64_t token, Floats approximate, float norm, float rest) {
+    Floats bound = mul16(read16(h->error + token), all16(norm));
+    bound = fma16(read16(h->norm + token), all16(rest), bound);
+    return fma16(abs16(approximate), all16(1.01f / 256),
+                           mul16(bound, all16(1.01f)));
 }
 
 /* The argmax of the logits of each state, the lowest token among equals: normed [width, hidden], made here from
@@ -63,12 +62,12 @@ int eexit_choose(const LMHead *h, const bf16 *states, bf16 *normed, int64_t *cho
                  int threads) {
     int64_t hidden = h->hidden, tiles = h->vocab / INT8_TILE;
     float *approximate = scratch_of(width * h->vocab * sizeof(float));
-    int8_t *high = scratch_of(width * hidden), *low = scratch_of(width * hidden);
+    int8_t *whole = scratch_of(width * 2 * hidden);
     float *floors = scratch_of(threads * width * sizeof(float)), *best = scratch_of(threads * width * sizeof(float));
     int64_t *found = scratch_of(threads * width * sizeof(int64_t));
     float step[width], norm[width], rest[width];
     int32_t sum[width];
-    int failed = !approximate || !high || !low || !floors || !best || !found;
+    int failed = !approximate || !whole || !floors || !best || !found;
     Barrier barrier = {0};
     if (!failed) {
         if (states) eexit_final_norm(h, states, normed, width);
@@ -79,11 +78,10 @@ int eexit_choose(const LMHead *h, const bf16 *states, bf16 *normed, int64_t *cho
                 square += (double)to_float(normed[row * hidden + i]) * to_float(normed[row * hidden + i]);
             norm[row] = (float)sqrt(square) * 1.0001f;
             if (!isfinite(norm[row])) {
-                memset(high + row * hidden, 0, hidden), memset(low + row * hidden, 0, hidden);
+                memset(whole + row * 2 * hidden, 0, 2 * hidden);
                 step[row] = 1, sum[row] = 0;
             } else
-                step[row] =
-                    split_int15(normed + row * hidden, high + row * hidden, low + row * hidden, hidden, sum + row);
+                step[row] = split_int15(normed + row * hidden, whole + row * 2 * hidden, hidden, sum + row);
             rest[row] = 0.501f * step[row] * sqrtf((float)hidden);
         }
 #pragma omp parallel num_threads(threads)
@@ -91,24 +89,23 @@ int eexit_choose(const LMHead *h, const bf16 *states, bf16 *normed, int64_t *cho
             int thread = omp_get_thread_num(), team = omp_get_num_threads();
             int64_t from, to;
             share(tiles, &from, &to);
-            __m512 floor[width];
-            for (int64_t row = 0; row < width; row++) floor[row] = _mm512_set1_ps(-INFINITY);
+            Floats floor[width];
+            for (int64_t row = 0; row < width; row++) floor[row] = all16(-INFINITY);
             for (int64_t t = from; t < to; t++) {
                 int64_t token = t * INT8_TILE;
                 for (int64_t row = 0; row < width; row += ROWS) {
-                    __m512 a[ROWS];
+                    Floats a[ROWS];
                     int rows = min(ROWS, width - row);
-                    int8_tile(&h->quantized, t, high + row * hidden, low + row * hidden, step + row, sum + row, rows,
-                              a);
+                    int8_tile(&h->quantized, t, whole + row * 2 * hidden, step + row, sum + row, rows, a);
                     for (int r = 0; r < rows; r++) {
-                        _mm512_storeu_ps(approximate + (row + r) * h->vocab + token, a[r]);
+                        write16(approximate + (row + r) * h->vocab + token, a[r]);
                         floor[row + r] =
-                            _mm512_max_ps(floor[row + r],
-                                          _mm512_sub_ps(a[r], error_of(h, token, a[r], norm[row + r], rest[row + r])));
+                            max16(floor[row + r],
+                                          sub16(a[r], error_of(h, token, a[r], norm[row + r], rest[row + r])));
                     }
                 }
             }
-            for (int64_t row = 0; row < width; row++) floors[thread * width + row] = _mm512_reduce_max_ps(floor[row]);
+            for (int64_t row = 0; row < width; row++) floors[thread * width + row] = most16(floor[row]);
             barrier_wait(&barrier);
             for (int64_t row = 0; row < width; row++) {
                 float least_possible = -INFINITY;
@@ -117,9 +114,9 @@ int eexit_choose(const LMHead *h, const bf16 *states, bf16 *normed, int64_t *cho
                 float most = -INFINITY;
                 int64_t winner = -1;
                 for (int64_t token = from * INT8_TILE; token < to * INT8_TILE; token += INT8_TILE) {
-                    __m512 a = _mm512_loadu_ps(approximate + row * h->vocab + token);
-                    __m512 highest = _mm512_add_ps(a, error_of(h, token, a, norm[row], rest[row]));
-                    unsigned may_win = _mm512_cmp_ps_mask(highest, _mm512_set1_ps(least_possible), _CMP_GE_OQ);
+                    Floats a = read16(approximate + row * h->vocab + token);
+                    Floats highest = add16(a, error_of(h, token, a, norm[row], rest[row]));
+                    unsigned may_win = at_least16(highest, all16(least_possible));
                     for (; may_win; may_win &= may_win - 1) {
                         int64_t candidate = token + __builtin_ctz(may_win);
                         float value = logit(h->rows + candidate * hidden, normed + row * hidden, hidden);
@@ -140,6 +137,6 @@ int eexit_choose(const LMHead *h, const bf16 *states, bf16 *normed, int64_t *cho
             if (!isfinite(norm[row])) choices[row] = -1, values[row] = NAN;
         }
     }
-    free(approximate), free(high), free(low), free(floors), free(best), free(found);
+    free(approximate), free(whole), free(floors), free(best), free(found);
     return failed;
 }
