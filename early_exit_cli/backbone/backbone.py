@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from early_exit_cli.backbone.chat import Prompt, encode_prompt
 from early_exit_cli.backbone.contents import content_of, content_of_tensors
-from early_exit_cli.backbone.families import FAMILIES, Family
+from early_exit_cli.backbone.families import FAMILIES, LAYERS_WITH_STATE, LAYERS_WITHOUT_KEYS, Family
 from early_exit_cli.backbone.output import BlockShape, FinalNorm, LastBlock, LogitMap, no_last_block
 from early_exit_cli.backbone.plain import changed_modules, is_within, library_modules, told
 from early_exit_cli.config import Quantization
@@ -163,13 +163,15 @@ class Backbone:
         norm = self.norm
         if isinstance(norm, nn.LayerNorm):
             return FinalNorm(norm.weight, norm.eps, subtracts_mean=True, bias=norm.bias)
-        is_gemma = self.config.model_type.startswith("gemma")  # its norms multiply by one more than their weight
-        return FinalNorm(1.0 + norm.weight if is_gemma else norm.weight, float(self.config.rms_norm_eps))
+        adds_one = self.family.adds_one or self.config.model_type.startswith("gemma")
+        eps = next(getattr(norm, name) for name in ("eps", "variance_epsilon") if hasattr(norm, name))
+        return FinalNorm(1.0 + norm.weight if adds_one else norm.weight, float(eps))
 
     @property
     def logit_map(self) -> LogitMap:
         divisor, cap = (getattr(self.config, name, None) for name in ("logits_scaling", "final_logit_softcapping"))
-        return LogitMap(divisor=divisor or 1.0, cap=cap)
+        factor = getattr(self.config, "lm_head_multiplier", None)  # Falcon-H1
+        return LogitMap(divisor=1.0 / factor if factor else divisor or 1.0, cap=cap)
 
     @property
     def lm_head_weight(self) -> Tensor:
@@ -233,6 +235,23 @@ class Backbone:
     def rotary_kind(self, block: int) -> str | None:
         """Which rotary table a block reads, where there are several: Gemma 3's local and global ones differ."""
         return self.config.layer_types[block] if self.config.model_type == "gemma3_text" else None
+
+    def layer_kind(self, block: int) -> str | None:
+        """What the configuration's `layer_types` call a block; None where it tells no kinds."""
+        kinds = getattr(self.config, "layer_types", None)
+        return kinds[block] if kinds else None
+
+    def has_state(self, block: int) -> bool:
+        """Whether a block folds all tokens so far into a state."""
+        return self.layer_kind(block) in LAYERS_WITH_STATE
+
+    @cached_property
+    def blocks_with_state(self) -> list[int]:
+        return [block for block in range(self.num_blocks) if self.has_state(block)]
+
+    def has_keys(self, block: int) -> bool:
+        """Whether a block keeps keys and values of all tokens so far."""
+        return self.layer_kind(block) not in LAYERS_WITHOUT_KEYS
 
     def window_of(self, block: int) -> int | None:
         """Sliding attention window of a block in tokens; none for full attention."""
