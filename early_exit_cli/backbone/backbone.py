@@ -129,7 +129,11 @@ class Backbone:
         """
         trunk, family = self.family.trunk, self.family
         called = [f"{trunk}.{family.blocks}.{number}" for number in range(self.num_blocks)]
-        called += [f"{trunk}.{family.norm}", f"{trunk}.rotary_emb", *map(self._name_of, (self.embedding, self.lm_head))]
+        called += [
+            f"{trunk}.{family.norm}",
+            f"{trunk}.{family.rotary}",
+            *map(self._name_of, (self.embedding, self.lm_head)),
+        ]
         changes = self.changes
         lost = [(name, "no runner here calls") for name in changes if not is_within(name, tuple(called))]
         read = {self._name_of(module): module for module in (self.embedding, self.norm, self.lm_head)}
@@ -222,7 +226,7 @@ class Backbone:
 
     def rotary_tables(self, positions: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
         """cos and sin by the kind of block (`rotary_kind`), [positions, rotary dimensions] each; none without."""
-        rotary = getattr(self.trunk, "rotary_emb", None)
+        rotary = getattr(self.trunk, self.family.rotary, None)
         if rotary is None:
             return {}
         like, places = torch.empty(0, dtype=self.dtype, device=self.device), positions[None]
@@ -338,6 +342,10 @@ class Backbone:
             len(exit_layers) + 1 tensors [batch, seq, hidden]; the last one has the final norm applied.
         """
         masks: dict[str, Any] = {"attention_mask": attention_mask}
+        if (
+            attention_mask.ndim == 4 and self.blocks_with_state
+        ):  # which no mask keeps from going on into the next document
+            return self._states_of_documents(input_ids, attention_mask, exit_layers)
         if attention_mask.ndim == 4:
             masks = {
                 "attention_mask": self._library_masks(attention_mask),
@@ -359,6 +367,17 @@ class Backbone:
             for hook in hooks:
                 hook.remove()
         return [*(kept[layer] for layer in exit_layers), final]
+
+    def _states_of_documents(self, input_ids: Tensor, seen: Tensor, exit_layers: list[int]) -> list[Tensor]:
+        """`hidden_states_at` of packed documents, each run alone."""
+        rows = []
+        for ids, places in zip(input_ids, seen.sum(-1)[:, 0] - 1, strict=True):
+            starts = (places == 0).nonzero()[:, 0].tolist()
+            ends = [*starts[1:], len(ids)]
+            alone = [ids[None, start:end] for start, end in zip(starts, ends, strict=True)]
+            states = [self.hidden_states_at(part, torch.ones_like(part), exit_layers) for part in alone]
+            rows.append([torch.cat(parts, 1) for parts in zip(*states, strict=True)])
+        return [torch.cat(states) for states in zip(*rows, strict=True)]
 
     def _library_masks(self, seen: Tensor) -> Tensor | dict[str, Tensor]:
         """[batch, 1, seq, seq] bool as the library takes masks it shall not make: additive, sliding windows applied.

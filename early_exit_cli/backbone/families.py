@@ -22,7 +22,7 @@ class Family:
     models: what people know of it. runner: fused where its blocks have the Llama shape, else hf. trunk: the module that
     holds the blocks, from the model on; blocks, norm: their names there. positions: the embedding of learned positions,
     whose row `first_position` is the first token's. plain: modules that stay unquantized, too small for 4-bit kernels.
-    adds_one: the final norm multiplies by one more than its weight.
+    adds_one: the final norm multiplies by one more than its weight. rotary: the module that makes rotary tables.
     """
 
     models: str
@@ -34,6 +34,7 @@ class Family:
     first_position: int = 0
     plain: tuple[str, ...] = ()
     adds_one: bool = False
+    rotary: str = "rotary_emb"
 
 
 FAMILIES = {
@@ -54,7 +55,7 @@ FAMILIES = {
     "qwen2_moe": Family("Qwen1.5-MoE, Qwen2-MoE", plain=("shared_expert_gate",)),
     "qwen3_moe": Family("Qwen3-MoE"),
     "lfm2": Family("LFM2", norm="embedding_norm"),
-    "lfm2_moe": Family("LFM2-MoE", norm="embedding_norm"),
+    "lfm2_moe": Family("LFM2-MoE", norm="embedding_norm", rotary="pos_emb"),
     "qwen3_next": Family("Qwen3-Next", plain=("shared_expert_gate",), adds_one=True),
     "qwen3_5_text": Family("Qwen3.5, text", adds_one=True),
     "qwen3_5_moe_text": Family("Qwen3.5-MoE, text", plain=("shared_expert_gate",), adds_one=True),

@@ -71,7 +71,9 @@ class BlockState:
 
     @property
     def bytes(self) -> int:
-        return sum(held.numel() * held.element_size() for held in (*self.rows.values(), *self.states) if held is not None)
+        return sum(
+            held.numel() * held.element_size() for held in (*self.rows.values(), *self.states) if held is not None
+        )
 
     def kept_at(self, position: int) -> BlockState:
         """A copy to continue from `position`, where a chunk begins and a pass has just ended."""
@@ -89,7 +91,9 @@ class BlockState:
         ring[[place % RING for place in range(max(position, end - RING), end)]] = new[-RING:]
         return torch.cat((before, new))
 
-    def scan(self, rows: dict[str, Tensor], position: int, run: Callable[[dict[str, Tensor], Tensor | None], Any]) -> Tensor:
+    def scan(
+        self, rows: dict[str, Tensor], position: int, run: Callable[[dict[str, Tensor], Tensor | None], Any]
+    ) -> Tensor:
         """The recurrence over rows [1, tokens, ...] at `position`, a chunk at a time: outputs [1, tokens, ...].
 
         Args:

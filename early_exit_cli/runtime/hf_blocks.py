@@ -34,7 +34,10 @@ class HFBlocks(Blocks):
         positions = torch.arange(position, position + hidden.shape[0], device=hidden.device)
         if first == 0:
             hidden = self.backbone.add_positions(hidden, positions)
-        arguments: dict[str, Any] = {"position_ids": positions[None], self.cache_argument: _LibraryCache(cache, rows, position)}
+        arguments: dict[str, Any] = {
+            "position_ids": positions[None],
+            self.cache_argument: _LibraryCache(cache, rows, position),
+        }
         tables = {kind: (cos[None, :, 0], sin[None, :, 0]) for kind, (cos, sin) in rows.rotary.items()}
         hidden = hidden[None]
         for block in range(first, last):

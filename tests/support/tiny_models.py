@@ -19,10 +19,10 @@ from transformers import (
     OPTConfig,
     Phi3Config,
     PreTrainedTokenizerFast,
-    Qwen3_5MoeTextConfig,
-    Qwen3_5TextConfig,
     Qwen2Config,
     Qwen2MoeConfig,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
     Qwen3NextConfig,
@@ -41,6 +41,19 @@ FAMILIES = (
 )
 """Of the Llama shape, which both runners run."""
 
+STATE_FAMILIES = (
+    "lfm2",
+    "lfm2_moe",
+    "qwen3_next",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "granitemoehybrid",
+    "falcon_h1",
+    "falcon_h1-norm",
+    "nemotron_h",
+)
+"""Some of whose blocks have a state; the library's own blocks run them."""
+
 OTHER_FAMILIES = (
     "gemma2",
     "gemma3",
@@ -57,21 +70,9 @@ OTHER_FAMILIES = (
     "mixtral",
     "qwen2_moe",
     "qwen3_moe",
+    *STATE_FAMILIES,
 )
 """Which the library's own blocks run."""
-
-STATE_FAMILIES = (
-    "lfm2",
-    "lfm2_moe",
-    "qwen3_next",
-    "qwen3_5",
-    "qwen3_5_moe",
-    "granitemoehybrid",
-    "falcon_h1",
-    "falcon_h1-norm",
-    "nemotron_h",
-)
-"""Some of whose blocks have a state; the library's own blocks run them."""
 
 VOCAB = 320
 END = 256
@@ -165,7 +166,7 @@ def family_config(family: str):
         "qwen3_moe": lambda: Qwen3MoeConfig(**shared, **experts, head_dim=16),
         "lfm2": lambda: Lfm2Config(**shared, **convolutions, block_auto_adjust_ff_dim=False),
         "lfm2_moe": lambda: Lfm2MoeConfig(**shared, **experts, **convolutions, num_dense_layers=2),
-        "qwen3_next": lambda: Qwen3NextConfig(**shared, **experts, **shared_expert, **delta_net),
+        "qwen3_next": lambda: Qwen3NextConfig(**shared, **experts, **shared_expert, **delta_net, mlp_only_layers=[0]),
         "qwen3_5": lambda: Qwen3_5TextConfig(**shared, **delta_net),
         "qwen3_5_moe": lambda: Qwen3_5MoeTextConfig(**shared, **experts, **shared_expert, **delta_net),
         "granitemoehybrid": lambda: GraniteMoeHybridConfig(
@@ -185,7 +186,14 @@ def family_config(family: str):
         "falcon_h1-norm": lambda: FalconH1Config(**shared, **mamba, mamba_d_ssm=128, mamba_rms_norm=True),
         "nemotron_h": lambda: NemotronHConfig(
             **{name: value for name, value in shared.items() if name != "num_hidden_layers"},
-            layers_block_type=["linear_attention", "full_attention", "mlp", "linear_attention", "moe", "full_attention"],
+            layers_block_type=[
+                "linear_attention",
+                "full_attention",
+                "mlp",
+                "linear_attention",
+                "moe",
+                "full_attention",
+            ],
             head_dim=16,
             mamba_num_heads=8,
             mamba_head_dim=16,
