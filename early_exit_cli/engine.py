@@ -80,13 +80,15 @@ class Engine:
             raise ConfigError(f"token {outside[0]} of the prompt is not in the vocabulary")
         cache = self.blocks.new_cache(len(prompt_ids) + max_new_tokens + LARGEST_WIDTH)
         stops = [*exit_layers, self.blocks.num_blocks]
+        length = len(prompt_ids) - 1
+        shareable = self.blocks.shared_positions(length + 1, length, length) if cache.states else 0
         kept = 0
         if prefix is not None and (kept := prefix.reusable(self.blocks, prompt_ids, exit_layers)):
             prefix.copy_to(cache, kept)
             if on_states:
                 on_states(prompt_ids[1 : kept + 1], prefix.states_of(exit_layers, kept))
         with step("reading the prompt") if len(prompt_ids) - kept > LONG_PROMPT else nullcontext() as reading:
-            for whole in self.blocks.prompt_pieces(len(prompt_ids) - 1):
+            for whole in self.blocks.prompt_pieces(length):
                 piece = slice(max(whole.start, kept), whole.stop)
                 if piece.start >= piece.stop:
                     continue
@@ -96,7 +98,9 @@ class Engine:
                 if on_states:
                     following = prompt_ids[piece.start + 1 : piece.stop + 1]
                     on_states(following, [*deep, self.blocks.final_norm(final)])
-        cache.length = len(prompt_ids) - 1
+                if piece.stop == shareable:
+                    cache.keep_states(shareable)
+        cache.length = length
         return cache
 
     def check_length(self, prompt_tokens: int, max_new_tokens: int) -> None:

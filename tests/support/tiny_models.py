@@ -49,7 +49,6 @@ STATE_FAMILIES = (
     "qwen3_5_moe",
     "granitemoehybrid",
     "falcon_h1",
-    "falcon_h1-norm",
     "nemotron_h",
 )
 """Some of whose blocks have a state; the library's own blocks run them."""
@@ -183,7 +182,6 @@ def family_config(family: str):
         "falcon_h1": lambda: FalconH1Config(
             **shared, **mamba, mamba_d_ssm=128, lm_head_multiplier=0.5, embedding_multiplier=2.0, key_multiplier=0.7
         ),
-        "falcon_h1-norm": lambda: FalconH1Config(**shared, **mamba, mamba_d_ssm=128, mamba_rms_norm=True),
         "nemotron_h": lambda: NemotronHConfig(
             **{name: value for name, value in shared.items() if name != "num_hidden_layers"},
             layers_block_type=[
