@@ -140,13 +140,16 @@ class Prefill:
         self.engine, self.prompt_ids, self.on_states = engine, prompt_ids, on_states
         self.stops = [*exit_layers, engine.blocks.num_blocks]
         self.cache = engine.blocks.new_cache(len(prompt_ids) + max_new_tokens + LARGEST_WIDTH)
+        length = len(prompt_ids) - 1
+        self.kept_at = engine.blocks.shared_positions(length + 1, length, length) if self.cache.states else 0
+        """Where the states of blocks that have one are kept for later texts."""
         self.reused = 0 if prefix is None else prefix.reusable(engine.blocks, prompt_ids, exit_layers)
         """Tokens that the prefix held."""
         if prefix is not None and self.reused:
             prefix.copy_to(self.cache, self.reused)
             if on_states:
                 on_states(prompt_ids[1 : self.reused + 1], prefix.states_of(exit_layers, self.reused))
-        cuts = engine.blocks.prompt_pieces(len(prompt_ids) - 1)
+        cuts = engine.blocks.prompt_pieces(length)
         self.left = deque(slice(max(cut.start, self.reused), cut.stop) for cut in cuts if cut.stop > self.reused)
         self._end()
 
@@ -162,6 +165,8 @@ class Prefill:
         if self.on_states:
             following = self.prompt_ids[piece.start + 1 : piece.stop + 1]
             self.on_states(following, [*deep, self.engine.blocks.final_norm(final)])
+        if piece.stop == self.kept_at:
+            self.cache.keep_states(self.kept_at)
         self._end()
 
     def finish(self) -> KVCache:

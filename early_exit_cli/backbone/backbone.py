@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from early_exit_cli.backbone.chat import Prompt, encode_prompt
 from early_exit_cli.backbone.contents import content_of, content_of_tensors
-from early_exit_cli.backbone.families import FAMILIES, Family
+from early_exit_cli.backbone.families import FAMILIES, LAYERS_WITH_STATE, LAYERS_WITHOUT_KEYS, Family
 from early_exit_cli.backbone.output import BlockShape, FinalNorm, LastBlock, LogitMap, no_last_block
 from early_exit_cli.backbone.plain import changed_modules, is_within, library_modules, told
 from early_exit_cli.config import Quantization
@@ -129,7 +129,11 @@ class Backbone:
         """
         trunk, family = self.family.trunk, self.family
         called = [f"{trunk}.{family.blocks}.{number}" for number in range(self.num_blocks)]
-        called += [f"{trunk}.{family.norm}", f"{trunk}.rotary_emb", *map(self._name_of, (self.embedding, self.lm_head))]
+        called += [
+            f"{trunk}.{family.norm}",
+            f"{trunk}.{family.rotary}",
+            *map(self._name_of, (self.embedding, self.lm_head)),
+        ]
         changes = self.changes
         lost = [(name, "no runner here calls") for name in changes if not is_within(name, tuple(called))]
         read = {self._name_of(module): module for module in (self.embedding, self.norm, self.lm_head)}
@@ -163,13 +167,15 @@ class Backbone:
         norm = self.norm
         if isinstance(norm, nn.LayerNorm):
             return FinalNorm(norm.weight, norm.eps, subtracts_mean=True, bias=norm.bias)
-        is_gemma = self.config.model_type.startswith("gemma")  # its norms multiply by one more than their weight
-        return FinalNorm(1.0 + norm.weight if is_gemma else norm.weight, float(self.config.rms_norm_eps))
+        adds_one = self.family.adds_one or self.config.model_type.startswith("gemma")
+        eps = next(getattr(norm, name) for name in ("eps", "variance_epsilon") if hasattr(norm, name))
+        return FinalNorm(1.0 + norm.weight if adds_one else norm.weight, float(eps))
 
     @property
     def logit_map(self) -> LogitMap:
         divisor, cap = (getattr(self.config, name, None) for name in ("logits_scaling", "final_logit_softcapping"))
-        return LogitMap(divisor=divisor or 1.0, cap=cap)
+        factor = getattr(self.config, "lm_head_multiplier", None)  # Falcon-H1
+        return LogitMap(divisor=1.0 / factor if factor else divisor or 1.0, cap=cap)
 
     @property
     def lm_head_weight(self) -> Tensor:
@@ -220,7 +226,7 @@ class Backbone:
 
     def rotary_tables(self, positions: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
         """cos and sin by the kind of block (`rotary_kind`), [positions, rotary dimensions] each; none without."""
-        rotary = getattr(self.trunk, "rotary_emb", None)
+        rotary = getattr(self.trunk, self.family.rotary, None)
         if rotary is None:
             return {}
         like, places = torch.empty(0, dtype=self.dtype, device=self.device), positions[None]
@@ -233,6 +239,23 @@ class Backbone:
     def rotary_kind(self, block: int) -> str | None:
         """Which rotary table a block reads, where there are several: Gemma 3's local and global ones differ."""
         return self.config.layer_types[block] if self.config.model_type == "gemma3_text" else None
+
+    def layer_kind(self, block: int) -> str | None:
+        """What the configuration's `layer_types` call a block; None where it tells no kinds."""
+        kinds = getattr(self.config, "layer_types", None)
+        return kinds[block] if kinds else None
+
+    def has_state(self, block: int) -> bool:
+        """Whether a block folds all tokens so far into a state."""
+        return self.layer_kind(block) in LAYERS_WITH_STATE
+
+    @cached_property
+    def blocks_with_state(self) -> list[int]:
+        return [block for block in range(self.num_blocks) if self.has_state(block)]
+
+    def has_keys(self, block: int) -> bool:
+        """Whether a block keeps keys and values of all tokens so far."""
+        return self.layer_kind(block) not in LAYERS_WITHOUT_KEYS
 
     def window_of(self, block: int) -> int | None:
         """Sliding attention window of a block in tokens; none for full attention."""
@@ -319,6 +342,10 @@ class Backbone:
             len(exit_layers) + 1 tensors [batch, seq, hidden]; the last one has the final norm applied.
         """
         masks: dict[str, Any] = {"attention_mask": attention_mask}
+        if (
+            attention_mask.ndim == 4 and self.blocks_with_state
+        ):  # which no mask keeps from going on into the next document
+            return self._states_of_documents(input_ids, attention_mask, exit_layers)
         if attention_mask.ndim == 4:
             masks = {
                 "attention_mask": self._library_masks(attention_mask),
@@ -340,6 +367,17 @@ class Backbone:
             for hook in hooks:
                 hook.remove()
         return [*(kept[layer] for layer in exit_layers), final]
+
+    def _states_of_documents(self, input_ids: Tensor, seen: Tensor, exit_layers: list[int]) -> list[Tensor]:
+        """`hidden_states_at` of packed documents, each run alone."""
+        rows = []
+        for ids, places in zip(input_ids, seen.sum(-1)[:, 0] - 1, strict=True):
+            starts = (places == 0).nonzero()[:, 0].tolist()
+            ends = [*starts[1:], len(ids)]
+            alone = [ids[None, start:end] for start, end in zip(starts, ends, strict=True)]
+            states = [self.hidden_states_at(part, torch.ones_like(part), exit_layers) for part in alone]
+            rows.append([torch.cat(parts, 1) for parts in zip(*states, strict=True)])
+        return [torch.cat(states) for states in zip(*rows, strict=True)]
 
     def _library_masks(self, seen: Tensor) -> Tensor | dict[str, Tensor]:
         """[batch, 1, seq, seq] bool as the library takes masks it shall not make: additive, sliding windows applied.

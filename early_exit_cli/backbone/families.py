@@ -9,6 +9,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 LENGTH_INDEPENDENT_ROTARY = ("default", "linear", "llama3", "yarn")
+LAYERS_WITH_STATE = ("conv", "linear_attention", "hybrid")
+"""What a configuration's `layer_types` call blocks that fold all tokens so far into a state."""
+LAYERS_WITHOUT_KEYS = ("conv", "linear_attention", "mlp", "moe")
+"""And those without attention, which keep no keys and values."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,7 @@ class Family:
     models: what people know of it. runner: fused where its blocks have the Llama shape, else hf. trunk: the module that
     holds the blocks, from the model on; blocks, norm: their names there. positions: the embedding of learned positions,
     whose row `first_position` is the first token's. plain: modules that stay unquantized, too small for 4-bit kernels.
+    adds_one: the final norm multiplies by one more than its weight. rotary: the module that makes rotary tables.
     """
 
     models: str
@@ -28,6 +33,8 @@ class Family:
     positions: str | None = None
     first_position: int = 0
     plain: tuple[str, ...] = ()
+    adds_one: bool = False
+    rotary: str = "rotary_emb"
 
 
 FAMILIES = {
@@ -47,6 +54,14 @@ FAMILIES = {
     "mixtral": Family("Mixtral"),
     "qwen2_moe": Family("Qwen1.5-MoE, Qwen2-MoE", plain=("shared_expert_gate",)),
     "qwen3_moe": Family("Qwen3-MoE"),
+    "lfm2": Family("LFM2", norm="embedding_norm"),
+    "lfm2_moe": Family("LFM2-MoE", norm="embedding_norm", rotary="pos_emb"),
+    "qwen3_next": Family("Qwen3-Next", plain=("shared_expert_gate",), adds_one=True),
+    "qwen3_5_text": Family("Qwen3.5, text", adds_one=True),
+    "qwen3_5_moe_text": Family("Qwen3.5-MoE, text", plain=("shared_expert_gate",), adds_one=True),
+    "granitemoehybrid": Family("Granite 4"),
+    "falcon_h1": Family("Falcon-H1", norm="final_layernorm"),
+    "nemotron_h": Family("Nemotron-H, Nemotron 3 Nano", norm="norm_f"),
 }
 
 

@@ -18,10 +18,10 @@ import torch
 from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.backbone.chat import Prompt, encode_prompt
 from early_exit_cli.backbone.contents import SETTINGS, content_of, files_of
-from early_exit_cli.backbone.families import FAMILIES, refusal
+from early_exit_cli.backbone.families import refusal
 from early_exit_cli.backbone.gguf import converted_gguf, embedded_gguf
 from early_exit_cli.backbone.load_errors import load_error, refuse_adapter, require_all_weights, require_tokenizer
-from early_exit_cli.backbone.quantization import quantization_of, saved_in, settings_for
+from early_exit_cli.backbone.quantization import plain_modules, quantization_of, saved_in, settings_for
 from early_exit_cli.backbone.weight_cache import WeightCopy
 from early_exit_cli.config import EMBEDDED_MODEL, BackboneConfig
 from early_exit_cli.errors import BackboneError, BundleError, ConfigError, NumericsError, UnsupportedBackboneError
@@ -78,13 +78,12 @@ def _load(config: BackboneConfig) -> Backbone:
     refuse_adapter(config.model_name, source, revision)
     settings = _supported_config(config.model_name, source, revision)
     dtype = _compute_dtype(device)
-    plain = FAMILIES[settings.model_type].plain
     saved = saved_in(config.model_name, settings, device, dtype)
     if saved is None and config.quantization == "none" and device.type == "cpu":
         dtype = torch.float32
     from transformers import AutoModelForCausalLM
 
-    quantization = settings_for(config.quantization, dtype, plain) if saved is None else None
+    quantization = settings_for(config.quantization, dtype, plain_modules(settings)) if saved is None else None
     tokenizer = _tokenizer(config.model_name, source, revision)
 
     def ready(model: Any) -> Backbone:

@@ -5,9 +5,14 @@ from __future__ import annotations
 from typing import Any, get_args
 
 import torch
+from torch import nn
 
+from early_exit_cli.backbone.families import FAMILIES, LAYERS_WITH_STATE
 from early_exit_cli.config import Quantization
 from early_exit_cli.errors import BackboneError
+
+KERNEL_ROWS = 32
+"""What the 4-bit kernels of bitsandbytes for CPUs want a whole number of in a product's outputs."""
 
 
 def settings_for(quantization: Quantization, dtype: torch.dtype, plain: tuple[str, ...] = ()) -> Any:
@@ -28,6 +33,27 @@ def settings_for(quantization: Quantization, dtype: torch.dtype, plain: tuple[st
             llm_int8_skip_modules=skipped,
         )
     return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped) if quantization == "8bit" else None
+
+
+def plain_modules(config: Any) -> tuple[str, ...]:
+    """Modules of a checkpoint of this configuration (transformers' own) that stay unquantized, on every device.
+
+    Those of its family, and in blocks with a state the products that no whole number of rows of a 4-bit kernel makes: they
+    put several things side by side, and the smallest has one output a head.
+    """
+    named = FAMILIES[config.model_type].plain
+    if not {*LAYERS_WITH_STATE} & {*(getattr(config, "layer_types", None) or ())}:
+        return named
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    odd = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.out_features % KERNEL_ROWS
+    }
+    return (*named, *sorted(odd - {*named, "lm_head"}))
 
 
 def saved_in(name: str, config: Any, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -4,7 +4,8 @@ The contract of both runners, on which every promise of this program stands:
 
 * A pass takes `width` rows: the tokens at `position .. position + width - 1`. Row i attends to keys 0 .. position + i.
 * The KV cache is one buffer per block. A pass overwrites its rows there; what lies behind the last committed token is
-  never read, so rolling back is forgetting a number.
+  never read, so rolling back is forgetting a number. Blocks with a state keep as much of the last tokens as that takes
+  (`block_state`): a pass begins at most 15 rows behind the last committed token, and never before it.
 * **Width invariance**: for widths of `widths`, a token's result has the same bits whatever its row, its neighbours
   (rejected drafts, padding) and the width. `invariant_widths.measure_widths` checks this on the device at hand. The
   number of keys read may change the last bits, so a decoding pass reads the whole buffer, masked: one length for a
@@ -53,6 +54,7 @@ class Blocks(ABC):
         self.query_heads = int(config.num_attention_heads)
         self.kv_heads = int(getattr(config, "num_key_value_heads", None) or self.query_heads)
         self.head_dim = int(getattr(config, "head_dim", None) or backbone.hidden_size // self.query_heads)
+        self.has_keys = [backbone.has_keys(block) for block in range(self.num_blocks)]
         self.windows = [backbone.window_of(block) for block in range(self.num_blocks)]
         self.rotary_kinds = [backbone.rotary_kind(block) for block in range(self.num_blocks)]
         self.widths: tuple[int, ...] = (LARGEST_WIDTH,)
@@ -152,12 +154,20 @@ class Blocks(ABC):
         """A KV cache for up to `limit` tokens, rounded up to whole steps of keys."""
         limit = -(-limit // KEY_STEP) * KEY_STEP
         device, dtype = self.backbone.device, self.backbone.dtype
-        shape = (self.kv_heads, 0 if self.grows(limit) else limit, self.head_dim)
+        capacity = 0 if self.grows(limit) else limit
+        keys, values = (
+            [
+                torch.zeros(self.kv_heads * has_keys, capacity, self.head_dim, dtype=dtype, device=device)
+                for has_keys in self.has_keys
+            ]
+            for _ in range(2)
+        )
         return KVCache(
-            keys=[torch.zeros(shape, dtype=dtype, device=device) for _ in range(self.num_blocks)],
-            values=[torch.zeros(shape, dtype=dtype, device=device) for _ in range(self.num_blocks)],
+            keys=keys,
+            values=values,
             rotary=self.rotary_tables(limit),
             limit=limit,
+            with_state=self.backbone.blocks_with_state,
         )
 
     def rotary_tables(self, limit: int) -> Rotary:

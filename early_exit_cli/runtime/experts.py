@@ -37,7 +37,11 @@ def run_experts(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor, w
     is_narrow = hidden.shape[0] <= widest
     for expert in chosen.unique().tolist():
         rows, rank = (chosen == expert).nonzero(as_tuple=True)
-        inner = experts._apply_gate(F.linear(hidden if is_narrow else hidden[rows], experts.gate_up_proj[expert]))
+        taken = hidden if is_narrow else hidden[rows]
+        if experts.has_gate:
+            inner = experts._apply_gate(F.linear(taken, experts.gate_up_proj[expert]))
+        else:
+            inner = experts.act_fn(F.linear(taken, experts.up_proj[expert]))
         output = F.linear(inner, experts.down_proj[expert])
         output = (output[rows] if is_narrow else output) * weights[rows, rank, None]
         result.index_add_(0, rows, output.to(result.dtype))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from early_exit_cli.backbone.backbone import Backbone
+from early_exit_cli.runtime.block_state import Columns, StateAt, use_block_states
 from early_exit_cli.runtime.blocks import LARGEST_WIDTH, Blocks
 from early_exit_cli.runtime.experts import use_wide_experts
 from early_exit_cli.runtime.kv_cache import KVCache, Rows
@@ -20,33 +21,41 @@ class HFBlocks(Blocks):
     def __init__(self, backbone: Backbone) -> None:
         super().__init__(backbone)
         use_wide_experts(backbone.model, LARGEST_WIDTH)
+        use_block_states(backbone.model)
         inner = backbone.blocks[0].modules()  # a block may be wrapped in something that passes its arguments on
         forwards = [inspect.signature(type(module).forward).parameters for module in inner]
         names = ("cache", "past_key_values", "layer_past")
         self.cache_argument = next(name for forward in forwards for name in names if name in forward)
 
     def run(self, hidden: Tensor, cache: KVCache, position: int, first: int, last: int) -> Tensor:
+        if hidden.shape[0] == 1 and cache.states:  # the library would take another way, which keeps one state only
+            return self.run(hidden.expand(2, -1), cache, position, first, last)[:1]
         rows = self.rows(cache, position, hidden.shape[0])
         positions = torch.arange(position, position + hidden.shape[0], device=hidden.device)
         if first == 0:
             hidden = self.backbone.add_positions(hidden, positions)
-        arguments: dict[str, Any] = {"position_ids": positions[None], self.cache_argument: _LibraryCache(cache, rows)}
+        arguments: dict[str, Any] = {
+            "position_ids": positions[None],
+            self.cache_argument: _LibraryCache(cache, rows, position),
+        }
         tables = {kind: (cos[None, :, 0], sin[None, :, 0]) for kind, (cos, sin) in rows.rotary.items()}
         hidden = hidden[None]
         for block in range(first, last):
             if tables:
                 arguments["position_embeddings"] = tables[self.rotary_kinds[block]]
-            output = self.backbone.blocks[block](hidden, attention_mask=rows.masks[self.windows[block]], **arguments)
+            mask = rows.masks[self.windows[block]] if self.has_keys[block] else None
+            output = self.backbone.blocks[block](hidden, attention_mask=mask, **arguments)
             hidden = output[0] if isinstance(output, tuple) else output
         return hidden[0]
 
 
 class _LibraryCache:
-    """The one method of `transformers.Cache` that attention modules call."""
+    """The methods of `transformers.Cache` that the library's modules call: attention the first, those with a state the others."""
 
-    def __init__(self, cache: KVCache, rows: Rows) -> None:
+    def __init__(self, cache: KVCache, rows: Rows, position: int) -> None:
         self.cache = cache
         self.rows = rows
+        self.position = position
 
     def update(self, keys: Tensor, values: Tensor, block: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write [1, kv_heads, width, head_dim] in place; give back all keys and values that may be read."""
@@ -55,3 +64,18 @@ class _LibraryCache:
         stored_keys[:, rows.place] = keys[0]
         stored_values[:, rows.place] = values[0]
         return stored_keys[None, :, : rows.keys], stored_values[None, :, : rows.keys]
+
+    def get_conv_state(self, block: int, **_: Any) -> None:
+        """None: the module then asks for the input of its convolution, `update_conv_state`."""
+
+    def update_conv_state(self, columns: Tensor, block: int, conv_kernel_size: int, **_: Any) -> Columns:
+        """[1, channels, width] -> these rows and those before that the convolution reaches."""
+        rows = columns[0].t()
+        return Columns(self.cache.states[block].with_earlier(rows, self.position, conv_kernel_size - 1))
+
+    def get_recurrent_state(self, block: int, **_: Any) -> StateAt:
+        """What the recurrence continues from."""
+        return StateAt(self.cache.states[block], self.position)
+
+    def update_recurrent_state(self, *_: Any, **__: Any) -> None:
+        """Nothing: the recurrence has kept its states (`BlockState.scan`)."""

@@ -57,6 +57,8 @@ class _Probe:
 
         self.ids = torch.randint(backbone.vocab_size, (self.length,), generator=generator).to(backbone.device)
         self.hidden = random(largest, backbone.hidden_size)
+        self.block = blocks.has_keys.index(True)
+        """The first with attention."""
         self.far_keys = random(blocks.kv_heads, self.far[-1][0], blocks.head_dim)
         self.far_values = random(blocks.kv_heads, self.far[-1][0], blocks.head_dim)
         self.reference = self._outputs(largest, 0, None)
@@ -78,22 +80,27 @@ class _Probe:
         return states, logits, cache
 
     def _far(self, width: int, offset: int) -> list[Tensor]:
-        """`width` of the random states, from the `offset`-th on, through block 0 over the random keys."""
+        """`width` of the random states, from the `offset`-th on, through one block over the random keys."""
         results = []
         for capacity, position in self.far:
             cache = self._far_cache(capacity)
             if offset:  # the rows before are there already
-                self.blocks.run(self.hidden, cache, position, 0, 1)
-            results.append(self.blocks.run(self.hidden[offset : offset + width], cache, position + offset, 0, 1))
+                self._block(self.hidden, cache, position)
+            results.append(self._block(self.hidden[offset : offset + width], cache, position + offset))
         return results
 
     def _far_cache(self, limit: int, end: int | None = None) -> KVCache:
-        """The random keys and values in block 0 of a cache for `limit` tokens; its buffers just hold `end`."""
+        """The random keys and values in that block of a cache for `limit` tokens; its buffers just hold `end`."""
         cache = self.blocks.new_cache(limit)
         capacity = limit if end is None else -(-end // KEY_STEP) * KEY_STEP
-        cache.keys = [self.far_keys[:, :capacity].clone()]
-        cache.values = [self.far_values[:, :capacity].clone()]
+        cache.keys, cache.values = (
+            [far[: len(held), :capacity].clone() for held in buffers[: self.block + 1]]
+            for far, buffers in ((self.far_keys, cache.keys), (self.far_values, cache.values))
+        )
         return cache
+
+    def _block(self, hidden: Tensor, cache: KVCache, position: int) -> Tensor:
+        return self.blocks.run(hidden, cache, position, self.block, self.block + 1)
 
     def agrees(self, width: int) -> bool:
         """Whether this width gives the reference's bits, in windows shifted against it."""
@@ -107,13 +114,13 @@ class _Probe:
         )
 
     def same_at_every_length(self, widths: tuple[int, ...]) -> bool:
-        """Whether block 0 over random keys gives the same bits however large the buffer is."""
+        """Whether a block over random keys gives the same bits however large the buffer is."""
         limit = self.far[-1][0]
         for end in range(61, limit, 131):
             whole, tight = self._far_cache(limit), self._far_cache(limit, end)
             for width in widths:
                 hidden, position = self.hidden[:width], end - width
-                if not torch.equal(*(self.blocks.run(hidden, cache, position, 0, 1) for cache in (whole, tight))):
+                if not torch.equal(*(self._block(hidden, cache, position) for cache in (whole, tight))):
                     return False
         return True
 

@@ -1,12 +1,15 @@
-"""The KV cache of one text: a preallocated buffer a block, and what a pass needs to know of its rows."""
+"""The KV cache of one text: what each block remembers of it, and what a pass needs to know of its rows."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
+
+from early_exit_cli.runtime.block_state import BlockState
 
 LARGEST_WIDTH = 16
 """The most rows of a decoding pass; wider passes are the prefill's."""
@@ -31,16 +34,34 @@ class Rows:
     grouped: dict[int | None, Tensor]
 
 
-class KVCache:
-    """Keys and values of every block, [kv_heads, capacity, head_dim] each, and the number of committed tokens.
+@dataclass(frozen=True)
+class KeptStates:
+    """Copies of the states after the first `length` tokens, by the number of the block."""
 
-    rotary: cos and sin as in `Rows`, [limit, 1, rotary dimensions] each. limit is what the request may need, capacity
-    what is allocated.
+    length: int
+    states: dict[int, BlockState]
+
+    @property
+    def bytes(self) -> int:
+        return sum(state.bytes for state in self.states.values())
+
+
+class KVCache:
+    """The memory of every block, and the number of committed tokens.
+
+    keys, values: [kv_heads, capacity, head_dim] each block; no heads where it has no attention. states: of blocks that
+    have one, by number. rotary: cos and sin as in `Rows`, [limit, 1, rotary dimensions] each. limit is what the request
+    may need, capacity what is allocated.
     """
 
-    def __init__(self, keys: list[Tensor], values: list[Tensor], rotary: Rotary, limit: int) -> None:
+    def __init__(
+        self, keys: list[Tensor], values: list[Tensor], rotary: Rotary, limit: int, with_state: Sequence[int] = ()
+    ) -> None:
         self.keys = keys
         self.values = values
+        self.states = {block: BlockState() for block in with_state}
+        self.kept: KeptStates | None = None
+        """States to begin a later text with."""
         self.rotary = rotary
         self.limit = limit
         self.length = 0
@@ -51,6 +72,15 @@ class KVCache:
     @property
     def capacity(self) -> int:
         return self.keys[0].shape[1]
+
+    def keep_states(self, length: int) -> None:
+        """Keep copies of the states after the first `length` tokens, whose pass was the last one."""
+        self.kept = KeptStates(length, {block: state.kept_at(length) for block, state in self.states.items()})
+
+    def begin_with(self, kept: KeptStates) -> None:
+        """Continue from states that another text kept."""
+        self.kept = kept
+        self.states = {block: state.kept_at(kept.length) for block, state in kept.states.items()}
 
     def grow(self, capacity: int) -> None:
         """Move to buffers of `capacity` tokens: contiguous ones, which products read several times faster."""

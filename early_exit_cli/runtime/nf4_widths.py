@@ -48,13 +48,14 @@ def _dispatch() -> Dispatch | None:
 
 
 def nf4_products(blocks: Blocks) -> set[tuple[int, int, torch.dtype]]:
-    """(rows, inner, dtype of the input) of the 4-bit products that a block asks bitsandbytes for.
+    """(rows, inner, dtype of the input) of the 4-bit products that a block asks bitsandbytes for; that all do, where they differ.
 
     One whose inner size is no whole number of quantization blocks is left out: it is never fused, at no width.
     """
     token = torch.zeros(1, dtype=torch.int64, device=blocks.backbone.device)
     with torch.inference_mode(), _Products() as products:
-        blocks.run(blocks.embed(token), blocks.new_cache(KEY_STEP), 0, 0, 1)
+        cache = blocks.new_cache(KEY_STEP)
+        blocks.run(blocks.embed(token), cache, 0, 0, blocks.num_blocks if cache.states else 1)
     return products.found
 
 

@@ -31,7 +31,7 @@ from early_exit_cli.hidden_states.cache import Cache
 from early_exit_cli.runtime.hf_blocks import HFBlocks
 from early_exit_cli.runtime.select import make_blocks
 
-NF4_FAMILIES = ("llama", "gemma2", "gpt2", "gpt_neox", "qwen2_moe")
+NF4_FAMILIES = ("llama", "gemma2", "gpt2", "gpt_neox", "qwen2_moe", "lfm2", "qwen3_5", "granitemoehybrid")
 """Decoded in 4 bit too, as tiny models; SmolLM2 is a real one."""
 
 DOCS = Path(__file__).parents[2] / "docs" / "families.md"

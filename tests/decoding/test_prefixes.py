@@ -3,6 +3,7 @@
 import pytest
 import torch
 from drafters import PROMPT, make_drafter, some_head
+from tiny_models import OTHER_FAMILIES
 
 from early_exit_cli.bundle.load import load_engine
 from early_exit_cli.config import BackboneConfig, BundleConfig
@@ -37,9 +38,9 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("runner", ["fused", "hf"])
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "qwen2-window"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "qwen2-window", "lfm2", "qwen3_5"])
 def test_a_second_turn_is_what_a_fresh_request_gives(tiny_model, family, runner, monkeypatch):
-    if runner == "fused" and family in ("gemma3", "gpt2"):
+    if runner == "fused" and family in OTHER_FAMILIES:
         pytest.skip("of the Llama shape only")
     engine = tiny_model(family, runner)
     prefixes = Prefixes(PLENTY)

@@ -15,7 +15,7 @@ from early_exit_cli.runtime.nf4_linear import PackedNF4, merged_linear
 from early_exit_cli.runtime.select import make_blocks
 
 RUNNERS = {"hf": HFBlocks, "fused": FusedBlocks}
-
+DELTA_NETS = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
 
 EVERY_FAMILY = [*((family, runner) for family in FAMILIES for runner in RUNNERS), *((f, "hf") for f in OTHER_FAMILIES)]
 
@@ -29,7 +29,8 @@ def test_blocks_composed_equal_the_librarys_forward(tiny_backbone, family, runne
         ours = run_in_passes(blocks, ids, [40, 8, 16, 32], cuts=(1, 4))
         logits = blocks.logits(blocks.final_norm(ours))
         theirs = backbone.model(input_ids=ids[None], use_cache=False).logits[0]
-    assert torch.allclose(logits, theirs, atol=2e-4, rtol=1e-4)
+    # a gated delta net divides its output by its size, also where that is next to nothing
+    assert torch.allclose(logits, theirs, atol=2e-3 if family in DELTA_NETS else 2e-4, rtol=1e-4)
     assert torch.equal(logits.argmax(-1), theirs.argmax(-1))
 
 

@@ -2,22 +2,30 @@
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    FalconH1Config,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     GraniteConfig,
+    GraniteMoeHybridConfig,
+    Lfm2Config,
+    Lfm2MoeConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    NemotronHConfig,
     Olmo2Config,
     OPTConfig,
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2MoeConfig,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
     SmolLM3Config,
 )
 
@@ -32,6 +40,18 @@ FAMILIES = (
     "smollm",
 )
 """Of the Llama shape, which both runners run."""
+
+STATE_FAMILIES = (
+    "lfm2",
+    "lfm2_moe",
+    "qwen3_next",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "granitemoehybrid",
+    "falcon_h1",
+    "nemotron_h",
+)
+"""Some of whose blocks have a state; the library's own blocks run them."""
 
 OTHER_FAMILIES = (
     "gemma2",
@@ -49,6 +69,7 @@ OTHER_FAMILIES = (
     "mixtral",
     "qwen2_moe",
     "qwen3_moe",
+    *STATE_FAMILIES,
 )
 """Which the library's own blocks run."""
 
@@ -94,6 +115,17 @@ def family_config(family: str):
     }
     half_rotary = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
     experts = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32)
+    shared_expert = dict(shared_expert_intermediate_size=64)
+    delta_net = dict(
+        head_dim=16,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        linear_num_key_heads=4,
+        linear_num_value_heads=8,
+        layer_types=["linear_attention", "linear_attention", "full_attention"] * 2,
+    )
+    convolutions = dict(layer_types=["conv", "full_attention", "conv"] * 2)
+    mamba = dict(mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16, mamba_n_groups=2)
     return {
         "llama": lambda: LlamaConfig(**shared),
         "llama3-rope": lambda: LlamaConfig(**shared, rope_parameters=llama3),
@@ -131,4 +163,42 @@ def family_config(family: str):
         "mixtral": lambda: MixtralConfig(**shared, num_local_experts=4),
         "qwen2_moe": lambda: Qwen2MoeConfig(**shared, **experts, shared_expert_intermediate_size=64),
         "qwen3_moe": lambda: Qwen3MoeConfig(**shared, **experts, head_dim=16),
+        "lfm2": lambda: Lfm2Config(**shared, **convolutions, block_auto_adjust_ff_dim=False),
+        "lfm2_moe": lambda: Lfm2MoeConfig(**shared, **experts, **convolutions, num_dense_layers=2),
+        "qwen3_next": lambda: Qwen3NextConfig(**shared, **experts, **shared_expert, **delta_net, mlp_only_layers=[0]),
+        "qwen3_5": lambda: Qwen3_5TextConfig(**shared, **delta_net),
+        "qwen3_5_moe": lambda: Qwen3_5MoeTextConfig(**shared, **experts, **shared_expert, **delta_net),
+        "granitemoehybrid": lambda: GraniteMoeHybridConfig(
+            **shared,
+            **mamba,
+            layer_types=["linear_attention", "full_attention", "linear_attention"] * 2,
+            num_local_experts=4,
+            shared_intermediate_size=64,
+            embedding_multiplier=3.0,
+            residual_multiplier=0.7,
+            attention_multiplier=0.1,
+            logits_scaling=2.0,
+        ),
+        "falcon_h1": lambda: FalconH1Config(
+            **shared, **mamba, mamba_d_ssm=128, lm_head_multiplier=0.5, embedding_multiplier=2.0, key_multiplier=0.7
+        ),
+        "nemotron_h": lambda: NemotronHConfig(
+            **{name: value for name, value in shared.items() if name != "num_hidden_layers"},
+            layers_block_type=[
+                "linear_attention",
+                "full_attention",
+                "mlp",
+                "linear_attention",
+                "moe",
+                "full_attention",
+            ],
+            head_dim=16,
+            mamba_num_heads=8,
+            mamba_head_dim=16,
+            ssm_state_size=16,
+            n_groups=2,
+            n_routed_experts=4,
+            moe_intermediate_size=32,
+            moe_shared_expert_intermediate_size=64,
+        ),
     }[family]()
