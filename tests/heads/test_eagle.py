@@ -209,6 +209,31 @@ def test_reading_is_worth_it_where_some_tokens_are_sure(tiny_model):
     assert rates[0] < 1.03 * plain < rates[1]
 
 
+def test_a_promise_counts_the_entropies_that_the_text_has_shown(tiny_model):
+    """Where the head turns out to know nothing, it is not read any more, and tried again later; another text begins anew."""
+    survival = Survival(intercept=4.0, slope=-2.0, mean=0.5, entropies=(0.1, 6.0))
+    made = EagleDrafter(some_head(tiny_model("llama").backbone), [survival], lambda rows: 2.0 + 0.3 * rows, 0.2, 0.1)
+    promised, reads = [], []
+    for uncertainty in (0.1, 6.0):
+        made.begin(PROMPT)
+        promised.append(made.expected_rate(1))
+        made.runner.read = lambda *_, reads=reads: reads.append(len(promised))
+        made.runner.step = lambda *_: None
+        made.runner.choose = lambda *_, found=uncertainty: (5, found)
+        for _ in range(60):
+            made.process([1], [])
+            draft = made.draft(None, None, 0, 1, ())
+            made.accept(draft, [*draft.tokens, 9], len(draft.tokens))
+        made.process([1], [])
+        promised.append(made.expected_rate(1))
+    assert promised[1] > 1.3 * promised[3]
+    assert reads.count(1) == 60
+    assert 10 < reads.count(3) < 50
+    made.begin(PROMPT)
+    made.process([1], [])
+    assert promised[3] < made.expected_rate(1) < promised[1]
+
+
 def test_a_first_token_that_was_not_drafted_still_teaches(tiny_model):
     model = tiny_model("llama")
     even = Survival(intercept=0.0, slope=0.0, mean=0.5)
