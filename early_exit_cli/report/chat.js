@@ -186,13 +186,13 @@ class Answer {
       parts.push(speed);
       if (found.plain_ms && found.draft_n) {
         const times = make("span");
-        times.append(make("b", "", `${number(found.plain_ms / found.predicted_ms, 2)}×`), " plain decoding");
+        times.append(make("b", "", `${number(found.plain_ms / found.predicted_ms, 2)}×`), " as fast as plain decoding");
         times.dataset.tip = `Plain decoding would have written ${number(1000 * found.predicted_n / found.plain_ms)} tokens/s, by what a pass costs on this machine`;
         parts.push(times);
       }
-      if (found.draft_n) parts.push(make("span", "", `${found.draft_n_accepted} of ${found.draft_n} drafted tokens accepted`));
+      if (found.draft_n) parts.push(make("span", "", `${found.draft_n_accepted} of ${found.draft_n} drafted accepted`));
     } else if (this.tokens) parts.push(make("span", "", `${this.tokens} tokens`));
-    const end = note ?? (this.reason === "length" ? "cut at the limit of tokens" : null);
+    const end = note ?? (this.reason === "length" ? "cut at the limit" : null);
     if (end) parts.push(make("span", "ended", end));
     this.about.replaceChildren(...parts.flatMap((part, place) => place ? [" · ", part] : [part]));
   }
@@ -242,24 +242,28 @@ const openSettings = name => {
 
 // What goes wrong, in one line.
 
+// about: "key" where the server takes none or another one, "server" where it is away, "request" for all else.
 class Told extends Error {
-  constructor(line, asksKey = false) {
+  constructor(line, about = "request") {
     super(line);
-    this.asksKey = asksKey;
+    this.about = about;
   }
 }
+const broken = () => new Told("The connection broke before the answer was whole.");
+const away = () => new Told("The server cannot be reached.", "server");
 const refusal = async response => {
   const told = await response.json().then(body => body.error?.message, () => null);
   const seconds = Number(response.headers.get("Retry-After"));
-  if (response.status === 401) return new Told(setting("key") ? "The server does not take this key." : "This server asks for a key.", true);
+  if (response.status === 401) return new Told(setting("key") ? "The server does not take this key." : "This server asks for a key.", "key");
   if (response.status === 429) return new Told(`The server is busy: ${told ?? "others wait already"}. Try again in ${seconds || 1} s.`);
   if (response.status === 503) return new Told(`Nothing is answered now: ${told ?? "the server is not ready"}.`);
   return new Told(`Not answered: ${told ?? `the server said ${response.status}`}.`);
 };
 const showError = told => {
   const line = el("error");
+  line.dataset.about = told.about;
   line.replaceChildren(make("span", "", told.message));
-  if (told.asksKey) line.append(button("Enter the key", "", () => openSettings("key")));
+  if (told.about === "key") line.append(button("Enter the key", "", () => openSettings("key")));
   line.hidden = false;
 };
 const hideError = () => { el("error").hidden = true; };
@@ -274,7 +278,7 @@ const events = async function* (response) {
   let waiting = "";
   for (;;) {
     const { value, done } = await reader.read();
-    if (done) throw new Told("The connection broke before the answer was whole.");
+    if (done) throw broken();
     const parts = (waiting + value).split("\n\n");
     waiting = parts.pop();
     for (const part of parts) {
@@ -328,7 +332,7 @@ const answer = async turn => {
     if (controller.signal.aborted) note = "stopped";
     else {
       note = "broke off";
-      told = error instanceof Told ? error : new Told(shown.rounds ? "The connection broke before the answer was whole." : "The server cannot be reached.");
+      told = error instanceof Told ? error : shown.rounds ? broken() : away();
     }
   }
   if (own !== conversation) return true; // another one was begun
@@ -413,20 +417,21 @@ const greet = async () => {
   try {
     response = await fetch("v1/models", { headers: headers() });
   } catch {
-    showError(new Told("The server cannot be reached."));
+    showError(away());
     return;
   }
   el("needs-key").hidden = response.status !== 401;
   if (!response.ok) {
     const told = await refusal(response);
-    if (told.asksKey && !setting("key")) openSettings("key");
+    if (told.about === "key" && !setting("key")) openSettings("key");
     else showError(told);
     return;
   }
-  hideError();
+  if (el("error").dataset.about !== "request") hideError();
   const name = (await response.json()).data[0].id;
-  el("model").textContent = name;
-  document.title = `${name.split("/").at(-1)} – eexit`;
+  el("model").title = name;
+  el("model").textContent = name.split("/").at(-1);
+  document.title = `${el("model").textContent} – eexit`;
 };
 
 el("ask").addEventListener("submit", event => {
@@ -442,23 +447,23 @@ message.addEventListener("keydown", event => {
 });
 document.addEventListener("keydown", event => {
   if (event.key !== "Escape" || el("settings").open) return;
-  if (tip.hidden) stop();
+  stop();
   hideTip();
 });
-let pointed = null;
 turns.addEventListener("keydown", event => {
-  if (!event.target.matches(".text") || !["ArrowLeft", "ArrowRight"].includes(event.key)) return;
+  const text = event.target.closest(".text");
+  if (!text || !["ArrowLeft", "ArrowRight"].includes(event.key)) return;
   event.preventDefault();
-  const all = [...event.target.querySelectorAll("[data-tip]")].filter(token => token.getClientRects().length);
-  const at = all.indexOf(pointed);
-  const next = all[event.key === "ArrowRight" ? at + 1 : at < 0 ? -1 : at - 1];
+  const all = [...text.querySelectorAll("[data-tip]")].filter(token => token.offsetWidth);
+  const at = all.indexOf(event.target);
+  const next = all[event.key === "ArrowRight" ? at + 1 : at < 0 ? all.length - 1 : at - 1];
   if (!next) return;
-  next.scrollIntoView({ block: "nearest" });
-  requestAnimationFrame(() => showTip(next));
-  pointed = next;
-  say(next.dataset.tip);
+  next.tabIndex = -1;
+  next.setAttribute("aria-describedby", "tip");
+  next.focus();
+  showTip(next);
 });
-turns.addEventListener("focusout", () => { pointed = null; hideTip(); });
+turns.addEventListener("focusout", hideTip);
 for (const idea of el("ideas").querySelectorAll("button"))
   idea.addEventListener("click", () => { message.value = idea.textContent; send(); message.focus(); });
 el("begin").addEventListener("click", begin);

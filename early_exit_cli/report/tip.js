@@ -12,5 +12,6 @@ const showTip = target => {
   tip.style.top = (above > 6 ? above : box.bottom + 9) + "px";
   if (target.dataset.p) document.querySelectorAll('[data-p="' + target.dataset.p + '"]').forEach(e => e.classList.add("lit"));
 };
-document.addEventListener("pointerover", event => showTip(event.target.closest("[data-tip]")));
-document.addEventListener("scroll", hideTip, { passive: true, capture: true });
+const focused = () => document.activeElement?.dataset.tip === undefined ? null : document.activeElement;
+document.addEventListener("pointerover", event => showTip(event.target.closest("[data-tip]") ?? focused()));
+document.addEventListener("scroll", () => showTip(focused()), { passive: true, capture: true });
