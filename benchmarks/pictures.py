@@ -85,12 +85,12 @@ def conversation(path: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         address = json.loads(server.stdout.readline())["address"]
-        with tab(640, 640, scale=2) as shown:
+        with tab(640, 580, scale=2) as shown:
             shown.goto(address.removesuffix("/v1"))
             shown.fill("#message", PROMPT)
             shown.press("#message", "Enter")
             shown.wait_for_selector(".copy")
-            shown.locator(".answer .t.d").nth(3).hover()
+            shown.locator(".answer .t.by-lookup").nth(12).hover()
             shown.screenshot(path=path)
         server.terminate()
 

@@ -4,7 +4,6 @@
 // Text of the model and of its user gets into the page as text only: textContent and dataset, never markup.
 const el = id => document.getElementById(id);
 const known = JSON.parse(el("known").textContent);
-const main = document.querySelector("main");
 const [turns, message, options] = ["turns", "message", "options"].map(el);
 
 const make = (tag, className, text = "") => {
@@ -404,8 +403,8 @@ const begin = () => {
   message.focus();
 };
 
-const isAtEnd = () => main.scrollHeight - main.scrollTop - main.clientHeight < 60;
-const follow = follows => { if (follows) main.scrollTop = main.scrollHeight; };
+const isAtEnd = () => document.documentElement.scrollHeight - scrollY - innerHeight < 60;
+const follow = follows => { if (follows) scrollTo(0, document.documentElement.scrollHeight); };
 const fit = () => {
   message.style.height = "auto";
   message.style.height = `${message.scrollHeight}px`;
