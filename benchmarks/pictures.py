@@ -2,7 +2,7 @@
 
     python benchmarks/pictures.py docs/pictures
 
-Writes terminal.svg, page.png and serve.png (with a Chromium and `pip install playwright`) from real runs on this machine.
+Writes terminal.svg, page.png and serve.png (with a Chromium and `pip install playwright pillow`) from real runs on this machine.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
@@ -90,9 +91,10 @@ def conversation(path: Path) -> None:
             shown.fill("#message", PROMPT)
             shown.press("#message", "Enter")
             shown.wait_for_selector(".copy")
-            shown.locator(".answer .t.by-lookup").nth(12).hover()
+            print(shown.inner_text(".about"))
             shown.screenshot(path=path)
         server.terminate()
+    Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
 
 
 def main() -> None:
