@@ -16,8 +16,8 @@ class ServeConfig(Section):
     port: int = setting(8000, "Port to listen on; 0 takes a free one.", ge=0, le=65535)
     api_key: SecretStr | None = setting(
         None,
-        "Key that every request must bring (Authorization: Bearer KEY), except to /health. Default: EEXIT_API_KEY, which "
-        "no list of processes shows.",
+        "Key that every request must bring (Authorization: Bearer KEY), except to /health and the page. Default: "
+        "EEXIT_API_KEY, which no list of processes shows.",
     )
     allow_without_key: bool = setting(False, "Let other machines ask without a key.")
     cors_origin: TextList = setting(

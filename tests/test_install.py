@@ -25,7 +25,7 @@ def test_every_file_of_the_package_is_in_the_wheel():
         for path in PACKAGE.rglob("*")
         if path.is_file() and path.suffix not in (".py", ".pyc")
     ]
-    assert {"py.typed", "report/page.html"} <= {path.as_posix() for path in files}
+    assert {"py.typed", "report/page.html", "report/chat.js"} <= {path.as_posix() for path in files}
     assert [path for path in files if not any(path.match(pattern) for pattern in patterns)] == []
 
 

@@ -127,12 +127,10 @@ class Conversation:
 
     def plain_seconds(self, run: Generation) -> float:
         """What plain decoding would have taken for an answer, by the costs of passes measured here."""
-        from early_exit_cli.drafting.costs import cost_table
+        from early_exit_cli.decoding.answer import plain_seconds
+        from early_exit_cli.drafting.costs import plain_pass_seconds
 
-        engine, stats = self.job.engine, run.stats
-        later = stats.total_tokens_generated - len(run.rounds[0].tokens)
-        a_pass = cost_table(engine).plain(engine.blocks.num_blocks, min(engine.blocks.widths))
-        return stats.time_to_first_token_seconds + later * a_pass / 1000
+        return plain_seconds(run.rounds, run.stats.time_to_first_token_seconds, plain_pass_seconds(self.job.engine))
 
     def context_used(self) -> tuple[int, int]:
         """Tokens of the conversation so far, and of the model's context."""

@@ -36,6 +36,8 @@ def command(resolved: Resolved, as_json: bool) -> None:
         asked = InferenceConfig(drafter=settings.drafter)
         config = resolved.config.model_copy(update={"inference": asked})
         job = prepare(dataclasses.replace(resolved, config=config), as_json)
+        from early_exit_cli.drafting.costs import plain_pass_seconds
+        from early_exit_cli.drafting.drafter import NoDrafter
         from early_exit_cli.serving.app import make_app, model_id
         from early_exit_cli.serving.scheduler import Scheduler
 
@@ -48,14 +50,15 @@ def command(resolved: Resolved, as_json: bool) -> None:
             batch=settings.batch,
             queue=settings.queue,
             prefix_bytes=int(settings.prefix_gb * 1e9),
+            plain_pass=None if isinstance(job.drafter, NoDrafter) else plain_pass_seconds(job.engine),
         )
         app = make_app(job.engine, scheduler, settings, key=key, log=log)
         scheduler.start()
         bound.listen()  # from now on nobody is refused, though the first may wait
-        address = f"{address_of(bound)}/v1"
+        address = address_of(bound)
         if as_json:
-            console.emit_json_line({"address": address, "model": model_id(job.engine.backbone)})
-        log(f"{job.title}: {address}; Ctrl-C finishes what was asked, twice stops at once")
+            console.emit_json_line({"address": f"{address}/v1", "model": model_id(job.engine.backbone)})
+        log(f"{job.title}: {address}/v1, and a page at {address}; Ctrl-C finishes what was asked, twice stops at once")
         try:
             Server(app, scheduler).run(sockets=[bound])
         finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -192,6 +192,11 @@ def collect_stats(
         average_exit_layer=layers / tokens,
         peak_gpu_memory_gb=None if device.type == "cpu" else torch.cuda.max_memory_allocated(device) / 1e9,
     )
+
+
+def plain_seconds(rounds: Sequence[Round], first_seconds: float, a_pass: float) -> float:
+    """What plain decoding would have taken for an answer: as long up to the end of its first round, then a pass a token."""
+    return first_seconds + a_pass * sum(len(step.tokens) for step in rounds[1:])
 
 
 def median_run(runs: list[Generation]) -> Generation:

@@ -128,6 +128,11 @@ def cost_table(engine: Engine, *, refresh: bool = False) -> Costs:
     return kept.costs
 
 
+def plain_pass_seconds(engine: Engine) -> float:
+    """A pass of plain decoding on this device."""
+    return cost_table(engine).plain(engine.blocks.num_blocks, min(engine.blocks.widths)) / 1000
+
+
 def quietest(measure: Callable[[], Costs]) -> Costs:
     """The measurement that was disturbed the least, of up to TRIES: the first one whose halves agree is enough."""
     found = measure()

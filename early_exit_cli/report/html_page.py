@@ -7,11 +7,11 @@ all pictures are SVG drawn here.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from early_exit_cli.report.numbers import ENDS, rate
-from early_exit_cli.report.palette import BAD, GOOD, decider_of, look
+from early_exit_cli.report.palette import decider_of
+from early_exit_cli.report.templates import class_of, colour_of, line_classes, render
 
 Record = dict[str, Any]
 """As `decoding.token_record`, `decoding.round_records` and `Generation.record` make them."""
@@ -33,30 +33,9 @@ def render_page(record: Record) -> str:
             `methods`, name -> record of an answer, with speedup, identical and bit_exact where it was compared; `shown`,
             the method whose `rounds` are drawn.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup, escape
-
-    def finalize(value: Any) -> Markup:
-        """Escaped for elements and attributes; a carriage return would otherwise become a newline, a NUL is no text."""
-        if isinstance(value, Markup):
-            return value
-        return Markup(str(escape(value)).replace("\r", "&#13;").replace("\0", "&#65533;"))
-
-    frame = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        finalize=finalize,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    frame.filters |= {"class": _class}
     drafted = _drafted(record)
-    return frame.get_template("page.html").render(
-        record,
+    known = dict(
         colours=_colours(record),
-        good=GOOD,
-        bad=BAD,
         headline=_headline(record),
         badges=_badges(record),
         figures=_figures(record),
@@ -70,6 +49,7 @@ def render_page(record: Record) -> str:
         has_thresholds=any(token["threshold"] is not None for token in drafted),
         chart=CHART,
     )
+    return render("page.html", record | known)
 
 
 def _visible(text: str) -> str:
@@ -83,10 +63,6 @@ def _quoted(text: str) -> str:
 
 def _share(value: float | None) -> str:
     return "–" if value is None else f"{value:.1%}"
-
-
-def _class(decider: str) -> str:
-    return "by-" + "".join(character if character.isalnum() else "-" for character in decider)
 
 
 def _tokens(record: Record) -> list[Record]:
@@ -112,8 +88,7 @@ def _colours(record: Record) -> dict[str, str]:
     """The colour of every decider on the page."""
     counted = {decider for method in record["methods"].values() for decider in _counts_of(method)}
     deciders = counted | {decider_of(token) for token in _drafted(record)} | {"backbone"}
-    looks = {decider: look(decider) for decider in sorted(deciders)}
-    return {decider: seen.colour if seen else "var(--backbone)" for decider, seen in looks.items()}
+    return {decider: colour_of(decider) for decider in sorted(deciders)}
 
 
 def _drafted(record: Record) -> list[Record]:
@@ -190,10 +165,7 @@ def _piece(record: Record, step: Record, number: int, place: int) -> Record:
     """A committed token. One without text is an end token, or waits for the rest of a character."""
     token = step["tokens"][place]
     decider = decider_of(token)
-    seen = look(decider)
-    classes = ["t", _class(decider)]
-    if seen:
-        classes += ["d"] if seen.line == "none" else ["d", seen.line]
+    classes = ["t", class_of(decider), *line_classes(decider)]
     if not token["text"]:
         classes.append("end" if token is _tokens(record)[-1] else "void")
     tip = _token_lines(record, step, number, place)
@@ -265,7 +237,7 @@ def _columns(record: Record) -> list[Record]:
             top = height - (place + 1) * (CELL + GAP) + GAP
             inset = 0.6 if rejected else 0
             size = CELL - 2 * inset
-            drafter = _class(decider_of(token))
+            drafter = class_of(decider_of(token))
             marks.append(
                 _mark(
                     "rect", class_=f"cell{rejected} {drafter}", data_p=None if rejected else token["position"],
@@ -290,7 +262,7 @@ def _depths(record: Record) -> list[Mark]:
         tall = max(token["exit_layer"] / depth * plot[3], 2)
         marks.append(
             _mark(
-                "rect", class_=f"cell {_class(decider_of(token))}", data_p=token["position"],
+                "rect", class_=f"cell {class_of(decider_of(token))}", data_p=token["position"],
                 x=f"{plot[0] + place * step:.2f}", y=f"{plot[1] + plot[3] - tall:.2f}",
                 width=f"{max(step - 1, 0.8):.2f}", height=f"{tall:.2f}",
                 data_tip=[f"{_quoted(token['token_text'])} by {decider_of(token)}", *_why(token, depth)],
@@ -321,14 +293,14 @@ def _entropies(record: Record) -> list[Mark]:
         y = plot[1] + plot[3] * (1 - limit / top)
         label = min([y, *(other - 13 for other in taken)])
         taken.append(label)
-        marks.append(_mark("path", class_=f"limit {_class(decider)}", d=f"M{plot[0]} {y:.1f}h{plot[2]}"))
+        marks.append(_mark("path", class_=f"limit {class_of(decider)}", d=f"M{plot[0]} {y:.1f}h{plot[2]}"))
         marks.append(_right_label(plot, label, f"{decider}: {limit:.2f}"))
     for at, token, rejected in dots:
         x, y = plot[0] + (at + 0.5) / place * plot[2], plot[1] + plot[3] * (1 - token["entropy"] / top)
         verdict = "rejected" if rejected else "accepted"
         marks.append(
             _mark(
-                "circle", class_=f"dot{rejected} {_class(decider_of(token))}",
+                "circle", class_=f"dot{rejected} {class_of(decider_of(token))}",
                 data_p=None if rejected else token["position"], cx=f"{x:.1f}", cy=f"{y:.1f}", r=3.6,
                 data_tip=[
                     f"{_quoted(token['token_text'])} by {decider_of(token)}, {verdict}",

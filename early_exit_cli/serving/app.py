@@ -1,4 +1,4 @@
-"""The routes: OpenAI's chat and text completions, the model, health and metrics. What is refused is refused in one line."""
+"""The routes: OpenAI's chat and text completions, the model, health, metrics and a page. What is refused is refused in one line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from early_exit_cli import __version__
@@ -29,6 +29,7 @@ from early_exit_cli.config_serving import ServeConfig
 from early_exit_cli.decoding.text import Request
 from early_exit_cli.engine import Engine
 from early_exit_cli.errors import ConfigError, EexitError, doing, said, shown
+from early_exit_cli.report.chat_page import render_chat_page
 from early_exit_cli.sampling import make_chooser
 from early_exit_cli.serving.fields import ChatBody, Options, TextBody, read_body
 from early_exit_cli.serving.forms import Form, event
@@ -38,7 +39,8 @@ from early_exit_cli.serving.refusal import Refusal
 from early_exit_cli.serving.security import LOCAL_NAMES, Guard, is_local
 
 Log = Callable[[str], None]
-CHAT, TEXT, MODELS, LOAD_MODEL, HEALTH, METRICS = (
+PAGE, CHAT, TEXT, MODELS, LOAD_MODEL, HEALTH, METRICS = (
+    "/",
     "/v1/chat/completions",
     "/v1/completions",
     "/v1/models",
@@ -65,6 +67,7 @@ class Api:
     def __init__(self, engine: Engine, answering: Answering, settings: ServeConfig, log: Log) -> None:
         self.engine, self.answering, self.settings, self.log = engine, answering, settings, log
         self.metrics = Metrics(answering)
+        self.page = render_chat_page()
         self.model = model_id(engine.backbone)
         self.fingerprint = f"fp_{engine.backbone.content[:10]}_{__version__}"
         self.started = int(time.time())
@@ -77,6 +80,15 @@ class Api:
 
     async def complete(self, http: HttpRequest) -> Response:
         return await self._answer(http, TextBody)
+
+    async def show_page(self, http: HttpRequest) -> Response:
+        headers = {
+            "Content-Security-Policy": self.page.policy,
+            "Referrer-Policy": "no-referrer",
+            "X-Content-Type-Options": "nosniff",
+            "Cache-Control": "no-cache",
+        }
+        return HTMLResponse(self.page.html, headers=headers)
 
     async def models(self, http: HttpRequest) -> Response:
         return JSONResponse({"object": "list", "data": [self._about_model()]})
@@ -285,6 +297,7 @@ def make_app(engine: Engine, answering: Answering, settings: ServeConfig, *, key
     cors = Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
     return Starlette(
         routes=[
+            Route(PAGE, api.show_page),
             Route(CHAT, api.chat, methods=["POST"]),
             Route(TEXT, api.complete, methods=["POST"]),
             Route(MODELS, api.models),
@@ -339,7 +352,7 @@ def refusal_of(error: Exception) -> Refusal:
 def route_of(scope: Any) -> str:
     """Which route a request is for, in the words of metrics and log."""
     path = scope["path"]
-    return path if path in (CHAT, TEXT, MODELS, LOAD_MODEL, *QUIET) else "other"
+    return path if path in (PAGE, CHAT, TEXT, MODELS, LOAD_MODEL, *QUIET) else "other"
 
 
 def line_of(scope: Any, status: int) -> str:

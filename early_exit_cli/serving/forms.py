@@ -102,13 +102,16 @@ def usage(answer: Answer) -> dict[str, Any]:
 
 
 def timings(answer: Answer, times: Times) -> dict[str, Any]:
-    """As llama-server names them: `prompt_n` tokens were read, besides `cache_n` that were known; draft_n drafted."""
+    """As llama-server names them: `prompt_n` tokens were read, besides `cache_n` that were known; draft_n drafted. Ours is
+    `plain_ms`, what `predicted_ms` would be of plain decoding."""
+    plain = answer.plain_seconds
     return {
         "cache_n": answer.reused,
         **_rate("prompt", answer.prompt_tokens - answer.reused, times.prefill),
         **_rate("predicted", len(answer.token_ids), times.decode),
         "draft_n": answer.drafted,
         "draft_n_accepted": answer.accepted,
+        "plain_ms": None if plain is None else round(plain * 1000, 3),
     }
 
 

@@ -48,7 +48,8 @@ class Answer:
     """What was decoded, as plain data.
 
     finish_reason: None where it is not whole. reused: tokens of the prompt that an earlier request had computed.
-    first_seconds: from the request to the first token.
+    first_seconds: from the request to the first token. plain_seconds: what plain decoding would have taken from the prefill
+    to the end, by measured costs; None where these are not known, or where other answers shared the passes.
     """
 
     text: str
@@ -60,6 +61,7 @@ class Answer:
     accepted: int
     accept_length: float
     first_seconds: float
+    plain_seconds: float | None = None
 
 
 @dataclass(frozen=True)

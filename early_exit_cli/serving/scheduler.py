@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from early_exit_cli.decoding.answer import collect_stats
+from early_exit_cli.decoding.answer import collect_stats, plain_seconds
 from early_exit_cli.decoding.batch import Batch
 from early_exit_cli.decoding.prefixes import Prefixes
 from early_exit_cli.decoding.records import round_record
@@ -39,6 +39,8 @@ class Live:
         """When its prefill was finished."""
         self.first = 0.0
         """Seconds from the question to the first round's end."""
+        self.is_alone = True
+        """Whether no other one's passes were its own, or stood between them."""
 
     def push(self, step: Round) -> Piece:
         """A further round."""
@@ -53,7 +55,7 @@ class Live:
         self.rounds.append(step)
         return Piece(text, record)
 
-    def end(self, mode: str, error: Exception | None) -> Ended:
+    def end(self, mode: str, error: Exception | None, plain_pass: float | None) -> Ended:
         """It is over, and how it went."""
         now = time.perf_counter()
         prefilled = now if self.prefilled is None else self.prefilled
@@ -74,8 +76,13 @@ class Live:
             accepted=stats.tokens_accepted,
             accept_length=stats.accept_length,
             first_seconds=stats.time_to_first_token_seconds,
+            plain_seconds=self._plain_seconds(prefilled, plain_pass) if self.is_alone else None,
         )
         return Ended(rest, answer, times, error)
+
+    def _plain_seconds(self, prefilled: float, a_pass: float | None) -> float | None:
+        first_round = self.handle.asked + self.first - prefilled
+        return None if a_pass is None else plain_seconds(self.rounds, first_round, a_pass)
 
 
 class Scheduler:
@@ -86,12 +93,22 @@ class Scheduler:
         width: rows of one text in a pass, at most.
         queue: how many may wait.
         prefix_bytes: of what is kept of earlier texts; 0 keeps nothing.
+        plain_pass: seconds of a pass of plain decoding, where answers are to be compared with it.
     """
 
     def __init__(
-        self, engine: Engine, drafter: Drafter, width: int, *, batch: int, queue: int, prefix_bytes: int
+        self,
+        engine: Engine,
+        drafter: Drafter,
+        width: int,
+        *,
+        batch: int,
+        queue: int,
+        prefix_bytes: int,
+        plain_pass: float | None = None,
     ) -> None:
         self.engine, self.drafter, self.batch, self.queue = engine, drafter, batch, queue
+        self.plain_pass = plain_pass
         self.prefixes = Prefixes(prefix_bytes) if prefix_bytes else None
         self.texts = Batch(engine, width=width, prefixes=self.prefixes)
         self.answers: dict[Text, Live] = {}
@@ -216,6 +233,8 @@ class Scheduler:
             with torch.inference_mode():
                 if not answer.text.prefill.done:
                     answer.text.prefill.run()
+            for other in self.answers.values():
+                other.is_alone &= other is answer
             if answer.text.prefill.done:
                 synchronize(self.engine.backbone.device)
                 answer.prefilled = time.perf_counter()
@@ -229,6 +248,7 @@ class Scheduler:
             rounds = self.texts.step_apart()
         for text, step in rounds:
             answer = self.answers[text]
+            answer.is_alone &= len(rounds) == 1
             try:
                 if isinstance(step, Exception):
                     raise step
@@ -249,7 +269,7 @@ class Scheduler:
         del self.answers[answer.text]
         try:
             self.texts.leave(answer.text, keep=keep)
-            ended = answer.end(self.drafter.name, error)
+            ended = answer.end(self.drafter.name, error, self.plain_pass)
         except Exception as fault:
             ended = Ended(error=error or fault)
         self._tell(answer.handle, ended)

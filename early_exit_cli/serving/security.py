@@ -12,7 +12,8 @@ from starlette.datastructures import Headers
 from early_exit_cli.errors import ConfigError
 from early_exit_cli.serving.refusal import Refusal
 
-OPEN_ROUTES = ("/health",)
+OPEN_ROUTES = ("/health", "/")
+"""That need no key: they say nothing of the model, and run nothing."""
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
 

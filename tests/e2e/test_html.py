@@ -1,16 +1,11 @@
 """The page of `--html` in a real browser: it renders, asks nobody for anything, and says what the answer says."""
 
 import json
-import shutil
 
 import pytest
+from browsers import launched
 from commands import eexit
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = [
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
-    *("--disable-component-update", "--disable-sync"),
-]
 PROMPT = "one </div><script>alert('\"two\"')</script> & three"
 
 
@@ -29,15 +24,8 @@ def made(tiny_bundle, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    if BROWSER is None:
-        pytest.skip("no chromium here: apt-get install chromium")
-    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    with playwright.sync_playwright() as running:
-        context = running.chromium.launch_persistent_context(
-            tmp_path_factory.mktemp("profile"), executable_path=BROWSER, headless=True, args=FLAGS
-        )
+    with launched(tmp_path_factory.mktemp("profile")) as context:
         yield context
-        context.close()
 
 
 @pytest.fixture

@@ -57,11 +57,10 @@ class Asked:
 def scheduler(tiny_model):
     made = []
 
-    def make(drafter=None, engine=None, batch=3, queue=20, prefix_bytes=0, width=4):
+    def make(drafter=None, engine=None, batch=3, queue=20, prefix_bytes=0, width=4, plain_pass=None):
         engine = engine or tiny_model("llama")
-        made.append(
-            Scheduler(engine, drafter or NoDrafter(), width, batch=batch, queue=queue, prefix_bytes=prefix_bytes)
-        )
+        sizes = {"batch": batch, "queue": queue, "prefix_bytes": prefix_bytes}
+        made.append(Scheduler(engine, drafter or NoDrafter(), width, **sizes, plain_pass=plain_pass))
         made[-1].start()
         return made[-1]
 
@@ -98,6 +97,18 @@ def test_every_answer_is_what_it_is_alone(tiny_model, scheduler, who, temperatur
     assert [token["token_id"] for record in traced for token in record["tokens"]] == expected[1].token_ids
     positions = [token["position"] for record in traced for token in record["tokens"]]
     assert positions == [*range(len(PROMPTS[1]), len(PROMPTS[1]) + TOKENS)]
+
+
+def test_plain_decoding_is_compared_with_where_an_answer_had_the_passes_to_itself(tiny_model, scheduler):
+    running = scheduler(make_drafter("exit", tiny_model("llama")), plain_pass=100.0)
+    found = Asked(running, Request(PROMPTS[0], TOKENS, stop_ids=()), trace=True)
+    alone, first = found.ended.answer, len(found.events[0].record["tokens"])
+    assert (TOKENS - first) * 100 < alone.plain_seconds < (TOKENS - first) * 100 + SECONDS
+    held = Held()
+    shared = scheduler(held, plain_pass=100.0)
+    asked = [Asked(shared, Request(prompt, TOKENS, stop_ids=())) for prompt in PROMPTS[:2]]
+    held.free.set()
+    assert [each.ended.answer.plain_seconds for each in asked] == [None, None]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

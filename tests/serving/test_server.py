@@ -306,7 +306,6 @@ def test_a_line_a_request_with_statistics_and_without_its_text(engine):
         (CHAT, {"messages": MESSAGES, "model": "gpt-9"}, 404, "model_not_found"),
         ("/v1/models/gpt-9", None, 404, "model_not_found"),
         ("/v1/nothing", None, 404, None),
-        ("/", None, 404, None),
         (CHAT, None, 405, None),
         (CHAT, {"messages": MESSAGES, "tools": [{}]}, 400, "unsupported_parameter"),
         (CHAT, {"messages": MESSAGES, "max_tokens": 600}, 400, "context_length_exceeded"),

@@ -19,7 +19,7 @@ SECONDS = 30
 class LiveServer:
     """`with LiveServer(engine, drafter, queue=2) as server`: settings are those of `eexit serve`."""
 
-    def __init__(self, engine, drafter=None, *, key=None, width=4, **settings):
+    def __init__(self, engine, drafter=None, *, key=None, width=4, plain_pass=None, **settings):
         self.engine = engine
         self.settings = ServeConfig(port=0, **settings)
         self.lines = []
@@ -30,6 +30,7 @@ class LiveServer:
             batch=self.settings.batch,
             queue=self.settings.queue,
             prefix_bytes=int(self.settings.prefix_gb * 1e9),
+            plain_pass=plain_pass,
         )
         app = make_app(engine, self.scheduler, self.settings, key=key, log=self.lines.append)
         self.socket = listening_socket("127.0.0.1", 0)
