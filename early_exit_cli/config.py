@@ -25,9 +25,9 @@ from early_exit_cli.config_fields import (
 )
 from early_exit_cli.config_files import (
     ClearConfig,
-    DssdConfig,
     ExportConfig,
     HubConfig,
+    ImportConfig,
     KeptConfig,
     PullConfig,
     PushConfig,
@@ -466,4 +466,4 @@ class Config(Section):
     hub: HubConfig = Field(default_factory=HubConfig)
     push: PushConfig = Field(default_factory=PushConfig)
     pull: PullConfig = Field(default_factory=PullConfig)
-    dssd: DssdConfig = Field(default_factory=DssdConfig)
+    dssd: ImportConfig = Field(default_factory=ImportConfig)
