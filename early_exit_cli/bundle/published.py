@@ -55,8 +55,8 @@ KNOWN_KEYS = {
 
 
 def _no(value: object) -> object:
-    if value not in (None, False):
-        raise ValueError("is not supported")
+    if value is not None and value is not False:
+        raise ValueError(f"{shown(value)} is not supported")
     return value
 
 
@@ -93,7 +93,7 @@ class PublishedForm(Form):
     """config.json of either layout, as far as it is not the block's. Numbers of layers at the top are blocks run, as vLLM
     counts them."""
 
-    draft_vocab_size: Positive
+    draft_vocab_size: Positive | None = None
     eagle_aux_hidden_state_layer_ids: list[Count] | None = None
     eagle_config: Captured | None = None
     norm_before_residual: bool | None = None
@@ -101,10 +101,31 @@ class PublishedForm(Form):
     fc_norm: bool | None = None
     norm_output: bool | None = None
     speculators_config: SpeculatorsForm | None = None
-    transformer_layer_config: dict[str, Any] | None = None
     quantization_config: Unsupported = None
     parallel_drafting: Unsupported = None
     logit_scale: Unsupported = None
+
+
+class BlockForm(Form):
+    """What either layout says of the block: at the top, or under `transformer_layer_config`."""
+
+    model_type: str | None = None
+    num_hidden_layers: int = 1
+    layer_types: list[str] | None = None
+    attention_bias: Unsupported = None
+    mlp_bias: Unsupported = None
+    partial_rotary_factor: float | None = None
+    hidden_size: Positive | None = None
+    intermediate_size: Positive | None = None
+    num_attention_heads: Positive | None = None
+    num_key_value_heads: Positive | None = None
+    head_dim: Positive | None = None
+    hidden_act: str | None = None
+    rms_norm_eps: float | None = None
+    rope_theta: float | None = None
+    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+    max_position_embeddings: Positive | None = None
 
 
 @dataclass(frozen=True)
@@ -145,6 +166,7 @@ class Published:
     folder: Path
     kind: Kind
     form: PublishedForm
+    block: BlockForm
     layers: list[int] | None
     backbone: str | None
 
@@ -176,7 +198,9 @@ def read_published(folder: Path, name: str) -> Published:
     if not layers and form.eagle_config and form.eagle_config.eagle_aux_hidden_state_layer_ids:
         layers = [block + 1 for block in form.eagle_config.eagle_aux_hidden_state_layer_ids]
     backbone = form.speculators_config.verifier.name_or_path if form.speculators_config else None
-    return Published(folder, kind, form, layers or None, backbone)
+    asked = settings.get("transformer_layer_config", {}) if kind is SPECULATORS else settings
+    block = require_form(asked, BlockForm, source)
+    return Published(folder, kind, form, block, layers or None, backbone)
 
 
 def target_of(name: str, settings: Any, quantization: str) -> Target:
@@ -202,14 +226,18 @@ def convert(published: Published, name: str, target: Target, folder: Path) -> Ea
     """
     path, tensors = read_weights(published.folder)
     layers = exit_layers_of(published, target)
-    draft_vocab = draft_vocabulary(tensors, published.form.draft_vocab_size, target.vocab_size, path)
+    rows = published.form.draft_vocab_size or len(tensors.get("lm_head.weight", ()))
+    draft_vocab = draft_vocabulary(tensors, rows, target.vocab_size, path)
     layout = layout_of(published, tensors)
     if not layout.own_embedding and layout.hidden != target.hidden_size:
         raise BundleError(
             f"{path}: hidden_size {layout.hidden} without embed_tokens; {target.name} has {target.hidden_size}"
         )
-    with torch.device("meta"):
-        head = EagleHead(cast(BackboneView, target), layers, draft_vocab, layout)
+    try:
+        with torch.device("meta"):
+            head = EagleHead(cast(BackboneView, target), layers, draft_vocab, layout)
+    except (RuntimeError, OverflowError) as error:  # numbers that no tensor can have
+        raise BundleError(f"{path}: no head has such a shape: {said(error)}") from error
     shapes = {key: list(value.shape) for key, value in head.state_dict().items() if key != DRAFT_VOCAB}
     require_tensors(path, tensors, shapes)
     kept = {key: tensors[key].contiguous() for key in shapes}
@@ -302,12 +330,8 @@ def layout_of(published: Published, tensors: Mapping[str, Tensor]) -> EagleLayou
         BundleError: a field asks for what is not supported.
     """
     form = published.form
-    asked = (
-        form.transformer_layer_config if published.kind is SPECULATORS else read_json(published.folder / CONFIG_FILE)
-    )
-    block = block_settings(asked or {}, "qwen3" if published.kind is SPECULATORS else "llama")
-    rope = dict(block.rope_parameters)
-    return require_form(
+    block = block_settings(published)
+    layout = require_form(
         {
             "hidden": block.hidden_size,
             "query_heads": block.num_attention_heads,
@@ -315,7 +339,7 @@ def layout_of(published: Published, tensors: Mapping[str, Tensor]) -> EagleLayou
             "head_dim": block.head_dim,
             "inner": block.intermediate_size,
             "activation": block.hidden_act,
-            "rope": rope,
+            "rope": dict(block.rope_parameters),
             "positions": block.max_position_embeddings,
             "eps": block.rms_norm_eps,
             "fc_norm": bool(form.fc_norm),
@@ -328,9 +352,11 @@ def layout_of(published: Published, tensors: Mapping[str, Tensor]) -> EagleLayou
         EagleLayout,
         str(published.folder / CONFIG_FILE),
     )
+    scaled_rotary(layout.rope, layout.head_dim, layout.positions)
+    return layout
 
 
-def block_settings(asked: dict[str, Any], default_type: str) -> Any:
+def block_settings(published: Published) -> Any:
     """The block's configuration, transformers' own: what config.json leaves out is the library's default, as it was when the
     file was written.
 
@@ -340,30 +366,28 @@ def block_settings(asked: dict[str, Any], default_type: str) -> Any:
     from transformers import AutoConfig
     from transformers.activations import ACT2FN
 
-    kind = asked.get("model_type", default_type)
-    if default_type == "llama":
-        kind = "llama"  # SafeAILab's code is Llama's, whatever the file says
-    elif kind not in ("llama", "qwen3"):
-        raise BundleError(
-            f"transformer_layer_config.model_type {shown(kind)} is not supported; supported: llama, qwen3"
-        )
-    for field in ("attention_bias", "mlp_bias"):
-        if asked.get(field):
-            raise BundleError(f"{field} is not supported")
-    if asked.get("num_hidden_layers", 1) != 1:
-        raise BundleError(f"num_hidden_layers {shown(asked['num_hidden_layers'])} is not supported; EAGLE-3 has 1")
-    if "sliding_attention" in (asked.get("layer_types") or ()):
+    block = published.block
+    kind = "llama"  # SafeAILab's code is Llama's, whatever the file says
+    if published.kind is SPECULATORS:
+        kind = block.model_type or "qwen3"
+        if kind not in ("llama", "qwen3"):
+            raise BundleError(
+                f"transformer_layer_config.model_type {shown(kind)} is not supported; llama and qwen3 are"
+            )
+    if block.num_hidden_layers != 1:
+        raise BundleError(f"num_hidden_layers {block.num_hidden_layers} is not supported; EAGLE-3 has one block")
+    if "sliding_attention" in (block.layer_types or ()):
         raise BundleError("layer_types: sliding_attention is not supported")
-    if asked.get("partial_rotary_factor", 1.0) != 1.0:
-        raise BundleError(f"partial_rotary_factor {shown(asked['partial_rotary_factor'])} is not supported")
+    if block.partial_rotary_factor not in (None, 1.0):
+        raise BundleError(f"partial_rotary_factor {block.partial_rotary_factor} is not supported")
+    told = {key: value for key in BLOCK_KEYS if (value := getattr(block, key)) is not None}
     try:
-        block = AutoConfig.for_model(kind, **{key: asked[key] for key in BLOCK_KEYS if key in asked})
+        found: Any = AutoConfig.for_model(kind, **told)
     except Exception as error:  # the library raises whatever a wrong value provokes
-        raise BundleError(f"its block's settings: {said(error)}") from error
-    if block.hidden_act not in ACT2FN:
-        raise BundleError(f"hidden_act {shown(block.hidden_act)} is not supported")
-    scaled_rotary(block.rope_parameters, block.head_dim, block.max_position_embeddings)
-    return block
+        raise BundleError(f"the block's settings: {said(error)}") from error
+    if found.hidden_act not in ACT2FN:
+        raise BundleError(f"hidden_act {shown(found.hidden_act)} is not supported")
+    return found
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

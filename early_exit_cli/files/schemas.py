@@ -129,6 +129,8 @@ class EagleLayout(Form, extra="forbid"):
 
     @model_validator(mode="after")
     def _heads_fit(self) -> EagleLayout:
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} has no halves to rotate")
         if self.query_heads % self.kv_heads:
             raise ValueError(f"{self.query_heads} query heads cannot share {self.kv_heads} key heads")
         return self
