@@ -290,7 +290,7 @@ def answers(tmp_path, world, **_) -> Target:
     rows = [{"index": i, "answer": [i, 2, 3]} for i in range(4)]
 
     def load():
-        found = on_policy._read_answers(path, 4, world.backbone.vocab_size)
+        found = on_policy.read_answers(path, 4, world.backbone.vocab_size)
         assert all(0 <= index < 4 for index in found)
         assert all(0 <= token < 320 for answer in found.values() for token in answer)
         if len(found) < 4:
