@@ -37,8 +37,8 @@ MODEL, SCORE = "endpoint_model", "score"
 SCORED = 16
 """Answers of the sample."""
 LIKE_OWN, ANOTHERS = 0.25, 1.5
-"""Excess in nats a token up to which answers count as the backbone's own (another precision costs some hundredths), and
-from which they cannot be (docs/decisions/0025)."""
+"""Excess in nats a token up to which answers count as the backbone's own, and above which they cannot be
+(docs/decisions/0025)."""
 ANCHOR = "\n"
 """Stands before an answer's text while it is tokenised, so that no beginning is added to it."""
 
@@ -225,4 +225,4 @@ def judge(found: Score, who: str, backbone: Backbone) -> None:
     )
     if found.excess > ANOTHERS:
         raise DataError(f"{told}: they are another model's", hint="serve the backbone itself there, or --answers-model")
-    warnings.warn(f"{told}: is it the same model?", EexitWarning, stacklevel=2)
+    warnings.warn(f"{told}: is it the same model, in the same precision?", EexitWarning, stacklevel=2)

@@ -24,6 +24,7 @@ from eagle3_files import (
 )
 from safetensors.torch import load_file, save_file
 
+from early_exit_cli.bundle.files import read_bundle_record
 from early_exit_cli.bundle.load import load_engine
 from early_exit_cli.bundle.published import Target, convert, exit_layers_of, read_published
 from early_exit_cli.config import BackboneConfig, BundleConfig
@@ -31,8 +32,10 @@ from early_exit_cli.data.documents import Document
 from early_exit_cli.data.packing import pack
 from early_exit_cli.decoding.answer import generate
 from early_exit_cli.decoding.text import Request
+from early_exit_cli.drafting.drafter import NoDrafter
 from early_exit_cli.drafting.eagle import EagleDrafter
 from early_exit_cli.errors import BundleError
+from early_exit_cli.heads.eagle import load_eagle
 from early_exit_cli.heads.eagle_runner import EagleRunner
 from early_exit_cli.hidden_states.live import run_states
 
@@ -136,6 +139,19 @@ def test_a_head_is_imported_used_and_calibrated_as_a_person_does_it(tmp_path, ti
     code, out, err = eexit("infer", "--bundle", checkpoint, "--prompt", "Hello")
     assert code == 1
     assert f"eexit import {checkpoint}" in err
+
+
+def test_it_drafts_for_a_backbone_whose_blocks_are_the_librarys(tmp_path, tiny_model):
+    checkpoint = write_checkpoint(tmp_path / "head", settings_of(Head()), random_weights(Head(), False))
+    engine = tiny_model("gemma2", "hf")
+    bundle = imported(checkpoint, tmp_path / "bundle")
+    layout = read_bundle_record(bundle).eagle.layout
+    head = load_eagle(bundle / "eagle.safetensors", engine.backbone, LAYERS, layout)
+    request = Request([72, 101, 108, 108, 111], 16)
+    plain = generate(engine, request, NoDrafter(), mode="full")
+    run = generate(engine, request, EagleDrafter(head, always(), lambda rows: 10.0, 0.1, 0.1), mode="eagle")
+    assert run.token_ids == plain.token_ids
+    assert run.stats.tokens_drafted > 16
 
 
 def test_where_a_checkpoint_does_not_say_it_reads_the_three_layers_of_eagle_3(tmp_path):

@@ -110,7 +110,7 @@ def test_a_strict_server_is_asked_for_what_openai_has_and_its_text_is_tokenised(
 ):
     monkeypatch.setattr("early_exit_cli.data.remote_answers.ANOTHERS", 1e9)
     server.is_strict, server.texts = True, ["yes", "", "\n no"]
-    with pytest.warns(match="is it the same model"):
+    with pytest.warns(match="is it the same model, in the same precision"):
         found = texts(data(), tiny_backbone("llama"))
     decoded = {tiny_backbone("llama").tokenizer.decode(d.ids[d.answer_start : -1]) for d in found}
     assert decoded == set(server.texts)
