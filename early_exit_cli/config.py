@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from early_exit_cli.config_fields import (
     DrafterName,
+    Endpoint,
     FloatList,
     IntList,
     MethodList,
@@ -25,9 +26,9 @@ from early_exit_cli.config_fields import (
 )
 from early_exit_cli.config_files import (
     ClearConfig,
-    DssdConfig,
     ExportConfig,
     HubConfig,
+    ImportConfig,
     KeptConfig,
     PullConfig,
     PushConfig,
@@ -164,9 +165,28 @@ class DataConfig(Section):
     )
     temperature: float = setting(0.8, "On-policy: temperature of the sampled answers.", gt=0.0)
     answer_batch: int | None = setting(
-        None, "On-policy: prompts answered together. Default: 48; on a GPU what half of its free memory holds.", ge=1
+        None,
+        "On-policy: prompts answered together. Default: 48; on a GPU what half of its free memory holds. With answers_from: "
+        "requests at once.",
+        ge=1,
+    )
+    answers_from: Endpoint | None = setting(
+        None,
+        "On-policy: let an OpenAI-compatible endpoint of the same model answer (http://host:8000/v1: vLLM, SGLang, "
+        "llama-server). A key comes from EEXIT_ANSWERS_KEY or OPENAI_API_KEY.",
+    )
+    answers_model: str | None = setting(
+        None, "On-policy: what the endpoint calls the model. Default: the only one that it has, or one of this name."
     )
     data_seed: int = setting(0, "Seed of the split, the sample and the sampled answers.")
+
+    @model_validator(mode="after")
+    def _somebody_answers(self) -> DataConfig:
+        if self.answers_from is not None and not self.on_policy:
+            raise ValueError("answers_from says who answers, but on_policy is not set")
+        if self.answers_model is not None and self.answers_from is None:
+            raise ValueError("answers_model names a model of an endpoint; answers_from says which")
+        return self
 
 
 class CacheConfig(Section):
@@ -468,4 +488,4 @@ class Config(Section):
     hub: HubConfig = Field(default_factory=HubConfig)
     push: PushConfig = Field(default_factory=PushConfig)
     pull: PullConfig = Field(default_factory=PullConfig)
-    dssd: DssdConfig = Field(default_factory=DssdConfig)
+    dssd: ImportConfig = Field(default_factory=ImportConfig)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 from pydantic.fields import FieldInfo
@@ -75,6 +76,19 @@ class Section(BaseModel):
             if isinstance(text, str) and ("\0" in text or not is_unicode(text)):
                 raise ValueError("a null byte, or bytes that are no text")
         return value
+
+
+def _endpoint(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("write it as http://HOST:PORT/v1")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ValueError("an address alone; a key comes from EEXIT_ANSWERS_KEY or OPENAI_API_KEY")
+    return value.rstrip("/")
+
+
+Endpoint = Annotated[str, AfterValidator(_endpoint)]
+"""The address of a server."""
 
 
 def _names(value: Any) -> Any:

@@ -76,8 +76,12 @@ class PullConfig(Section):
     output_dir: Path | None = setting(None, "Copy the bundle to this new folder. Default: it stays in the Hub's cache.")
 
 
-class DssdConfig(Section):
-    """Bundles of DSSD."""
+class ImportConfig(Section):
+    """Heads that were trained elsewhere: DSSD's, and EAGLE-3 heads as they are published."""
 
-    folder: Path | None = setting(None, "Folder with DSSD's aux_heads.pt, config.json and, if any, calibration.json.")
+    folder: str | None = setting(
+        None,
+        "Folder, or Hub id (ORG/NAME, ORG/NAME@REVISION): an EAGLE-3 head in SafeAILab's or speculators' layout, or DSSD's "
+        "aux_heads.pt, config.json and, if any, calibration.json.",
+    )
     output_dir: Path | None = setting(None, "New folder of the bundle.")

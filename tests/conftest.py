@@ -13,6 +13,7 @@ import pytest
 import torch
 from commands import output_of
 from devices import on_the_cpu, require_no_gpu
+from speculators_python import python_with_speculators
 from tiny_models import OTHER_FAMILIES, byte_tokenizer, family_config
 from transformers import AutoModelForCausalLM
 
@@ -124,6 +125,12 @@ def tiny_bundle(tmp_path_factory, tiny_model):
     thresholds = {level: {str(head): limit for head, limit in enumerate(row)} for level, row in levels.items()}
     write_json(folder / "calibration.json", {"accuracy_levels": [0.6, 0.9], "thresholds": thresholds})
     return folder
+
+
+@pytest.fixture(scope="session")
+def speculators_python(tmp_path_factory):
+    """A Python that has the package `speculators`."""
+    return python_with_speculators(tmp_path_factory.mktemp("speculators"))
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from commands import output_of
+from eagle3_files import Head, random_weights, settings_of, write_checkpoint
 from fuzzing import (
     Mutate,
     Outcome,
@@ -290,7 +291,7 @@ def answers(tmp_path, world, **_) -> Target:
     rows = [{"index": i, "answer": [i, 2, 3]} for i in range(4)]
 
     def load():
-        found = on_policy._read_answers(path, 4, world.backbone.vocab_size)
+        found = on_policy.read_answers(path, 4, world.backbone.vocab_size)
         assert all(0 <= index < 4 for index in found)
         assert all(0 <= token < 320 for answer in found.values() for token in answer)
         if len(found) < 4:
@@ -363,6 +364,30 @@ def dssd_file(name: str, canary: Path | None = None) -> Callable[..., Target]:
     return target
 
 
+def published(name: str, mutate: Callable[..., Any]) -> Callable[..., Target]:
+    """A file of an EAGLE-3 checkpoint that somebody published."""
+
+    def target(tmp_path, tiny_backbone, **_) -> Target:
+        from early_exit_cli.bundle.files import read_bundle_record
+        from early_exit_cli.bundle.published import Target as Backbone
+        from early_exit_cli.bundle.published import convert, read_published
+        from early_exit_cli.heads.eagle import load_eagle
+
+        checkpoint = write_checkpoint(tmp_path / "head", settings_of(Head()), random_weights(Head(), True))
+        made = tmp_path / "made"
+
+        def load():
+            shutil.rmtree(made, ignore_errors=True)
+            made.mkdir()
+            convert(read_published(checkpoint, "head"), "head", Backbone("tiny", "llama", 64, 320, 6, "none"), made)
+            eagle = read_bundle_record(made).eagle
+            load_eagle(made / "eagle.safetensors", tiny_backbone("llama"), eagle.exit_layers, eagle.layout)
+
+        return Target(checkpoint / name, [(checkpoint / name).read_bytes()], mutate, load)
+
+    return target
+
+
 def marker(tmp_path, tiny_backbone, **_) -> Target:
     """What a checkpoint says of itself."""
     from early_exit_cli.training.checkpoints import resumable
@@ -397,6 +422,8 @@ TARGETS: dict[str, Callable[..., Target]] = {
     "dssd pickle": dssd_file("aux_heads.pt"),
     "dssd config": dssd_file("config.json"),
     "dssd calibration": dssd_file("calibration.json"),
+    "eagle-3 config": published("config.json", mutated_json),
+    "eagle-3 weights": published("model.safetensors", mutated_tensors),
 }
 
 

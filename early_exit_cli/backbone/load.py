@@ -48,6 +48,17 @@ def _tokenizer(name: str, source: str, revision: str | None) -> Any:
     return tokenizer
 
 
+def load_settings(config: BackboneConfig) -> Any:
+    """A backbone's configuration, transformers' own, without its weights.
+
+    Raises:
+        UnsupportedBackboneError: nothing here runs such a model.
+        BackboneError: not found, gated, offline, or damaged.
+    """
+    _quiet_libraries()
+    return _supported_config(config.model_name, *_locate(config))
+
+
 def load_backbone(config: BackboneConfig) -> Backbone:
     """Load the backbone frozen, in the asked precision, or in the one its checkpoint was saved in.
 

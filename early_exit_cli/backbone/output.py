@@ -145,13 +145,23 @@ def logits_of(view: BackboneView, normed: Tensor, vocab: Tensor | None = None) -
 
 
 @dataclass(frozen=True)
+class ScaledRotary:
+    """Rotary positions that are scaled: what a position turns each pair of dimensions by, [head_dim / 2] in radians, and what
+    cos and sin are multiplied by."""
+
+    frequencies: tuple[float, ...]
+    factor: float
+
+
+@dataclass(frozen=True)
 class AttentionShape:
-    """Grouped-query attention with rotary positions."""
+    """Grouped-query attention with rotary positions: of a base, or `scaled`, which then is all that counts."""
 
     query_heads: int
     kv_heads: int
     head_dim: int
     rope_theta: float
+    scaled: ScaledRotary | None = None
 
     @property
     def query_width(self) -> int:

@@ -21,6 +21,7 @@ from early_exit_cli.bundle.files import (
     read_bundle_config,
     read_bundle_record,
 )
+from early_exit_cli.bundle.kinds import refuse_checkpoint
 from early_exit_cli.config import SHIPPED_BUNDLE, BackboneConfig, BundleConfig
 from early_exit_cli.config_fields import HUB_ID
 from early_exit_cli.config_files import HubConfig
@@ -55,6 +56,8 @@ def bundle_source(config: BundleConfig) -> BundleSource:
     if path.name == CONFIG_FILE:
         path = path.parent
     if path.is_dir():
+        if not (path / RECORD_FILE).is_file():
+            refuse_checkpoint(path, config.bundle)
         return BundleSource(path)
     shipped = Path(__file__).parent.parent / "bundles" / config.bundle
     if config.bundle == SHIPPED_BUNDLE and shipped.is_dir():
@@ -152,7 +155,7 @@ def load_engine(
         engine.heads = load_heads(folder / HEADS_FILE, backbone, made.kind, config.exit_layers, made.rank)
     if record.eagle is not None:
         exit_layers = eagle_exit_layers(record.eagle, folder, backbone.num_blocks)
-        engine.eagle = load_eagle(eagle_file(folder), backbone, exit_layers)
+        engine.eagle = load_eagle(eagle_file(folder), backbone, exit_layers, record.eagle.layout)
         if backbone.device.type == "cuda":
             cuda_eagle(engine.eagle)  # recorded now, not inside an answer
     calibration = bundle.calibration_path or folder / CALIBRATION_FILE

@@ -59,7 +59,7 @@ add(app, "export", export.command, "Write the EAGLE head for vLLM and SGLang.")
 add(app, "bench", bench.command, "Measure methods side by side on a set of prompts.")
 add(app, "push", hub.push, "Upload a bundle to the Hub, in one commit, with a model card.")
 add(app, "pull", hub.pull, "Download a bundle from the Hub.")
-add(app, "import", hub.import_, "Make a bundle of heads that DSSD's own program trained.")
+add(app, "import", hub.import_, "Make a bundle of heads trained elsewhere: published EAGLE-3 heads, or DSSD's.")
 add(app, "env", env.command, "Show what a run would run on and with, as text to paste into a report.")
 
 states = typer.Typer(

@@ -6,11 +6,16 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from early_exit_cli.cli.options import configured
+from early_exit_cli.cli.shared import load_libraries
 from early_exit_cli.errors import ConfigError
+from early_exit_cli.files.atomic import atomic_folder, require_new_folder
 from early_exit_cli.report import console
 from early_exit_cli.resolve import Resolved
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from early_exit_cli.bundle.files import BundleSource
     from early_exit_cli.bundle.push import Bundle
 
 
@@ -80,26 +85,70 @@ def pull(resolved: Resolved, as_json: bool) -> None:
 
 
 @configured(
-    "dssd",
+    *("dssd", "backbone"),
     argument="dssd.folder",
     examples=(
+        "eexit import ORG/EAGLE3-HEAD --output-dir heads --model-name ORG/BACKBONE",
         "eexit import dssd-folder --output-dir heads",
         "eexit import --folder dssd-folder --output-dir heads --json",
     ),
 )
 def import_(resolved: Resolved, as_json: bool) -> None:
-    """Make a bundle of heads that DSSD's own program trained."""
+    """Make a bundle of heads that were trained elsewhere: EAGLE-3 heads as they are published, or DSSD's."""
+    load_libraries()
+    from early_exit_cli.bundle.files import DSSD_HEADS_FILE
+    from early_exit_cli.bundle.pull import checkpoint
     from early_exit_cli.bundle.push import import_dssd
 
     config = resolved.config.dssd
     if config.folder is None or config.output_dir is None:
-        raise ConfigError("from where to where?", hint="eexit import FOLDER --output-dir BUNDLE")
-    bundle = import_dssd(config.folder, config.output_dir)
+        raise ConfigError("from where to where?", hint="eexit import ORG/NAME --output-dir BUNDLE")
+    require_new_folder(config.output_dir)
+    source = checkpoint(config.folder)
+    if not (source.folder / DSSD_HEADS_FILE).is_file():
+        import_eagle(resolved, source, config.output_dir, as_json)
+        return
+    bundle = import_dssd(source.folder, config.output_dir)
     if as_json:
         console.emit_json({"folder": str(config.output_dir), "fingerprint": bundle.record.fingerprint})
         return
-    describe(bundle, str(config.folder))
+    describe(bundle, config.folder)
     console.stream_text(f"{config.output_dir}\n")
+
+
+def import_eagle(resolved: Resolved, source: BundleSource, output_dir: Path, as_json: bool) -> None:
+    """A published EAGLE-3 head: settings of its backbone, one call, report."""
+    from early_exit_cli.backbone.load import load_settings
+    from early_exit_cli.backbone.quantization import quantization_of
+    from early_exit_cli.bundle.files import applied_quantization
+    from early_exit_cli.bundle.published import convert, read_published, target_of
+
+    name = source.repo_id or str(source.folder)
+    published = read_published(source.folder, name)
+    backbone = resolved.config.backbone
+    if resolved.is_default("backbone.model_name"):
+        if published.backbone is None:
+            raise ConfigError(f"{name} does not say which model it is for", hint="--model-name ORG/BACKBONE")
+        backbone = backbone.model_copy(update={"model_name": published.backbone})
+    settings = load_settings(backbone)
+    target = target_of(backbone.model_name, settings, quantization_of(settings) or backbone.quantization)
+    with atomic_folder(output_dir) as temporary:
+        eagle = convert(
+            published,
+            f"{name} at {source.commit}" if source.commit else source.folder.resolve().name,
+            target,
+            temporary,
+        )
+    if as_json:
+        found = {"folder": str(output_dir), "fingerprint": target.fingerprint, "exit_layers": eagle.exit_layers}
+        console.emit_json({**found, "layout": published.kind.words})
+        return
+    console.note(
+        f"{name}: {published.kind.words}, after {', '.join(map(str, eagle.exit_layers))} of {target.num_blocks} blocks of "
+        f"{target.name} in {applied_quantization(target.quantization)}; not calibrated, so auto does not read it"
+    )
+    console.note(f"next: eexit calibrate --bundle {output_dir} --dataset-name prompts.jsonl --on-policy")
+    console.stream_text(f"{output_dir}\n")
 
 
 def describe(bundle: Bundle, name: str) -> None:

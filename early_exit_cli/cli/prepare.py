@@ -96,10 +96,14 @@ def say_how_it_runs(engine: Engine) -> None:
 def say_what_is_not_read(engine: Engine, drafter: Drafter) -> None:
     """On stderr: which of the bundle's heads are left unread, and why."""
     from early_exit_cli.drafting.auto import AutoDrafter
+    from early_exit_cli.drafting.chances import draft_chances_of
     from early_exit_cli.drafting.exit import ExitDrafter
 
     if isinstance(drafter, AutoDrafter) and engine.heads is not None and engine.thresholds is None:
         console.note("the bundle is not calibrated: its heads are not read (eexit calibrate)")
+    alone = engine.eagle is not None and engine.heads is None
+    if isinstance(drafter, AutoDrafter) and alone and not draft_chances_of(engine.record).eagle:
+        console.note("the EAGLE head is not calibrated: it is not read (eexit calibrate)")
     if type(drafter) is ExitDrafter and drafter.active is not None and len(drafter.active) < len(drafter.thresholds):
         unread = [str(head) for head in range(len(drafter.thresholds)) if head not in drafter.active]
         console.note(

@@ -1,4 +1,4 @@
-"""Prompts answered by the backbone itself, kept in the user's cache folder as they are made."""
+"""Prompts answered by the backbone itself, here or at an endpoint, kept in the user's cache folder as they are made."""
 
 from __future__ import annotations
 
@@ -28,6 +28,10 @@ def answer_prompts(
     Answers are kept in the user's cache folder under a name made of everything that decides them, written batch by
     batch: a stopped run goes on where it was, and calibration reuses what training made.
     """
+    if config.answers_from is not None:
+        from early_exit_cli.data.remote_answers import answers_of_endpoint  # an HTTP client only where it is needed
+
+        return answers_of_endpoint(config.answers_from, unanswered, config, backbone, progress)
     prompts = [(document.source, document.ids) for document in unanswered]
     key = sha256_of(
         json.dumps(backbone.identity, sort_keys=True),
@@ -35,7 +39,7 @@ def answer_prompts(
         f"{config.answer_tokens} {config.sampled_share} {config.temperature} {config.answer_batch or GROUP} {config.data_seed}",
     )
     path = kept_path("answers", f"{key[:24]}.jsonl")
-    answers = _read_answers(path, len(prompts), backbone.vocab_size)
+    answers = read_answers(path, len(prompts), backbone.vocab_size)
     answer_chunk: Answer | None = None
     path.parent.mkdir(parents=True, exist_ok=True)
     made = 0
@@ -63,7 +67,7 @@ def answer_prompts(
     return [Document(ids + answers[index], source, len(ids)) for index, (source, ids) in enumerate(prompts)]
 
 
-def _read_answers(path: Path, prompts: int, vocab_size: int) -> dict[int, list[int]]:
+def read_answers(path: Path, prompts: int, vocab_size: int) -> dict[int, list[int]]:
     """Answers of earlier runs. A line torn by a kill is cut off the file; one that is damaged is made again."""
     answers: dict[int, list[int]] = {}
     if not path.exists():

@@ -108,7 +108,7 @@ def cost_table(engine: Engine, *, refresh: bool = False) -> Costs:
         "protocol": PROTOCOL,
         "heads": heads
         and [heads.kind, len(heads), heads.rank, 0 if heads.draft_vocab is None else len(heads.draft_vocab)],
-        "eagle": engine.eagle and list(engine.eagle.lm_head_weight.shape),
+        "eagle": engine.eagle and _shape_of(engine.eagle),
     }
     path = measurement_path("costs", identity)
     widths = sorted({1, *engine.blocks.widths})
@@ -131,6 +131,12 @@ def cost_table(engine: Engine, *, refresh: bool = False) -> Costs:
 def plain_pass_seconds(engine: Engine) -> float:
     """A pass of plain decoding on this device."""
     return cost_table(engine).plain(engine.blocks.num_blocks, min(engine.blocks.widths)) / 1000
+
+
+def _shape_of(head: EagleHead) -> list[Any]:
+    """What an EAGLE head's costs depend on besides the backbone."""
+    shape: list[Any] = list(head.lm_head_weight.shape)
+    return shape if head.is_ours else [*shape, len(head.exit_layers), head.layout.model_dump()]
 
 
 def quietest(measure: Callable[[], Costs]) -> Costs:
@@ -250,9 +256,8 @@ def _eagle_calls(head: EagleHead, length: int) -> tuple[Call, Call, int]:
     Where steps run all at once, the second call is reading and some steps, as many as the third value says.
     """
     runner = eagle_runner(head)
-    weight = head.fc.weight
     tokens = [0] * length
-    states = [weight.new_zeros(length, weight.shape[0]) for _ in range(len(head.exit_layers) + 1)]
+    states = [head.fc.weight.new_zeros(length, head.state_size) for _ in range(len(head.exit_layers) + 1)]
     hidden = runner.read(tokens, states)
 
     def read() -> None:

@@ -99,10 +99,48 @@ class Heads(Form):
     draft_vocab: Count = 0
 
 
+class EagleLayout(Form, extra="forbid"):
+    """What an EAGLE head computes, as far as EAGLE-3's checkpoints differ. All that hold no own part borrow the backbone's.
+
+    hidden: width of its states. query_heads ... activation: of its block. rope: as transformers has `rope_parameters`, and
+    positions: `max_position_embeddings`. eps: of its norms. reads_final: the backbone's final normed state comes after the
+    exit layers'. fc_norm, joint_norm: a norm for each state before they are fused, or one for all together. qk_norm: of
+    queries and keys. norm_before_residual: the block's residual begins at its normed state. norm_output: what it rolls
+    forward from is normed. own_lm_head, own_embedding: part of its file.
+    """
+
+    hidden: Positive
+    query_heads: Positive
+    kv_heads: Positive
+    head_dim: Positive
+    inner: Positive
+    activation: str
+    rope: dict[str, Any]
+    positions: Positive = 2048
+    eps: float = Field(gt=0.0)
+    reads_final: bool = False
+    fc_norm: bool = False
+    joint_norm: bool = False
+    qk_norm: bool = False
+    norm_before_residual: bool = False
+    norm_output: bool = False
+    own_lm_head: bool = True
+    own_embedding: bool = False
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> EagleLayout:
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} has no halves to rotate")
+        if self.query_heads % self.kv_heads:
+            raise ValueError(f"{self.query_heads} query heads cannot share {self.kv_heads} key heads")
+        return self
+
+
 class Eagle(Form):
-    """The EAGLE head of eexit.json."""
+    """The EAGLE head of eexit.json. layout: of one that was trained elsewhere; ours is as wide as the backbone's last block."""
 
     exit_layers: list[Positive] = Field(min_length=1)
+    layout: Annotated[EagleLayout | None, Absent] = None
 
 
 class Training(Form):

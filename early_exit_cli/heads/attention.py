@@ -11,11 +11,18 @@ from early_exit_cli.backbone.output import AttentionShape
 GROWTH = 512
 
 
-def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rotary(positions: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor]:
     """cos and sin for `rotate`, [positions, head_dim] float32 each; sin with the sign of the turned half (Su et al. 2021)."""
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
-    angles = positions[:, None].float() * frequencies
-    return angles.cos().repeat(1, 2), torch.cat((-angles.sin(), angles.sin()), -1)
+    size = shape.head_dim
+    if shape.scaled is None:
+        frequencies = shape.rope_theta ** (
+            -torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size
+        )
+        angles = positions[:, None].float() * frequencies
+        return angles.cos().repeat(1, 2), torch.cat((-angles.sin(), angles.sin()), -1)
+    angles = positions[:, None].float() * torch.tensor(shape.scaled.frequencies, device=positions.device)
+    cos, sin = angles.cos() * shape.scaled.factor, angles.sin() * shape.scaled.factor
+    return cos.repeat(1, 2), torch.cat((-sin, sin), -1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -49,7 +56,7 @@ class HeadCache:
             if old.numel():
                 new[:, : old.shape[1]] = old
         self.keys, self.values = grown
-        cos, sin = rotary(torch.arange(capacity, device=self.like.device), size, self.shape.rope_theta)
+        cos, sin = rotary(torch.arange(capacity, device=self.like.device), self.shape)
         self.cos, self.sin = cos.to(self.like.dtype)[:, None], sin.to(self.like.dtype)[:, None]
 
     def attend(self, qkv: Tensor, position: int, queries: int) -> Tensor:

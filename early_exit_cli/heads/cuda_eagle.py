@@ -229,7 +229,8 @@ def cuda_eagle(head: EagleHead) -> CudaEagle | None:
     attention, mlp = head.block.self_attn, head.block.mlp
     sizes = (head.fc.weight.shape[0], mlp.down_proj.in_features, attention.shape.query_width, attention.shape.kv_width)
     if (
-        head.fc.weight.dtype != torch.bfloat16
+        not head.is_ours
+        or head.fc.weight.dtype != torch.bfloat16
         or head.lm_head_weight.dtype != torch.bfloat16
         or mlp.activation_name != "silu"
     ):

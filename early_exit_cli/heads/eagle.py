@@ -4,9 +4,10 @@ For a verified token at position t it reads the backbone's states after some exi
 into one, and the embedding of token t + 1; it predicts token t + 2. For the tokens after that, the fused state is its own
 output of the step before. Its attention sees the fused states up to t and its own steps after it.
 
-Names and shapes are those of EAGLE-3's checkpoints as `speculators` reads them (`fc_norm`, `norm_output`): the last
-state comes with the backbone's final norm applied, which is that checkpoint's third `fc_norm`. LM head and embedding are
-the backbone's own, the LM head cut down to the draft vocabulary; neither is part of the file.
+Names and shapes are those of EAGLE-3's checkpoints as `speculators` reads them. The heads trained here are of one layout:
+`fc_norm`, `norm_output`, the last state with the backbone's final norm applied, which is that checkpoint's third
+`fc_norm`, LM head and embedding the backbone's own, the LM head cut down to the draft vocabulary and neither part of the
+file. Heads that were trained elsewhere say what they compute (`EagleLayout`).
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from early_exit_cli.backbone.output import AttentionShape, BackboneView, BlockShape
+from early_exit_cli.backbone.output import AttentionShape, BackboneView
+from early_exit_cli.backbone.rope import scaled_rotary
+from early_exit_cli.errors import BundleError
 from early_exit_cli.files.atomic import write_atomic
+from early_exit_cli.files.schemas import EagleLayout
 from early_exit_cli.heads.attention import rotary, rotate
 from early_exit_cli.heads.exit_heads import DRAFT_VOCAB, read_tensors, require_tensors
 from early_exit_cli.hidden_states.states import Prediction, States
@@ -30,27 +34,45 @@ from early_exit_cli.hidden_states.states import Prediction, States
 class Attention(nn.Module):
     """Projections of grouped-query attention over [embedding; state], 2 * hidden wide."""
 
-    def __init__(self, hidden: int, shape: AttentionShape) -> None:
+    def __init__(self, layout: EagleLayout) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape = shape = AttentionShape(
+            *(layout.query_heads, layout.kv_heads, layout.head_dim, float(layout.rope.get("rope_theta", 0.0))),
+            scaled_rotary(layout.rope, layout.head_dim, layout.positions),
+        )
+        hidden = layout.hidden
         self.q_proj = nn.Linear(2 * hidden, shape.query_width, bias=False)
         self.k_proj = nn.Linear(2 * hidden, shape.kv_width, bias=False)
         self.v_proj = nn.Linear(2 * hidden, shape.kv_width, bias=False)
         self.o_proj = nn.Linear(shape.query_width, hidden, bias=False)
+        self.q_norm = nn.RMSNorm(shape.head_dim, layout.eps) if layout.qk_norm else None
+        self.k_norm = nn.RMSNorm(shape.head_dim, layout.eps) if layout.qk_norm else None
+
+    def normed(self, qkv: Tensor) -> Tensor:
+        """Norms of queries and keys, where it has them, of [*, (query_heads + 2 kv_heads) * head_dim]."""
+        if self.q_norm is None or self.k_norm is None:
+            return qkv
+        widths = (self.shape.query_width, self.shape.kv_width, self.shape.kv_width)
+        query, key, value = qkv.split(widths, -1)
+
+        def by_head(norm: nn.Module, x: Tensor) -> Tensor:
+            return norm(x.unflatten(-1, (-1, self.shape.head_dim))).flatten(-2)
+
+        return torch.cat((by_head(self.q_norm, query), by_head(self.k_norm, key), value), -1)
 
 
 class GatedMLP(nn.Module):
     """[*, hidden] -> [*, hidden]."""
 
-    def __init__(self, hidden: int, shape: BlockShape) -> None:
+    def __init__(self, layout: EagleLayout) -> None:
         super().__init__()
         from transformers.activations import ACT2FN
 
-        self.gate_proj = nn.Linear(hidden, shape.inner, bias=False)
-        self.up_proj = nn.Linear(hidden, shape.inner, bias=False)
-        self.down_proj = nn.Linear(shape.inner, hidden, bias=False)
-        self.activation_name = shape.activation
-        self.activation = ACT2FN[shape.activation]
+        self.gate_proj = nn.Linear(layout.hidden, layout.inner, bias=False)
+        self.up_proj = nn.Linear(layout.hidden, layout.inner, bias=False)
+        self.down_proj = nn.Linear(layout.inner, layout.hidden, bias=False)
+        self.activation_name = layout.activation
+        self.activation = ACT2FN[layout.activation]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
@@ -59,13 +81,20 @@ class GatedMLP(nn.Module):
 class Block(nn.Module):
     """One decoder block whose attention reads the normed embedding beside the normed state."""
 
-    def __init__(self, hidden: int, shape: BlockShape, eps: float) -> None:
+    def __init__(self, layout: EagleLayout) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(hidden, eps)  # of the embedding
-        self.hidden_norm = nn.RMSNorm(hidden, eps)
-        self.self_attn = Attention(hidden, shape.attention)
-        self.post_attention_layernorm = nn.RMSNorm(hidden, eps)
-        self.mlp = GatedMLP(hidden, shape)
+        self.norm_before_residual = layout.norm_before_residual
+        self.input_layernorm = nn.RMSNorm(layout.hidden, layout.eps)  # of the embedding
+        self.hidden_norm = nn.RMSNorm(layout.hidden, layout.eps)
+        self.self_attn = Attention(layout)
+        self.post_attention_layernorm = nn.RMSNorm(layout.hidden, layout.eps)
+        self.mlp = GatedMLP(layout)
+
+    def enter(self, embedded: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Embedding and state [*, hidden] -> what attention reads, [*, 2 * hidden], and the residual, [*, hidden]."""
+        normed = self.hidden_norm(hidden)
+        joined = torch.cat((self.input_layernorm(embedded), normed), -1)
+        return joined, normed if self.norm_before_residual else hidden
 
 
 class EagleHead(nn.Module):
@@ -74,29 +103,58 @@ class EagleHead(nn.Module):
     Args:
         exit_layers: numbers of blocks run before the states that it reads, besides the last one's.
         draft_vocab: [draft vocab] int64, the tokens it may propose; None for all.
+        layout: by default that of heads trained here.
+
+    Raises:
+        BundleError: a layout that asks for what is not supported.
     """
 
     draft_vocab: Tensor | None
 
-    def __init__(self, view: BackboneView, exit_layers: Sequence[int], draft_vocab: Tensor | None) -> None:
+    def __init__(
+        self,
+        view: BackboneView,
+        exit_layers: Sequence[int],
+        draft_vocab: Tensor | None,
+        layout: EagleLayout | None = None,
+    ) -> None:
         super().__init__()
-        hidden, eps, shape = view.hidden_size, view.final_norm.eps, view.last_block.shape
-        self.exit_layers = list(exit_layers)
-        self.fc_norm = nn.ModuleList(nn.RMSNorm(hidden, eps) for _ in exit_layers)
-        self.fc = nn.Linear((len(exit_layers) + 1) * hidden, hidden, bias=False)
-        self.layers = nn.ModuleList([Block(hidden, shape, eps)])
-        self.norm = nn.RMSNorm(hidden, eps)
+        self.is_ours = layout is None
+        """Whether it is of the layout that is trained here, which compiled runners run."""
+        self.layout = layout = layout or our_layout(view)
+        self.exit_layers, self.state_size = list(exit_layers), view.hidden_size
+        states = len(exit_layers) + layout.reads_final
+        self.fc_norm = nn.ModuleList(
+            nn.RMSNorm(self.state_size, layout.eps) for _ in (exit_layers if layout.fc_norm else ())
+        )
+        self.input_norm = nn.RMSNorm(states * self.state_size, layout.eps) if layout.joint_norm else None
+        self.fc = nn.Linear(states * self.state_size, layout.hidden, bias=False)
+        self.layers = nn.ModuleList([Block(layout)])
+        self.norm = nn.RMSNorm(layout.hidden, layout.eps)
         self.register_buffer(DRAFT_VOCAB, draft_vocab)
+        rows = view.vocab_size if draft_vocab is None else draft_vocab.numel()
+        self.lm_head = nn.Linear(layout.hidden, rows, bias=False) if layout.own_lm_head else None
+        self.embed_tokens = nn.Embedding(len(view.embedding_weight), layout.hidden) if layout.own_embedding else None
         # detached: borrowed from the backbone, no parameters of this module
         weight = view.lm_head_weight.detach()
-        self.lm_head_weight = weight if draft_vocab is None else weight[draft_vocab.to(weight.device)]
-        self.embedding_weight = view.embedding_weight.detach()
+        self._borrowed_lm_head = weight if draft_vocab is None else weight[draft_vocab.to(weight.device)]
+        self._borrowed_embedding = view.embedding_weight.detach()
         self.on_device: Any = None
         """What runs it on a GPU, once made (`cuda_eagle`)."""
 
     @property
     def block(self) -> Block:
         return self.layers[0]  # type: ignore[return-value]
+
+    @property
+    def lm_head_weight(self) -> Tensor:
+        """[draft vocab, hidden]"""
+        return self._borrowed_lm_head if self.lm_head is None else self.lm_head.weight
+
+    @property
+    def embedding_weight(self) -> Tensor:
+        """[vocab, hidden]"""
+        return self._borrowed_embedding if self.embed_tokens is None else self.embed_tokens.weight
 
     def start_from(self, view: BackboneView) -> None:
         """Begin as the backbone's last block reading its final state; the embedding comes in from zero."""
@@ -118,13 +176,20 @@ class EagleHead(nn.Module):
     def normed(self, states: Sequence[Tensor]) -> Tensor:
         """States after the exit layers and the final normed state, [*, hidden] each -> [*, states * hidden], for `fc`."""
         *exits, final = states
-        return torch.cat(
-            [*(norm(x.to(self.norm.weight.dtype)) for norm, x in zip(self.fc_norm, exits, strict=True)), final], -1
-        )
+        exits = [state.to(self.norm.weight.dtype) for state in exits]
+        if self.fc_norm:
+            exits = [norm(state) for norm, state in zip(self.fc_norm, exits, strict=True)]
+        joined = torch.cat([*exits, final] if self.layout.reads_final else exits, -1)
+        return joined if self.input_norm is None else self.input_norm(joined)
+
+    def said(self, hidden: Tensor) -> Tensor:
+        """What the LM head reads of states that it rolls forward from, [*, hidden] -> [*, hidden]."""
+        return hidden if self.layout.norm_output else self.norm(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[*, hidden] -> [*, draft vocab]."""
-        return F.linear(hidden, self.lm_head_weight.to(hidden.dtype))
+        """States that it rolls forward from, [*, hidden] -> [*, draft vocab]."""
+        said = self.said(hidden)
+        return F.linear(said, self.lm_head_weight.to(said.dtype))
 
     def token_ids(self, columns: Tensor) -> Tensor:
         """Columns of the logits to token ids."""
@@ -179,20 +244,20 @@ class EagleHead(nn.Module):
         """
         block, attention = self.block, self.block.self_attn
         rows, seq, _ = hidden.shape
-        joined = torch.cat((block.input_layernorm(embedded.to(self.norm.weight.dtype)), block.hidden_norm(hidden)), -1)
-        size = attention.shape.head_dim
-        cos, sin = rotary(torch.arange(place, seq + place, device=hidden.device), size, attention.shape.rope_theta)
+        joined, residual = block.enter(embedded.to(self.norm.weight.dtype), hidden)
+        cos, sin = rotary(torch.arange(place, seq + place, device=hidden.device), attention.shape)
 
-        def split(projected: Tensor) -> Tensor:  # -> [batch, heads, seq, head_dim]
-            return projected.view(rows, seq, -1, size).transpose(1, 2)
+        def split(projected: Tensor, norm: nn.Module | None = None) -> Tensor:  # -> [batch, heads, seq, head_dim]
+            apart = projected.view(rows, seq, -1, attention.shape.head_dim)
+            return (apart if norm is None else norm(apart)).transpose(1, 2)
 
-        query = rotate(split(attention.q_proj(joined)), cos, sin)
-        keys.append(rotate(split(attention.k_proj(joined)), cos, sin))
+        query = rotate(split(attention.q_proj(joined), attention.q_norm), cos, sin)
+        keys.append(rotate(split(attention.k_proj(joined), attention.k_norm), cos, sin))
         values.append(split(attention.v_proj(joined)))
         attended = roll_out_attention(query, keys, values, mask)
-        hidden = hidden + attention.o_proj(attended.transpose(1, 2).reshape(rows, seq, -1))
+        hidden = residual + attention.o_proj(attended.transpose(1, 2).reshape(rows, seq, -1))
         hidden = hidden + block.mlp(block.post_attention_layernorm(hidden))
-        return self.norm(hidden)
+        return self.norm(hidden) if self.layout.norm_output else hidden
 
     def save(self, path: Path, dtype: torch.dtype) -> None:
         """Write eagle.safetensors, weights in `dtype`."""
@@ -226,15 +291,51 @@ def roll_out_attention(query: Tensor, keys: list[Tensor], values: list[Tensor], 
     return attended.view(rows, heads, seq, width)
 
 
-def load_eagle(path: Path, view: BackboneView, exit_layers: Sequence[int]) -> EagleHead:
+def our_layout(view: BackboneView) -> EagleLayout:
+    """The layout that is trained here: a block as wide as the backbone's last one.
+
+    Raises:
+        UnsupportedBackboneError: the backbone's blocks have not the Llama shape.
+    """
+    shape = view.last_block.shape
+    return EagleLayout(
+        hidden=view.hidden_size,
+        query_heads=shape.query_heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        inner=shape.inner,
+        activation=shape.activation,
+        rope={"rope_type": "default", "rope_theta": shape.rope_theta},
+        eps=view.final_norm.eps,
+        reads_final=True,
+        fc_norm=True,
+        norm_output=True,
+        own_lm_head=False,
+    )
+
+
+def load_eagle(
+    path: Path, view: BackboneView, exit_layers: Sequence[int], layout: EagleLayout | None = None
+) -> EagleHead:
     """Read eagle.safetensors strictly.
+
+    Args:
+        layout: of a head that was trained elsewhere.
 
     Raises:
         BundleError: damaged, or names or shapes that do not fit, NaN or infinite weights.
     """
     tensors, draft_vocab = read_tensors(path, view.vocab_size)
-    head = EagleHead(view, exit_layers, draft_vocab)
+    if layout is not None and not layout.own_embedding and layout.hidden != view.hidden_size:
+        raise BundleError(f"{path}: states {layout.hidden} wide, the backbone's embedding is {view.hidden_size}")
+    with torch.device("meta"):  # no time and memory for weights that are replaced
+        head = EagleHead(view, exit_layers, draft_vocab, layout)
     shapes = {name: list(value.shape) for name, value in head.state_dict().items() if name != DRAFT_VOCAB}
     require_tensors(path, tensors, shapes)
-    head.load_state_dict(tensors if draft_vocab is None else {**tensors, DRAFT_VOCAB: draft_vocab})
-    return head.to(view.device, view.dtype).requires_grad_(False)
+    head.load_state_dict(
+        tensors if draft_vocab is None else {**tensors, DRAFT_VOCAB: draft_vocab}, strict=True, assign=True
+    )
+    head.to(view.device, view.dtype).requires_grad_(False)
+    if head.embed_tokens is not None and torch.equal(head.embed_tokens.weight, view.embedding_weight):
+        head.embed_tokens = None  # a copy of the backbone's
+    return head

@@ -89,18 +89,17 @@ class EagleRunner:
     def _block(self, tokens: list[int], hidden: Tensor, position: int) -> Tensor:
         head, block = self.head, self.head.block
         ids = torch.tensor(tokens, device=hidden.device)
-        joined = torch.cat(
-            (block.input_layernorm(F.embedding(ids, head.embedding_weight)), block.hidden_norm(hidden)), -1
-        )
-        hidden = hidden[-1:] + self.output(self.cache.attend(self.qkv(joined), position, 1))
+        joined, residual = block.enter(F.embedding(ids, head.embedding_weight), hidden)
+        qkv = block.self_attn.normed(self.qkv(joined))
+        hidden = residual[-1:] + self.output(self.cache.attend(qkv, position, 1))
         gate_up = self.gate_up(block.post_attention_layernorm(hidden))
         hidden = hidden + self.down(block.mlp.activation(gate_up[:, : self.inner]) * gate_up[:, self.inner :])
-        return head.norm(hidden)
+        return head.norm(hidden) if head.layout.norm_output else hidden
 
     def choose(
         self, hidden: Tensor, chooser: Chooser = GREEDY, drafted: Sequence[int] = (), temperature: float = 1.0
     ) -> tuple[int, float]:
         """[1, hidden] -> its token (`Chooser.draft`), and its entropy (nats)."""
-        logits = self.lm_head(hidden)
+        logits = self.lm_head(self.head.said(hidden))
         token = chooser.draft(logits, self.head.draft_vocab, list(drafted), temperature)
         return token, float(entropy(logits))

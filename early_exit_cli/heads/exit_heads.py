@@ -120,7 +120,7 @@ class AttentionHead(AdapterHead):
         rows, seq, _ = placed.shape
         qkv = self._projected(placed).view(rows, seq, -1, self.shape.head_dim).transpose(1, 2)
         query, key, value = qkv.split((self.shape.query_heads, *[self.shape.kv_heads] * 2), 1)
-        tables = rotary(torch.arange(seq, device=hidden.device), self.shape.head_dim, self.shape.rope_theta)
+        tables = rotary(torch.arange(seq, device=hidden.device), self.shape)
         attended = F.scaled_dot_product_attention(
             *(rotate(query, *tables), rotate(key, *tables), value), attn_mask=batch.block_mask(), enable_gqa=True
         )

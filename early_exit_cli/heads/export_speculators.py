@@ -41,11 +41,9 @@ def checkpoint_tensors(head: EagleHead, backbone: Backbone) -> dict[str, Tensor]
     has_column = torch.zeros(vocab, dtype=torch.bool)
     has_column[chosen] = True
     tensors = {name: value for name, value in head.state_dict().items() if name != DRAFT_VOCAB}
-    tensors |= {
-        f"fc_norm.{len(head.exit_layers)}.weight": backbone.final_norm.weight,
-        "lm_head.weight": head.lm_head_weight,
-        "embed_tokens.weight": head.embedding_weight,
-    }
+    tensors |= {"lm_head.weight": head.lm_head_weight, "embed_tokens.weight": head.embedding_weight}
+    if head.layout.reads_final:
+        tensors[f"fc_norm.{len(head.exit_layers)}.weight"] = backbone.final_norm.weight
     tensors = {name: value.detach().to("cpu", backbone.dtype).clone() for name, value in tensors.items()}
     if head.draft_vocab is not None:
         tensors |= {"d2t": chosen - torch.arange(chosen.numel()), "t2d": has_column}
@@ -54,7 +52,8 @@ def checkpoint_tensors(head: EagleHead, backbone: Backbone) -> dict[str, Tensor]
 
 def checkpoint_config(head: EagleHead, backbone: Backbone, draft_tokens: int) -> dict[str, Any]:
     """config.json of the checkpoint."""
-    attention, mlp = head.block.self_attn, head.block.mlp
+    layout = head.layout
+    others = {"target_hidden_size": backbone.hidden_size} if layout.hidden != backbone.hidden_size else {}
     return {
         "architectures": ["Eagle3Speculator"],
         "speculators_model_type": "eagle3",
@@ -66,16 +65,16 @@ def checkpoint_config(head: EagleHead, backbone: Backbone, draft_tokens: int) ->
             "verifier": {"name_or_path": backbone.name, "architectures": list(backbone.config.architectures or [])},
         },
         "transformer_layer_config": {
-            "model_type": "llama",
-            "hidden_size": backbone.hidden_size,
-            "intermediate_size": mlp.down_proj.in_features,
-            "num_attention_heads": attention.shape.query_heads,
-            "num_key_value_heads": attention.shape.kv_heads,
-            "head_dim": attention.shape.head_dim,
-            "hidden_act": backbone.config.hidden_act,
-            "rms_norm_eps": backbone.final_norm.eps,
-            "rope_parameters": {"rope_type": "default", "rope_theta": attention.shape.rope_theta},
-            "max_position_embeddings": backbone.context_length,
+            "model_type": "qwen3" if layout.qk_norm else "llama",
+            "hidden_size": layout.hidden,
+            "intermediate_size": layout.inner,
+            "num_attention_heads": layout.query_heads,
+            "num_key_value_heads": layout.kv_heads,
+            "head_dim": layout.head_dim,
+            "hidden_act": layout.activation,
+            "rms_norm_eps": layout.eps,
+            "rope_parameters": layout.rope,
+            "max_position_embeddings": backbone.context_length if head.is_ours else layout.positions,
             "vocab_size": backbone.vocab_size,
             "num_hidden_layers": 1,
             "attention_bias": False,
@@ -84,10 +83,12 @@ def checkpoint_config(head: EagleHead, backbone: Backbone, draft_tokens: int) ->
             "pad_token_id": None,
         },
         "draft_vocab_size": head.lm_head_weight.shape[0],
-        "eagle_aux_hidden_state_layer_ids": [*head.exit_layers, backbone.num_blocks],
-        "fc_norm": True,
-        "norm_output": True,
-        "norm_before_residual": False,
+        "eagle_aux_hidden_state_layer_ids": [*head.exit_layers, *([backbone.num_blocks] if layout.reads_final else [])],
+        "fc_norm": layout.fc_norm,
+        "norm_output": layout.norm_output,
+        "norm_before_residual": layout.norm_before_residual,
+        **({"norm_before_fc": True} if layout.joint_norm else {}),
+        **others,
         "tie_word_embeddings": False,
         "torch_dtype": str(backbone.dtype).removeprefix("torch."),
     }

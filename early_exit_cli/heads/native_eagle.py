@@ -104,6 +104,11 @@ def _fits(head: EagleHead) -> bool:
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or head.lm_head_weight.dtype != torch.bfloat16:
         return False
     sizes = (weight.shape[0], mlp.down_proj.in_features, head.lm_head_weight.shape[0])
-    if attention.shape.head_dim % 64 or any(size % VOCAB_TILE for size in sizes) or mlp.activation_name != "silu":
+    if (
+        not head.is_ours
+        or attention.shape.head_dim % 64
+        or any(size % VOCAB_TILE for size in sizes)
+        or mlp.activation_name != "silu"
+    ):
         return False
     return has_native_code()

@@ -191,7 +191,7 @@ def bytes_per_token(hidden_size: int, heads: int, store: str) -> int:
     return state * (heads + 1) + 8
 
 
-LATER_SETTINGS = [("data.answer_turns", "first")]
+LATER_SETTINGS = [("data.answer_turns", "first"), ("data.answers_from", None), ("data.answers_model", None)]
 """Values that caches were made with before there was a setting: a request does not name them."""
 CONTENTS = ("backbone.content", "data.content")
 """Compared where both sides know it: a cache may be older, or be named where its backbone is not."""

@@ -193,9 +193,10 @@ class NativeBlocks(FusedBlocks):
         owners = (documents * len(documents) + rows).flatten()[real]  # one that goes on in another row begins again
         widths = owners.unique_consecutive(return_counts=True)[1].tolist()
         parts = [Part(self.new_cache(width), 0, width) for width in widths]
-        *states, last = self.run_batch(self.embed(input_ids.flatten()[real]), parts, [*exit_layers, self.num_blocks])
+        stops = sorted({*exit_layers, self.num_blocks})
+        states = self.run_batch(self.embed(input_ids.flatten()[real]), parts, stops)
         found = []
-        for state in (*states, self.final_norm(last)):
+        for state in (*(states[stops.index(layer)] for layer in exit_layers), self.final_norm(states[-1])):
             whole = state.new_zeros(real.numel(), state.shape[-1])
             whole[real] = state
             found.append(whole.view(*input_ids.shape, -1))

@@ -33,13 +33,17 @@ class Passes:
         What padding rows leave in the KV cache lies behind the last row and is overwritten before any real row can
         see it.
         """
-        return self._by_width(
-            hidden, lambda rows, start: self.blocks.run_through(rows, cache, position + start, stops, first)
+        once = list(dict.fromkeys(stops))  # the last block may be asked for as an exit layer, and as the end
+        found = self._by_width(
+            hidden, lambda rows, start: self.blocks.run_through(rows, cache, position + start, once, first)
         )
+        return [found[once.index(stop)] for stop in stops]
 
     def run_tokens(self, tokens: list[int], cache: KVCache, position: int, stops: Sequence[int]) -> list[Tensor]:
         """The same of embedded tokens, through all blocks."""
-        return self._by_width(tokens, lambda rows, start: self.blocks.run_tokens(rows, cache, position + start, stops))
+        once = list(dict.fromkeys(stops))
+        found = self._by_width(tokens, lambda rows, start: self.blocks.run_tokens(rows, cache, position + start, once))
+        return [found[once.index(stop)] for stop in stops]
 
     def run_batch(
         self, texts: list[Tensor], caches: list[KVCache], positions: list[int], stops: Sequence[int]

@@ -141,6 +141,8 @@ def _same_heads(folder: Path, kind: str, exit_layers: list[int]) -> tuple[Path, 
     record = read_bundle_record(folder)
     if kind == "eagle":
         found = [] if record.eagle is None else record.eagle.exit_layers
+        if record.eagle is not None and record.eagle.layout is not None:
+            raise BundleError(f"cannot start from {folder}: its EAGLE head was trained elsewhere, in another layout")
     else:
         found = read_bundle_config(folder).exit_layers
     if found != exit_layers:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from commands import eexit_process
 from dssd_files import Touch, dssd_folder
+from eagle3_files import Head, random_weights, settings_of, write_checkpoint
 from hub_server import READER, WRITER, Fault, HubServer
 from hub_terminal import Terminal
 
@@ -339,3 +340,27 @@ def test_no_way_to_the_hub_is_said_at_once(terminal, changed, words):
     assert (code, out) == (1, "")
     assert words in err
     assert "org/heads is not in its cache" in err
+
+
+def test_a_published_head_says_how_it_becomes_a_bundle_and_becomes_one(hub, terminal, repo, tmp_path, tiny_folder):
+    checkpoint = write_checkpoint(tmp_path / "head", settings_of(Head()), random_weights(Head(), False), pickled=True)
+    hub.make_repo(repo, {path.name: path.read_bytes() for path in checkpoint.iterdir()})
+    for command in (("pull", repo), ("infer", "--bundle", repo, "--prompt", "Hello")):
+        code, _, err = terminal.run(*command)
+        assert code == 1
+        assert "no bundle, but an EAGLE-3 head in SafeAILab's layout" in err
+        assert f"eexit import {repo} --output-dir FOLDER" in err
+    bundle = tmp_path / "bundle"
+    backbone = ("--model-name", tiny_folder("llama"), "--quantization", "none")
+    code, _, err = terminal.run("import", repo, "--output-dir", bundle, *backbone)
+    assert code == 0, err
+    commit = hub.repos[repo].branches["main"]
+    assert json.loads((bundle / "eexit.json").read_text())["imported"]["from"] == f"{repo} at {commit}"
+    code, _, err = terminal.run("infer", "--bundle", bundle, "--prompt", "Hello", "--max-tokens", 4)
+    assert code == 0, err
+    medusa = {"medusa_num_heads": 3, "base_model_name_or_path": "org/model"}
+    hub.make_repo(f"{repo}-medusa", {"config.json": json.dumps(medusa).encode()})
+    for command in (("pull", f"{repo}-medusa"), ("import", f"{repo}-medusa", "--output-dir", tmp_path / "none")):
+        code, _, err = terminal.run(*command)
+        assert code == 1
+        assert "a set of Medusa heads" in err

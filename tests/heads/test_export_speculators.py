@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import venv
 from pathlib import Path
 
 import pytest
@@ -15,30 +14,10 @@ from early_exit_cli.data.packing import pack
 from early_exit_cli.heads.export_speculators import export_eagle
 from early_exit_cli.hidden_states.live import run_states
 
-PACKAGES = ["torch", "transformers<=5.19.0", "loguru", "pydantic-settings", "psutil", "protobuf", "openai", "aiohttp"]
-PACKAGES += ["datasets", "typer", "rich", "httpx", "click", "tqdm"]
-UNRESOLVED = ["speculators==0.9.0", "hs-connectors==0.9.0"]  # the first asks for torchvision and torchaudio
-
-
-@pytest.fixture(scope="module")
-def python(tmp_path_factory):
-    """A Python with speculators: that of EEXIT_SPECULATORS_PYTHON, or of a new environment."""
-    known = os.environ.get("EEXIT_SPECULATORS_PYTHON")
-    if known:
-        return known
-    folder = tmp_path_factory.mktemp("speculators")
-    venv.create(folder, with_pip=True)
-    pip = [str(folder / "bin" / "pip"), "install", "--quiet"]
-    constraints = Path(__file__).parents[2] / "constraints.txt"
-    pins = [line for line in constraints.read_text().splitlines() if line.startswith("torch==")]
-    subprocess.run([*pip, *pins, *PACKAGES], check=True)
-    subprocess.run([*pip, "--no-deps", *UNRESOLVED], check=True)
-    return str(folder / "bin" / "python")
-
 
 @pytest.mark.slow
 @pytest.mark.network
-def test_an_exported_head_has_equal_logits_in_speculators(python, tmp_path, tiny_backbone):
+def test_an_exported_head_has_equal_logits_in_speculators(speculators_python, tmp_path, tiny_backbone):
     backbone = tiny_backbone("llama")
     head = some_head(backbone, torch.arange(0, 320, 5))
     export_eagle(head, backbone, tmp_path / "head", 3)
@@ -55,7 +34,13 @@ def test_an_exported_head_has_equal_logits_in_speculators(python, tmp_path, tiny
     save_file({"states": raw, "ids": ids}, tmp_path / "inputs.safetensors")
     worker = Path(__file__).parents[1] / "support" / "speculators_worker.py"
     subprocess.run(
-        [python, str(worker), tmp_path / "head", tmp_path / "inputs.safetensors", tmp_path / "outputs.safetensors"],
+        [
+            speculators_python,
+            str(worker),
+            tmp_path / "head",
+            tmp_path / "inputs.safetensors",
+            tmp_path / "outputs.safetensors",
+        ],
         check=True,
         env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
     )
