@@ -92,7 +92,12 @@ def refusal(config: Any) -> str | None:
             return f"is multimodal ({family}); named by its folder or Hub id, its language part is loaded alone"
         part = wrapped_family(config)
         inner = "" if part is None else f" (its language part is {part!r})"
-        return f"is of family {family!r}{inner}, which has no block runner; supported: {', '.join(FAMILIES)}"
+        kinds = _other_kinds(getattr(config, "text_config", config))
+        why = f": its blocks are {', '.join(kinds)}" if kinds else ""
+        return f"is of family {family!r}{inner}, which has no block runner{why}; supported: {', '.join(FAMILIES)}"
+    kinds = _other_kinds(config)
+    if kinds:
+        return f"has blocks of the kinds {', '.join(kinds)}, which no runner here knows"
     for kind in _rotary_kinds(config):
         if kind not in LENGTH_INDEPENDENT_ROTARY:
             return f"has rotary scaling {kind!r}, which depends on the length of the text"
@@ -121,3 +126,8 @@ def _rotary_kinds(config: Any) -> list[str]:
     parameters = getattr(config, "rope_parameters", None) or {}
     tables = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
     return [table.get("rope_type", "default") for table in tables]
+
+
+def _other_kinds(config: Any) -> list[str]:
+    """The kinds of blocks that are no plain attention: chunked, recurrent, convolutions."""
+    return sorted({*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"})

@@ -19,7 +19,6 @@ WRAPPERS = {
     "gemma4": "Gemma 4",
     "gemma4_unified": "Gemma 4, unified",
     "mistral3": "Mistral Small 3.1 and later, Ministral 3",
-    "llama4": "Llama 4",
     "qwen2_vl": "Qwen2-VL",
     "qwen2_5_vl": "Qwen2.5-VL",
     "qwen3_vl": "Qwen3-VL",

@@ -1,7 +1,7 @@
 """Tiny models of every family, as `transformers` describes them, and a byte-level tokenizer."""
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 FAMILIES = (
@@ -110,7 +110,12 @@ def family_config(family: str):
     local = dict(num_local_experts=8, num_experts_per_tok=2)
     routed = dict(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, n_group=2, topk_group=1)
     latent = dict(
-        kv_lora_rank=32, q_lora_rank=24, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16, first_k_dense_replace=1
+        kv_lora_rank=32,
+        q_lora_rank=24,
+        qk_rope_head_dim=16,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+        first_k_dense_replace=1,
     )
     mixed = ["sliding_attention", "sliding_attention", "full_attention"] * 2
     gemma4 = dict(
@@ -132,7 +137,9 @@ def family_config(family: str):
         ),
         "mistral-window": lambda: transformers.MistralConfig(**shared, **window),
         "qwen2": lambda: transformers.Qwen2Config(**shared),
-        "qwen2-window": lambda: transformers.Qwen2Config(**shared, **window, use_sliding_window=True, max_window_layers=3),
+        "qwen2-window": lambda: transformers.Qwen2Config(
+            **shared, **window, use_sliding_window=True, max_window_layers=3
+        ),
         "qwen3": lambda: transformers.Qwen3Config(**shared, head_dim=32),
         "smollm": lambda: transformers.LlamaConfig(**shared),
         "gemma2": lambda: transformers.Gemma2Config(
