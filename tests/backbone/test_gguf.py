@@ -1,5 +1,7 @@
 """GGUF files as backbones: converted once, without a word where nobody watches."""
 
+from collections import Counter
+
 import gguf
 import numpy as np
 import pytest
@@ -10,8 +12,9 @@ from transformers import AutoConfig, AutoTokenizer, LlamaConfig
 from transformers.integrations.gguf.dequant import GGML_BLOCK
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from early_exit_cli.backbone import gguf_reader
 from early_exit_cli.backbone.gguf import converted_gguf, embedded_gguf
-from early_exit_cli.backbone.gguf_reader import LONG, reader_of, unpacked
+from early_exit_cli.backbone.gguf_reader import LONG, GGUFReader, reader_of, unpacked
 from early_exit_cli.backbone.load import load_backbone, load_tokenizer
 from early_exit_cli.config import BackboneConfig
 from early_exit_cli.errors import BackboneError, UnsupportedBackboneError
@@ -171,3 +174,28 @@ def test_a_long_vocabulary_is_read_as_the_package_does(tmp_path):
     path.write_bytes(path.read_bytes()[:-2000])
     with pytest.raises(BackboneError, match="not a whole GGUF file"):
         reader_of(path)
+
+
+def test_a_conversion_reads_and_unpacks_with_ours(tmp_path, tiny_folder, monkeypatch):
+    """transformers looks these up at each call; should it no longer, conversions are slow again."""
+    used = Counter()
+
+    class Counted(GGUFReader):
+        def __init__(self, *arguments, **options):
+            used["reader"] += 1
+            super().__init__(*arguments, **options)
+
+    def counted(*arguments):
+        used["unpacked"] += 1
+        return unpacked(*arguments)
+
+    monkeypatch.setattr(gguf_reader, "GGUFReader", Counted)
+    monkeypatch.setattr(gguf_reader, "unpacked", counted)
+    monkeypatch.setenv("EEXIT_HOME", str(tmp_path / "home"))
+    theirs = gguf.GGUFReader, gguf.dequantize
+    tensors = load_file(tiny_folder("llama") / "model.safetensors")
+    (path,) = write_gguf(tmp_path / "tiny.gguf", tiny_folder("llama"), tensors)
+    converted_gguf(path)
+    assert used["reader"] >= 4  # the parts, the configuration, the weights, the tokenizer
+    assert used["unpacked"] == len(tensors)
+    assert (gguf.GGUFReader, gguf.dequantize) == theirs

@@ -16,7 +16,7 @@ FAMILIES = (
 )
 """Of the Llama shape, which both runners run."""
 
-OTHER_FAMILIES = (
+FIRST_FAMILIES = (
     "gemma2",
     "gemma3",
     "phi3",
@@ -32,6 +32,9 @@ OTHER_FAMILIES = (
     "mixtral",
     "qwen2_moe",
     "qwen3_moe",
+)
+
+MORE_FAMILIES = (
     "gemma",
     "gemma4",
     "gemma4-experts",
@@ -63,7 +66,13 @@ OTHER_FAMILIES = (
     "glm4_moe",
     "glm4_moe_lite",
 )
+"""Decoded on one prompt, which is longer than their windows."""
+
+OTHER_FAMILIES = (*FIRST_FAMILIES, *MORE_FAMILIES)
 """Which the library's own blocks run."""
+
+NF4_FAMILIES = ("llama", "gemma2", "gemma4", "gpt2", "gpt_neox", "qwen2_moe")
+"""Decoded in 4 bit too, as tiny models; SmolLM2 is a real one."""
 
 VOCAB = 320
 END = 256
@@ -106,6 +115,14 @@ def family_config(family: str):
         "original_max_position_embeddings": 64,
     }
     half_rotary = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    yarn = {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+    }
     experts = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32)
     local = dict(num_local_experts=8, num_experts_per_tok=2)
     routed = dict(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, n_group=2, topk_group=1)
@@ -179,7 +196,9 @@ def family_config(family: str):
         "olmo": lambda: transformers.OlmoConfig(**shared, clip_qkv=4.0),
         "olmo3": lambda: transformers.Olmo3Config(**shared, **window, layer_types=mixed),
         "ministral": lambda: transformers.MinistralConfig(**shared, **window, layer_types=mixed, head_dim=16),
-        "ministral3": lambda: transformers.Ministral3Config(**shared, head_dim=16),
+        "ministral3": lambda: transformers.Ministral3Config(
+            **shared, head_dim=16, rope_parameters=yarn | {"llama_4_scaling_beta": 0.1}
+        ),
         "glm": lambda: transformers.GlmConfig(**shared, head_dim=16),
         "glm4": lambda: transformers.Glm4Config(**shared, head_dim=16),
         "cohere": lambda: transformers.CohereConfig(**shared, logit_scale=1.5, use_qk_norm=True),
@@ -190,15 +209,15 @@ def family_config(family: str):
         "hunyuan_v1_dense": lambda: transformers.HunYuanDenseV1Config(**shared, head_dim=16),
         "nemotron": lambda: transformers.NemotronConfig(**shared),
         "arcee": lambda: transformers.ArceeConfig(**shared),
-        "apertus": lambda: transformers.ApertusConfig(**shared),
+        "apertus": lambda: transformers.ApertusConfig(**shared, rope_parameters=llama3),
         "helium": lambda: transformers.HeliumConfig(**shared, head_dim=16),
         "starcoder2": lambda: transformers.Starcoder2Config(**shared, **window),
         "stablelm": lambda: transformers.StableLmConfig(**shared, use_qkv_bias=True),
         "stablelm-parallel": lambda: transformers.StableLmConfig(
-            **shared, use_parallel_residual=True, qk_layernorm=True
+            **shared, use_parallel_residual=True, use_qkv_bias=True
         ),
         "olmoe": lambda: transformers.OlmoeConfig(**shared, num_experts=8, num_experts_per_tok=2),
-        "gpt_oss": lambda: transformers.GptOssConfig(**shared, **window, **local, head_dim=16),
+        "gpt_oss": lambda: transformers.GptOssConfig(**shared, **window, **local, head_dim=16, rope_parameters=yarn),
         "granitemoe": lambda: transformers.GraniteMoeConfig(
             **shared,
             **local,
