@@ -81,7 +81,7 @@ class Backbone:
     @property
     def context_length(self) -> int:
         """Positions the model was made for."""
-        return int(getattr(self.config, self.family.context))
+        return int(self.config.max_position_embeddings)
 
     @property
     def embedding(self) -> nn.Embedding:

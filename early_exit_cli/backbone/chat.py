@@ -77,13 +77,17 @@ def _told_in_text(message: Message) -> Message:
     content = message.get("content")
     if not isinstance(content, list):
         return message
-    kinds = [part.get("type", "text") for part in content]
-    other = next((kind for kind in kinds if kind != "text"), None)
-    if other is not None:
-        raise BackboneError(
-            f"a prompt holds a part of type {other!r}, and only text is read here", hint="leave it out, or describe it"
-        )
-    return {**message, "content": "\n".join(part["text"] for part in content)}
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) else part
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise BackboneError(
+                f"a prompt holds a part of type {kind!r}, and only text is read here",
+                hint="leave it out, or describe it",
+            )
+        texts.append(text)
+    return {**message, "content": "\n".join(texts)}
 
 
 def _through_template(tokenizer: Any, messages: list[Message], is_prompt: bool) -> list[int]:

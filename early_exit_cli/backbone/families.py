@@ -21,7 +21,6 @@ class Family:
     holds the blocks, from the model on; blocks, norm: their names there. positions: the embedding of learned positions,
     whose row `first_position` is the first token's. plain: modules that stay unquantized, too small for 4-bit kernels.
     adds_one: the final norm multiplies by one more than its weight. subtracts_mean: it is a LayerNorm that is not PyTorch's.
-    context: what its configuration calls the number of positions.
     """
 
     models: str
@@ -34,7 +33,6 @@ class Family:
     plain: tuple[str, ...] = ()
     adds_one: bool = False
     subtracts_mean: bool = False
-    context: str = "max_position_embeddings"
 
 
 FAMILIES = {

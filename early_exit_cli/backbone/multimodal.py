@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from early_exit_cli.backbone.contents import SETTINGS
 from early_exit_cli.errors import BundleError
 from early_exit_cli.files.atomic import read_json
 
@@ -102,25 +103,24 @@ def wrapped_family(config: Any) -> str | None:
 
 
 def processor_template(source: str, revision: str | None) -> str | None:
-    """The chat template that lies beside a tokenizer which has none; None where there is none.
+    """The chat template that a multimodal checkpoint keeps beside a tokenizer which has none; None where there is none.
 
     Args:
         source: a folder or Hub id.
     """
+    settings = _settings_beside(source, revision, SETTINGS[0], is_here=True)
+    if settings.get("model_type") not in WRAPPERS:
+        return None
+    template = _settings_beside(source, revision, TEMPLATE).get("chat_template")
+    return template if isinstance(template, str) else None
+
+
+def _settings_beside(source: str, revision: str | None, name: str, *, is_here: bool = False) -> dict[str, Any]:
+    """A file of settings of a checkpoint; nothing where it cannot be had. is_here: one that was downloaded before."""
     from transformers.utils.hub import cached_file
 
-    found = cached_file(
-        source,
-        TEMPLATE,
-        revision=revision,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    if found is None:
-        return None
     try:
-        template = read_json(Path(found)).get("chat_template")
-    except BundleError:
-        return None
-    return template if isinstance(template, str) else None
+        found = cached_file(source, name, revision=revision, local_files_only=is_here)
+        return {} if found is None else read_json(Path(found))
+    except (OSError, BundleError):
+        return {}

@@ -46,7 +46,8 @@ def is_without_heads(resolved: Resolved) -> bool:
     if not resolved.is_default("bundle.bundle") or resolved.is_default("backbone.model_name"):
         return False
     known, backbone = read_bundle_config(bundle_folder(resolved.config.bundle)), resolved.config.backbone
-    return (known.model_name, known.quantization) != (backbone.model_name, backbone.quantization)
+    same = (known.model_name, known.quantization) == (backbone.model_name, backbone.quantization)
+    return not same or backbone.revision is not None
 
 
 def data_of_bundle(resolved: Resolved, record: RecordForm | None) -> DataConfig:

@@ -185,10 +185,10 @@ PARTS_TEMPLATE = (
 )
 
 
-def test_a_template_that_lies_beside_and_reads_parts_is_used(tmp_path, tiny_folder):
+def test_a_template_that_lies_beside_and_reads_parts_is_used(tmp_path):
     """As processors kept it: beside the tokenizer, and with texts as parts among images."""
-    for path in tiny_folder("llama").iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    whole_model("smolvlm").save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": PARTS_TEMPLATE}))
     backbone = load_backbone(BackboneConfig(model_name=str(tmp_path), quantization="none", device="cpu"))
     expected = backbone.tokenizer("<user>hello<assistant>")["input_ids"]
