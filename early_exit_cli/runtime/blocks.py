@@ -52,9 +52,10 @@ class Blocks(ABC):
         self.reads_lm_head = backbone.has_plain_lm_head
         self.num_blocks = backbone.num_blocks
         self.query_heads = int(config.num_attention_heads)
-        self.kv_heads = int(getattr(config, "num_key_value_heads", None) or self.query_heads)
-        self.head_dim = int(getattr(config, "head_dim", None) or backbone.hidden_size // self.query_heads)
+        self.kv_shapes = [backbone.kv_shapes(block) for block in range(self.num_blocks)]
+        """(heads, size) of each block's keys, and of its values."""
         self.has_keys = [backbone.has_keys(block) for block in range(self.num_blocks)]
+        self.kv_heads, self.head_dim = self.kv_shapes[self.has_keys.index(True)][0]
         self.windows = [backbone.window_of(block) for block in range(self.num_blocks)]
         self.rotary_kinds = [backbone.rotary_kind(block) for block in range(self.num_blocks)]
         self.widths: tuple[int, ...] = (LARGEST_WIDTH,)
@@ -156,11 +157,8 @@ class Blocks(ABC):
         device, dtype = self.backbone.device, self.backbone.dtype
         capacity = 0 if self.grows(limit) else limit
         keys, values = (
-            [
-                torch.zeros(self.kv_heads * has_keys, capacity, self.head_dim, dtype=dtype, device=device)
-                for has_keys in self.has_keys
-            ]
-            for _ in range(2)
+            [torch.zeros(heads, capacity, size, dtype=dtype, device=device) for heads, size in shapes]
+            for shapes in zip(*self.kv_shapes, strict=True)
         )
         return KVCache(
             keys=keys,

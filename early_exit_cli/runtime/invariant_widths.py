@@ -59,8 +59,8 @@ class _Probe:
         self.hidden = random(largest, backbone.hidden_size)
         self.block = blocks.has_keys.index(True)
         """The first with attention."""
-        self.far_keys = random(blocks.kv_heads, self.far[-1][0], blocks.head_dim)
-        self.far_values = random(blocks.kv_heads, self.far[-1][0], blocks.head_dim)
+        shapes = blocks.kv_shapes[self.block]
+        self.far_keys, self.far_values = (random(heads, self.far[-1][0], size) for heads, size in shapes)
         self.reference = self._outputs(largest, 0, None)
         self.far_reference = self._far(largest, 0)
 
