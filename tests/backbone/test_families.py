@@ -8,7 +8,15 @@ import torch
 from commands import output_of
 from drafters import PROMPT, ScriptedDrafter, thresholds_between, tokens_of
 from tiny_models import FAMILIES, OTHER_FAMILIES, byte_tokenizer, family_config
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, BloomConfig, Gemma3Config, OPTConfig, Phi3Config
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    BloomConfig,
+    Gemma3Config,
+    GraniteMoeHybridConfig,
+    OPTConfig,
+    Phi3Config,
+)
 
 from early_exit_cli.backbone.families import FAMILIES as SUPPORTED
 from early_exit_cli.backbone.load import load_backbone
@@ -266,8 +274,9 @@ LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0
         ),
         (lambda: OPTConfig(hidden_size=64, word_embed_proj_dim=32), "opt-350m"),
         (lambda: OPTConfig(hidden_size=64, word_embed_proj_dim=64, do_layer_norm_before=False), "opt-350m"),
+        (lambda: GraniteMoeHybridConfig(num_hidden_layers=2, layer_types=["linear_attention"] * 2), "no block with attention"),
     ],
-    ids=["bloom", "gemma3-vision", "longrope", "opt-projected", "opt-post-norm"],
+    ids=["bloom", "gemma3-vision", "longrope", "opt-projected", "opt-post-norm", "no-attention"],
 )  # fmt: skip
 def test_what_does_not_run_is_refused_by_name_before_weights_load(tmp_path, config, reason):
     with pytest.raises(UnsupportedBackboneError, match=reason) as caught:

@@ -121,7 +121,7 @@ def family_config(family: str):
         linear_key_head_dim=16,
         linear_value_head_dim=16,
         linear_num_key_heads=4,
-        linear_num_value_heads=8,
+        linear_num_value_heads=16,
         layer_types=["linear_attention", "linear_attention", "full_attention"] * 2,
     )
     convolutions = dict(layer_types=["conv", "full_attention", "conv"] * 2)
@@ -164,7 +164,9 @@ def family_config(family: str):
         "qwen2_moe": lambda: Qwen2MoeConfig(**shared, **experts, shared_expert_intermediate_size=64),
         "qwen3_moe": lambda: Qwen3MoeConfig(**shared, **experts, head_dim=16),
         "lfm2": lambda: Lfm2Config(**shared, **convolutions, block_auto_adjust_ff_dim=False),
-        "lfm2_moe": lambda: Lfm2MoeConfig(**shared, **experts, **convolutions, num_dense_layers=2),
+        "lfm2_moe": lambda: Lfm2MoeConfig(
+            **shared, **experts | {"num_experts": 16}, **convolutions, num_dense_layers=2
+        ),
         "qwen3_next": lambda: Qwen3NextConfig(**shared, **experts, **shared_expert, **delta_net, mlp_only_layers=[0]),
         "qwen3_5": lambda: Qwen3_5TextConfig(**shared, **delta_net),
         "qwen3_5_moe": lambda: Qwen3_5MoeTextConfig(**shared, **experts, **shared_expert, **delta_net),
@@ -197,7 +199,7 @@ def family_config(family: str):
             mamba_head_dim=16,
             ssm_state_size=16,
             n_groups=2,
-            n_routed_experts=4,
+            n_routed_experts=16,
             moe_intermediate_size=32,
             moe_shared_expert_intermediate_size=64,
         ),
