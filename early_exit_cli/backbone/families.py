@@ -120,6 +120,9 @@ def refusal(config: Any) -> str | None:
         or config._remove_final_layer_norm
     ):
         return "is an OPT with projected embeddings or without a final norm, as opt-350m; the other sizes run"
+    kinds = getattr(config, "layer_types", None)
+    if kinds and all(kind in LAYERS_WITHOUT_KEYS for kind in kinds):
+        return "has no block with attention, and no runner here does without"
     if getattr(config, "add_cross_attention", False):
         return "attends to an encoder, which nothing here feeds"
     if getattr(config, "hidden_size_per_layer_input", None):

@@ -41,6 +41,8 @@ TRIES, AGREED = 3, 0.1
 OCCASIONS, APART = 3, 600.0
 """A table is made on so many occasions at most, so many seconds apart: a busy hour that slowed one measurement evenly does
 not make drafting idle for ever."""
+STARTED = time.time()
+"""Of this process, nearly: it measures when it begins, never in the middle of a conversation."""
 CONTEXT, FAR_CONTEXT = 256, 1024
 SAMPLE_TEXT = "The history of the lighthouse is the history of trade by sea, and of those who waited for it. "
 Call = Callable[[], Any]
@@ -119,7 +121,7 @@ def cost_table(engine: Engine, *, refresh: bool = False) -> Costs:
             if {*widths} <= found.costs.widths:
                 earlier = found
     measured = [] if earlier is None else earlier.measured
-    if earlier is not None and (len(measured) >= OCCASIONS or time.time() - max(measured) < APART):
+    if earlier is not None and (len(measured) >= OCCASIONS or STARTED - max(measured) < APART):
         return earlier.costs
     with step("measuring what a pass costs here"):
         costs = quietest(lambda: measure_costs(engine, widths))

@@ -12,7 +12,7 @@ of CHUNK rows: those before the pass come from memory, those behind it are lefto
 is always the same row of products of the same shapes, whatever pass it comes in, and its result has the same bits. A
 state is kept when a pass has filled its chunk, and kept anew when that chunk is run again with other tokens.
 
-The recurrence is the library's own function for prompts. The library's modules call it, and the convolution, by a name in
+The recurrence is the function that the library takes for prompts. Its modules call that, and the convolution, by a name in
 their file: `use_block_states` puts in their place functions that do so for a memory of ours, and as before for all others.
 """
 
@@ -86,10 +86,11 @@ class BlockState:
     def with_earlier(self, new: Tensor, position: int, earlier: int) -> Tensor:
         """[tokens, channels] at `position` -> the same behind the `earlier` rows before them; zeros before the text."""
         ring = self._ring(COLUMNS, new).flatten(0, 1)
-        before = ring[[place % RING for place in range(position - earlier, position)]]
-        end = position + len(new)
-        ring[[place % RING for place in range(max(position, end - RING), end)]] = new[-RING:]
-        return torch.cat((before, new))
+        rows = torch.cat([*(ring[part] for part in _parts(position - earlier, position)), new])
+        end, left = position + len(new), new[-RING:]
+        for part in _parts(end - len(left), end):
+            ring[part], left = left[: part.stop - part.start], left[part.stop - part.start :]
+        return rows
 
     def scan(
         self, rows: dict[str, Tensor], position: int, run: Callable[[dict[str, Tensor], Tensor | None], Any]
@@ -120,6 +121,12 @@ class BlockState:
         if name not in self.rows:
             self.rows[name] = like.new_zeros(CHUNKS, CHUNK, *like.shape[1:])
         return self.rows[name]
+
+
+def _parts(start: int, stop: int) -> list[slice]:
+    """Where positions `start` to `stop` - 1, RING at most, lie in a ring."""
+    first, behind = start % RING, start % RING + stop - start - RING
+    return [slice(first, min(first + stop - start, RING)), *([slice(0, behind)] if behind > 0 else [])]
 
 
 @dataclass(frozen=True)

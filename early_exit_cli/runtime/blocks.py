@@ -21,7 +21,6 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -40,7 +39,7 @@ GROWTH = 256
 class Blocks(ABC):
     """Interface of the runners."""
 
-    candidate_widths: ClassVar[tuple[int, ...]] = (1, 2, 3, 4, 5, 6, 8, 12, LARGEST_WIDTH)
+    candidate_widths: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 12, LARGEST_WIDTH)
     """Widths that are measured for invariance."""
 
     def __init__(self, backbone: Backbone) -> None:

@@ -21,7 +21,11 @@ class HFBlocks(Blocks):
     def __init__(self, backbone: Backbone) -> None:
         super().__init__(backbone)
         use_wide_experts(backbone.model, LARGEST_WIDTH)
-        use_block_states(backbone.model)
+        if backbone.blocks_with_state:
+            use_block_states(backbone.model)
+            self.candidate_widths = tuple(width for width in self.candidate_widths if width % 2 == 0)
+            """A delta net has a few gates a token, functions of single numbers: PyTorch computes those of a whole vector of 16
+            or 32 at once, and what is left over by other instructions, which give other bits."""
         inner = backbone.blocks[0].modules()  # a block may be wrapped in something that passes its arguments on
         forwards = [inspect.signature(type(module).forward).parameters for module in inner]
         names = ("cache", "past_key_values", "layer_past")

@@ -9,7 +9,14 @@ from commands import output_of
 from drafters import PROMPT, ScriptedDrafter, thresholds_between, tokens_of
 from families_page import shapes_of, tables, with_tables
 from tiny_models import MORE_FAMILIES, NF4_FAMILIES, OTHER_FAMILIES, byte_tokenizer, family_config
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, BloomConfig, OPTConfig, Phi3Config
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    BloomConfig,
+    GraniteMoeHybridConfig,
+    OPTConfig,
+    Phi3Config,
+)
 
 from early_exit_cli.backbone.families import FAMILIES as SUPPORTED
 from early_exit_cli.backbone.load import load_backbone
@@ -256,8 +263,9 @@ LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0
         ),
         (lambda: OPTConfig(hidden_size=64, word_embed_proj_dim=32), "opt-350m"),
         (lambda: OPTConfig(hidden_size=64, word_embed_proj_dim=64, do_layer_norm_before=False), "opt-350m"),
+        (lambda: GraniteMoeHybridConfig(num_hidden_layers=2, layer_types=["linear_attention"] * 2), "no block with attention"),
     ],
-    ids=["bloom", "longrope", "opt-projected", "opt-post-norm"],
+    ids=["bloom", "longrope", "opt-projected", "opt-post-norm", "no-attention"],
 )  # fmt: skip
 def test_what_does_not_run_is_refused_by_name_before_weights_load(tmp_path, config, reason):
     with pytest.raises(UnsupportedBackboneError, match=reason) as caught:

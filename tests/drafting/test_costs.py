@@ -194,7 +194,11 @@ def test_a_busy_first_measurement_does_not_last(tiny_model, monkeypatch, tmp_pat
     found = []
     for after in (0.0, 1.0, measuring.APART, 1.0, measuring.APART, measuring.APART, 1e6):
         clock[0] += after
+        monkeypatch.setattr(measuring, "STARTED", clock[0])  # another process
         costs = cost_table(model)
+        clock[0] += measuring.APART
+        assert cost_table(model) == costs  # not again in the same one
+        clock[0] -= measuring.APART
         found.append((len(made), costs.plain(1, 1), costs.head, costs.error))
     assert found == [
         (1, 7.0, 3.0, 0.03), (1, 7.0, 3.0, 0.03), (2, 5.0, 1.0, 0.01), (2, 5.0, 1.0, 0.01), *[(3, 5.0, 1.0, 0.01)] * 3,

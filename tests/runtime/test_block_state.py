@@ -62,9 +62,8 @@ def test_a_token_has_the_same_bits_whatever_was_taken_back_before_it(tiny_model,
                 cache.length += right
 
 
-@pytest.mark.parametrize("family", KINDS)
-def test_memory_does_not_grow_with_the_text(tiny_model, family):
-    model = tiny_model(family, "hf")
+def test_memory_does_not_grow_with_the_text(tiny_model):
+    model = tiny_model("qwen3_5", "hf")
     with torch.inference_mode():
         short, long = (sum(state.bytes for state in prefilled(model, n).states.values()) for n in (3 * CHUNK, 240))
     assert short == long
@@ -97,13 +96,13 @@ def repeating(length):
     return [chance.randrange(251) if chance.random() < 0.05 else 40 + place % 23 for place in range(length)]
 
 
-@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("family", ["qwen3_5", "nemotron_h"])
 def test_lookups_that_are_partly_wrong_corrupt_no_state(tiny_model, family):
     model = tiny_model(family, "hf")
-    tokens, partly = equal_answers(model, repeating(390), 100)
+    tokens, partly = equal_answers(model, repeating(390), 80)
     ids = torch.tensor([repeating(390)])
     theirs = model.backbone.model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=100, min_new_tokens=100, do_sample=False
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=80, eos_token_id=-1, do_sample=False
     )
     assert tokens == theirs[0, 390:].tolist()
     assert partly["scripted"] > 3
@@ -127,9 +126,8 @@ def test_long_texts_end_as_they_began(tiny_model, family, monkeypatch):
     assert torch.allclose(ours[0], theirs.logits[0, -1], atol=1e-2)
 
 
-@pytest.mark.parametrize("family", ["lfm2", "qwen3_5"])
-def test_texts_side_by_side_keep_their_own_states(tiny_model, family):
-    model = tiny_model(family, "hf")
+def test_texts_side_by_side_keep_their_own_states(tiny_model):
+    model = tiny_model("qwen3_5", "hf")
     prompts = [PROMPT, TEXT[:90], TEXT[3:20]]
     requests = [Request(prompt, 20, stop_ids=()) for prompt in prompts]
     alone = [generate(model, request, NoDrafter(), mode="full").token_ids for request in requests]
@@ -142,7 +140,7 @@ def test_texts_side_by_side_keep_their_own_states(tiny_model, family):
 
 def test_the_library_answers_as_generate_does_and_both_may_be_called_in_turn(tiny_backbone):
     """The functions that are replaced in transformers' file compute what they did for everybody else."""
-    backbone = tiny_backbone("granitemoehybrid")
+    backbone = tiny_backbone("lfm2")
     model = EarlyExitModel.from_pretrained(None, model=backbone.model, tokenizer=backbone.tokenizer, drafter="lookup")
     ids = torch.tensor([repeating(60), repeating(61)[1:]])
     settings = dict(max_new_tokens=24, do_sample=False, attention_mask=torch.ones_like(ids))

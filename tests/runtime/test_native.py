@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from nf4_models import plain_weight
 from runs import run_in_passes
 from tiny_models import byte_tokenizer, family_config
 from transformers import AutoModelForCausalLM
@@ -197,18 +198,6 @@ def test_passes_are_as_near_the_exact_arithmetic_as_the_librarys(any_blocks, smo
         ours = divergence(any_blocks.logits(any_blocks.final_norm(run_in_passes(any_blocks, ids, [120]))))
         theirs = divergence(smollm2.model(ids[None]).logits[0])
     assert 0 < ours < 1.1 * theirs
-
-
-def plain_weight(module):
-    """[out, in] float32: a packed NF4 weight unpacked, code by code; others as they are."""
-    state = getattr(module.weight, "quant_state", None)
-    if state is None:
-        return module.weight.float()
-    rows, inner = state.shape
-    packed = module.weight.data.view(torch.uint8).reshape(rows // 32, inner // 2, 32)
-    codes = torch.stack((packed & 15, packed >> 4), 2).reshape(rows // 32, inner // 2, 32, 2)
-    values = state.code.to(torch.bfloat16).float()[codes.long()].permute(0, 2, 1, 3).reshape(rows, inner)
-    return values * state.absmax.float().T.repeat_interleave(64, 1)
 
 
 @AVX2_WHEN_SLOW

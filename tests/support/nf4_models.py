@@ -79,3 +79,17 @@ def on_reference(backbone, recorded=None):
     blocks = CudaBlocks(backbone, ReferenceKernels(), record)
     blocks.widths, blocks.is_invariant = CudaBlocks.candidate_widths, True
     return blocks
+
+
+def plain_weight(module):
+    """[out, in] float32: an NF4 weight unpacked, a packed one code by code; others as they are."""
+    state = getattr(module.weight, "quant_state", None)
+    if state is None:
+        return module.weight.float()
+    if not getattr(state, "packing_format_for_cpu", False):
+        return bitsandbytes.functional.dequantize_4bit(module.weight.data, state).float()
+    rows, inner = state.shape
+    packed = module.weight.data.view(torch.uint8).reshape(rows // 32, inner // 2, 32)
+    codes = torch.stack((packed & 15, packed >> 4), 2).reshape(rows // 32, inner // 2, 32, 2)
+    values = state.code.to(torch.bfloat16).float()[codes.long()].permute(0, 2, 1, 3).reshape(rows, inner)
+    return values * state.absmax.float().T.repeat_interleave(64, 1)

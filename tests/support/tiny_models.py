@@ -143,7 +143,7 @@ def family_config(family: str):
         linear_key_head_dim=16,
         linear_value_head_dim=16,
         linear_num_key_heads=4,
-        linear_num_value_heads=8,
+        linear_num_value_heads=16,
         layer_types=["linear_attention", "linear_attention", "full_attention"] * 2,
     )
     convolutions = dict(layer_types=["conv", "full_attention", "conv"] * 2)
@@ -251,7 +251,9 @@ def family_config(family: str):
             logits_scaling=2.0,
         ),
         "lfm2": lambda: transformers.Lfm2Config(**shared, **convolutions, block_auto_adjust_ff_dim=False),
-        "lfm2_moe": lambda: transformers.Lfm2MoeConfig(**shared, **experts, **convolutions, num_dense_layers=2),
+        "lfm2_moe": lambda: transformers.Lfm2MoeConfig(
+            **shared, **experts | {"num_experts": 16}, **convolutions, num_dense_layers=2
+        ),
         "qwen3_next": lambda: transformers.Qwen3NextConfig(
             **shared, **experts, **shared_expert, **delta_net, mlp_only_layers=[0]
         ),
@@ -286,7 +288,7 @@ def family_config(family: str):
             mamba_head_dim=16,
             ssm_state_size=16,
             n_groups=2,
-            n_routed_experts=4,
+            n_routed_experts=16,
             moe_intermediate_size=32,
             moe_shared_expert_intermediate_size=64,
         ),

@@ -147,6 +147,7 @@ INLINE Floats odd_of(Ints pairs) {
     const __m256i upper = _mm256_set1_epi32((int)0xFFFF0000);
     return as_floats(_mm256_and_si256(pairs.low, upper), _mm256_and_si256(pairs.high, upper));
 }
+INLINE Ints all_ints16(int32_t x) { return (Ints){_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 INLINE Ints read_ints16(const void *p) {
     return (Ints){_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)p + 1)};
 }

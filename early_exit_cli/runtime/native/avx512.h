@@ -98,6 +98,7 @@ INLINE Floats even_of(Ints pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32
 INLINE Floats odd_of(Ints pairs) {
     return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xFFFF0000)));
 }
+INLINE Ints all_ints16(int32_t x) { return _mm512_set1_epi32(x); }
 INLINE Ints read_ints16(const void *p) { return _mm512_loadu_si512(p); }
 #include "float_pairs.h"
 

@@ -156,6 +156,9 @@ INLINE Floats even_of(Ints pairs) { return FOUR(Floats, X); }
 #define X(i) vreinterpretq_f32_s32(vandq_s32(pairs.of[i], vdupq_n_s32((int32_t)0xFFFF0000)))
 INLINE Floats odd_of(Ints pairs) { return FOUR(Floats, X); }
 #undef X
+#define X(i) vdupq_n_s32(x)
+INLINE Ints all_ints16(int32_t x) { return FOUR(Ints, X); }
+#undef X
 #define X(i) vreinterpretq_s32_u8(vld1q_u8((const uint8_t *)p + 16 * i))
 INLINE Ints read_ints16(const void *p) { return FOUR(Ints, X); }
 #undef X
