@@ -8,8 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from early_exit_cli.backbone.multimodal import WRAPPERS, wrapped_family
-
 LENGTH_INDEPENDENT_ROTARY = ("default", "linear", "llama3", "yarn", "proportional")
 LAYERS_WITH_STATE = ("conv", "linear_attention", "hybrid")
 """What a configuration's `layer_types` call blocks that fold all tokens so far into a state."""
@@ -95,6 +93,25 @@ FAMILIES = {
     "glm4_moe_lite": Family("GLM-4.7-Flash"),
 }
 
+WRAPPERS = {
+    "gemma3": "Gemma 3 from 4B on",
+    "gemma4": "Gemma 4",
+    "gemma4_unified": "Gemma 4, unified",
+    "mistral3": "Mistral Small 3.1 and later, Ministral 3",
+    "qwen2_vl": "Qwen2-VL",
+    "qwen2_5_vl": "Qwen2.5-VL",
+    "qwen3_vl": "Qwen3-VL",
+    "internvl": "InternVL 3",
+    "smolvlm": "SmolVLM",
+    "idefics3": "Idefics 3",
+    "llava": "LLaVA, Pixtral",
+    "llava_next": "LLaVA-NeXT",
+    "llava_onevision": "LLaVA-OneVision",
+    "aya_vision": "Aya Vision",
+    "cohere2_vision": "Command A Vision",
+}
+"""Checkpoints whose language part computes what the decoder named in `text_config` computes; what people know of each."""
+
 
 def refusal(config: Any) -> str | None:
     """Why a checkpoint of this configuration (transformers' own) does not run here; none where it does."""
@@ -102,7 +119,7 @@ def refusal(config: Any) -> str | None:
     if family not in FAMILIES:
         if family in WRAPPERS:
             return f"is multimodal ({family}); named by its folder or Hub id, its language part is loaded alone"
-        part = wrapped_family(config)
+        part = getattr(getattr(config, "text_config", None), "model_type", None)
         inner = "" if part is None else f" (its language part is {part!r})"
         kinds = _other_kinds(getattr(config, "text_config", config))
         why = f": its blocks are {', '.join(kinds)}" if kinds else ""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from early_exit_cli.backbone.contents import content_of, place_of
-from early_exit_cli.errors import BackboneError
+from early_exit_cli.backbone.contents import changing, content_of, place_of
 from early_exit_cli.files.atomic import sha256_of
 from early_exit_cli.files.environment import kept_path
 from early_exit_cli.steps import step
@@ -55,8 +54,3 @@ def _target(parts: list[Path]) -> Path:
     if content is None:
         raise changing(parts[0])
     return kept_path("gguf", f"{parts[0].stem}-{sha256_of(f'{LAYOUT} {content}')[:12]}")
-
-
-def changing(path: Path) -> BackboneError:
-    """What to say of a file that is not the one it was a moment ago."""
-    return BackboneError(f"{path} changed while it was read", hint="wait until it is written")

@@ -16,9 +16,8 @@ from typing import Any
 import gguf
 import torch
 
-from early_exit_cli.backbone.contents import place_of
+from early_exit_cli.backbone.contents import changing, place_of
 from early_exit_cli.backbone.families import refusal
-from early_exit_cli.backbone.gguf import changing
 from early_exit_cli.backbone.gguf_reader import field_of, read_fast, reader_of
 from early_exit_cli.backbone.gguf_rotary import rotary_scaling
 from early_exit_cli.backbone.load_errors import require_all_weights

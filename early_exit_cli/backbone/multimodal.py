@@ -12,27 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from early_exit_cli.backbone.contents import SETTINGS
+from early_exit_cli.backbone.families import WRAPPERS
 from early_exit_cli.errors import BundleError
 from early_exit_cli.files.atomic import read_json
 
-WRAPPERS = {
-    "gemma3": "Gemma 3 from 4B on",
-    "gemma4": "Gemma 4",
-    "gemma4_unified": "Gemma 4, unified",
-    "mistral3": "Mistral Small 3.1 and later, Ministral 3",
-    "qwen2_vl": "Qwen2-VL",
-    "qwen2_5_vl": "Qwen2.5-VL",
-    "qwen3_vl": "Qwen3-VL",
-    "internvl": "InternVL 3",
-    "smolvlm": "SmolVLM",
-    "idefics3": "Idefics 3",
-    "llava": "LLaVA, Pixtral",
-    "llava_next": "LLaVA-NeXT",
-    "llava_onevision": "LLaVA-OneVision",
-    "aya_vision": "Aya Vision",
-    "cohere2_vision": "Command A Vision",
-}
-"""Checkpoints whose language part computes what the decoder named in `text_config` computes; what people know of each."""
 PLAIN = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 """Language parts that the library has no class for: with text alone, their three positions a token are one, and they are
 the decoder named here."""
@@ -94,12 +77,6 @@ def _name_in_part(module: str) -> str:
     for pattern, target in NAMES.items():
         name = re.sub(pattern, target, name)
     return name.removesuffix(".")
-
-
-def wrapped_family(config: Any) -> str | None:
-    """What a configuration's language part is called; None where it has none of its own."""
-    part = getattr(config, "text_config", None)
-    return getattr(part, "model_type", None)
 
 
 def processor_template(source: str, revision: str | None) -> str | None:

@@ -42,7 +42,7 @@ def test_gemma_3_270m_says_the_same_whoever_drafts(gemma):
     torch.manual_seed(2)
     heads = ExitHeads(gemma, "adapter", [6, 12, 16], 16, None).to(gemma.dtype).requires_grad_(False)
     model = Engine(gemma, blocks, heads)
-    for text, beyond in ((PROMPT, False), (PROMPT * 40, True)):
+    for text, beyond in ((PROMPT, False), (f"{PROMPT} Madrid.\n" * 30 + PROMPT, True)):
         prompt = gemma.encode_prompt(text, raw=True)
         assert (len(prompt) > gemma.config.sliding_window) is beyond
         plain = generate(model, Request(prompt, 40), NoDrafter(), mode="full", keep_states=True)

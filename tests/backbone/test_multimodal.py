@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from tiny_models import byte_tokenizer, family_config
 from transformers import AutoModelForImageTextToText
 
+from early_exit_cli.backbone.families import WRAPPERS
 from early_exit_cli.backbone.load import adopt_backbone, load_backbone
-from early_exit_cli.backbone.multimodal import WRAPPERS, language_part
+from early_exit_cli.backbone.multimodal import language_part
 from early_exit_cli.config import BackboneConfig
 from early_exit_cli.decoding.answer import generate
 from early_exit_cli.decoding.loop import decode

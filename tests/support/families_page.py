@@ -7,7 +7,7 @@ from pathlib import Path
 from tiny_models import FAMILIES, NF4_FAMILIES, OTHER_FAMILIES, family_config
 
 from early_exit_cli.backbone.families import FAMILIES as SUPPORTED
-from early_exit_cli.backbone.multimodal import WRAPPERS
+from early_exit_cli.backbone.families import WRAPPERS
 
 MODEL_TYPES = {name: family_config(name).model_type for name in (*FAMILIES, *OTHER_FAMILIES)}
 

@@ -232,7 +232,7 @@ def family_config(family: str):
         "seed_oss": lambda: transformers.SeedOssConfig(**shared, head_dim=16),
         "hunyuan_v1_dense": lambda: transformers.HunYuanDenseV1Config(**shared, head_dim=16),
         "nemotron": lambda: transformers.NemotronConfig(**shared),
-        "arcee": lambda: transformers.ArceeConfig(**shared),
+        "arcee": lambda: transformers.ArceeConfig(**shared, head_dim=32),
         "apertus": lambda: transformers.ApertusConfig(**shared, rope_parameters=llama3),
         "helium": lambda: transformers.HeliumConfig(**shared, head_dim=16),
         "starcoder2": lambda: transformers.Starcoder2Config(**shared, **window),
