@@ -101,6 +101,8 @@ WRAPPERS = {
     "qwen2_vl": "Qwen2-VL",
     "qwen2_5_vl": "Qwen2.5-VL",
     "qwen3_vl": "Qwen3-VL",
+    "qwen3_5": "Qwen3.5, Qwen3.6",
+    "qwen3_5_moe": "Qwen3.5-MoE",
     "internvl": "InternVL 3",
     "smolvlm": "SmolVLM",
     "idefics3": "Idefics 3",
@@ -137,7 +139,7 @@ def refusal(config: Any) -> str | None:
         or config._remove_final_layer_norm
     ):
         return "is an OPT with projected embeddings or without a final norm, as opt-350m; the other sizes run"
-    kinds = getattr(config, "layer_types", None)
+    kinds = getattr(config, "layer_types", None) or []
     if kinds and all(kind in LAYERS_WITHOUT_KEYS for kind in kinds):
         return "has no block with attention, and no runner here does without"
     if getattr(config, "add_cross_attention", False):
@@ -161,5 +163,6 @@ def _rotary_kinds(config: Any) -> list[str]:
 
 
 def _other_kinds(config: Any) -> list[str]:
-    """The kinds of blocks that are no plain attention: chunked, recurrent, convolutions."""
-    return sorted({*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"})
+    """The kinds of blocks that nothing here runs: attention in chunks, and whatever comes."""
+    known = {"full_attention", "sliding_attention", *LAYERS_WITH_STATE, *LAYERS_WITHOUT_KEYS}
+    return sorted({*(getattr(config, "layer_types", None) or ())} - known)
