@@ -43,7 +43,7 @@ from early_exit_cli.config import (
     PushConfig,
     TrainingConfig,
 )
-from early_exit_cli.data import on_policy
+from early_exit_cli.data import kept_answers
 from early_exit_cli.data.documents import Document
 from early_exit_cli.data.rows import read_prompts, read_records
 from early_exit_cli.decoding.loop import decode
@@ -291,7 +291,7 @@ def answers(tmp_path, world, **_) -> Target:
     rows = [{"index": i, "answer": [i, 2, 3]} for i in range(4)]
 
     def load():
-        found = on_policy.read_answers(path, 4, world.backbone.vocab_size)
+        found = kept_answers.read_answers(path, 4, world.backbone.vocab_size)
         assert all(0 <= index < 4 for index in found)
         assert all(0 <= token < 320 for answer in found.values() for token in answer)
         if len(found) < 4:

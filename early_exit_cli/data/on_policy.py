@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import random
-from pathlib import Path
 
 import torch
 
@@ -13,11 +11,10 @@ from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.config import DataConfig
 from early_exit_cli.data.answers import GROUP, Answer, answerer, groups_together
 from early_exit_cli.data.documents import Document, Progress
-from early_exit_cli.errors import BundleError
-from early_exit_cli.files.atomic import parse_json, sha256_of
+from early_exit_cli.data.kept_answers import read_answers
+from early_exit_cli.files.atomic import sha256_of
 from early_exit_cli.files.environment import kept_path
 from early_exit_cli.files.kept import MADE_FROM
-from early_exit_cli.files.schemas import AnswerForm, require_form
 
 
 def answer_prompts(
@@ -65,25 +62,6 @@ def answer_prompts(
             if progress:
                 progress(len(answers), len(prompts), made)
     return [Document(ids + answers[index], source, len(ids)) for index, (source, ids) in enumerate(prompts)]
-
-
-def read_answers(path: Path, prompts: int, vocab_size: int) -> dict[int, list[int]]:
-    """Answers of earlier runs. A line torn by a kill is cut off the file; one that is damaged is made again."""
-    answers: dict[int, list[int]] = {}
-    if not path.exists():
-        return answers
-    whole = 0
-    with open(path, "rb+") as file:
-        for line in file:
-            if not line.endswith(b"\n"):
-                break
-            whole += len(line)
-            with contextlib.suppress(ValueError, BundleError):
-                found = require_form(parse_json(line.decode("utf-8")), AnswerForm, str(path))
-                if found.index < prompts and all(token < vocab_size for token in found.answer):
-                    answers[found.index] = found.answer
-        file.truncate(whole)
-    return answers
 
 
 def _batches_to_answer(

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 from dssd_files import dssd_folder
+from eagle3_files import Head, random_weights, settings_of, write_checkpoint
 from hub_server import HubServer
 from hub_terminal import Terminal
+from live_server import LiveServer
 
 from early_exit_cli.files.environment import user_cache_dir
 
@@ -46,15 +48,24 @@ def terminal(tmp_path_factory, tiny_folder, linear_bundle):
     dssd_folder(linear_bundle, folder / "DSSD_FOLDER")
     (folder / "eexit").mkdir()
     (folder / "eexit" / "gguf").symlink_to(user_cache_dir() / "gguf")  # converting the embedded model takes long
+    head = write_checkpoint(folder / "head", settings_of(Head()), random_weights(Head(), False))
     with HubServer() as server:
+        server.make_repo("ORG/HEAD", {path.name: path.read_bytes() for path in head.iterdir()})
         found = Terminal(server, folder, folder)
         yield found
         found.close()
 
 
+@pytest.fixture(scope="module")
+def endpoint(tiny_model):
+    """A server of the backbone that these commands train on; it is asked by more at once than may wait."""
+    with LiveServer(tiny_model("qwen2")) as server:
+        yield f"{server.address}/v1"
+
+
 @pytest.mark.parametrize("command", [command for page in PAGES for command in shown(page)])
-def test_a_documented_command_runs(terminal, command):
-    words = shlex.split(command, comments=True)[1:]
+def test_a_documented_command_runs(terminal, endpoint, command):
+    words = shlex.split(command.replace("http://localhost:8000/v1", endpoint), comments=True)[1:]
     extra = shlex.split(SMALLER.get(words[0], ""))
     if words[0] in ("train", "cache") or "--model-name" in words:
         extra += ["--model-name", "Qwen/Qwen2.5-0.5B-Instruct", "--quantization", "none"]

@@ -12,7 +12,7 @@ from commands import ONE_THREAD, eexit, eexit_process, one_line, started
 from gguf_files import write_gguf
 from safetensors.torch import load_file
 
-from early_exit_cli.engine import Engine
+from early_exit_cli.engine import Prefill
 from early_exit_cli.errors import NumericsError
 
 TOKENS = 6
@@ -81,15 +81,15 @@ def test_a_row_that_fails_leaves_the_others_their_answers(infer, tmp_path, monke
     """The second prompt's prefill fails, once: in a batch all are answered again, one after another."""
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("one", "two", "three")))
-    prefill, seen = Engine.prefill, []
+    finish, seen = Prefill.finish, []
 
-    def fails_once(self, prompt_ids, *arguments):
-        seen.append(prompt_ids)
+    def fails_once(self):
+        seen.append(self.prompt_ids)
         if len(seen) == 3:  # after the warm-up and the first
             raise fault
-        return prefill(self, prompt_ids, *arguments)
+        return finish(self)
 
-    monkeypatch.setattr(Engine, "prefill", fails_once)
+    monkeypatch.setattr(Prefill, "finish", fails_once)
     code, out, err = eexit(*infer, "--prompts", path, "--json", "--batch", batch)
     records = json.loads(out)["records"]
     assert [record.get("error") for record in records] == [None, message if batch == 1 else None, None]
