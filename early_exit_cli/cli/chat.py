@@ -157,7 +157,7 @@ class Chat:
         if stats.tokens_drafted:
             plain = self.conversation.plain_seconds(run)
             parts.append(f"accept length {stats.accept_length:.2f}")
-            parts.append(f"plain decoding would take {plain / stats.total_time_seconds:.2f} times as long")
+            parts.append(f"plain decoding, undisturbed: {rate(stats.total_tokens_generated / plain)}")
         if run.finish_reason != "stop":
             parts.append("interrupted" if run.finish_reason is None else "cut at the limit (--max-tokens)")
         return "; ".join(parts)

@@ -185,8 +185,8 @@ class Answer {
       parts.push(speed);
       if (found.plain_ms && found.draft_n) {
         const times = make("span");
-        times.append(make("b", "", `${number(found.plain_ms / found.predicted_ms, 2)}×`), " as fast as plain decoding");
-        times.dataset.tip = `Plain decoding would have written ${number(1000 * found.predicted_n / found.plain_ms)} tokens/s, by what a pass costs on this machine`;
+        times.append("plain decoding ", make("b", "", number(1000 * found.predicted_n / found.plain_ms)), " undisturbed");
+        times.dataset.tip = "What plain decoding would have written in a second, by what a pass costs on this machine when nothing else runs";
         parts.push(times);
       }
       if (found.draft_n) parts.push(make("span", "", `${found.draft_n_accepted} of ${found.draft_n} drafted accepted`));
