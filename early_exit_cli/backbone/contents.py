@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from early_exit_cli.errors import BundleError
+from early_exit_cli.errors import BackboneError, BundleError
 from early_exit_cli.files.atomic import file_sha256, read_json, sha256_of, write_json
 from early_exit_cli.files.environment import user_cache_dir
 
@@ -171,6 +171,11 @@ def place_of(path: Path) -> str:
     """Where a file lies, how large it is and when it was written: another content has another one."""
     stat = path.stat()
     return f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
+
+
+def changing(path: Path) -> BackboneError:
+    """What to say of a file that is not the one it was a moment ago."""
+    return BackboneError(f"{path} changed while it was read", hint="wait until it is written")
 
 
 def _remembered(table: Path) -> dict[str, str]:

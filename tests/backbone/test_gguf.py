@@ -1,5 +1,7 @@
 """GGUF files as backbones: converted once, without a word where nobody watches."""
 
+from collections import Counter
+
 import gguf
 import numpy as np
 import pytest
@@ -7,9 +9,12 @@ import torch
 from gguf_files import write_gguf
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig
+from transformers.integrations.gguf.dequant import GGML_BLOCK
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from early_exit_cli.backbone import gguf_reader
 from early_exit_cli.backbone.gguf import converted_gguf, embedded_gguf
+from early_exit_cli.backbone.gguf_reader import LONG, GGUFReader, reader_of, unpacked
 from early_exit_cli.backbone.load import load_backbone, load_tokenizer
 from early_exit_cli.config import BackboneConfig
 from early_exit_cli.errors import BackboneError, UnsupportedBackboneError
@@ -137,3 +142,60 @@ def test_rotary_scaling_that_no_configuration_says_is_refused(scaled_gguf, more,
     with pytest.raises(UnsupportedBackboneError, match="rotary scaling of another kind") as refused:
         converted_gguf(scaled_gguf(more))
     assert named in refused.value.message
+
+
+def test_weights_are_unpacked_as_the_package_does():
+    """Every quantized kind that is unpacked here, from random bytes: the same numbers."""
+    bits = np.random.default_rng(0)
+    for kind, (_, size) in GGML_BLOCK.items():
+        kind = gguf.GGMLQuantizationType(kind)
+        data = bits.integers(0, 256, (3, 40, 2 * size), dtype=np.uint8)
+        with np.errstate(all="ignore"):  # some of such bytes are no numbers
+            expected = gguf.dequantize(data, kind)
+        found = unpacked(data, kind)
+        assert found.dtype == np.float32
+        assert np.array_equal(found, expected, equal_nan=True), kind.name
+
+
+def test_a_long_vocabulary_is_read_as_the_package_does(tmp_path):
+    path = tmp_path / "long.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_token_list([f"token {number}" for number in range(LONG + 10)])
+    writer.add_token_scores([-float(number) for number in range(LONG + 10)])
+    writer.add_token_merges(["a b", "ab c"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    ours, theirs = reader_of(path), gguf.GGUFReader(path)
+    assert [*ours.fields] == [*theirs.fields]
+    for name, field in theirs.fields.items():
+        assert ours.fields[name].contents() == field.contents()
+        assert ours.fields[name].types == field.types
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(BackboneError, match="not a whole GGUF file"):
+        reader_of(path)
+
+
+def test_a_conversion_reads_and_unpacks_with_ours(tmp_path, tiny_folder, monkeypatch):
+    """transformers looks these up at each call; should it no longer, conversions are slow again."""
+    used = Counter()
+
+    class Counted(GGUFReader):
+        def __init__(self, *arguments, **options):
+            used["reader"] += 1
+            super().__init__(*arguments, **options)
+
+    def counted(*arguments):
+        used["unpacked"] += 1
+        return unpacked(*arguments)
+
+    monkeypatch.setattr(gguf_reader, "GGUFReader", Counted)
+    monkeypatch.setattr(gguf_reader, "unpacked", counted)
+    monkeypatch.setenv("EEXIT_HOME", str(tmp_path / "home"))
+    theirs = gguf.GGUFReader, gguf.dequantize
+    tensors = load_file(tiny_folder("llama") / "model.safetensors")
+    (path,) = write_gguf(tmp_path / "tiny.gguf", tiny_folder("llama"), tensors)
+    converted_gguf(path)
+    assert used["reader"] >= 4  # the parts, the configuration, the weights, the tokenizer
+    assert used["unpacked"] == len(tensors)
+    assert (gguf.GGUFReader, gguf.dequantize) == theirs
