@@ -26,11 +26,11 @@ def command(resolved: Resolved, as_json: bool) -> None:
     from early_exit_cli.backbone.backbone import device_name
     from early_exit_cli.backbone.load import load_tokenizer, pick_device
     from early_exit_cli.bundle.load import bundle_source
-    from early_exit_cli.cli.shared import backbone_of_bundle
+    from early_exit_cli.cli.shared import backbone_of_bundle, is_without_heads
     from early_exit_cli.data.rows import read_prompts
     from early_exit_cli.errors import ConfigError
     from early_exit_cli.evaluation.bench import run_bench, select_prompts, summarize
-    from early_exit_cli.evaluation.bench_methods import Setup, check_methods
+    from early_exit_cli.evaluation.bench_methods import Setup, check_methods, left_out_without_heads
 
     config = resolved.config.bench
     if config.costs:
@@ -41,9 +41,16 @@ def command(resolved: Resolved, as_json: bool) -> None:
     sampling = resolved.config.sampling
     check_methods(config.methods, sampling)
     prompts = select_prompts(read_prompts(config.prompts), config)
-    backbone = backbone_of_bundle(resolved)
-    source = bundle_source(resolved.config.bundle)
-    bundle = resolved.config.bundle.model_copy(update={"bundle": str(source.folder)})  # one commit for all workers
+    backbone, bundle, made_with = resolved.config.backbone, None, None
+    if is_without_heads(resolved):
+        left_out = left_out_without_heads(config.methods, backbone.model_name)
+        for reason in left_out.values():
+            console.note(reason)
+        config = config.model_copy(update={"methods": [name for name in config.methods if name not in left_out]})
+    else:
+        backbone, source = backbone_of_bundle(resolved), bundle_source(resolved.config.bundle)
+        bundle = resolved.config.bundle.model_copy(update={"bundle": str(source.folder)})  # one commit for all workers
+        made_with = source.record()
     setup = Setup(backbone, bundle, sampling, config.accuracy_level, config.read_heads)
     encode = load_tokenizer(backbone)
     total = len(prompts) * len(config.methods) * config.repeats
@@ -51,9 +58,9 @@ def command(resolved: Resolved, as_json: bool) -> None:
         records, start_up = run_bench(config, setup, prompts, encode, ticker.update)
     report = summarize(records, start_up, config, setup)
     processor = device_name(pick_device(backbone.device))
-    report["environment"] |= {"processor": processor, "bundle": source.record()}
+    report["environment"] |= {"processor": processor, "bundle": made_with}
     write_json(config.output_dir / "report.json", report)
-    write_json(config.output_dir / "run.json", run_record(resolved.rows(), processor, bundle=source.record()))
+    write_json(config.output_dir / "run.json", run_record(resolved.rows(), processor, bundle=made_with))
     if plots.available():
         plots.draw_bench(report, records, config.output_dir / "bench.png")
     if as_json:
@@ -68,10 +75,13 @@ def command(resolved: Resolved, as_json: bool) -> None:
 def show_costs(resolved: Resolved, as_json: bool) -> None:
     """Measure the cost table of this device, keep it, show it."""
     from early_exit_cli.bundle.load import load_engine
-    from early_exit_cli.cli.shared import backbone_of_bundle
+    from early_exit_cli.cli.shared import backbone_of_bundle, is_without_heads
     from early_exit_cli.drafting.costs import CONTEXT, FAR_CONTEXT, cost_table
 
-    engine = load_engine(backbone_of_bundle(resolved), resolved.config.bundle, with_thresholds=False)
+    if is_without_heads(resolved):
+        engine = load_engine(resolved.config.backbone, None)
+    else:
+        engine = load_engine(backbone_of_bundle(resolved), resolved.config.bundle, with_thresholds=False)
     costs = cost_table(engine, refresh=True)
     if as_json:
         console.emit_json(

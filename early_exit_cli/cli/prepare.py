@@ -57,13 +57,15 @@ def drafter_kind(resolved: Resolved) -> str:
 
 
 def load(resolved: Resolved, kind: str) -> Engine:
-    """The model; a backbone that was named without a bundle is loaded alone where no head must be read."""
+    """The model; a backbone that was named without a bundle is loaded alone where no head must be read, and is told."""
     from early_exit_cli.bundle.load import load_engine
-    from early_exit_cli.cli.shared import backbone_of_bundle
+    from early_exit_cli.cli.shared import backbone_of_bundle, is_without_heads
     from early_exit_cli.drafting.choose import HEADLESS
 
     config = resolved.config
-    if kind in HEADLESS and resolved.is_default("bundle.bundle") and not resolved.is_default("backbone.model_name"):
+    if kind in HEADLESS and is_without_heads(resolved):
+        if kind == "auto":
+            console.note(f"no heads for {config.backbone.model_name} (--bundle FOLDER): lookup drafts")
         return load_engine(config.backbone, None)
     needed = kind not in ("none", "lookup") or not resolved.is_default("inference.accuracy_level")
     return load_engine(backbone_of_bundle(resolved), config.bundle, with_thresholds=needed)

@@ -38,6 +38,18 @@ def backbone_of_bundle(resolved: Resolved) -> BackboneConfig:
     return with_names_of_bundle(resolved.config.backbone, source.folder)
 
 
+def is_without_heads(resolved: Resolved) -> bool:
+    """Whether a backbone was named, and no bundle, and the bundle that is taken otherwise has heads of another one."""
+    from early_exit_cli.bundle.files import read_bundle_config
+    from early_exit_cli.bundle.load import bundle_folder
+
+    if not resolved.is_default("bundle.bundle") or resolved.is_default("backbone.model_name"):
+        return False
+    known, backbone = read_bundle_config(bundle_folder(resolved.config.bundle)), resolved.config.backbone
+    same = (known.model_name, known.quantization) == (backbone.model_name, backbone.quantization)
+    return not same or backbone.revision is not None
+
+
 def data_of_bundle(resolved: Resolved, record: RecordForm | None) -> DataConfig:
     """The data section; without a data set named, the one the heads were trained on, so that its split is the same."""
     trained = None if record is None else record.training.data

@@ -21,6 +21,8 @@ from early_exit_cli.errors import BackboneError, ConfigError, EexitError
 
 OURS = ("full", "adaptive", "eagle", "lookup", "auto")
 PEERS = ("transformers", "transformers-lookup", "transformers-early-exit", "llama.cpp", "economize")
+READS_HEADS = {"adaptive": "exit heads", "eagle": "an EAGLE head", "transformers-early-exit": "exit heads"}
+"""Methods that a backbone without a bundle cannot have, and what each lacks."""
 PACKAGES = {"llama.cpp": "xllamacpp", "economize": "economize"}
 LOOKUP_TOKENS = 10
 WARM_UP_TOKENS = 8
@@ -45,10 +47,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Setup:
-    """What all methods of a run share."""
+    """What all methods of a run share. bundle: None for a backbone without heads."""
 
     backbone: BackboneConfig
-    bundle: BundleConfig
+    bundle: BundleConfig | None
     sampling: SamplingConfig
     level: float
     read_heads: str
@@ -71,6 +73,16 @@ def check_methods(names: list[str], sampling: SamplingConfig) -> None:
             raise ConfigError(f"method {kind} needs the package {package}", hint="pip install 'eexit[peers]'")
         if kind == "economize" and not sampling.is_greedy:
             raise ConfigError(f"method {kind} is greedy only", hint="leave it out, or the sampling settings")
+
+
+def left_out_without_heads(names: list[str], model_name: str) -> dict[str, str]:
+    """The methods among some that cannot run where a backbone has no heads, and what to do about it."""
+    lacking = {name: READS_HEADS.get(name.partition("@")[0]) for name in names}
+    return {
+        name: f"{name} reads {what}, and there are none for {model_name}: eexit train makes them, --bundle names them"
+        for name, what in lacking.items()
+        if what is not None
+    }
 
 
 def load_method(name: str, setup: Setup) -> Method:
@@ -159,7 +171,7 @@ class _Transformers:
             self.options |= sampling.model_dump(include=cuts)
         if kind == "transformers-lookup":
             self.options["prompt_lookup_num_tokens"] = LOOKUP_TOKENS
-        if kind == "transformers-early-exit":
+        if kind == "transformers-early-exit" and setup.bundle is not None:
             heads = read_bundle_config(bundle_folder(setup.bundle))
             self.options["assistant_early_exit"] = heads.exit_layers[0]
 

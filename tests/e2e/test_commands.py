@@ -1,6 +1,7 @@
 """Whole commands, as a person runs them: what comes on the two streams, the exit code, what is left on the disk."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -368,6 +369,24 @@ def test_lookup_needs_no_heads_and_changes_no_word(tiny_folder):
     code, out, err = eexit("infer", *model, "--drafter", "lookup", "--max-tokens", 12)
     assert code == 0, err
     assert "lookup" in err
+    assert "no heads" not in err  # nobody asked for any
+    code, out, err = eexit("infer", *model, "--max-tokens", 24, "--json")
+    assert code == 0, err
+    assert err.count("no heads for") == 1
+    assert json.loads(out)["auto"]["stats"]["tokens_drafted"] > 0
+
+
+def test_bench_without_heads_runs_what_needs_none(tiny_folder, prompts, tmp_path):
+    code, out, err = eexit(
+        "bench", "--model-name", tiny_folder("qwen3"), "--quantization", "none", "--prompts", prompts, "--limit", 1,
+        "--methods", "full,adaptive@0.9,eagle", "--max-tokens", 4, "--repeats", 1, "--output-dir", tmp_path, "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    report = json.loads(out)
+    assert [*report["methods"]] == ["full"]
+    assert report["environment"]["bundle"] is None
+    assert re.search(r"adaptive@0.9 reads exit heads, and there are none for .*: eexit train", err)
+    assert re.search(r"eagle reads an EAGLE head, and there are none", err)
 
 
 def test_bench_costs_shows_and_keeps_the_cost_table(bundle, tmp_path):
