@@ -34,9 +34,10 @@ format: .venv/installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# The pages of docs/commands, from the settings themselves.
+# The pages of docs/commands, from the settings themselves, and the tables of families, from the code.
 docs: .venv/installed
 	$(BIN)/python -m early_exit_cli.cli.reference docs/commands
+	$(BIN)/python tests/support/families_page.py docs/families.md
 
 # The image of the Dockerfile, built and run: nothing where there is no docker.
 docker:

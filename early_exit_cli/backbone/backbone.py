@@ -28,6 +28,9 @@ from early_exit_cli.errors import UnsupportedBackboneError, shown
 from early_exit_cli.files.atomic import sha256_of
 from early_exit_cli.files.environment import processor_name
 
+NORM_EPS = 1e-5
+"""Of a final norm that does not say its own."""
+
 
 @dataclass
 class Backbone:
@@ -134,7 +137,9 @@ class Backbone:
         lost = [(name, "no runner here calls") for name in changes if not is_within(name, tuple(called))]
         read = {self._name_of(module): module for module in (self.embedding, self.norm, self.lm_head)}
         lost += [
-            (name, "has no weight") for name in read if not isinstance(getattr(read[name], "weight", None), Tensor)
+            (name, "has no weight")
+            for name in read
+            if name in changes and not isinstance(getattr(read[name], "weight", None), Tensor)
         ]
         for name, why in lost:
             raise UnsupportedBackboneError(
@@ -161,15 +166,22 @@ class Backbone:
     @property
     def final_norm(self) -> FinalNorm:
         norm = self.norm
-        if isinstance(norm, nn.LayerNorm):
-            return FinalNorm(norm.weight, norm.eps, subtracts_mean=True, bias=norm.bias)
-        is_gemma = self.config.model_type.startswith("gemma")  # its norms multiply by one more than their weight
-        return FinalNorm(1.0 + norm.weight if is_gemma else norm.weight, float(self.config.rms_norm_eps))
+        weight = torch.ones(self.hidden_size, device=self.device) if self.norm_weight is None else self.norm_weight
+        weight = 1.0 + weight if self.family.adds_one else weight
+        eps = next((getattr(norm, name) for name in ("eps", "variance_epsilon") if hasattr(norm, name)), NORM_EPS)
+        subtracts_mean = isinstance(norm, nn.LayerNorm) or self.family.subtracts_mean
+        return FinalNorm(weight, float(eps), subtracts_mean, getattr(norm, "bias", None))
+
+    @property
+    def norm_weight(self) -> Tensor | None:
+        """What the final norm multiplies by; OLMo's has none."""
+        return getattr(self.norm, "weight", None)
 
     @property
     def logit_map(self) -> LogitMap:
         divisor, cap = (getattr(self.config, name, None) for name in ("logits_scaling", "final_logit_softcapping"))
-        return LogitMap(divisor=divisor or 1.0, cap=cap)
+        factor = getattr(self.config, "logit_scale", None)  # Cohere
+        return LogitMap(divisor=1.0 / factor if factor else divisor or 1.0, cap=cap)
 
     @property
     def lm_head_weight(self) -> Tensor:
@@ -232,7 +244,23 @@ class Backbone:
 
     def rotary_kind(self, block: int) -> str | None:
         """Which rotary table a block reads, where there are several: Gemma 3's local and global ones differ."""
-        return self.config.layer_types[block] if self.config.model_type == "gemma3_text" else None
+        tables = getattr(self.config, "rope_parameters", None) or {}
+        return self.config.layer_types[block] if any(isinstance(table, dict) for table in tables.values()) else None
+
+    def kv_shapes(self, block: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(heads, numbers a head) that a block's attention keeps of a token, twice: keys and values; with latent attention,
+        which expands both from less, the two parts of the latent.
+        """
+        config = self.config
+        if getattr(config, "kv_lora_rank", None):
+            return (1, int(config.kv_lora_rank)), (1, int(config.qk_rope_head_dim))
+        config = config.per_layer_config[block] if getattr(config, "per_layer_config", None) else config
+        queries = int(self.config.num_attention_heads)
+        heads = int(getattr(config, "num_key_value_heads", None) or queries)
+        if self.config.model_type == "falcon" and self.config.multi_query and not self.config.new_decoder_architecture:
+            heads = 1
+        size = int(getattr(config, "head_dim", None) or self.hidden_size // queries)
+        return (heads, size), (heads, size)
 
     def window_of(self, block: int) -> int | None:
         """Sliding attention window of a block in tokens; none for full attention."""
@@ -278,7 +306,7 @@ class Backbone:
     def fingerprint(self) -> dict[str, Any]:
         """Identity of this backbone, compared whenever heads are loaded. Holds no path, so it travels."""
         rows = self.embedding.weight[:: max(1, self.vocab_size // 64)].float().cpu()
-        final = self.norm.weight.float().cpu()
+        final = torch.zeros(0) if self.norm_weight is None else self.norm_weight.float().cpu()
         return {
             "model_type": self.config.model_type,
             "hidden_size": self.hidden_size,

@@ -8,6 +8,8 @@ from typing import Any
 
 from early_exit_cli.errors import BackboneError, EexitWarning, said
 
+PROBE = "eexit"
+"""A text that is in a rendered template if the template read it."""
 Message = dict[str, Any]
 """A turn as chat templates read it: `role` (system, user, assistant, tool), `content`, which is a text, and where there
 are any `tool_calls`, `name` and `tool_call_id`."""
@@ -20,8 +22,10 @@ def encode_prompt(tokenizer: Any, prompt: Prompt, *, raw: bool = False) -> list[
     `raw`. Without it a text stays as it is, and the turns of a conversation are joined plainly.
 
     Raises:
-        BackboneError: the template refuses the prompt, with its own words.
+        BackboneError: an image or another part that is no text; the template refuses the prompt, with its own words.
     """
+    if not isinstance(prompt, str):
+        prompt = [_told_in_text(message) for message in prompt]
     if raw or not tokenizer.chat_template:
         text = prompt if isinstance(prompt, str) else joined([*prompt, {"role": "assistant", "content": ""}])
         return encode_text(tokenizer, text)
@@ -68,6 +72,24 @@ def joined(messages: list[Message]) -> str:
     return "\n\n".join(f"{message['role']}: {_in_words(message)}".rstrip(" ") for message in messages)
 
 
+def _told_in_text(message: Message) -> Message:
+    """A turn whose content is a text, where it was parts that are texts."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) else part
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise BackboneError(
+                f"a prompt holds a part of type {kind!r}, and only text is read here",
+                hint="leave it out, or describe it",
+            )
+        texts.append(text)
+    return {**message, "content": "\n".join(texts)}
+
+
 def _through_template(tokenizer: Any, messages: list[Message], is_prompt: bool) -> list[int]:
     """Ids as the template renders the turns; where it refuses them, those of the turns put in simpler roles.
 
@@ -76,8 +98,11 @@ def _through_template(tokenizer: Any, messages: list[Message], is_prompt: bool) 
     if "tool_calls" not in str(tokenizer.chat_template):
         messages = [_spoken(message) for message in messages]
     simpler = _alternating(messages)
+    wants_parts = _wants_parts(tokenizer)
     refusals: list[Exception] = []
     for turns in [messages] if simpler == messages else [messages, simpler]:
+        if wants_parts:
+            turns = [{**turn, "content": _in_parts(turn["content"])} for turn in turns]
         try:
             return _ids(tokenizer.apply_chat_template(turns, add_generation_prompt=is_prompt, return_dict=True))
         except Exception as error:  # a template raises what it likes, and may be no Jinja at all
@@ -85,6 +110,25 @@ def _through_template(tokenizer: Any, messages: list[Message], is_prompt: bool) 
     raise BackboneError(
         f"the chat template refuses this: {said(refusals[0])}", hint="--raw uses the prompt without the template"
     ) from refusals[0]
+
+
+def _wants_parts(tokenizer: Any) -> bool:
+    """Whether the template reads a turn's text only where it is a part beside images, and would leave out a plain one."""
+    if "type" not in str(tokenizer.chat_template):
+        return False
+
+    def is_read(content: Any) -> bool:
+        turns = [{"role": "user", "content": content}]
+        try:
+            return PROBE in tokenizer.apply_chat_template(turns, tokenize=False)
+        except Exception:  # a template raises what it likes
+            return False
+
+    return not is_read(PROBE) and is_read(_in_parts(PROBE))
+
+
+def _in_parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
 
 
 def _alternating(messages: list[Message]) -> list[Message]:

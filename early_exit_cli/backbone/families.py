@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-LENGTH_INDEPENDENT_ROTARY = ("default", "linear", "llama3", "yarn")
+LENGTH_INDEPENDENT_ROTARY = ("default", "linear", "llama3", "yarn", "proportional")
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Family:
     models: what people know of it. runner: fused where its blocks have the Llama shape, else hf. trunk: the module that
     holds the blocks, from the model on; blocks, norm: their names there. positions: the embedding of learned positions,
     whose row `first_position` is the first token's. plain: modules that stay unquantized, too small for 4-bit kernels.
+    adds_one: the final norm multiplies by one more than its weight. subtracts_mean: it is a LayerNorm that is not PyTorch's.
     """
 
     models: str
@@ -28,6 +29,8 @@ class Family:
     positions: str | None = None
     first_position: int = 0
     plain: tuple[str, ...] = ()
+    adds_one: bool = False
+    subtracts_mean: bool = False
 
 
 FAMILIES = {
@@ -35,27 +38,81 @@ FAMILIES = {
     "mistral": Family("Mistral", "fused"),
     "qwen2": Family("Qwen2, Qwen2.5", "fused"),
     "qwen3": Family("Qwen3", "fused"),
-    "gemma2": Family("Gemma 2"),
-    "gemma3_text": Family("Gemma 3, text"),
+    "gemma": Family("Gemma", adds_one=True),
+    "gemma2": Family("Gemma 2", adds_one=True),
+    "gemma3_text": Family("Gemma 3, text", adds_one=True),
+    "gemma4_text": Family("Gemma 4, text: 12B and up"),
+    "gemma4_unified_text": Family("Gemma 4 unified, text"),
     "phi3": Family("Phi-3, Phi-4"),
     "gpt2": Family("GPT-2", trunk="transformer", blocks="h", norm="ln_f", positions="wpe"),
     "gpt_neox": Family("GPT-NeoX, Pythia", trunk="gpt_neox", norm="final_layer_norm"),
     "opt": Family("OPT", trunk="model.decoder", norm="final_layer_norm", positions="embed_positions", first_position=2),
+    "falcon": Family("Falcon", trunk="transformer", blocks="h", norm="ln_f"),
     "smollm3": Family("SmolLM3"),
+    "olmo": Family("OLMo", subtracts_mean=True),
     "olmo2": Family("OLMo 2"),
+    "olmo3": Family("OLMo 3"),
     "granite": Family("Granite 3"),
+    "ministral": Family("Ministral"),
+    "ministral3": Family("Ministral 3, Devstral 2"),
+    "glm": Family("GLM-4, GLM-Edge"),
+    "glm4": Family("GLM-4-0414"),
+    "cohere": Family("Command R, Aya 23", subtracts_mean=True),
+    "cohere2": Family("Command R7B, Command A", subtracts_mean=True),
+    "exaone4": Family("EXAONE 4"),
+    "ernie4_5": Family("ERNIE 4.5"),
+    "seed_oss": Family("Seed-OSS"),
+    "hunyuan_v1_dense": Family("Hunyuan, dense"),
+    "nemotron": Family("Nemotron 3 and 4, Minitron", adds_one=True),
+    "arcee": Family("Arcee AFM"),
+    "apertus": Family("Apertus"),
+    "helium": Family("Helium"),
+    "starcoder2": Family("StarCoder2"),
+    "stablelm": Family("StableLM"),
     "mixtral": Family("Mixtral"),
     "qwen2_moe": Family("Qwen1.5-MoE, Qwen2-MoE", plain=("shared_expert_gate",)),
     "qwen3_moe": Family("Qwen3-MoE"),
+    "olmoe": Family("OLMoE"),
+    "gpt_oss": Family("gpt-oss"),
+    "granitemoe": Family("Granite 3 MoE"),
+    "glm4_moe": Family("GLM-4.5, GLM-4.6"),
+    "glm4_moe_lite": Family("GLM-4.7-Flash"),
 }
+
+WRAPPERS = {
+    "gemma3": "Gemma 3 from 4B on",
+    "gemma4": "Gemma 4",
+    "gemma4_unified": "Gemma 4, unified",
+    "mistral3": "Mistral Small 3.1 and later, Ministral 3",
+    "qwen2_vl": "Qwen2-VL",
+    "qwen2_5_vl": "Qwen2.5-VL",
+    "qwen3_vl": "Qwen3-VL",
+    "internvl": "InternVL 3",
+    "smolvlm": "SmolVLM",
+    "idefics3": "Idefics 3",
+    "llava": "LLaVA, Pixtral",
+    "llava_next": "LLaVA-NeXT",
+    "llava_onevision": "LLaVA-OneVision",
+    "aya_vision": "Aya Vision",
+    "cohere2_vision": "Command A Vision",
+}
+"""Checkpoints whose language part computes what the decoder named in `text_config` computes; what people know of each."""
 
 
 def refusal(config: Any) -> str | None:
     """Why a checkpoint of this configuration (transformers' own) does not run here; none where it does."""
     family = config.model_type
     if family not in FAMILIES:
-        hint = "; its text model alone is gemma3_text" if family == "gemma3" else ""
-        return f"is of family {family!r}, which has no block runner; supported: {', '.join(FAMILIES)}{hint}"
+        if family in WRAPPERS:
+            return f"is multimodal ({family}); named by its folder or Hub id, its language part is loaded alone"
+        part = getattr(getattr(config, "text_config", None), "model_type", None)
+        inner = "" if part is None else f" (its language part is {part!r})"
+        kinds = _other_kinds(getattr(config, "text_config", config))
+        why = f": its blocks are {', '.join(kinds)}" if kinds else ""
+        return f"is of family {family!r}{inner}, which has no block runner{why}; supported: {', '.join(FAMILIES)}"
+    kinds = _other_kinds(config)
+    if kinds:
+        return f"has blocks of the kinds {', '.join(kinds)}, which no runner here knows"
     for kind in _rotary_kinds(config):
         if kind not in LENGTH_INDEPENDENT_ROTARY:
             return f"has rotary scaling {kind!r}, which depends on the length of the text"
@@ -68,7 +125,13 @@ def refusal(config: Any) -> str | None:
         return "is an OPT with projected embeddings or without a final norm, as opt-350m; the other sizes run"
     if getattr(config, "add_cross_attention", False):
         return "attends to an encoder, which nothing here feeds"
-    if getattr(config, "use_bidirectional_attention", False):
+    if getattr(config, "hidden_size_per_layer_input", None):
+        return "adds an embedding of each token to every block, as Gemma 4 E2B and E4B do; its larger sizes run"
+    if getattr(config, "num_kv_shared_layers", None):
+        return "has blocks that read other blocks' keys, as Gemma 4 E2B and E4B do; its larger sizes run"
+    if getattr(config, "alibi", False):
+        return "adds a distance to its attention (ALiBi), which no runner here does"
+    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
         return "attends to later tokens, so it cannot be decoded token by token"
     return None
 
@@ -78,3 +141,8 @@ def _rotary_kinds(config: Any) -> list[str]:
     parameters = getattr(config, "rope_parameters", None) or {}
     tables = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
     return [table.get("rope_type", "default") for table in tables]
+
+
+def _other_kinds(config: Any) -> list[str]:
+    """The kinds of blocks that are no plain attention: chunked, recurrent, convolutions."""
+    return sorted({*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"})

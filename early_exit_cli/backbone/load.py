@@ -21,6 +21,7 @@ from early_exit_cli.backbone.contents import SETTINGS, content_of, files_of
 from early_exit_cli.backbone.families import FAMILIES, refusal
 from early_exit_cli.backbone.gguf import converted_gguf, embedded_gguf
 from early_exit_cli.backbone.load_errors import load_error, refuse_adapter, require_all_weights, require_tokenizer
+from early_exit_cli.backbone.multimodal import NAMES, language_part, processor_template
 from early_exit_cli.backbone.quantization import quantization_of, saved_in, settings_for
 from early_exit_cli.backbone.weight_cache import WeightCopy
 from early_exit_cli.config import EMBEDDED_MODEL, BackboneConfig
@@ -44,6 +45,8 @@ def _tokenizer(name: str, source: str, revision: str | None) -> Any:
     except Exception as error:  # the library raises whatever a damaged file provokes
         raise load_error(name, source, revision, "tokenizer", error) from error
     require_tokenizer(name, tokenizer)
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = processor_template(source, revision)
     return tokenizer
 
 
@@ -115,6 +118,7 @@ def _load(config: BackboneConfig) -> Backbone:
             dtype=dtype,
             device_map={"": device},
             quantization_config=quantization,
+            key_mapping=NAMES,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
@@ -297,7 +301,7 @@ def _files_behind(source: str, revision: str | None) -> list[Path] | None:
 
 
 def _supported_config(name: str, source: str, revision: str | None) -> Any:
-    """The checkpoint's own configuration.
+    """The checkpoint's own configuration; of a multimodal one, that of its language part.
 
     Raises:
         UnsupportedBackboneError: nothing here runs it.
@@ -308,10 +312,12 @@ def _supported_config(name: str, source: str, revision: str | None) -> Any:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except Exception as error:  # the library raises whatever a damaged config.json provokes
         raise load_error(name, source, revision, "configuration", error) from error
-    refused = refusal(config)
+    part = language_part(config)
+    refused = refusal(part)
     if refused is not None:
-        raise UnsupportedBackboneError(f"{name} {refused}")
-    return config
+        of_what = "" if part is config else f"is multimodal ({config.model_type}), and its language part "
+        raise UnsupportedBackboneError(f"{name} {of_what}{refused}")
+    return part
 
 
 def _preflight(backbone: Backbone) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from early_exit_cli.backbone.contents import SETTINGS, contents_of, files_of, unread_bytes, weights_folder
+from early_exit_cli.backbone.multimodal import NAMES
 from early_exit_cli.errors import BackboneError, BundleError
 from early_exit_cli.files.atomic import keep_json, sha256_of
 from early_exit_cli.files.environment import keeps_nothing, versions
@@ -175,6 +176,7 @@ def load_copy(
         use_safetensors=True,
         dtype=dtype,
         device_map={"": device},
+        key_mapping=NAMES,
         output_loading_info=True,
     )
     model, report = loaded

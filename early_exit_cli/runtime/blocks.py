@@ -51,8 +51,9 @@ class Blocks(ABC):
         self.reads_lm_head = backbone.has_plain_lm_head
         self.num_blocks = backbone.num_blocks
         self.query_heads = int(config.num_attention_heads)
-        self.kv_heads = int(getattr(config, "num_key_value_heads", None) or self.query_heads)
-        self.head_dim = int(getattr(config, "head_dim", None) or backbone.hidden_size // self.query_heads)
+        self.kv_shapes = [backbone.kv_shapes(block) for block in range(self.num_blocks)]
+        """(heads, size) of each block's keys, and of its values."""
+        self.kv_heads, self.head_dim = self.kv_shapes[0][0]
         self.windows = [backbone.window_of(block) for block in range(self.num_blocks)]
         self.rotary_kinds = [backbone.rotary_kind(block) for block in range(self.num_blocks)]
         self.widths: tuple[int, ...] = (LARGEST_WIDTH,)
@@ -152,10 +153,14 @@ class Blocks(ABC):
         """A KV cache for up to `limit` tokens, rounded up to whole steps of keys."""
         limit = -(-limit // KEY_STEP) * KEY_STEP
         device, dtype = self.backbone.device, self.backbone.dtype
-        shape = (self.kv_heads, 0 if self.grows(limit) else limit, self.head_dim)
+        capacity = 0 if self.grows(limit) else limit
+        keys, values = (
+            [torch.zeros(heads, capacity, size, dtype=dtype, device=device) for heads, size in shapes]
+            for shapes in zip(*self.kv_shapes, strict=True)
+        )
         return KVCache(
-            keys=[torch.zeros(shape, dtype=dtype, device=device) for _ in range(self.num_blocks)],
-            values=[torch.zeros(shape, dtype=dtype, device=device) for _ in range(self.num_blocks)],
+            keys=keys,
+            values=values,
             rotary=self.rotary_tables(limit),
             limit=limit,
         )

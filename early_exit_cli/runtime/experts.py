@@ -37,8 +37,15 @@ def run_experts(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor, w
     is_narrow = hidden.shape[0] <= widest
     for expert in chosen.unique().tolist():
         rows, rank = (chosen == expert).nonzero(as_tuple=True)
-        inner = experts._apply_gate(F.linear(hidden if is_narrow else hidden[rows], experts.gate_up_proj[expert]))
-        output = F.linear(inner, experts.down_proj[expert])
+        inner = experts._apply_gate(_product(experts, "gate_up_proj", expert, hidden if is_narrow else hidden[rows]))
+        output = _product(experts, "down_proj", expert, inner)
         output = (output[rows] if is_narrow else output) * weights[rows, rank, None]
         result.index_add_(0, rows, output.to(result.dtype))
     return result
+
+
+def _product(experts: Any, name: str, expert: int, rows: Tensor) -> Tensor:
+    """One expert's linear map of some rows; gpt-oss keeps weights the other way round, and biases."""
+    weight = getattr(experts, name)[expert]
+    bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
+    return F.linear(rows, weight.t() if experts.is_transposed else weight, bias)

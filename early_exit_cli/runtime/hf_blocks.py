@@ -24,6 +24,7 @@ class HFBlocks(Blocks):
         forwards = [inspect.signature(type(module).forward).parameters for module in inner]
         names = ("cache", "past_key_values", "layer_past")
         self.cache_argument = next(name for forward in forwards for name in names if name in forward)
+        self.takes = {name for forward in forwards for name in forward}
 
     def run(self, hidden: Tensor, cache: KVCache, position: int, first: int, last: int) -> Tensor:
         rows = self.rows(cache, position, hidden.shape[0])
@@ -32,6 +33,10 @@ class HFBlocks(Blocks):
             hidden = self.backbone.add_positions(hidden, positions)
         arguments: dict[str, Any] = {"position_ids": positions[None], self.cache_argument: _LibraryCache(cache, rows)}
         tables = {kind: (cos[None, :, 0], sin[None, :, 0]) for kind, (cos, sin) in rows.rotary.items()}
+        if "alibi" in self.takes:
+            arguments["alibi"] = None
+        if "shared_kv_states" in self.takes:  # which later blocks may read, in models that are refused
+            arguments["shared_kv_states"] = {}
         hidden = hidden[None]
         for block in range(first, last):
             if tables:

@@ -57,8 +57,7 @@ class _Probe:
 
         self.ids = torch.randint(backbone.vocab_size, (self.length,), generator=generator).to(backbone.device)
         self.hidden = random(largest, backbone.hidden_size)
-        self.far_keys = random(blocks.kv_heads, self.far[-1][0], blocks.head_dim)
-        self.far_values = random(blocks.kv_heads, self.far[-1][0], blocks.head_dim)
+        self.far_keys, self.far_values = (random(heads, self.far[-1][0], size) for heads, size in blocks.kv_shapes[0])
         self.reference = self._outputs(largest, 0, None)
         self.far_reference = self._far(largest, 0)
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from commands import output_of
 from drafters import PROMPT, ScriptedDrafter, thresholds_between, tokens_of
-from tiny_models import FAMILIES, OTHER_FAMILIES, byte_tokenizer, family_config
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, BloomConfig, Gemma3Config, OPTConfig, Phi3Config
+from families_page import shapes_of, tables, with_tables
+from tiny_models import MORE_FAMILIES, NF4_FAMILIES, OTHER_FAMILIES, byte_tokenizer, family_config
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, BloomConfig, OPTConfig, Phi3Config
 
 from early_exit_cli.backbone.families import FAMILIES as SUPPORTED
 from early_exit_cli.backbone.load import load_backbone
@@ -31,38 +32,28 @@ from early_exit_cli.hidden_states.cache import Cache
 from early_exit_cli.runtime.hf_blocks import HFBlocks
 from early_exit_cli.runtime.select import make_blocks
 
-NF4_FAMILIES = ("llama", "gemma2", "gpt2", "gpt_neox", "qwen2_moe")
-"""Decoded in 4 bit too, as tiny models; SmolLM2 is a real one."""
-
 DOCS = Path(__file__).parents[2] / "docs" / "families.md"
 WINDOW = 24
 LONG_PROMPT = [(7 * i * i + 3 * i) % 251 for i in range(3 * WINDOW)]
 
 
-def shapes_of(model_type):
-    """The tiny models of a family, by their names in `tiny_models.py`."""
-    return [name for name in (*FAMILIES, *OTHER_FAMILIES) if family_config(name).model_type == model_type]
-
-
-def test_the_documented_table_is_the_codes():
-    rows = [line for line in DOCS.read_text().splitlines() if line.startswith("| `")]
-    assert rows == [
-        f"| `{name}` | {family.models} | {family.runner} | {', '.join(shapes_of(name))} | "
-        f"{'yes' if name in {family_config(shape).model_type for shape in NF4_FAMILIES} else ''} |"
-        for name, family in SUPPORTED.items()
-    ]
+def test_the_documented_tables_are_the_codes():
+    page = DOCS.read_text()
+    assert with_tables(page) == page, "make docs"
+    assert all(table in page for table in tables().values())
     assert all(shapes_of(name) for name in SUPPORTED)
 
 
 @pytest.mark.parametrize("family", OTHER_FAMILIES)
 def test_decoding_equals_transformers_generate(tiny_model, family):
     """Plain, by exits, by lookup and by a drafter that is partly wrong; prompt and answer beyond every window."""
+    prompts = [LONG_PROMPT] if family in MORE_FAMILIES else [PROMPT, LONG_PROMPT]
     model = tiny_model(family, "hf")
     assert model.blocks.is_invariant
     accepted = {"exits": 0, "lookup": 0, "scripted": 0}
     partly = dict(accepted)
     distinct = set()
-    for prompt in (PROMPT, LONG_PROMPT):
+    for prompt in prompts:
         ids = torch.tensor([prompt])
         expected = model.backbone.model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False
@@ -80,10 +71,10 @@ def test_decoding_equals_transformers_generate(tiny_model, family):
             assert run.token_ids == expected, (kind, len(prompt))
             accepted[kind] += run.stats.tokens_accepted
             partly[kind] += run.stats.partly_rejected_drafts
-    assert len(distinct) > 10  # a text, not one token over and over
+    assert len(distinct) > 5 * len(prompts)  # a text, not one token over and over
     assert accepted["exits"] > 0
-    assert accepted["scripted"] > 20
-    assert partly["scripted"] > 4
+    assert accepted["scripted"] > 10 * len(prompts)
+    assert partly["scripted"] > 2 * len(prompts)
     assert partly["exits"] + partly["lookup"] > 0
 
 
@@ -256,7 +247,6 @@ LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0
     ("config", "reason"),
     [
         (lambda: BloomConfig(hidden_size=64, n_layer=2, n_head=4), "'bloom', which has no block runner; supported: llama"),
-        (lambda: Gemma3Config(), "gemma3_text"),
         (
             lambda: Phi3Config(
                 hidden_size=64, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512,
@@ -267,7 +257,7 @@ LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0
         (lambda: OPTConfig(hidden_size=64, word_embed_proj_dim=32), "opt-350m"),
         (lambda: OPTConfig(hidden_size=64, word_embed_proj_dim=64, do_layer_norm_before=False), "opt-350m"),
     ],
-    ids=["bloom", "gemma3-vision", "longrope", "opt-projected", "opt-post-norm"],
+    ids=["bloom", "longrope", "opt-projected", "opt-post-norm"],
 )  # fmt: skip
 def test_what_does_not_run_is_refused_by_name_before_weights_load(tmp_path, config, reason):
     with pytest.raises(UnsupportedBackboneError, match=reason) as caught:

@@ -1,25 +1,8 @@
 """Tiny models of every family, as `transformers` describes them, and a byte-level tokenizer."""
 
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    Gemma2Config,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPTNeoXConfig,
-    GraniteConfig,
-    LlamaConfig,
-    MistralConfig,
-    MixtralConfig,
-    Olmo2Config,
-    OPTConfig,
-    Phi3Config,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2MoeConfig,
-    Qwen3Config,
-    Qwen3MoeConfig,
-    SmolLM3Config,
-)
+from transformers import PreTrainedTokenizerFast
 
 FAMILIES = (
     "llama",
@@ -33,7 +16,7 @@ FAMILIES = (
 )
 """Of the Llama shape, which both runners run."""
 
-OTHER_FAMILIES = (
+FIRST_FAMILIES = (
     "gemma2",
     "gemma3",
     "phi3",
@@ -50,7 +33,46 @@ OTHER_FAMILIES = (
     "qwen2_moe",
     "qwen3_moe",
 )
+
+MORE_FAMILIES = (
+    "gemma",
+    "gemma4",
+    "gemma4-experts",
+    "gemma4_unified",
+    "falcon",
+    "falcon-new",
+    "olmo",
+    "olmo3",
+    "ministral",
+    "ministral3",
+    "glm",
+    "glm4",
+    "cohere",
+    "cohere2",
+    "exaone4",
+    "ernie4_5",
+    "seed_oss",
+    "hunyuan_v1_dense",
+    "nemotron",
+    "arcee",
+    "apertus",
+    "helium",
+    "starcoder2",
+    "stablelm",
+    "stablelm-parallel",
+    "olmoe",
+    "gpt_oss",
+    "granitemoe",
+    "glm4_moe",
+    "glm4_moe_lite",
+)
+"""Decoded on one prompt, which is longer than their windows."""
+
+OTHER_FAMILIES = (*FIRST_FAMILIES, *MORE_FAMILIES)
 """Which the library's own blocks run."""
+
+NF4_FAMILIES = ("llama", "gemma2", "gemma4", "gpt2", "gpt_neox", "qwen2_moe")
+"""Decoded in 4 bit too, as tiny models; SmolLM2 is a real one."""
 
 VOCAB = 320
 END = 256
@@ -93,42 +115,119 @@ def family_config(family: str):
         "original_max_position_embeddings": 64,
     }
     half_rotary = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    yarn = {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+    }
     experts = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32)
+    local = dict(num_local_experts=8, num_experts_per_tok=2)
+    routed = dict(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, n_group=2, topk_group=1)
+    latent = dict(
+        kv_lora_rank=32,
+        q_lora_rank=24,
+        qk_rope_head_dim=16,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+        first_k_dense_replace=1,
+    )
+    mixed = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+    gemma4 = dict(
+        **shared,
+        **window,
+        head_dim=16,
+        global_head_dim=32,
+        num_global_key_value_heads=1,
+        attention_k_eq_v=True,
+        hidden_size_per_layer_input=0,
+        layer_types=mixed,
+        final_logit_softcapping=8.0,
+    )
     return {
-        "llama": lambda: LlamaConfig(**shared),
-        "llama3-rope": lambda: LlamaConfig(**shared, rope_parameters=llama3),
-        "linear-rope": lambda: LlamaConfig(
+        "llama": lambda: transformers.LlamaConfig(**shared),
+        "llama3-rope": lambda: transformers.LlamaConfig(**shared, rope_parameters=llama3),
+        "linear-rope": lambda: transformers.LlamaConfig(
             **shared, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
         ),
-        "mistral-window": lambda: MistralConfig(**shared, **window),
-        "qwen2": lambda: Qwen2Config(**shared),
-        "qwen2-window": lambda: Qwen2Config(**shared, **window, use_sliding_window=True, max_window_layers=3),
-        "qwen3": lambda: Qwen3Config(**shared, head_dim=32),
-        "smollm": lambda: LlamaConfig(**shared),
-        "gemma2": lambda: Gemma2Config(
+        "mistral-window": lambda: transformers.MistralConfig(**shared, **window),
+        "qwen2": lambda: transformers.Qwen2Config(**shared),
+        "qwen2-window": lambda: transformers.Qwen2Config(
+            **shared, **window, use_sliding_window=True, max_window_layers=3
+        ),
+        "qwen3": lambda: transformers.Qwen3Config(**shared, head_dim=32),
+        "smollm": lambda: transformers.LlamaConfig(**shared),
+        "gemma2": lambda: transformers.Gemma2Config(
             **shared, **window, head_dim=16, attn_logit_softcapping=2.0, final_logit_softcapping=8.0
         ),
-        "gemma3": lambda: Gemma3TextConfig(
+        "gemma3": lambda: transformers.Gemma3TextConfig(
             **shared,
             **window,
             head_dim=16,
             layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
         ),
-        "phi3": lambda: Phi3Config(**shared, rope_parameters=half_rotary),
-        "phi3-window": lambda: Phi3Config(**shared, **window),
-        "gpt2": lambda: GPT2Config(**ungrouped),
-        "gpt_neox": lambda: GPTNeoXConfig(**ungrouped, rope_parameters=half_rotary),
-        "gpt_neox-sequential": lambda: GPTNeoXConfig(
+        "phi3": lambda: transformers.Phi3Config(**shared, rope_parameters=half_rotary),
+        "phi3-window": lambda: transformers.Phi3Config(**shared, **window),
+        "gpt2": lambda: transformers.GPT2Config(**ungrouped),
+        "gpt_neox": lambda: transformers.GPTNeoXConfig(**ungrouped, rope_parameters=half_rotary),
+        "gpt_neox-sequential": lambda: transformers.GPTNeoXConfig(
             **ungrouped, rope_parameters=half_rotary, use_parallel_residual=False
         ),
-        "opt": lambda: OPTConfig(**ungrouped, ffn_dim=128, word_embed_proj_dim=64, init_std=0.3),
-        "smollm3": lambda: SmolLM3Config(**shared),
-        "smollm3-window": lambda: SmolLM3Config(**shared, **window, use_sliding_window=True),
-        "olmo2": lambda: Olmo2Config(**shared),
-        "granite": lambda: GraniteConfig(
+        "opt": lambda: transformers.OPTConfig(**ungrouped, ffn_dim=128, word_embed_proj_dim=64, init_std=0.3),
+        "smollm3": lambda: transformers.SmolLM3Config(**shared),
+        "smollm3-window": lambda: transformers.SmolLM3Config(**shared, **window, use_sliding_window=True),
+        "olmo2": lambda: transformers.Olmo2Config(**shared),
+        "granite": lambda: transformers.GraniteConfig(
             **shared, embedding_multiplier=3.0, residual_multiplier=0.7, attention_multiplier=0.1, logits_scaling=2.0
         ),
-        "mixtral": lambda: MixtralConfig(**shared, num_local_experts=4),
-        "qwen2_moe": lambda: Qwen2MoeConfig(**shared, **experts, shared_expert_intermediate_size=64),
-        "qwen3_moe": lambda: Qwen3MoeConfig(**shared, **experts, head_dim=16),
+        "mixtral": lambda: transformers.MixtralConfig(**shared, num_local_experts=4),
+        "qwen2_moe": lambda: transformers.Qwen2MoeConfig(**shared, **experts, shared_expert_intermediate_size=64),
+        "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**shared, **experts, head_dim=16),
+        "gemma": lambda: transformers.GemmaConfig(**shared, head_dim=16),
+        "gemma4": lambda: transformers.Gemma4TextConfig(**gemma4),
+        "gemma4-experts": lambda: transformers.Gemma4TextConfig(
+            **gemma4, enable_moe_block=True, num_experts=8, top_k_experts=2, moe_intermediate_size=32
+        ),
+        "gemma4_unified": lambda: transformers.Gemma4UnifiedTextConfig(**gemma4),
+        "falcon": lambda: transformers.FalconConfig(**ungrouped, multi_query=True),
+        "falcon-new": lambda: transformers.FalconConfig(**ungrouped, new_decoder_architecture=True, num_kv_heads=2),
+        "olmo": lambda: transformers.OlmoConfig(**shared, clip_qkv=4.0),
+        "olmo3": lambda: transformers.Olmo3Config(**shared, **window, layer_types=mixed),
+        "ministral": lambda: transformers.MinistralConfig(**shared, **window, layer_types=mixed, head_dim=16),
+        "ministral3": lambda: transformers.Ministral3Config(
+            **shared, head_dim=16, rope_parameters=yarn | {"llama_4_scaling_beta": 0.1}
+        ),
+        "glm": lambda: transformers.GlmConfig(**shared, head_dim=16),
+        "glm4": lambda: transformers.Glm4Config(**shared, head_dim=16),
+        "cohere": lambda: transformers.CohereConfig(**shared, logit_scale=1.5, use_qk_norm=True),
+        "cohere2": lambda: transformers.Cohere2Config(**shared, **window, logit_scale=1.5, layer_types=mixed),
+        "exaone4": lambda: transformers.Exaone4Config(**shared, **window, layer_types=mixed),
+        "ernie4_5": lambda: transformers.Ernie4_5Config(**shared, head_dim=16),
+        "seed_oss": lambda: transformers.SeedOssConfig(**shared, head_dim=16),
+        "hunyuan_v1_dense": lambda: transformers.HunYuanDenseV1Config(**shared, head_dim=16),
+        "nemotron": lambda: transformers.NemotronConfig(**shared),
+        "arcee": lambda: transformers.ArceeConfig(**shared, head_dim=32),
+        "apertus": lambda: transformers.ApertusConfig(**shared, rope_parameters=llama3),
+        "helium": lambda: transformers.HeliumConfig(**shared, head_dim=16),
+        "starcoder2": lambda: transformers.Starcoder2Config(**shared, **window),
+        "stablelm": lambda: transformers.StableLmConfig(**shared, use_qkv_bias=True),
+        "stablelm-parallel": lambda: transformers.StableLmConfig(
+            **shared, use_parallel_residual=True, use_qkv_bias=True
+        ),
+        "olmoe": lambda: transformers.OlmoeConfig(**shared, num_experts=8, num_experts_per_tok=2),
+        "gpt_oss": lambda: transformers.GptOssConfig(**shared, **window, **local, head_dim=16, rope_parameters=yarn),
+        "granitemoe": lambda: transformers.GraniteMoeConfig(
+            **shared,
+            **local,
+            embedding_multiplier=3.0,
+            residual_multiplier=0.7,
+            attention_multiplier=0.1,
+            logits_scaling=2.0,
+        ),
+        "glm4_moe": lambda: transformers.Glm4MoeConfig(
+            **shared, **routed, n_shared_experts=1, first_k_dense_replace=1, head_dim=16
+        ),
+        "glm4_moe_lite": lambda: transformers.Glm4MoeLiteConfig(**ungrouped, **routed, **latent),
     }[family]()
