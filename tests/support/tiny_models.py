@@ -32,7 +32,9 @@ FIRST_FAMILIES = (
     "mixtral",
     "qwen2_moe",
     "qwen3_moe",
+    "arcee",
 )
+"""Decoded on two prompts."""
 
 MORE_FAMILIES = (
     "gemma",
@@ -54,7 +56,6 @@ MORE_FAMILIES = (
     "seed_oss",
     "hunyuan_v1_dense",
     "nemotron",
-    "arcee",
     "apertus",
     "helium",
     "starcoder2",
@@ -208,7 +209,7 @@ def family_config(family: str):
         "seed_oss": lambda: transformers.SeedOssConfig(**shared, head_dim=16),
         "hunyuan_v1_dense": lambda: transformers.HunYuanDenseV1Config(**shared, head_dim=16),
         "nemotron": lambda: transformers.NemotronConfig(**shared),
-        "arcee": lambda: transformers.ArceeConfig(**shared, head_dim=32),
+        "arcee": lambda: transformers.ArceeConfig(**shared),
         "apertus": lambda: transformers.ApertusConfig(**shared, rope_parameters=llama3),
         "helium": lambda: transformers.HeliumConfig(**shared, head_dim=16),
         "starcoder2": lambda: transformers.Starcoder2Config(**shared, **window),
