@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from early_exit_cli.backbone.backbone import Backbone
+from early_exit_cli.data.kept_answers import GROUP
 from early_exit_cli.data.recorded_answers import MOST_ROWS, RecordedAnswers
 from early_exit_cli.runtime.blocks import PREFILL_WIDTH
 from early_exit_cli.runtime.fused_blocks import FusedBlocks
@@ -27,8 +28,6 @@ Answer = Callable[[list[list[int]], int, float | None, torch.Generator], list[li
 PREFILL_ROWS = 512
 KEPT_SHARE = 0.8
 """Ended rows are dropped when fewer than this share still go on."""
-GROUP = 48
-"""Prompts answered together on a CPU; the least number of like kind, greedy or sampled, anywhere."""
 
 
 def answerer(backbone: Backbone) -> Answer:

@@ -9,6 +9,9 @@ from early_exit_cli.errors import BundleError
 from early_exit_cli.files.atomic import parse_json
 from early_exit_cli.files.schemas import AnswerForm, require_form
 
+GROUP = 48
+"""Prompts answered together on a CPU; the least number of like kind, greedy or sampled, anywhere. Part of a file's name."""
+
 
 def read_answers(path: Path, prompts: int, vocab_size: int) -> dict[int, list[int]]:
     """Answers of earlier runs. A line torn by a kill is cut off the file; one that is damaged is made again."""

@@ -9,9 +9,9 @@ import torch
 
 from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.config import DataConfig
-from early_exit_cli.data.answers import GROUP, Answer, answerer, groups_together
+from early_exit_cli.data.answers import Answer, answerer, groups_together
 from early_exit_cli.data.documents import Document, Progress
-from early_exit_cli.data.kept_answers import read_answers
+from early_exit_cli.data.kept_answers import GROUP, read_answers
 from early_exit_cli.files.atomic import sha256_of
 from early_exit_cli.files.environment import kept_path
 from early_exit_cli.files.kept import MADE_FROM

@@ -23,10 +23,9 @@ from torch import Tensor
 from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.backbone.output import logits_of
 from early_exit_cli.config import DataConfig
-from early_exit_cli.data.answers import GROUP
 from early_exit_cli.data.documents import Document, Progress
 from early_exit_cli.data.endpoint import Endpoint, Said
-from early_exit_cli.data.kept_answers import read_answers
+from early_exit_cli.data.kept_answers import GROUP, read_answers
 from early_exit_cli.errors import DataError, EexitWarning, shown
 from early_exit_cli.files.atomic import sha256_of
 from early_exit_cli.files.environment import kept_path

@@ -122,7 +122,9 @@ class Api:
         try:
             body = await asyncio.wait_for(self._body(http), self.settings.timeout)
             options, request = await run_in_threadpool(self._read, body, kind)
-            form = Form(kind is ChatBody, self.model, self.fingerprint, options.includes_usage)
+            form = Form(
+                kind is ChatBody, self.model, self.fingerprint, options.includes_usage, bool(options.return_token_ids)
+            )
             exchange = Exchange(
                 self.answering,
                 request,

@@ -112,6 +112,8 @@ class Options(Part, ABC):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    return_token_ids: bool | None = None
+    """vLLM's: the answer's token ids beside its text."""
     eexit: Own | None = None
 
     @property

@@ -18,12 +18,14 @@ class Form:
     """One answer of a route, whole or in chunks.
 
     fingerprint: of the model and this program. includes_usage: whether a stream ends with a chunk of the usage.
+    returns_ids: whether token ids are wanted; in a stream they come at its end.
     """
 
     is_chat: bool
     model: str
     fingerprint: str
     includes_usage: bool = False
+    returns_ids: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
     id: str = ""
 
@@ -36,7 +38,7 @@ class Form:
         said = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.is_chat else {"text": text}
         return {
             **self._head("chat.completion" if self.is_chat else "text_completion"),
-            "choices": [self._choice(said, answer.finish_reason)],
+            "choices": [self._choice(said | self._ids(answer), answer.finish_reason)],
             "usage": usage(answer),
             "timings": timings(answer, times),
             **({} if records is None else {"eexit": {"rounds": records}}),
@@ -58,11 +60,15 @@ class Form:
     def last(self, rest: str, answer: Answer, times: Times) -> bytes:
         """What follows the last round; `rest`: of the text."""
         begin = self._chunk([self._text_choice(rest)]) if rest else b""
-        end = [self._choice({"delta": {}} if self.is_chat else {"text": ""}, answer.finish_reason)]
+        nothing: dict[str, Any] = {"delta": {}} if self.is_chat else {"text": ""}
+        end = [self._choice(nothing | self._ids(answer), answer.finish_reason)]
         known = {"timings": timings(answer, times)}
         if not self.includes_usage:
             return begin + self._chunk(end, **known) + DONE
         return begin + self._chunk(end) + self._chunk([], **known | {"usage": usage(answer)}) + DONE
+
+    def _ids(self, answer: Answer) -> dict[str, Any]:
+        return {"token_ids": answer.token_ids} if self.returns_ids else {}
 
     def _text_choice(self, text: str) -> dict[str, Any]:
         return self._choice({"delta": {"content": text}} if self.is_chat else {"text": text}, None)

@@ -1,11 +1,9 @@
 """The server as its clients see it: OpenAI's own, curl, and some that are hostile."""
 
 import asyncio
-import copy
 import http.client
 import json
 import os
-import random
 import re
 import shutil
 import socket
@@ -16,7 +14,7 @@ import time
 
 import pytest
 from drafters import make_drafter
-from fuzzing import VALUES
+from fuzzing import damaged_body
 from huggingface_hub import InferenceClient, constants
 from live_server import SECONDS, Held, LiveServer, alone
 
@@ -121,6 +119,19 @@ def test_text_completions_go_on_with_a_prompt(engine, client):
         assert found.usage.completion_tokens == 16
     pieces = list(client.completions.create(model="", prompt=prompt, stream=True))
     assert "".join(piece.choices[0].text for piece in pieces) == plain.text
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_token_ids_are_told_where_they_are_asked_for(engine, ask, path):
+    body = {"messages": MESSAGES, "prompt": "abc abc", "max_tokens": 8, "return_token_ids": True}
+    whole = ask(path, body)[2]
+    ids = whole["choices"][0]["token_ids"]
+    assert len(ids) == whole["usage"]["completion_tokens"] == 8
+    if path == CHAT:
+        assert ids == expected(engine, tokens=8).token_ids
+    chunks = [json.loads(line[6:]) for line in ask(path, body | {"stream": True})[2].splitlines() if line[6:7] == "{"]
+    assert chunks[-1]["choices"][0]["token_ids"] == ids
+    assert "token_ids" not in ask(path, body | {"return_token_ids": None})[2]["choices"][0]
 
 
 def test_answers_end_before_a_stop_text(engine, client):
@@ -451,40 +462,11 @@ def test_a_connection_that_asks_nothing_is_closed(engine):
         assert server.ask("/health")[0] == 200
 
 
-def mutated(number):
-    """A body, some of it wrong."""
-    chance = random.Random(number)
-    messages = [{"role": "system", "content": "a"}, {"role": "user", "content": [{"type": "text", "text": "b"}]}]
-    fields = {
-        "max_tokens": 2, "temperature": 0.5, "top_p": 0.9, "seed": 3, "stop": ["x"], "stream": False, "n": 1,
-        "stream_options": None, "logit_bias": {"5": 1}, "logprobs": False, "model": "", "eexit": {"trace": True},
-        "tools": [], "presence_penalty": 0, "top_k": 3, "min_p": 0.1, "repetition_penalty": 1.1,
-    }  # fmt: skip
-    body = {"messages": messages, "prompt": "hello", **fields}
-    for _ in range(chance.randint(1, 3)):
-        place = body
-        while True:
-            keys = [*place] if isinstance(place, dict) else [*range(len(place))]
-            key = chance.choice(keys)
-            if isinstance(place[key], dict | list) and place[key] and chance.random() < 0.6:
-                place = place[key]
-                continue
-            place[key] = copy.deepcopy(chance.choice(VALUES))
-            break
-        if not isinstance(body.get("messages"), list):
-            break
-    text = json.dumps(body).encode()
-    if chance.random() < 0.2:
-        cut = chance.randrange(len(text))
-        text = text[:cut] + bytes(chance.randrange(256) for _ in range(chance.randrange(4))) + text[cut + 1 :]
-    return text
-
-
 @pytest.mark.parametrize("bodies", [300, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_damaged_bodies_get_a_4xx_in_one_line_and_never_hang(server, ask, bodies):
     counts = {}
     for number in range(bodies):
-        status, _, answer = ask((CHAT, TEXT)[number % 2], mutated(number))
+        status, _, answer = ask((CHAT, TEXT)[number % 2], damaged_body(number))
         counts[status] = counts.get(status, 0) + 1
         assert status in (200, 400, 404), (number, status, answer)
         if status != 200:

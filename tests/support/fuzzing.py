@@ -398,3 +398,32 @@ def mutated_pickle(canary: Path) -> Mutate:
         return packed.getvalue()
 
     return mutate
+
+
+def damaged_body(number):
+    """A request's body for `eexit serve`, some of it wrong."""
+    chance = random.Random(number)
+    messages = [{"role": "system", "content": "a"}, {"role": "user", "content": [{"type": "text", "text": "b"}]}]
+    fields = {
+        "max_tokens": 2, "temperature": 0.5, "top_p": 0.9, "seed": 3, "stop": ["x"], "stream": False, "n": 1,
+        "stream_options": None, "logit_bias": {"5": 1}, "logprobs": False, "model": "", "eexit": {"trace": True},
+        "tools": [], "presence_penalty": 0, "top_k": 3, "min_p": 0.1, "repetition_penalty": 1.1,
+    }  # fmt: skip
+    body = {"messages": messages, "prompt": "hello", **fields}
+    for _ in range(chance.randint(1, 3)):
+        place = body
+        while True:
+            keys = [*place] if isinstance(place, dict) else [*range(len(place))]
+            key = chance.choice(keys)
+            if isinstance(place[key], dict | list) and place[key] and chance.random() < 0.6:
+                place = place[key]
+                continue
+            place[key] = copy.deepcopy(chance.choice(VALUES))
+            break
+        if not isinstance(body.get("messages"), list):
+            break
+    text = json.dumps(body).encode()
+    if chance.random() < 0.2:
+        cut = chance.randrange(len(text))
+        text = text[:cut] + bytes(chance.randrange(256) for _ in range(chance.randrange(4))) + text[cut + 1 :]
+    return text
