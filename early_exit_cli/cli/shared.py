@@ -53,6 +53,8 @@ def is_without_heads(resolved: Resolved) -> bool:
 def data_of_bundle(resolved: Resolved, record: RecordForm | None) -> DataConfig:
     """The data section; without a data set named, the one the heads were trained on, so that its split is the same."""
     trained = None if record is None else record.training.data
+    if trained is None and record is not None and record.eagle is not None and record.eagle.training is not None:
+        trained = record.eagle.training.data
     if not resolved.is_default("data.dataset_name") or trained is None:
         return resolved.config.data
     set_here = {

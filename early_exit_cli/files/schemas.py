@@ -136,19 +136,20 @@ class EagleLayout(Form, extra="forbid"):
         return self
 
 
+class Training(Form):
+    """How heads were trained."""
+
+    data: DataConfig | None = None
+    step: Count = 0
+    tokens_seen: Count = 0
+
+
 class Eagle(Form):
     """The EAGLE head of eexit.json. layout: of one that was trained elsewhere; ours is as wide as the backbone's last block."""
 
     exit_layers: list[Positive] = Field(min_length=1)
     layout: Annotated[EagleLayout | None, Absent] = None
-
-
-class Training(Form):
-    """How the exit heads were trained."""
-
-    data: DataConfig | None = None
-    step: Count = 0
-    tokens_seen: Count = 0
+    training: Annotated[Training | None, Absent] = None
 
 
 class HeadSet(Form):

@@ -198,7 +198,7 @@ def test_tokens_come_in_the_look_and_the_words_of_who_decided_them(server, opene
 
 def test_what_the_model_and_its_user_write_is_text(server, opened):
     page = opened(server)
-    page.wait_for_function("document.title.includes('–')")  # the model's name has come
+    page.locator("#model[title]").wait_for(state="attached")  # the model's name has come, which is in the page's title
     title = page.title()
 
     def favour(route):
