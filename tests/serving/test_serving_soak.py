@@ -131,7 +131,7 @@ def test_two_thousand_requests_from_sixteen_clients(tmp_path):
         time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         responses = [connection.getresponse() for connection in asked]
-        assert {response.status for response in responses} <= {200, 503}
+        assert {response.status for response in responses} <= {200, 429, 503}
         for question, response in zip(QUESTIONS, responses, strict=False):
             if response.status == 200:
                 assert json.loads(response.read())["choices"][0]["message"]["content"] == expected[question]
