@@ -100,7 +100,7 @@ class Api:
 
     async def load_model(self, http: HttpRequest) -> Response:
         """What `transformers chat` asks first: the model is here."""
-        body = await asyncio.wait_for(self._body(http), self.settings.timeout)
+        body = await self._body(http)
         try:
             name = json.loads(body)["model"]
         except (ValueError, TypeError, KeyError, RecursionError):
@@ -120,7 +120,7 @@ class Api:
 
     async def _answer(self, http: HttpRequest, kind: type[Options]) -> Response:
         try:
-            body = await asyncio.wait_for(self._body(http), self.settings.timeout)
+            body = await self._body(http)
             options, request = await run_in_threadpool(self._read, body, kind)
             form = Form(
                 kind is ChatBody, self.model, self.fingerprint, options.includes_usage, bool(options.return_token_ids)
@@ -138,11 +138,7 @@ class Api:
                 headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
                 return StreamingResponse(self._stream(exchange, form), headers=headers, media_type="text/event-stream")
             return await self._whole(exchange, form)
-        except ClientDisconnect:
-            return Response(status_code=HUNG_UP)
-        except asyncio.TimeoutError:
-            raise Refusal(408, "the body did not come in time", code="timeout") from None
-        except (HTTPException, Refusal):
+        except (ClientDisconnect, HTTPException, Refusal):
             raise
         except Exception as error:
             raise refusal_of(error) from error
@@ -173,6 +169,16 @@ class Api:
                 yield form.last(happened.text, happened.answer, happened.times)
 
     async def _body(self, http: HttpRequest) -> bytes:
+        """
+        Raises:
+            Refusal: it is too long, or too slow. ClientDisconnect: the client is gone.
+        """
+        try:
+            return await asyncio.wait_for(self._whole_body(http), self.settings.timeout)
+        except asyncio.TimeoutError:
+            raise Refusal(408, "the body did not come in time", code="timeout") from None
+
+    async def _whole_body(self, http: HttpRequest) -> bytes:
         most = int(self.settings.body_mb * 1e6)
         parts: list[bytes] = []
         size = 0
@@ -309,7 +315,7 @@ def make_app(engine: Engine, answering: Answering, settings: ServeConfig, *, key
             Route(METRICS, api.show_metrics),
         ],
         middleware=[*([cors] if origins else []), Middleware(Gate, api=api, guard=Guard(key, origins, names))],
-        exception_handlers={HTTPException: on_http_exception, Refusal: on_refusal},
+        exception_handlers={HTTPException: on_http_exception, Refusal: on_refusal, ClientDisconnect: on_disconnect},
     )
 
 
@@ -325,6 +331,11 @@ async def on_refusal(http: HttpRequest, error: Exception) -> Response:
     """What a route refuses."""
     assert isinstance(error, Refusal)
     return refused(error)
+
+
+async def on_disconnect(http: HttpRequest, error: Exception) -> Response:
+    """A client that went while it still sent; nobody reads this."""
+    return Response(status_code=HUNG_UP)
 
 
 def refused(refusal: Refusal) -> Response:

@@ -159,6 +159,7 @@ def family_config(family: str):
         v_head_dim=16,
         first_k_dense_replace=1,
     )
+    multipliers = dict(embedding_multiplier=3.0, residual_multiplier=0.7, attention_multiplier=0.1, logits_scaling=2.0)
     mixed = ["sliding_attention", "sliding_attention", "full_attention"] * 2
     gemma4 = dict(
         **shared,
@@ -204,9 +205,7 @@ def family_config(family: str):
         "smollm3": lambda: transformers.SmolLM3Config(**shared),
         "smollm3-window": lambda: transformers.SmolLM3Config(**shared, **window, use_sliding_window=True),
         "olmo2": lambda: transformers.Olmo2Config(**shared),
-        "granite": lambda: transformers.GraniteConfig(
-            **shared, embedding_multiplier=3.0, residual_multiplier=0.7, attention_multiplier=0.1, logits_scaling=2.0
-        ),
+        "granite": lambda: transformers.GraniteConfig(**shared, **multipliers),
         "mixtral": lambda: transformers.MixtralConfig(**shared, num_local_experts=4),
         "qwen2_moe": lambda: transformers.Qwen2MoeConfig(**shared, **experts, shared_expert_intermediate_size=64),
         "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**shared, **experts, head_dim=16),
@@ -246,10 +245,7 @@ def family_config(family: str):
         "granitemoe": lambda: transformers.GraniteMoeConfig(
             **shared,
             **local,
-            embedding_multiplier=3.0,
-            residual_multiplier=0.7,
-            attention_multiplier=0.1,
-            logits_scaling=2.0,
+            **multipliers,
         ),
         "lfm2": lambda: transformers.Lfm2Config(**shared, **convolutions, block_auto_adjust_ff_dim=False),
         "lfm2_moe": lambda: transformers.Lfm2MoeConfig(
@@ -266,10 +262,7 @@ def family_config(family: str):
             layer_types=["linear_attention", "full_attention", "linear_attention"] * 2,
             num_local_experts=4,
             shared_intermediate_size=64,
-            embedding_multiplier=3.0,
-            residual_multiplier=0.7,
-            attention_multiplier=0.1,
-            logits_scaling=2.0,
+            **multipliers,
         ),
         "falcon_h1": lambda: transformers.FalconH1Config(
             **shared, **mamba, mamba_d_ssm=128, lm_head_multiplier=0.5, embedding_multiplier=2.0, key_multiplier=0.7
