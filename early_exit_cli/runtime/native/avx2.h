@@ -205,21 +205,11 @@ INLINE Sums dot_two(Codes v, Codes w, const int16_t *x) {
     return _mm256_add_epi32(_mm256_unpacklo_epi32(first, second), _mm256_unpackhi_epi32(first, second));
 }
 
-INLINE Four sums_of_four(Sums two, Sums others) {
-    __m256i all = _mm256_add_epi32(_mm256_unpacklo_epi64(two, others), _mm256_unpackhi_epi64(two, others));
-    return _mm_cvtepi32_ps(_mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
-}
-
-INLINE Four load4(const bf16 *p) {
-    return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i *)p)), 16));
-}
-INLINE Four fma4(Four a, Four b, Four c) { return _mm_fmadd_ps(a, b, c); }
-
 INLINE __m256i quarter_of(Codes codes, int i) { return codes.of[i]; }
 INLINE __m256i add_products(__m256i sum, __m256i a, __m256i b) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
 }
-#include "x86_outputs.h"
+#include "x86_integers.h"
 
 /* ---- products over int8 rows, see kernels.h ---- */
 

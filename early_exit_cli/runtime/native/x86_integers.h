@@ -1,6 +1,17 @@
-/* Blocks of NF4 weights turned over, for products of many rows (nf4_rows.h): a register of 256 bits holds eight
- * outputs. Needs `Codes`, `decode_block`, `quarter_of` and `add_products` of its instruction set. */
+/* What AVX2 and AVX512 have alike of the NF4 product in integers (nf4_rows.h): sums of four outputs, and blocks of weights
+ * turned over for products of many rows, where a register of 256 bits holds eight outputs. Needs `Sums`, `Codes`,
+ * `decode_block`, `quarter_of` and `add_products` of the instruction set. */
 #pragma once
+
+INLINE Four sums_of_four(Sums two, Sums others) {
+    __m256i all = _mm256_add_epi32(_mm256_unpacklo_epi64(two, others), _mm256_unpackhi_epi64(two, others));
+    return _mm_cvtepi32_ps(_mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
+}
+
+INLINE Four load4(const bf16 *p) {
+    return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i *)p)), 16));
+}
+INLINE Four fma4(Four a, Four b, Four c) { return _mm_fmadd_ps(a, b, c); }
 
 #define HAS_OUTPUTS 8
 
