@@ -9,10 +9,10 @@ import json
 import sys
 
 import torch
-from safetensors.torch import load_file, save_file
 from speculators.config import SpeculatorsConfig, VerifierConfig
 from speculators.models.eagle3 import Eagle3DraftModel, Eagle3SpeculatorConfig
 from speculators.proposals.greedy import GreedyTokenProposalConfig
+from speculators_logits import write_logits
 from transformers import AutoConfig
 
 checkpoint, options, inputs, outputs = sys.argv[1:]
@@ -42,14 +42,4 @@ if config.draft_vocab_size != block.vocab_size:
     t2d[chosen] = True
     model.load_vocab_mappings(t2d, chosen - torch.arange(chosen.numel()))
 model.save_pretrained(checkpoint)
-found = load_file(inputs)
-logits = []
-model.lm_head.register_forward_hook(lambda _module, _arguments, output: logits.append(output[0].float()))
-with torch.inference_mode():
-    model(
-        hidden_states=found["states"][None],
-        input_ids=found["ids"].roll(-1)[None],
-        document_ids=torch.zeros(1, found["ids"].numel(), dtype=torch.int64),
-        ttt_steps=4,
-    )
-save_file({f"step{step}": value.contiguous() for step, value in enumerate(logits)}, outputs)
+write_logits(model, inputs, outputs, steps=4)
