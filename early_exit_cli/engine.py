@@ -61,10 +61,9 @@ class Engine:
         max_new_tokens: int,
         exit_layers: Sequence[int] = (),
         on_states: OnStates | None = None,
-        prefix: Prefix | None = None,
     ) -> KVCache:
         """The KV cache of a whole `Prefill`."""
-        return Prefill(self, prompt_ids, max_new_tokens, exit_layers, on_states, prefix).finish()
+        return Prefill(self, prompt_ids, max_new_tokens, exit_layers, on_states).finish()
 
     def check_length(self, prompt_tokens: int, max_new_tokens: int) -> None:
         """Refuse an empty prompt, and one that does not fit the context together with its answer."""
@@ -118,7 +117,7 @@ class Prefill:
     Args:
         on_states: called with each pass's following tokens, and its states after `exit_layers` and the final normed ones
             (`Drafter.process`).
-        prefix: of an earlier text: what it holds of this prompt is not computed again.
+        prefix: of an earlier text, whose first `reused` positions (`Prefix.reusable`) are not computed again.
 
     Raises:
         ConfigError: empty prompt, a token that is none, or prompt and new tokens beyond the context.
@@ -132,6 +131,7 @@ class Prefill:
         exit_layers: Sequence[int] = (),
         on_states: OnStates | None = None,
         prefix: Prefix | None = None,
+        reused: int = 0,
     ) -> None:
         engine.check_length(len(prompt_ids), max_new_tokens)
         outside = [token for token in prompt_ids if not 0 <= token < len(engine.backbone.embedding_weight)]
@@ -143,14 +143,13 @@ class Prefill:
         length = len(prompt_ids) - 1
         self.kept_at = engine.blocks.shared_positions(length + 1, length, length) if self.cache.states else 0
         """Where the states of blocks that have one are kept for later texts."""
-        self.reused = 0 if prefix is None else prefix.reusable(engine.blocks, prompt_ids, exit_layers)
-        """Tokens that the prefix held."""
-        if prefix is not None and self.reused:
-            prefix.copy_to(self.cache, self.reused)
+        self.reused = reused
+        if prefix is not None:
+            prefix.copy_to(self.cache, reused)
             if on_states:
-                on_states(prompt_ids[1 : self.reused + 1], prefix.states_of(exit_layers, self.reused))
+                on_states(prompt_ids[1 : reused + 1], prefix.states_of(exit_layers, reused))
         cuts = engine.blocks.prompt_pieces(length)
-        self.left = deque(slice(max(cut.start, self.reused), cut.stop) for cut in cuts if cut.stop > self.reused)
+        self.left = deque(slice(max(cut.start, reused), cut.stop) for cut in cuts if cut.stop > reused)
         self._end()
 
     @property

@@ -24,8 +24,8 @@ class Prefixes:
         """What they take."""
         return sum(prefix.bytes for prefix in self.kept)
 
-    def best(self, engine: Engine, prompt_ids: list[int], exit_layers: Sequence[int]) -> Prefix | None:
-        """The one that saves a prompt the most; None where none saves anything."""
+    def best(self, engine: Engine, prompt_ids: list[int], exit_layers: Sequence[int]) -> tuple[Prefix | None, int]:
+        """The one that saves a prompt the most, and how many positions it saves; None and 0 where none saves anything."""
         found, most = None, 0
         for prefix in self.kept:
             length = prefix.reusable(engine.blocks, prompt_ids, exit_layers)
@@ -33,7 +33,7 @@ class Prefixes:
                 found, most = prefix, length
         if found is not None:
             self.kept = [prefix for prefix in self.kept if prefix is not found] + [found]
-        return found
+        return found, most
 
     def keep(self, prefix: Prefix) -> None:
         """A further one, in the place of those that it continues; the ones unused for longest make room."""

@@ -119,8 +119,8 @@ class Text:
             self.views = HeadViews(engine, engine.heads) if trace and engine.heads is not None else None
             self.exit_layers = sorted({*drafter.exit_layers, *(self.views.exit_layers if self.views else ())})
             on_states = self.process if self.exit_layers else None
-            known = None if prefixes is None else prefixes.best(engine, prompt_ids, self.exit_layers)
-            self.prefill = Prefill(engine, prompt_ids, request.max_new_tokens, self.exit_layers, on_states, known)
+            known = (None, 0) if prefixes is None else prefixes.best(engine, prompt_ids, self.exit_layers)
+            self.prefill = Prefill(engine, prompt_ids, request.max_new_tokens, self.exit_layers, on_states, *known)
             """To be finished before the first round."""
             self.cache = self.prefill.cache
 
