@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from early_exit_cli.heads.attention import HeadCache
-from early_exit_cli.heads.eagle import EagleHead
+from early_exit_cli.heads.eagle import Attention, EagleHead
 from early_exit_cli.heads.eagle_runner import EagleRunner
 from early_exit_cli.runtime import cuda_code
 from early_exit_cli.runtime.blocks import LARGEST_WIDTH
@@ -90,8 +90,8 @@ class CudaEagle(EagleRunner):
         device = head.fc.weight.device
         self.kernels = kernels or CudaKernels(device)
         block, attention, shape = head.block, head.block.self_attn, head.block.self_attn.shape
-        self.eps = float(head.norm.eps or 0.0)
-        self.parts, self.size = len(head.fc_norm) + 1, head.fc.weight.shape[0]
+        self.layout, self.eps = head.layout, head.layout.eps
+        self.parts, self.state_size, self.size = head.parts, head.state_size, head.layout.hidden
         self.nf4 = [
             in_nf4(torch.cat(weights))
             for weights in (
@@ -103,9 +103,12 @@ class CudaEagle(EagleRunner):
             )
         ]
         self.plan = AttentionPlan(
-            *(0, shape.query_heads, shape.kv_heads, shape.head_dim, 0, shape.head_dim**-0.5, None, self.eps)
+            *(0, shape.query_heads, shape.kv_heads, shape.head_dim, 0, shape.head_dim**-0.5),
+            *(qk_norm_of(attention), self.eps),
         )
-        self.norms = torch.stack([cast(Tensor, norm.weight).detach() for norm in head.fc_norm])
+        self.norms = self._new(len(head.fc_norm), self.state_size)
+        for row, norm in zip(self.norms, head.fc_norm, strict=True):
+            row.copy_(cast(Tensor, norm.weight).detach())
         self.vocab = None if head.draft_vocab is None else head.draft_vocab.long().contiguous()
         self.lm_head_rows = head.lm_head_weight.detach().contiguous()
         self.places = Places(MOST_STEPS, device)
@@ -113,8 +116,8 @@ class CudaEagle(EagleRunner):
         self.results = torch.zeros(2 * MOST_STEPS, dtype=torch.int64, device=device)
         self.tokens, self.entropies = self.results[:MOST_STEPS], self.results[MOST_STEPS:].view(torch.float32)
         self.values = torch.zeros(MOST_STEPS, device=device)
-        self.state = self._new(1, self.size)
-        self.incoming = {width: self._new(self.parts, width, self.size) for width in READ_WIDTHS}
+        self.state, self.said = self._new(1, self.size), self._new(1, self.size)
+        self.incoming = {width: self._new(self.parts, width, self.state_size) for width in READ_WIDTHS}
         record = record or recorder(device)
         self.chains: dict[tuple[int, int], Step] = {}
         for width in READ_WIDTHS:
@@ -130,9 +133,11 @@ class CudaEagle(EagleRunner):
 
     def _reading(self, width: int) -> list[Step]:
         """Rows that were verified, up to the first token and its entropy; their last state in `state`."""
-        fused, hidden = self._new(width, self.parts * self.size), self._new(width, self.size)
+        fused, hidden = self._new(width, self.parts * self.state_size), self._new(width, self.size)
+        joint = self.head.input_norm
         return [
             self.kernels.fuse(self.incoming[width], self.norms, self.eps, fused),
+            *([] if joint is None else [self.kernels.norm(fused, joint.weight.detach(), self.eps, fused)]),
             self.kernels.product(self.nf4[0], fused, hidden),
             *self._block_steps(self.places.of[0], hidden, None, 0),
         ]
@@ -152,16 +157,20 @@ class CudaEagle(EagleRunner):
         one = slice(number, number + 1)
         input_norms = (block.input_layernorm.weight.detach(), block.hidden_norm.weight.detach())
         mlp_norm, last_norm = block.post_attention_layernorm.weight.detach(), head.norm.weight.detach()
+        residual = self._new(width, self.size) if self.layout.norm_before_residual else hidden
+        said = self.state if self.layout.norm_output else self.said
         return [
             kernels.join(place, head.embedding_weight, hidden, input_norms, self.eps, token, joined),
+            *([] if residual is hidden else [kernels.norm(hidden, input_norms[1], self.eps, residual)]),
             kernels.product(qkv, joined, projected),
             kernels.attention(place, self.plan, projected, attended),
-            kernels.added(output, attended, hidden, middle, mlp_norm, normed),
+            kernels.added(output, attended, residual, middle, mlp_norm, normed),
             kernels.gated(gate_up, normed, gated),
             kernels.added(down, gated, middle, last, last_norm, normed),
-            kernels.norm(last, last_norm, self.eps, self.state, last_of=place),
+            kernels.norm(last, last_norm, self.eps, said, last_of=place),
+            *([] if said is self.state else [kernels.norm(last, None, self.eps, self.state, last_of=place)]),
             *kernels.choose(
-                *(self.lm_head_rows, self.state, self.tokens[one], self.values[one], self.entropies[one]),
+                *(self.lm_head_rows, said, self.tokens[one], self.values[one], self.entropies[one]),
                 self.vocab,
             ),
         ]
@@ -174,7 +183,7 @@ class CudaEagle(EagleRunner):
     def warm_up(self) -> None:
         """Let the library load what reading a prompt needs, and run a chain once, so that no answer waits for that."""
         rows = SHORT_READ + LARGEST_WIDTH
-        states = [self._new(rows, self.size) for _ in range(self.parts)]
+        states = [self._new(rows, self.state_size) for _ in range(len(self.head.exit_layers) + 1)]
         with torch.inference_mode():
             self.chain([0] * rows, states, 1)
 
@@ -207,12 +216,21 @@ class CudaEagle(EagleRunner):
         rows, position = len(tokens), cache.length
         width = next(width for width in READ_WIDTHS if width >= rows)
         cache.reserve(position + LARGEST_WIDTH + MOST_STEPS)
-        for to, state in zip(self.incoming[width], states, strict=True):
+        for to, state in zip(self.incoming[width], states[: self.parts], strict=True):
             to[:rows].copy_(state)
         stands = [(position, rows, tokens), *((position + rows + ahead, 1, [0]) for ahead in range(MOST_STEPS - 1))]
         self.places.tell([place.set(cache, *stand) for place, stand in zip(self.places.of, stands, strict=True)])
         self.chains[width, count]()
         cache.length += rows
+
+
+def qk_norm_of(attention: Attention) -> Tensor | None:
+    """The norms of queries and keys, a row for each head: [query_heads + kv_heads, head_dim]; None where there are none."""
+    if attention.q_norm is None or attention.k_norm is None:
+        return None
+    counts = (attention.shape.query_heads, attention.shape.kv_heads)
+    norms = (attention.q_norm.weight.detach(), attention.k_norm.weight.detach())
+    return torch.cat([norm.expand(count, -1) for norm, count in zip(norms, counts, strict=True)])
 
 
 def in_nf4(weight: Tensor) -> NF4Weight:
@@ -227,10 +245,10 @@ def in_nf4(weight: Tensor) -> NF4Weight:
 def cuda_eagle(head: EagleHead) -> CudaEagle | None:
     """The head in our kernels, where its card and its shape take them."""
     attention, mlp = head.block.self_attn, head.block.mlp
-    sizes = (head.fc.weight.shape[0], mlp.down_proj.in_features, attention.shape.query_width, attention.shape.kv_width)
+    widths = (attention.shape.query_width, attention.shape.kv_width)
+    sizes = (head.state_size, head.layout.hidden, mlp.down_proj.in_features, *widths)
     if (
-        not head.is_ours
-        or head.fc.weight.dtype != torch.bfloat16
+        head.fc.weight.dtype != torch.bfloat16
         or head.lm_head_weight.dtype != torch.bfloat16
         or mlp.activation_name != "silu"
     ):

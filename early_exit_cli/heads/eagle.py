@@ -120,15 +120,16 @@ class EagleHead(nn.Module):
     ) -> None:
         super().__init__()
         self.is_ours = layout is None
-        """Whether it is of the layout that is trained here, which compiled runners run."""
+        """Whether it is of the layout that is trained here."""
         self.layout = layout = layout or our_layout(view)
         self.exit_layers, self.state_size = list(exit_layers), view.hidden_size
-        states = len(exit_layers) + layout.reads_final
+        self.parts = len(exit_layers) + layout.reads_final
+        """States that are fused."""
         self.fc_norm = nn.ModuleList(
             nn.RMSNorm(self.state_size, layout.eps) for _ in (exit_layers if layout.fc_norm else ())
         )
-        self.input_norm = nn.RMSNorm(states * self.state_size, layout.eps) if layout.joint_norm else None
-        self.fc = nn.Linear(states * self.state_size, layout.hidden, bias=False)
+        self.input_norm = nn.RMSNorm(self.parts * self.state_size, layout.eps) if layout.joint_norm else None
+        self.fc = nn.Linear(self.parts * self.state_size, layout.hidden, bias=False)
         self.layers = nn.ModuleList([Block(layout)])
         self.norm = nn.RMSNorm(layout.hidden, layout.eps)
         self.register_buffer(DRAFT_VOCAB, draft_vocab)

@@ -131,8 +131,8 @@ class NativeExitRunner(ExitRunner):
         held, final_norm = self.held, self.heads.lm_head.norm
         attention, attention_norm = Attention(), None
         if isinstance(head, AttentionHead):
-            projections = (head.q_proj, head.k_proj, head.v_proj, head.o_proj)
-            attention = held.attention(head.shape, *(projection.weight for projection in projections))
+            projections = (head.q_proj.weight, head.k_proj.weight, head.v_proj.weight, head.o_proj.weight)
+            attention = held.attention(head.shape, projections)
             attention_norm = head.attention_norm["weight"]
         return ExitHead(
             *(attention, held.int8_of(head.down.weight), held.int8_of(head.up.weight), self.lm_head),

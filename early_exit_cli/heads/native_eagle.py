@@ -26,24 +26,33 @@ class NativeEagle(EagleRunner):
 
     def load_weights(self) -> None:
         head, block, attention = self.head, self.head.block, self.head.block.self_attn
+        layout = head.layout
         self.code = native_code()
         self.held = Held(self.code)
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        q_proj, k_proj, v_proj, o_proj = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+        qk_norms = [None if norm is None else norm.weight for norm in (attention.q_norm, attention.k_norm)]
         weights = (
             [head.fc.weight],
             [block.mlp.gate_proj.weight, block.mlp.up_proj.weight],
             [block.mlp.down_proj.weight],
             [head.lm_head_weight],
         )
+        part_norms = [cast(Tensor, norm.weight) for norm in head.fc_norm]
         norms = (block.input_layernorm, block.hidden_norm, block.post_attention_layernorm, head.norm)
         self.weights = Eagle(
-            self.held.attention(attention.shape, *(projection.weight for projection in projections)),
+            self.held.attention(
+                attention.shape,
+                (q_proj.weight, k_proj.weight, v_proj.weight, o_proj.weight),
+                (qk_norms[0], qk_norms[1]),
+                layout.eps,
+            ),
             *(self.held.int8_of(*parts) for parts in weights),
-            self.held.address(torch.cat([cast(Tensor, norm.weight) for norm in head.fc_norm])),
+            self.held.address(torch.cat(part_norms) if part_norms else None),
+            self.held.address(None if head.input_norm is None else head.input_norm.weight),
             *(self.held.address(norm.weight) for norm in norms),
             self.held.address(head.embedding_weight),
-            *(len(head.fc_norm), head.fc.weight.shape[0], self.inner),
-            float(head.norm.eps or 0.0),
+            *(head.parts, len(part_norms), head.state_size, layout.hidden, self.inner),
+            *(layout.norm_before_residual, layout.norm_output, layout.eps),
         )
         self._hold_results()
 
@@ -60,7 +69,7 @@ class NativeEagle(EagleRunner):
         return other
 
     def read(self, tokens: list[int], states: list[Tensor]) -> Tensor:
-        states = [state.contiguous() for state in states]
+        states = [state.contiguous() for state in states[: self.head.parts]]
         pointers = (ctypes.c_void_p * len(states))(*(state.data_ptr() for state in states))
         hidden = self._run(tokens, pointers, None, self.cache.length)
         self.cache.length += len(tokens)
@@ -103,12 +112,7 @@ def _fits(head: EagleHead) -> bool:
     weight, attention, mlp = head.fc.weight, head.block.self_attn, head.block.mlp
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or head.lm_head_weight.dtype != torch.bfloat16:
         return False
-    sizes = (weight.shape[0], mlp.down_proj.in_features, head.lm_head_weight.shape[0])
-    if (
-        not head.is_ours
-        or attention.shape.head_dim % 64
-        or any(size % VOCAB_TILE for size in sizes)
-        or mlp.activation_name != "silu"
-    ):
+    sizes = (weight.shape[0], head.state_size, mlp.down_proj.in_features, head.lm_head_weight.shape[0])
+    if attention.shape.head_dim % 64 or any(size % VOCAB_TILE for size in sizes) or mlp.activation_name != "silu":
         return False
     return has_native_code()

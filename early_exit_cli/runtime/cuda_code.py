@@ -284,7 +284,7 @@ Norm = structure(
 Fuse = structure(
     "Fuse",
     **dict.fromkeys(("states", "weight", "out"), _POINTER),
-    **dict.fromkeys(("size", "parts", "rows"), _INT),
+    **dict.fromkeys(("size", "parts", "normed", "rows"), _INT),
     eps=_FLOAT,
 )
 Join = structure(

@@ -160,8 +160,10 @@ class Kernels(Protocol):
         """qkv [rows, (query + 2 kv heads) * head_dim] at the place -> out [rows, query heads * head_dim]; keeps the
         rows' keys and values in the place's KV cache."""
 
-    def norm(self, hidden: Tensor, weight: Tensor, eps: float, out: Tensor, last_of: Place | None = None) -> Step:
-        """[rows, size] -> out, normed. With last_of: only the place's last real row -> out [1, size]."""
+    def norm(
+        self, hidden: Tensor, weight: Tensor | None, eps: float, out: Tensor, last_of: Place | None = None
+    ) -> Step:
+        """[rows, size] -> out, normed where there is a weight. With last_of: only the place's last real row -> out [1, size]."""
 
     def logits(self, weight: Tensor, x: Tensor, out: Tensor) -> Step:
         """x [rows, in] times weight [vocab, in] -> out [rows, vocab]."""
@@ -173,7 +175,7 @@ class Kernels(Protocol):
         -1 where it is not finite), its logit into value [rows] float32, and the entropy in nats [rows] float32."""
 
     def fuse(self, states: Tensor, norms: Tensor, eps: float, out: Tensor) -> Step:
-        """states [parts, rows, size], normed by norms [parts - 1, size] but for the last -> out [rows, parts * size]."""
+        """states [parts, rows, size], the first of them normed by norms [some, size] -> out [rows, parts * size]."""
 
     def join(
         self,
@@ -272,7 +274,9 @@ class CudaKernels:
             shared=THREADS // 32 * PAIRS * (plan.head_dim + 4) * 4,
         )
 
-    def norm(self, hidden: Tensor, weight: Tensor, eps: float, out: Tensor, last_of: Place | None = None) -> Step:
+    def norm(
+        self, hidden: Tensor, weight: Tensor | None, eps: float, out: Tensor, last_of: Place | None = None
+    ) -> Step:
         numbers = None if last_of is None else last_of.numbers
         values = (numbers, hidden, weight, out, hidden.shape[1], last_of is not None, eps)
         return self._call("norm_rows", (out.shape[0],), THREADS, cuda_code.Norm, *values)
@@ -300,7 +304,7 @@ class CudaKernels:
 
     def fuse(self, states: Tensor, norms: Tensor, eps: float, out: Tensor) -> Step:
         parts, rows, size = states.shape
-        values = (states, norms, out, size, parts, rows, eps)
+        values = (states, norms, out, size, parts, len(norms), rows, eps)
         return self._call("fuse_states", (rows, parts), THREADS, cuda_code.Fuse, *values)
 
     def join(

@@ -37,10 +37,22 @@ class Held:
         tiles, scale, _ = self.int8_tiles(torch.cat(weights).float())
         return self.int8(tiles, scale)
 
-    def attention(self, shape: AttentionShape, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> Attention:
-        """An attention of a head's own, of its projections' weights [out, in]."""
+    def attention(
+        self,
+        shape: AttentionShape,
+        projections: tuple[Tensor, Tensor, Tensor, Tensor],
+        norms: tuple[Tensor | None, Tensor | None] = (None, None),
+        eps: float = 0.0,
+    ) -> Attention:
+        """An attention of a head's own.
+
+        Args:
+            projections: weights [out, in] of query, key, value and output. norms: of queries and of keys, [head_dim].
+        """
+        query, key, value, output = projections
         products = (self.int8_of(key, value), self.int8_of(query), self.int8_of(output))
-        return Attention(*products, shape.query_heads, shape.kv_heads, shape.head_dim, shape.head_dim**-0.5)
+        sizes = (shape.query_heads, shape.kv_heads, shape.head_dim, shape.head_dim**-0.5)
+        return Attention(*products, *map(self.address, norms), *sizes, eps)
 
     def int8_tiles(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows [out, in] float32 in int8.

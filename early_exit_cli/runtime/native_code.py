@@ -181,8 +181,9 @@ class LMHead(ctypes.Structure):
 class Attention(ctypes.Structure):
     _fields_ = (
         *((name, Int8) for name in ("key_value", "query", "output")),
+        *((name, ctypes.c_void_p) for name in ("query_norm", "key_norm")),
         *((name, ctypes.c_int64) for name in ("query_heads", "kv_heads", "head_dim")),
-        ("scale", ctypes.c_float),
+        *((name, ctypes.c_float) for name in ("scale", "eps")),
     )
 
 
@@ -192,9 +193,10 @@ class Eagle(ctypes.Structure):
         *((name, Int8) for name in ("fuse", "gate_up", "down", "lm_head")),
         *(
             (name, ctypes.c_void_p)
-            for name in ("fuse_norms", "input_norm", "hidden_norm", "mlp_norm", "norm", "embedding")
+            for name in ("fuse_norms", "joint_norm", "input_norm", "hidden_norm", "mlp_norm", "norm", "embedding")
         ),
-        *((name, ctypes.c_int64) for name in ("exits", "hidden", "inner")),
+        *((name, ctypes.c_int64) for name in ("parts", "normed_parts", "state_size", "hidden", "inner")),
+        *((name, ctypes.c_int64) for name in ("norm_before_residual", "norm_output")),
         ("eps", ctypes.c_float),
     )
 

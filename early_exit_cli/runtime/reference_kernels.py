@@ -93,10 +93,12 @@ class ReferenceKernels:
 
         return step
 
-    def norm(self, hidden: Tensor, weight: Tensor, eps: float, out: Tensor, last_of: Place | None = None) -> Step:
+    def norm(
+        self, hidden: Tensor, weight: Tensor | None, eps: float, out: Tensor, last_of: Place | None = None
+    ) -> Step:
         def step() -> None:
             last = slice(None) if last_of is None else slice(last_of.rows - 1, last_of.rows)
-            out.copy_(_normed(hidden[last], weight, eps))
+            out.copy_(hidden[last] if weight is None else _normed(hidden[last], weight, eps))
 
         return step
 
@@ -121,9 +123,8 @@ class ReferenceKernels:
 
     def fuse(self, states: Tensor, norms: Tensor, eps: float, out: Tensor) -> Step:
         def step() -> None:
-            *exits, final = states
-            parts = [_normed(x, norm, eps) for x, norm in zip(exits, norms, strict=True)]
-            out.copy_(torch.cat([*parts, final.double()], -1))
+            parts = [_normed(x, norm, eps) for x, norm in zip(states, norms, strict=False)]
+            out.copy_(torch.cat([*parts, *states[len(norms) :].double()], -1))
 
         return step
 

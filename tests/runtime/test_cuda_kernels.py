@@ -221,6 +221,8 @@ def test_norms_are_right_and_the_last_real_row_is_found(kernels, size):
         last = nans(1, size)
         kernels.norm(hidden, weight, EPS, last, last_of=place)()
         assert torch.equal(last, found[16][rows - 1 : rows])
+        kernels.norm(hidden, None, EPS, last, last_of=place)()
+        assert torch.equal(last, hidden[rows - 1 : rows])
 
 
 @pytest.mark.parametrize("rows", [1, 8, 16])
@@ -232,6 +234,8 @@ def test_inputs_of_the_eagle_head_are_right(kernels, rows):
     ReferenceKernels().fuse(states, norms, EPS, expected)()
     assert_close(found, expected, 2)
     assert torch.equal(found[:, -size:], states[-1])
+    kernels.fuse(states, norms[:0], EPS, found)()  # as published heads have it
+    assert torch.equal(found, torch.cat(states.unbind(), -1))
 
     embedding, hidden, pair = randn(300, size), randn(rows, size), (norm_of(size), norm_of(size))
     (place,) = places_at((NO_CACHE, 0, rows, ids_of(rows, vocab=300).tolist()))

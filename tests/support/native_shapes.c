@@ -249,7 +249,8 @@ static void lm_head(int64_t hidden, int64_t vocab, int64_t width) {
 
 static Attention attention(int64_t in, int64_t hidden, int64_t heads, int64_t kv_heads, int64_t size) {
     return (Attention){int8(in, 2 * kv_heads * size, NULL), int8(in, heads * size, NULL),
-                       int8(heads * size, hidden, NULL), heads, kv_heads, size, 1.0f / sqrtf((float)size)};
+                       int8(heads * size, hidden, NULL), NULL, NULL, heads, kv_heads, size, 1.0f / sqrtf((float)size),
+                       1e-5f};
 }
 static void drop_attention(Attention a) { drop_int8(a.key_value), drop_int8(a.query), drop_int8(a.output); }
 
@@ -266,17 +267,24 @@ static void heads(int64_t hidden, int64_t inner, int64_t vocab, int64_t rows) {
     bf16 *state = room(hidden * sizeof(bf16)), *states[EXITS + 1];
     for (int i = 0; i <= EXITS; i++) states[i] = numbers(rows * hidden, 2.0f);
     for (int64_t i = 0; i < rows; i++) tokens[i] = random_bits() % TOKENS;
-    Eagle eagle = {attention(2 * hidden, hidden, HEADS, KV_HEADS, SIZE), int8((EXITS + 1) * hidden, hidden, NULL),
-                   int8(hidden, 2 * inner, NULL), int8(inner, hidden, NULL), int8(hidden, vocab, NULL),
-                   around_one(EXITS * hidden), around_one(hidden), around_one(hidden), around_one(hidden),
-                   around_one(hidden), numbers(TOKENS * hidden, 1.0f), EXITS, hidden, inner, 1e-5f};
+    Eagle ours = {attention(2 * hidden, hidden, HEADS, KV_HEADS, SIZE), int8((EXITS + 1) * hidden, hidden, NULL),
+                  int8(hidden, 2 * inner, NULL), int8(inner, hidden, NULL), int8(hidden, vocab, NULL),
+                  around_one(EXITS * hidden), NULL, around_one(hidden), around_one(hidden), around_one(hidden),
+                  around_one(hidden), numbers(TOKENS * hidden, 1.0f), EXITS + 1, EXITS, hidden, hidden, inner, 0, 1,
+                  1e-5f};
+    Eagle other = ours; /* as published ones may be */
+    other.parts = EXITS, other.normed_parts = 0, other.norm_before_residual = 1, other.norm_output = 0;
+    other.fuse = int8(EXITS * hidden, hidden, NULL), other.joint_norm = around_one(EXITS * hidden);
+    other.attention.query_norm = around_one(SIZE), other.attention.key_norm = around_one(SIZE);
     int64_t capacity = (rows + 1 + 15) / 16 * 16;
-    for (int threads = 1; threads < 4; threads += 2) {
+    for (int turn = 0; turn < 4; turn++) {
+        const Eagle *eagle = turn % 2 ? &other : &ours;
+        int threads = turn < 2 ? 1 : 3;
         KVBuffers buffers = buffers_of(KV_HEADS, capacity, SIZE);
         state[0] = 0;
-        check(!eexit_eagle(&eagle, (const bf16 *const *)states, NULL, tokens, rows, 0, &buffers, state, logits, &choice,
+        check(!eexit_eagle(eagle, (const bf16 *const *)states, NULL, tokens, rows, 0, &buffers, state, logits, &choice,
                            &entropy, threads), "no memory", rows);
-        check(!eexit_eagle(&eagle, NULL, state, tokens, 1, rows, &buffers, state, logits, &choice, &entropy, threads),
+        check(!eexit_eagle(eagle, NULL, state, tokens, 1, rows, &buffers, state, logits, &choice, &entropy, threads),
               "no memory", rows);
         check(entropy >= 0 && choice >= 0 && choice < vocab, "what the EAGLE head says", rows);
         add_to_hash(state, hidden * sizeof(bf16)), add_to_hash(logits, vocab * sizeof(float));
@@ -284,7 +292,7 @@ static void heads(int64_t hidden, int64_t inner, int64_t vocab, int64_t rows) {
     }
     for (int attends = 0; attends < 2; attends++) {
         Int8 none = {NULL, NULL, 0, 0};
-        ExitHead head = {{none, none, none, 0, 0, 0, 0}, int8(hidden, rank, NULL), int8(rank, hidden, NULL),
+        ExitHead head = {{none, none, none, NULL, NULL, 0, 0, 0, 0, 0}, int8(hidden, rank, NULL), int8(rank, hidden, NULL),
                          int8(hidden, vocab, NULL), around_one(hidden), around_one(hidden),
                          around_one(hidden), 1e-5f, 1e-6f};
         if (attends) head.attention = attention(hidden, hidden, HEADS, KV_HEADS, SIZE);
@@ -301,10 +309,11 @@ static void heads(int64_t hidden, int64_t inner, int64_t vocab, int64_t rows) {
         drop_int8(head.down), drop_int8(head.up), drop_int8(head.lm_head), drop_buffers(buffers);
         free((void *)head.attention_norm), free((void *)head.norm), free((void *)head.final_norm);
     }
-    drop_attention(eagle.attention), drop_int8(eagle.fuse), drop_int8(eagle.gate_up), drop_int8(eagle.down);
-    drop_int8(eagle.lm_head), free((void *)eagle.fuse_norms), free((void *)eagle.input_norm);
-    free((void *)eagle.hidden_norm), free((void *)eagle.mlp_norm), free((void *)eagle.norm);
-    free((void *)eagle.embedding);
+    drop_attention(ours.attention), drop_int8(ours.fuse), drop_int8(ours.gate_up), drop_int8(ours.down);
+    drop_int8(ours.lm_head), free((void *)ours.fuse_norms), free((void *)ours.input_norm);
+    free((void *)ours.hidden_norm), free((void *)ours.mlp_norm), free((void *)ours.norm);
+    free((void *)ours.embedding), drop_int8(other.fuse), free((void *)other.joint_norm);
+    free((void *)other.attention.query_norm), free((void *)other.attention.key_norm);
     for (int i = 0; i <= EXITS; i++) free(states[i]);
     free(state), free(logits), free(first_logits);
 }

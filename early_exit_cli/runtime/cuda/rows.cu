@@ -46,7 +46,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) enter_rows(const __grid_co
 
 struct Norm {
     const Place *place;       // with `last_only`: of which row
-    const u16 *hidden, *weight;
+    const u16 *hidden;
+    const u16 *weight;        // [size], or null: the row as it is
     u16 *out;                 // [rows, size]; with `last_only` [1, size], of the last real row
     int size, last_only;
     float eps;
@@ -58,16 +59,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_rows(const __grid_con
     wait_for_predecessor();
     let_successor_start();
     const u16 *row = p.hidden + (p.last_only ? p.place->rows - 1 : blockIdx.x) * p.size;
-    const float factor = norm_factor(row, p.size, p.eps, scratch);
+    const float factor = p.weight ? norm_factor(row, p.size, p.eps, scratch) : 1.f;
     for (int i = threadIdx.x; i < p.size; i += THREADS)
-        p.out[(long long)blockIdx.x * p.size + i] = normed(row[i], factor, p.weight[i]);
+        p.out[(long long)blockIdx.x * p.size + i] = p.weight ? normed(row[i], factor, p.weight[i]) : row[i];
 }
 
 struct Fuse {
-    const u16 *states;        // [parts, rows, size]: after the exit layers, and the final normed ones
-    const u16 *weight;        // [parts - 1, size]
+    const u16 *states;        // [parts, rows, size]
+    const u16 *weight;        // [normed, size], of the first parts; the others stay as they are
     u16 *out;                 // [rows, parts * size]
-    int size, parts, rows;
+    int size, parts, normed, rows;
     float eps;
 };
 
@@ -80,10 +81,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) fuse_states(const __grid_c
     const int part = blockIdx.y;
     const u16 *row = p.states + ((long long)part * p.rows + blockIdx.x) * p.size;
     u16 *out = p.out + ((long long)blockIdx.x * p.parts + part) * p.size;
-    const bool is_normed = part == p.parts - 1;
-    const float factor = is_normed ? 1.f : norm_factor(row, p.size, p.eps, scratch);
+    const bool is_to_norm = part < p.normed;
+    const float factor = is_to_norm ? norm_factor(row, p.size, p.eps, scratch) : 1.f;
     for (int i = threadIdx.x; i < p.size; i += THREADS)
-        out[i] = is_normed ? row[i] : normed(row[i], factor, p.weight[part * p.size + i]);
+        out[i] = is_to_norm ? normed(row[i], factor, p.weight[part * p.size + i]) : row[i];
 }
 
 struct Join {

@@ -6,24 +6,27 @@
 typedef struct {
     Attention attention;
     Int8 fuse, gate_up, down, lm_head;
-    const bf16 *fuse_norms; /* [exits, hidden] */
+    const bf16 *fuse_norms; /* [normed_parts, state_size], of the first of the parts that are fused */
+    const bf16 *joint_norm; /* [parts * state_size], of all together, or NULL */
     const bf16 *input_norm, *hidden_norm, *mlp_norm, *norm; /* [hidden] */
     const bf16 *embedding; /* [vocab, hidden] */
-    int64_t exits, hidden, inner;
+    int64_t parts, normed_parts, state_size, hidden, inner;
+    int64_t norm_before_residual; /* whether the block's residual begins at its normed state */
+    int64_t norm_output;          /* whether what it rolls forward from is normed */
     float eps;
 } Eagle;
 
 /* Positions `position` .. + rows - 1, each with the token that follows it -> the state behind the last, [hidden], its
  * logits [draft vocab], the best of these and their entropy in nats.
  *
- * states: exits + 1 pointers to [rows, hidden], the last with the final norm applied; or NULL, then `own` [hidden] is
- * the head's own state and rows is 1. Returns 0, or 1 when there is no memory.
+ * states: `parts` pointers to [rows, state_size]; or NULL, then `own` [hidden] is the head's own state and rows is 1.
+ * Returns 0, or 1 when there is no memory.
  */
 int eexit_eagle(const Eagle *h, const bf16 *const *states, const bf16 *own, const int64_t *tokens, int64_t rows,
                 int64_t position, const KVBuffers *buffers, bf16 *state, float *logits, int64_t *choice, float *entropy,
                 int threads) {
-    int64_t hidden = h->hidden, wide = (h->exits + 1) * hidden;
-    int64_t widest = max(max(wide, h->inner), h->attention.output.in), chunk = min(rows, PIECE);
+    int64_t hidden = h->hidden, state_size = h->state_size, wide = h->parts * state_size;
+    int64_t widest = max(max(max(wide, 2 * hidden), h->inner), h->attention.output.in), chunk = min(rows, PIECE);
     bf16 *joined = scratch_of(rows * wide * sizeof(bf16)), *fused = scratch_of(rows * hidden * sizeof(bf16));
     bf16 *inputs = scratch_of(threads * rows * 2 * hidden * sizeof(bf16)),
          *normed = scratch_of(threads * hidden * sizeof(bf16));
@@ -46,10 +49,14 @@ int eexit_eagle(const Eagle *h, const bf16 *const *states, const bf16 *own, cons
         if (states) {
             share(rows, &from, &to);
             for (int64_t row = from; row < to; row++) {
-                for (int64_t i = 0; i < h->exits; i++)
-                    rms_norm(states[i] + row * hidden, h->fuse_norms + i * hidden, joined + row * wide + i * hidden,
-                             hidden, h->eps);
-                memcpy(joined + row * wide + h->exits * hidden, states[h->exits] + row * hidden, hidden * sizeof(bf16));
+                bf16 *parts = joined + row * wide;
+                for (int64_t i = 0; i < h->parts; i++)
+                    if (i < h->normed_parts)
+                        rms_norm(states[i] + row * state_size, h->fuse_norms + i * state_size, parts + i * state_size,
+                                 state_size, h->eps);
+                    else
+                        memcpy(parts + i * state_size, states[i] + row * state_size, state_size * sizeof(bf16));
+                if (h->joint_norm) rms_norm(parts, h->joint_norm, parts, wide, h->eps);
             }
             barrier_wait(&barrier);
             int8_product(&h->fuse, joined, NULL, fused, rows, &mine);
@@ -60,7 +67,8 @@ int eexit_eagle(const Eagle *h, const bf16 *const *states, const bf16 *own, cons
             rms_norm(h->embedding + tokens[row] * hidden, h->input_norm, input + row * 2 * hidden, hidden, h->eps);
             rms_norm(fused + row * hidden, h->hidden_norm, input + row * 2 * hidden + hidden, hidden, h->eps);
         }
-        attend_last(&h->attention, input, rows, position, buffers, &scratch, last, &mine, &barrier);
+        const bf16 *residual = h->norm_before_residual ? input + (2 * rows - 1) * hidden : last;
+        attend_last(&h->attention, input, rows, position, buffers, &scratch, residual, last, &mine, &barrier);
         barrier_wait(&barrier);
         rms_norm(last, h->mlp_norm, own_norm, hidden, h->eps);
         int8_product(&h->gate_up, own_norm, NULL, gated, 1, &mine);
@@ -73,7 +81,7 @@ int eexit_eagle(const Eagle *h, const bf16 *const *states, const bf16 *own, cons
         int8_product(&h->down, gated + 2 * h->inner, last, last, 1, &mine);
         barrier_wait(&barrier);
         rms_norm(last, h->norm, own_norm, hidden, h->eps);
-        if (thread == 0) memcpy(state, own_norm, hidden * sizeof(bf16));
+        if (thread == 0) memcpy(state, h->norm_output ? own_norm : last, hidden * sizeof(bf16));
         int8_logits(&h->lm_head, own_norm, logits, &mine);
     }
     if (!failed) choice_and_entropy(logits, h->lm_head.out, choice, entropy, NULL);

@@ -39,7 +39,7 @@ int eexit_read_head(const ExitHead *h, const bf16 *states, int64_t rows, int64_t
         if (attends) {
             for (int64_t row = 0; row < rows; row++)
                 rms_norm(states + row * hidden, h->attention_norm, input + row * hidden, hidden, h->eps);
-            attend_last(&h->attention, input, rows, position, buffers, &scratch, state, &mine, &barrier);
+            attend_last(&h->attention, input, rows, position, buffers, &scratch, state, state, &mine, &barrier);
             barrier_wait(&barrier);
         }
         rms_norm(state, h->norm, input, hidden, h->eps);

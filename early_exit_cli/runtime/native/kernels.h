@@ -312,8 +312,9 @@ SHARED void *scratch_of(size_t bytes) { return aligned_alloc(64, (bytes + 64) & 
 
 typedef struct {
     Int8 key_value, query, output;
+    const bf16 *query_norm, *key_norm; /* [head_dim], or NULL */
     int64_t query_heads, kv_heads, head_dim;
-    float scale;
+    float scale, eps;
 } Attention;
 
 /* A text's buffers, a KV cache for each key head, and the rotary tables of all positions, [capacity, head_dim]. */
@@ -343,11 +344,11 @@ SHARED void free_attention_scratch(const AttentionScratch *s) {
 }
 
 /* Normed rows [rows, key_value.in] at `position`: all leave keys and values, the last one attends over all of the text,
- * and what it finds is added to its state `last` [hidden]. Every thread of a pass calls it; the sum is there after a
- * barrier. */
+ * and what it finds and `residual` [hidden] are added up in `last` [hidden], which may be the same. Every thread of a
+ * pass calls it; the sum is there after a barrier. */
 SHARED void attend_last(const Attention *a, const bf16 *rows_in, int64_t rows, int64_t position,
-                        const KVBuffers *buffers, const AttentionScratch *s, bf16 *last, Int15 *mine,
-                        Barrier *barrier) {
+                        const KVBuffers *buffers, const AttentionScratch *s, const bf16 *residual, bf16 *last,
+                        Int15 *mine, Barrier *barrier) {
     int64_t size = a->head_dim, end = position + rows, from, to;
     int8_product(&a->key_value, rows_in, NULL, s->kv, rows, mine);
     int8_product(&a->query, rows_in + (rows - 1) * a->query.in, NULL, s->query, 1, mine);
@@ -357,7 +358,7 @@ SHARED void attend_last(const Attention *a, const bf16 *rows_in, int64_t rows, i
         int64_t head = unit / rows, row = unit % rows, place = position + row, start = head * buffers->capacity * size;
         const bf16 *key = s->kv + row * 2 * a->kv_heads * size + head * size;
         bf16 rotated[size];
-        rotate(key, NULL, buffers->cos + place * size, buffers->sin + place * size, rotated, size, 0);
+        rotate(key, a->key_norm, buffers->cos + place * size, buffers->sin + place * size, rotated, size, a->eps);
         store_kv(rotated, key + a->kv_heads * size, buffers->keys + start, buffers->values + start, place, size);
     }
     barrier_wait(barrier);
@@ -365,11 +366,11 @@ SHARED void attend_last(const Attention *a, const bf16 *rows_in, int64_t rows, i
     for (int64_t head = from; head < to; head++) {
         int64_t start = head / (a->query_heads / a->kv_heads) * buffers->capacity * size;
         bf16 rotated[size], *found = s->attended + head * size;
-        rotate(s->query + head * size, NULL, buffers->cos + (end - 1) * size, buffers->sin + (end - 1) * size, rotated,
-               size, 0);
+        rotate(s->query + head * size, a->query_norm, buffers->cos + (end - 1) * size, buffers->sin + (end - 1) * size,
+               rotated, size, a->eps);
         attend(rotated, &end, buffers->keys + start, buffers->values + start, 0, size, a->scale, 1,
                s->scores + omp_get_thread_num() * (end + 32), &found);
     }
     barrier_wait(barrier);
-    int8_product(&a->output, s->attended, last, last, 1, mine);
+    int8_product(&a->output, s->attended, residual, last, 1, mine);
 }
