@@ -115,7 +115,7 @@ class LlamaBlock:
             queries = layout.query_heads * head_dim
             qk = torch.cat((self.q_norm(qk[:, :queries]), self.k_norm(qk[:, queries:])), -1)
         qk = _normed(self.qk_norm, qk.view(*lead, heads, head_dim))
-        qk = qk * cos + self._other_halves(qk) * sin
+        qk = (qk * cos + self._other_halves(qk) * sin).to(qkv.dtype)  # OLMo's tables are in float32
         values = qkv[:, heads * head_dim :].view(*lead, layout.kv_heads, head_dim)
         hidden = self._added(hidden, self.output(attention(qk, values)), self.behind_attention)
         gate_up = self.gate_up(_normed(self.mlp_norm, hidden))  # [rows, 2 * inner]
