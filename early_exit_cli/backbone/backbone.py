@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from early_exit_cli.backbone.block_layout import BlockLayout, layout_of
 from early_exit_cli.backbone.chat import Prompt, encode_prompt
 from early_exit_cli.backbone.contents import content_of, content_of_tensors
 from early_exit_cli.backbone.families import FAMILIES, LAYERS_WITH_STATE, LAYERS_WITHOUT_KEYS, Family
@@ -97,16 +98,32 @@ class Backbone:
 
     @property
     def has_llama_shape(self) -> bool:
-        """Whether `FusedBlocks` runs its blocks and an EAGLE head can start from the last one."""
+        """Whether an EAGLE head can start from its last block, and our CUDA kernels may run its blocks."""
         return self.without_llama_shape is None
 
     @property
     def without_llama_shape(self) -> str | None:
-        """Why code that reads its weights cannot know what it computes; None where it can."""
+        """Why its blocks are not Llama's and nothing else; None where they are."""
+        reason = self.without_layout
+        if reason is not None:
+            return reason
+        unlike = self.block_layout.unlike_llama
+        return None if unlike is None else f"{self.config.model_type} has {unlike}"
+
+    @property
+    def without_layout(self) -> str | None:
+        """Why code that reads its weights cannot know what it computes; None where it can, by `block_layout`."""
         if self.family.runner != "fused" or self.quantization not in get_args(Quantization):
             return f"{self.config.model_type} ({self.quantization}) has others"
         changed = next(iter(self.changes.items()), None)
         return None if changed is None else f"of this one {told(*changed)}; merge_and_unload() merges an adapter"
+
+    @property
+    def block_layout(self) -> BlockLayout:
+        """How its blocks are laid out, where `without_layout` is None."""
+        tables = self.rotary_tables(torch.zeros(1, dtype=torch.int64, device=self.device))
+        turned = next(int(cos.shape[-1]) for cos, _ in tables.values())
+        return layout_of(self.config, self.family, self.blocks[0], self.embedding, turned)
 
     @cached_property
     def _library_modules(self) -> dict[str, type[nn.Module]]:
