@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from early_exit_cli.backbone.families import Family
 
 IN_FRONT = ("input_layernorm", "post_attention_layernorm")
-FOUR_NORMS = (("input_layernorm", "pre_feedforward_layernorm"), ("post_attention_layernorm", "post_feedforward_layernorm"))
+FOUR_NORMS = (
+    ("input_layernorm", "pre_feedforward_layernorm"),
+    ("post_attention_layernorm", "post_feedforward_layernorm"),
+)
 BEHIND_ONLY = ((None, None), FOUR_NORMS[1])
 
 
