@@ -10,7 +10,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import starmap
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from early_exit_cli.backbone.block_layout import BlockLayout, layout_of
 from early_exit_cli.backbone.chat import Prompt, encode_prompt
 from early_exit_cli.backbone.contents import content_of, content_of_tensors
 from early_exit_cli.backbone.families import FAMILIES, LAYERS_WITH_STATE, LAYERS_WITHOUT_KEYS, Family
-from early_exit_cli.backbone.output import BlockShape, FinalNorm, LastBlock, LogitMap, no_last_block
+from early_exit_cli.backbone.output import BlockShape, FinalNorm, LastBlock, LogitMap
 from early_exit_cli.backbone.plain import changed_modules, is_within, library_modules, told
 from early_exit_cli.config import Quantization
 from early_exit_cli.errors import UnsupportedBackboneError, shown
@@ -30,6 +30,9 @@ from early_exit_cli.files.environment import processor_name
 
 NORM_EPS = 1e-5
 """Of a final norm that does not say its own."""
+WIDEST_HEAD, INNER_STEP, ROPE_THETA = 128, 64, 10000.0
+"""Of heads' own blocks where the backbone's have not the Llama shape: dimensions of an attention head, what the width of
+the MLP is a multiple of, and the base of rotary positions where the configuration has none."""
 
 
 @dataclass
@@ -97,16 +100,32 @@ class Backbone:
 
     @property
     def has_llama_shape(self) -> bool:
-        """Whether `FusedBlocks` runs its blocks and an EAGLE head can start from the last one."""
+        """Whether an EAGLE head can start from its last block, and our CUDA kernels may run its blocks."""
         return self.without_llama_shape is None
 
     @property
     def without_llama_shape(self) -> str | None:
-        """Why code that reads its weights cannot know what it computes; None where it can."""
+        """Why its blocks are not Llama's and nothing else; None where they are."""
+        reason = self.without_layout
+        if reason is not None:
+            return reason
+        unlike = self.block_layout.unlike_llama
+        return None if unlike is None else f"{self.config.model_type} has {unlike}"
+
+    @property
+    def without_layout(self) -> str | None:
+        """Why code that reads its weights cannot know what it computes; None where it can, by `block_layout`."""
         if self.family.runner != "fused" or self.quantization not in get_args(Quantization):
             return f"{self.config.model_type} ({self.quantization}) has others"
         changed = next(iter(self.changes.items()), None)
         return None if changed is None else f"of this one {told(*changed)}; merge_and_unload() merges an adapter"
+
+    @property
+    def block_layout(self) -> BlockLayout:
+        """How its blocks are laid out, where `without_layout` is None."""
+        tables = self.rotary_tables(torch.zeros(1, dtype=torch.int64, device=self.device))
+        turned = next(int(cos.shape[-1]) for cos, _ in tables.values())
+        return layout_of(self.config, self.family, self.blocks[0], self.embedding, turned)
 
     @cached_property
     def _library_modules(self) -> dict[str, type[nn.Module]]:
@@ -199,8 +218,7 @@ class Backbone:
     @property
     def last_block(self) -> LastBlock:
         if not self.has_llama_shape:
-            name = f"{self.name} ({self.config.model_type}, {self.quantization})"
-            raise no_last_block(name, next(iter(starmap(told, self.changes.items())), None))
+            return LastBlock(self._shape_of_heads(), {})
         last: Any = self.blocks[-1]
         attention, mlp = last.self_attn, last.mlp
         head_dim = int(attention.head_dim)
@@ -218,6 +236,25 @@ class Backbone:
             rope_theta=float(self.config.rope_parameters["rope_theta"]),
         )
         return LastBlock(shape, {f"{name}.weight": weight for name, weight in names.items()})
+
+    def _shape_of_heads(self) -> BlockShape:
+        """A block of the Llama shape about as wide as its own; heads of 128 dimensions at most, which our kernels know."""
+        config, hidden = self.config, self.hidden_size
+        query_heads = int(config.num_attention_heads)
+        kv_heads = int(getattr(config, "num_key_value_heads", None) or query_heads)
+        head_dim = int(getattr(config, "head_dim", None) or hidden // query_heads)
+        parts = head_dim // WIDEST_HEAD if head_dim % WIDEST_HEAD == 0 else 1
+        tables = getattr(config, "rope_parameters", None) or {}
+        tables = [table for table in tables.values() if isinstance(table, dict)] or [tables]
+        inner = getattr(config, "intermediate_size", None) or 4 * hidden
+        return BlockShape(
+            query_heads=query_heads * parts,
+            kv_heads=(kv_heads if query_heads % kv_heads == 0 else query_heads) * parts,
+            head_dim=head_dim // parts,
+            inner=-(-inner // INNER_STEP) * INNER_STEP,
+            activation="silu",
+            rope_theta=max(float(table.get("rope_theta", ROPE_THETA)) for table in tables),
+        )
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """[*] int64 -> [*, hidden], scaled as the family does; learned positions come later (`add_positions`)."""

@@ -19,11 +19,11 @@ LAYERS_WITHOUT_KEYS = ("conv", "linear_attention", "mlp", "moe")
 class Family:
     """Where a family keeps what stands around its blocks.
 
-    models: what people know of it. runner: fused where its blocks have the Llama shape, else hf. trunk: the module that
+    models: what people know of it. runner: fused where `block_layout` describes its blocks, else hf. trunk: the module that
     holds the blocks, from the model on; blocks, norm: their names there. positions: the embedding of learned positions,
     whose row `first_position` is the first token's. plain: modules that stay unquantized, too small for 4-bit kernels.
     adds_one: the final norm multiplies by one more than its weight. subtracts_mean: it is a LayerNorm that is not PyTorch's.
-    rotary: the module that makes rotary tables.
+    rotary: the module that makes rotary tables. rounds_once, caps_scores: of its blocks, see `BlockLayout`.
     """
 
     models: str
@@ -37,6 +37,8 @@ class Family:
     adds_one: bool = False
     rotary: str = "rotary_emb"
     subtracts_mean: bool = False
+    rounds_once: bool = False
+    caps_scores: bool = False
 
 
 FAMILIES = {
@@ -44,30 +46,30 @@ FAMILIES = {
     "mistral": Family("Mistral", "fused"),
     "qwen2": Family("Qwen2, Qwen2.5", "fused"),
     "qwen3": Family("Qwen3", "fused"),
-    "gemma": Family("Gemma", adds_one=True),
-    "gemma2": Family("Gemma 2", adds_one=True),
-    "gemma3_text": Family("Gemma 3, text", adds_one=True),
+    "gemma": Family("Gemma", "fused", adds_one=True, rounds_once=True),
+    "gemma2": Family("Gemma 2", "fused", adds_one=True, rounds_once=True, caps_scores=True),
+    "gemma3_text": Family("Gemma 3, text", "fused", adds_one=True, rounds_once=True),
     "gemma4_text": Family("Gemma 4, text: 12B and up"),
     "gemma4_unified_text": Family("Gemma 4 unified, text"),
-    "phi3": Family("Phi-3, Phi-4"),
+    "phi3": Family("Phi-3, Phi-4", "fused"),
     "gpt2": Family("GPT-2", trunk="transformer", blocks="h", norm="ln_f", positions="wpe"),
     "gpt_neox": Family("GPT-NeoX, Pythia", trunk="gpt_neox", norm="final_layer_norm"),
     "opt": Family("OPT", trunk="model.decoder", norm="final_layer_norm", positions="embed_positions", first_position=2),
     "falcon": Family("Falcon", trunk="transformer", blocks="h", norm="ln_f"),
-    "smollm3": Family("SmolLM3"),
+    "smollm3": Family("SmolLM3", "fused"),
     "olmo": Family("OLMo", subtracts_mean=True),
-    "olmo2": Family("OLMo 2"),
-    "olmo3": Family("OLMo 3"),
-    "granite": Family("Granite 3"),
-    "ministral": Family("Ministral"),
+    "olmo2": Family("OLMo 2", "fused", rounds_once=True),
+    "olmo3": Family("OLMo 3", "fused", rounds_once=True),
+    "granite": Family("Granite 3", "fused"),
+    "ministral": Family("Ministral", "fused"),
     "ministral3": Family("Ministral 3, Devstral 2"),
     "glm": Family("GLM-4, GLM-Edge"),
     "glm4": Family("GLM-4-0414"),
     "cohere": Family("Command R, Aya 23", subtracts_mean=True),
     "cohere2": Family("Command R7B, Command A", subtracts_mean=True),
-    "exaone4": Family("EXAONE 4"),
+    "exaone4": Family("EXAONE 4", "fused"),
     "ernie4_5": Family("ERNIE 4.5"),
-    "seed_oss": Family("Seed-OSS"),
+    "seed_oss": Family("Seed-OSS", "fused"),
     "hunyuan_v1_dense": Family("Hunyuan, dense"),
     "nemotron": Family("Nemotron 3 and 4, Minitron", adds_one=True),
     "arcee": Family("Arcee AFM"),

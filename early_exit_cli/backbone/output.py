@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from early_exit_cli.errors import UnsupportedBackboneError
 from early_exit_cli.files.forms import Form, Positive
 
 
@@ -57,7 +56,7 @@ class LogitMap(Form, extra="forbid"):
 
 
 class BlockShape(Form, extra="forbid"):
-    """A block of the Llama shape, without its weights."""
+    """A block of the Llama shape, without its weights: the backbone's, or as wide as one of its blocks."""
 
     query_heads: Positive
     kv_heads: Positive
@@ -74,9 +73,10 @@ class BlockShape(Form, extra="forbid"):
 
 @dataclass(frozen=True)
 class LastBlock:
-    """The backbone's last block, from which heads with an attention of their own start.
+    """What heads with an attention of their own start from.
 
-    weights: as `transformers` names them within the block, dequantized, [out, in].
+    weights: of the backbone's last block where that has the Llama shape, as `transformers` names them within the block,
+    dequantized, [out, in]; empty where it has not: such heads start from chance.
     """
 
     shape: BlockShape
@@ -121,21 +121,7 @@ class BackboneView(Protocol):
         """[vocab, hidden]; the LM head's where the two are tied."""
 
     @property
-    def last_block(self) -> LastBlock:
-        """Where heads with an attention of their own start from.
-
-        Raises:
-            UnsupportedBackboneError: the backbone's blocks have not the Llama shape.
-        """
-
-
-def no_last_block(name: str, changed: str | None = None) -> UnsupportedBackboneError:
-    """What to say where a backbone's blocks have not the Llama shape, or had it before somebody changed them."""
-    return UnsupportedBackboneError(
-        f"a head with an attention of its own starts from a block of the Llama shape, and {name} has none"
-        + (f": {changed}" if changed else ""),
-        hint="--head adapter",
-    )
+    def last_block(self) -> LastBlock: ...
 
 
 def logits_of(view: BackboneView, normed: Tensor, vocab: Tensor | None = None) -> Tensor:

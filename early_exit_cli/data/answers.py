@@ -32,11 +32,11 @@ KEPT_SHARE = 0.8
 
 def answerer(backbone: Backbone) -> Answer:
     """How many prompts are answered together by this backbone."""
-    if not backbone.has_llama_shape:
-        return partial(answer_by_library, backbone)
     compiled = compiled_blocks(backbone)
     if compiled is not None:
         return partial(answer_side_by_side, compiled)
+    if not backbone.has_llama_shape:
+        return partial(answer_by_library, backbone)
     if backbone.device.type == "cuda":
         return RecordedAnswers(FusedBlocks(backbone))
     return partial(answer_together, FusedBlocks(backbone))

@@ -158,11 +158,18 @@ class EagleHead(nn.Module):
         return self._borrowed_embedding if self.embed_tokens is None else self.embed_tokens.weight
 
     def start_from(self, view: BackboneView) -> None:
-        """Begin as the backbone's last block reading its final state; the embedding comes in from zero."""
+        """Begin as the backbone's last block reading its final state; the embedding comes in from zero. Where that block has
+        not the Llama shape, begin from chance, with a block that adds nothing to the final state yet.
+        """
         hidden, weights = view.hidden_size, view.last_block.weights
         with torch.no_grad():
             self.fc.weight.zero_()
             self.fc.weight[:, -hidden:] = torch.eye(hidden)
+            if not weights:
+                self.norm.weight.fill_(float(view.final_norm.weight.float().square().mean().sqrt()))
+                self.block.self_attn.o_proj.weight.zero_()
+                self.block.mlp.down_proj.weight.zero_()
+                return
             self.norm.weight.copy_(view.final_norm.weight)
             self.block.hidden_norm.weight.copy_(weights["input_layernorm.weight"])
             for name, parameter in self.block.named_parameters():
@@ -293,11 +300,7 @@ def roll_out_attention(query: Tensor, keys: list[Tensor], values: list[Tensor], 
 
 
 def our_layout(view: BackboneView) -> EagleLayout:
-    """The layout that is trained here: a block as wide as the backbone's last one.
-
-    Raises:
-        UnsupportedBackboneError: the backbone's blocks have not the Llama shape.
-    """
+    """The layout that is trained here: a block as wide as the backbone's last one."""
     shape = view.last_block.shape
     return EagleLayout(
         hidden=view.hidden_size,

@@ -109,6 +109,8 @@ class AttentionHead(AdapterHead):
 
     def start_from(self, last: LastBlock) -> None:
         """Take over what the backbone's last block looks at, but nothing of what it makes of it."""
+        if not last.weights:
+            return
         self.attention_norm["weight"].data.copy_(last.weights["input_layernorm.weight"])
         for name in ("q_proj", "k_proj", "v_proj"):
             getattr(self, name).weight.data.copy_(last.weights[f"self_attn.{name}.weight"])

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from early_exit_cli.backbone.contents import content_of
 from early_exit_cli.backbone.load import local_content
-from early_exit_cli.backbone.output import FinalNorm, LastBlock, LogitMap, no_last_block
+from early_exit_cli.backbone.output import FinalNorm, LastBlock, LogitMap
 from early_exit_cli.config import BackboneConfig, CacheConfig, DataConfig, HeadsConfig, TrainingConfig
 from early_exit_cli.errors import BundleError, CacheError, shown
 from early_exit_cli.files.atomic import file_sha256, sha256_of
@@ -67,13 +67,7 @@ class StoredView:
     logit_map: LogitMap
     lm_head_weight: Tensor
     embedding_weight: Tensor
-    stored_block: LastBlock | None
-
-    @property
-    def last_block(self) -> LastBlock:
-        if self.stored_block is None:
-            raise no_last_block(self.name)
-        return self.stored_block
+    last_block: LastBlock
 
     @property
     def device(self) -> torch.device:
@@ -155,9 +149,9 @@ class Cache:
     def view(self, device: torch.device) -> StoredView:
         """The backbone's readout, without the backbone."""
         found = self.manifest
-        if "last_block" not in found.model_fields_set:
+        if found.last_block is None:
             raise CacheError(
-                f"the cache in {self.folder} was begun by an older version and lacks the last block's weights",
+                f"the cache in {self.folder} was begun by an older version and lacks the last block",
                 hint="run eexit cache extract again with the same settings; it adds only these",
             )
         tensors = self.readout_tensors
@@ -181,7 +175,7 @@ class Cache:
             logit_map=found.logit_map or LogitMap(),
             lm_head_weight=lm_head,
             embedding_weight=tensors["embedding"].to(device) if "embedding" in tensors else lm_head,
-            stored_block=None if found.last_block is None else LastBlock(found.last_block, weights),
+            last_block=LastBlock(found.last_block, weights),
         )
 
 

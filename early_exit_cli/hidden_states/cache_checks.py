@@ -34,7 +34,8 @@ def readout_misfit(tensors: dict[str, Tensor], manifest: ManifestForm) -> str | 
     if last is not None:
         if last.activation not in ACT2FN:
             return f"the activation {shown(last.activation)} is unknown here"
-        shapes |= {f"{LAST_BLOCK}{name}.weight": shape for name, shape in block_shapes(last, hidden).items()}
+        if any(name.startswith(LAST_BLOCK) for name in tensors):
+            shapes |= {f"{LAST_BLOCK}{name}.weight": shape for name, shape in block_shapes(last, hidden).items()}
     if "embedding" in tensors:  # it may have rows that the LM head lacks
         rows = tensors["embedding"].shape[0] if tensors["embedding"].ndim else 0
         shapes["embedding"] = [max(rows, vocab), hidden]

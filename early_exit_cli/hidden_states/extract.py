@@ -377,14 +377,13 @@ def _packed(name: str, state: Tensor, store: str) -> dict[str, Tensor]:
 
 def _finish(folder: Path, header: dict[str, Any], plans: list[Plan], train: list[Batch], backbone: Backbone) -> None:
     """The readout, and the manifest that makes the cache complete."""
-    last = backbone.last_block if backbone.has_llama_shape else None
-    norm = backbone.final_norm
+    last, norm = backbone.last_block, backbone.final_norm
     tensors = {
         "lm_head": backbone.lm_head_weight,
         "norm": norm.weight,
         **({} if norm.bias is None else {"norm_bias": norm.bias}),
         **({} if backbone.embedding.weight is backbone.lm_head.weight else {"embedding": backbone.embedding_weight}),
-        **({} if last is None else {f"{LAST_BLOCK}{name}": weight for name, weight in last.weights.items()}),
+        **{f"{LAST_BLOCK}{name}": weight for name, weight in last.weights.items()},
     }
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
     tensors["token_counts"] = count_tokens(train, backbone.vocab_size)
@@ -395,7 +394,7 @@ def _finish(folder: Path, header: dict[str, Any], plans: list[Plan], train: list
         {
             **header,
             "complete": True,
-            "last_block": last and last.shape.model_dump(),
+            "last_block": last.shape.model_dump(),
             "readout": {"file": READOUT, "sha256": file_sha256(folder / READOUT)},
             "shards": [known[plan.file].as_json() for plan in plans],
         },

@@ -81,8 +81,8 @@ class StoredOutput(Form):
 
 
 class ManifestForm(Form):
-    """manifest.json of a cache. `last_block` is missing in one that is not complete, and null where the backbone's blocks
-    have not the Llama shape."""
+    """manifest.json of a cache. `last_block` is missing in one that is not complete, and null in one of an older version
+    whose backbone's blocks have not the Llama shape."""
 
     format_version: Version
     request: CacheRequest

@@ -37,6 +37,7 @@ from early_exit_cli.runtime.cuda_kernels import (
 from early_exit_cli.runtime.device_pass import BlockWeights, Buffers, block_steps
 from early_exit_cli.runtime.fused_blocks import FusedBlocks, why_not_nf4
 from early_exit_cli.runtime.kv_cache import KVCache, Part, Rotary
+from early_exit_cli.runtime.llama_block import Norm
 from early_exit_cli.runtime.nf4_linear import MergedNF4, is_plain_nf4
 from early_exit_cli.runtime.reference_kernels import ReferenceKernels
 
@@ -102,9 +103,10 @@ class CudaBlocks(FusedBlocks):
         )
         plan = AttentionPlan(
             *(index, self.query_heads, self.kv_heads, self.head_dim, self.windows[index] or 0, self.scale),
-            *(None if layer.qk_norm is None else layer.qk_norm.detach().contiguous(), self.eps),
+            *(None if layer.qk_norm is None else layer.qk_norm.weight.detach().contiguous(), self.eps),
         )
-        return BlockWeights(layer.input_norm.detach(), qkv, plan, output, layer.mlp_norm.detach(), gate_up, down)
+        input_norm, mlp_norm = (cast(Norm, norm).weight.detach() for norm in (layer.input_norm, layer.mlp_norm))
+        return BlockWeights(input_norm, qkv, plan, output, mlp_norm, gate_up, down)
 
     def prepare(self) -> None:
         """Record every width of the whole backbone, and let the library load what long prompts need.
@@ -376,7 +378,9 @@ def nf4_weight(product: MergedNF4) -> NF4Weight:
 
 def why_not_ours(backbone: Backbone) -> str | None:
     """Why our kernels cannot run this backbone's passes; None where they can, given a card that takes them."""
-    reason = why_not_nf4(backbone, is_plain_nf4, "on a GPU")
+    if backbone.without_llama_shape is not None:
+        return f"they are for blocks of the Llama shape, and {backbone.without_llama_shape}"
+    reason = why_not_nf4(backbone, is_plain_nf4, "on a GPU", ("silu",))
     if reason is not None:
         return reason
     products = [module for module in backbone.blocks.modules() if isinstance(module, nn.Linear)]

@@ -1,4 +1,4 @@
-"""Our own lean block runner for the Llama shape.
+"""Our own lean block runner for the Llama shape and those near it.
 
 Merged projections, grouped-query attention with the query heads of one key head laid side by side as rows (no repeated
 keys), no module overhead. What a library has, we write here and only here, because speed is what this program is for.
@@ -30,31 +30,40 @@ KEYS_AT_ONCE = 1024
 """A product over more keys is summed in an order that depends on their number (docs/measurements/passes.md)."""
 
 
+UNTURNED = "unturned"
+"""The kind of rotary table that leaves heads as they are."""
+
+
 class FusedBlocks(Blocks):
-    """Our own lean path for the Llama shape.
+    """Our own lean path for the Llama shape and what departs from it as `BlockLayout` says.
 
     RMSNorm, rotary embedding, grouped-query attention, gated MLP; with a norm on queries and keys (Qwen3), bias on the
-    projections (Qwen2), sliding windows (Mistral). Queries, keys and values are one product, gate and up another.
+    projections (Qwen2), sliding windows (Mistral), norms behind attention and MLP (Gemma 2, OLMo 2), multipliers (Granite).
+    Queries, keys and values are one product, gate and up another.
     """
 
     def __init__(self, backbone: Backbone) -> None:
-        reason = backbone.without_llama_shape
+        reason = backbone.without_layout
         if reason is not None:
             raise UnsupportedBackboneError(
-                f"{backbone.name}: the fused runner is for blocks of the Llama shape, and {reason}",
+                f"{backbone.name}: the fused runner is for blocks of the Llama shape or near it, and {reason}",
                 hint="--runner hf",
             )
         super().__init__(backbone)
         from transformers.activations import ACT2FN
 
-        self.eps = float(backbone.config.rms_norm_eps)
-        self.scale = self.head_dim**-0.5
+        self.layout = layout = backbone.block_layout
+        self.eps, self.scale = layout.eps, layout.scale
+        self.rotary_kinds = [
+            UNTURNED if block in layout.unturned else kind for block, kind in enumerate(self.rotary_kinds)
+        ]
+        self.table_kinds = sorted(set(self.rotary_kinds), key=str)
+        """The kinds of rotary tables that blocks read, in the order of `rotary_tables`."""
         self.longest_short = SHORT_BUFFER if backbone.device.type == "cpu" else math.inf
         self.graphs: Graphs | None = None
         """Recorded passes, where `select.use_graphs` found them to give the same bits."""
-        shape = (self.eps, self.query_heads, self.kv_heads, self.head_dim)
-        activation = ACT2FN[backbone.config.hidden_act]
-        self.layers = [LlamaBlock.merged(block, activation, *shape) for block in backbone.blocks]
+        activation = ACT2FN[layout.activation]
+        self.layers = [LlamaBlock.merged(block, layout, activation) for block in backbone.blocks]
 
     @property
     def name(self) -> str:
@@ -68,12 +77,15 @@ class FusedBlocks(Blocks):
         return self.graphs.lease(bucket, super().new_cache) or super().new_cache(bucket)
 
     def rotary_tables(self, limit: int) -> Rotary:
-        """sin carries the sign of rotate_half."""
-        half = self.head_dim // 2
-        return {
-            kind: (cos, torch.cat((-sin[..., :half], sin[..., half:]), -1))
-            for kind, (cos, sin) in super().rotary_tables(limit).items()
-        }
+        """As wide as a head, whatever part of it is turned; sin carries the sign of rotate_half."""
+        half, rest = self.layout.turned // 2, self.head_dim - self.layout.turned
+        found: Rotary = {}
+        tables = super().rotary_tables(limit)
+        for kind in self.table_kinds:
+            cos, sin = tables.get(kind) or next((cos.new_ones(cos.shape), sin * 0) for cos, sin in tables.values())
+            sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)
+            found[kind] = F.pad(cos, (0, rest), value=1.0), F.pad(sin, (0, rest))
+        return found
 
     def run(self, hidden: Tensor, cache: KVCache, position: int, first: int, last: int) -> Tensor:
         if self.graphs is not None:
@@ -81,23 +93,25 @@ class FusedBlocks(Blocks):
             if replayed is not None:
                 return replayed
         rows = self.rows(cache, position, hidden.shape[0])
-        return self._through(hidden, rows.rotary[None], [(cache, rows)], first, last)
+        return self._through(hidden, rows.rotary, [(cache, rows)], first, last)
 
     def run_batch(self, hidden: Tensor, parts: list[Part], stops: Sequence[int]) -> list[Tensor]:
         """Every product is over the rows of all texts; attention is each text's own."""
         texts = [(part.cache, self.rows(part.cache, part.position, part.width)) for part in parts]
         padding = hidden.shape[0] - sum(part.width for part in parts)
-        tables = zip(*(rows.rotary[None] for _, rows in texts), strict=True)
-        cos, sin = (F.pad(torch.cat(parts), (0, 0, 0, 0, 0, padding)) for parts in tables)
+        rotary: Rotary = {}
+        for kind in self.table_kinds:
+            cos, sin = (torch.cat(parts) for parts in zip(*(rows.rotary[kind] for _, rows in texts), strict=True))
+            rotary[kind] = F.pad(cos, (0, 0, 0, 0, 0, padding)), F.pad(sin, (0, 0, 0, 0, 0, padding))
         states = [hidden]
         for first, last in itertools.pairwise([0, *stops]):
-            states.append(self._through(states[-1], (cos, sin), texts, first, last))
+            states.append(self._through(states[-1], rotary, texts, first, last))
         return [state[: hidden.shape[0] - padding] for state in states[1:]]
 
     def run_at(self, hidden: Tensor, cache: KVCache, position: Tensor, first: int, last: int) -> Tensor:
         """`run` as a function of tensors only: `position` is [] int64 on the device, and the whole buffer is read."""
         rows = self.rows_at(cache, position, hidden.shape[0])
-        return self._through(hidden, rows.rotary[None], [(cache, rows)], first, last)
+        return self._through(hidden, rows.rotary, [(cache, rows)], first, last)
 
     def finish(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         replayed = None if self.graphs is None else self.graphs.finish(super().finish, hidden)
@@ -106,14 +120,14 @@ class FusedBlocks(Blocks):
     def _through(
         self,
         hidden: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: Rotary,
         texts: list[tuple[KVCache, Rows]],
         first: int,
         last: int,
     ) -> Tensor:
         for block in range(first, last):
             attention = partial(self._attention, block, texts)
-            hidden = self.layers[block].run(hidden, hidden.shape[:1], rotary, attention)
+            hidden = self.layers[block].run(hidden, hidden.shape[:1], rotary[self.rotary_kinds[block]], attention)
         return hidden
 
     def _attention(self, block: int, texts: list[tuple[KVCache, Rows]], qk: Tensor, values: Tensor) -> Tensor:
@@ -161,13 +175,18 @@ class FusedBlocks(Blocks):
 
         Over long buffers two plain products: slower than the library's kernel on few keys, faster on many, and the
         bits of a row do not depend on how many masked keys stand behind it: these add exact zeros, as long as a
-        product sums its keys in one go.
+        product sums its keys in one go. The library's kernel knows no cap of scores.
         """
-        if not is_long:
+        cap = self.layout.score_cap
+        if not is_long and cap is None:
             return F.scaled_dot_product_attention(
                 query[None], keys[None], values[None], attn_mask=mask, scale=self.scale
             )
-        weights = torch.softmax(torch.baddbmm(mask[0], query, keys.transpose(1, 2), alpha=self.scale), -1)
+        if cap is None:
+            scores = torch.baddbmm(mask[0], query, keys.transpose(1, 2), alpha=self.scale)
+        else:  # rounded where the library's modules round
+            scores = torch.tanh(torch.bmm(query, keys.transpose(1, 2)) * self.scale / cap) * cap + mask[0]
+        weights = torch.softmax(scores, -1)
         if keys.shape[1] <= KEYS_AT_ONCE:
             return torch.bmm(weights, values)
         first, *rest = zip(weights.split(KEYS_AT_ONCE, -1), values.split(KEYS_AT_ONCE, 1), strict=True)
@@ -177,13 +196,16 @@ class FusedBlocks(Blocks):
         return attended
 
 
-def why_not_nf4(backbone: Backbone, is_nf4: Callable[[Any], bool], where: str) -> str | None:
-    """Why no code of our own, for CPUs or GPUs, takes this backbone's blocks and LM head; None where some may.
+def why_not_nf4(
+    backbone: Backbone, is_nf4: Callable[[Any], bool], where: str, activations: Sequence[str]
+) -> str | None:
+    """Why no code of our own, for CPUs or GPUs, takes this backbone's products and LM head; None where some may.
 
     Args:
         is_nf4: whether a linear map's weight is packed as that code reads it. where: on what such code runs.
+        activations: those it knows.
     """
-    reason = backbone.without_llama_shape
+    reason = backbone.without_layout
     if reason is not None:
         return f"they are for blocks of the Llama shape, and {reason}"
     products = [module for module in backbone.blocks.modules() if isinstance(module, nn.Linear)]
@@ -191,10 +213,11 @@ def why_not_nf4(backbone: Backbone, is_nf4: Callable[[Any], bool], where: str) -
         return f"they are for weights in 4 bit (NF4) {where}"
     if any(cast(Any, module).weight.quant_state.blocksize != SCALED_TOGETHER for module in products):
         return f"they are for weights of which {SCALED_TOGETHER} share a scale"
-    if backbone.config.hidden_act != "silu":
-        return f"they know the activation silu, not {backbone.config.hidden_act}"
-    head, block = backbone.lm_head, cast(Any, backbone.blocks[0])
-    norms = (block.input_layernorm.weight, backbone.final_norm.weight)
+    activation = backbone.block_layout.activation
+    if activation not in activations:
+        return f"they know the activation {' and '.join(activations)}, not {activation}"
+    head = backbone.lm_head
+    norms = (cast(Any, backbone.blocks[0]).post_attention_layernorm.weight, backbone.norm.weight)
     if {backbone.dtype, backbone.embedding_weight.dtype, *(norm.dtype for norm in norms)} != {torch.bfloat16}:
         return "they compute in bfloat16"
     if head.bias is not None or head.weight.dtype != torch.bfloat16 or head.weight.shape[0] % VOCAB_TILE:

@@ -26,6 +26,9 @@ from early_exit_cli.runtime.nf4_linear import is_packed_nf4, is_plain_nf4
 
 BATCH_ROWS = 64
 KEPT_AS = "_compiled_blocks"
+SILU, GELU = "silu", "gelu_pytorch_tanh"
+VECTOR = 16
+"""Numbers that are computed together."""
 
 
 class NativeBlocks(FusedBlocks):
@@ -59,18 +62,24 @@ class NativeBlocks(FusedBlocks):
         return f"{super().name} {self.variant} {code_key()[:8]}"
 
     def _model(self) -> Model:
-        blocks = (Block * self.num_blocks)(
-            *(
-                Block(
-                    *map(self.held.address, (layer.input_norm, layer.mlp_norm, layer.qk_norm)),
-                    *map(self.held.nf4, (layer.qkv, layer.output, layer.gate_up, layer.down)),
-                    self.windows[index] or 0,
-                )
-                for index, layer in enumerate(self.layers)
-            )
+        blocks = (Block * self.num_blocks)(*map(self._block, range(self.num_blocks)))
+        layout = self.layout
+        cos, _ = self.rotary_tables(1)[self.table_kinds[0]]
+        sizes = (layout.hidden, layout.inner, self.query_heads, self.kv_heads, self.head_dim)
+        return Model(
+            *(blocks, self.held.address(self.backbone.embedding_weight), *sizes),
+            *(layout.turned, layout.activation == GELU, cos.dtype == torch.float32),
+            *(layout.eps, layout.scale, layout.score_cap or 0.0, layout.embedded, layout.residual),
         )
-        sizes = (self.backbone.hidden_size, self.layers[0].inner, self.query_heads, self.kv_heads, self.head_dim)
-        return Model(blocks, self.held.address(self.backbone.embedding_weight), *sizes, self.eps, self.scale)
+
+    def _block(self, index: int) -> Block:
+        layer, held = self.layers[index], self.held
+        norms = (layer.input_norm, layer.behind_attention, layer.mlp_norm, layer.behind_mlp)
+        return Block(
+            *(held.norm(norm and norm.weight) for norm in (*norms, layer.qk_norm, layer.q_norm, layer.k_norm)),
+            *map(held.nf4, (layer.qkv, layer.output, layer.gate_up, layer.down)),
+            *(self.windows[index] or 0, self.table_kinds.index(self.rotary_kinds[index])),
+        )
 
     def _head(self) -> LMHead:
         """The LM head with its int8 form, as `ExactArgmax` has it, but for the states, which are integers too."""
@@ -85,8 +94,9 @@ class NativeBlocks(FusedBlocks):
             tiles[part], scale[part], found = self.held.int8_tiles(rows)
             norm[part] = found.norm(dim=1)
             error[part] = (rows - found).norm(dim=1) + accumulation * rows.norm(dim=1)
-        addresses = map(self.held.address, (error, norm, weight, self.backbone.final_norm.weight))
-        return LMHead(self.held.int8(tiles, scale), *addresses, vocab, hidden, self.eps)
+        final_norm = self.held.norm(self.layout.norm_weight(self.backbone.norm))
+        addresses = map(self.held.address, (error, norm, weight))
+        return LMHead(self.held.int8(tiles, scale), *addresses, final_norm, vocab, hidden, self.eps)
 
     def pass_width(self, rows: int) -> int:
         return rows if rows in self.widths else super().pass_width(rows)
@@ -228,11 +238,16 @@ def why_not_native(backbone: Backbone) -> str | None:
     """Why this backbone's passes cannot be compiled code's on this machine; None where they can."""
     if backbone.device.type != "cpu":
         return "they are for CPUs"
-    reason = why_not_nf4(backbone, is_nf4, "in bitsandbytes' packing for this processor")
+    reason = why_not_nf4(backbone, is_nf4, "in bitsandbytes' packing for this processor", (SILU, GELU))
     if reason is not None:
         return reason
-    block = cast(Any, backbone.blocks[0])
-    head_dim, inner = int(block.self_attn.head_dim), int(block.mlp.down_proj.in_features)
-    if head_dim % 64 or any(size % TILE for size in (inner, block.self_attn.o_proj.in_features, backbone.hidden_size)):
+    layout = backbone.block_layout
+    head_dim, inner = layout.head_dim, layout.inner
+    if head_dim % 64 or any(size % TILE for size in (inner, layout.query_heads * head_dim, layout.hidden)):
         return f"their tiles do not fit head_dim {head_dim} and intermediate_size {inner}"
+    tables = backbone.rotary_tables(torch.zeros(1, dtype=torch.int64)).values()
+    if any(cos.dtype == torch.float32 for cos, _ in tables) and not layout.norms_all_heads:
+        return "they know rotary tables in float32 only behind norms over all heads"
+    if layout.turned % (2 * VECTOR):
+        return f"their vectors do not fit {layout.turned} turned numbers of a head"
     return why_no_native_code()

@@ -11,7 +11,7 @@ from torch import Tensor
 from early_exit_cli.backbone.output import AttentionShape
 from early_exit_cli.runtime.exact_argmax import int8_rows
 from early_exit_cli.runtime.kv_cache import KVCache, Part
-from early_exit_cli.runtime.native_code import Attention, Int8, Product
+from early_exit_cli.runtime.native_code import Attention, Int8, Norm, Product
 from early_exit_cli.runtime.native_code import Part as NativePart
 from early_exit_cli.runtime.nf4_linear import VOCAB_TILE, MergedNF4
 
@@ -31,6 +31,11 @@ class Held:
             return None
         self.tensors.append(tensor.detach().contiguous())
         return self.tensors[-1].data_ptr()
+
+    def norm(self, weight: Tensor | None) -> Norm:
+        """A norm by its weight, which says how it rounds (`llama_block.Norm`); none where there is none."""
+        once = weight is not None and weight.dtype == torch.float32
+        return Norm(None if once else self.address(weight), self.address(weight) if once else None)
 
     def int8_of(self, *weights: Tensor) -> Int8:
         """A product over weights [out, in], one behind another."""
@@ -112,8 +117,7 @@ def native_part(part: Part) -> NativePart:
     found = cache.addresses
     if position + part.width > found.capacity:
         raise IndexError(f"rows up to {position + part.width} in a KV cache of {found.capacity}")
-    row = position * found.row
-    return NativePart(*found.buffers, found.cos + row, found.sin + row, found.capacity, position, part.width)
+    return NativePart(*found.buffers, found.capacity, position, part.width)
 
 
 class Addresses:
@@ -121,10 +125,10 @@ class Addresses:
 
     def __init__(self, cache: KVCache) -> None:
         self.keys_of = cache.keys[0]
+        cos, sin = zip(*cache.rotary.values(), strict=True)
         self.arrays = [
-            (ctypes.c_void_p * len(held))(*(b.data_ptr() for b in held)) for held in (cache.keys, cache.values)
+            (ctypes.c_void_p * len(held))(*(b.data_ptr() for b in held))
+            for held in (cache.keys, cache.values, cos, sin)
         ]
         self.buffers = [ctypes.addressof(array) for array in self.arrays]
-        (cos, sin), *_ = cache.rotary.values()
-        self.cos, self.sin, self.row = cos.data_ptr(), sin.data_ptr(), cos.stride(0) * cos.element_size()
         self.capacity = cache.capacity

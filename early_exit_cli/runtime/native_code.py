@@ -129,16 +129,19 @@ class Product(ctypes.Structure):
     )
 
 
+class Norm(ctypes.Structure):
+    """At most one of the two: bfloat16 weights, or float32 ones."""
+
+    _fields_ = (("weight", ctypes.c_void_p), ("once", ctypes.c_void_p))
+
+
 class Block(ctypes.Structure):
     _fields_ = (
-        ("input_norm", ctypes.c_void_p),
-        ("mlp_norm", ctypes.c_void_p),
-        ("qk_norm", ctypes.c_void_p),
-        ("qkv", Product),
-        ("output", Product),
-        ("gate_up", Product),
-        ("down", Product),
+        *((name, Norm) for name in ("input_norm", "behind_attention", "mlp_norm", "behind_mlp")),
+        *((name, Norm) for name in ("qk_norm", "q_norm", "k_norm")),
+        *((name, Product) for name in ("qkv", "output", "gate_up", "down")),
         ("window", ctypes.c_int64),
+        ("table", ctypes.c_int64),
     )
 
 
@@ -147,8 +150,8 @@ class Model(ctypes.Structure):
         ("blocks", ctypes.POINTER(Block)),
         ("embedding", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("hidden", "inner", "query_heads", "kv_heads", "head_dim")),
-        ("eps", ctypes.c_float),
-        ("scale", ctypes.c_float),
+        *((name, ctypes.c_int64) for name in ("turned", "gelu", "exact_tables")),
+        *((name, ctypes.c_float) for name in ("eps", "scale", "cap", "embedded", "residual")),
     )
 
 
@@ -171,7 +174,8 @@ class Int8(ctypes.Structure):
 class LMHead(ctypes.Structure):
     _fields_ = (
         ("quantized", Int8),
-        *((name, ctypes.c_void_p) for name in ("error", "norm", "rows", "final_norm")),
+        *((name, ctypes.c_void_p) for name in ("error", "norm", "rows")),
+        ("final_norm", Norm),
         ("vocab", ctypes.c_int64),
         ("hidden", ctypes.c_int64),
         ("eps", ctypes.c_float),

@@ -69,7 +69,7 @@ def _pick(backbone: Backbone, runner: str, cuda_graphs: str) -> Blocks:
     compiled = compiled_blocks(backbone) if runner in ("auto", "native") else None
     if compiled is not None or runner == "native":
         return compiled or NativeBlocks(backbone)  # which says why there is none
-    is_fused = runner == "fused" or (runner == "auto" and backbone.has_llama_shape)
+    is_fused = runner == "fused" or (runner == "auto" and backbone.without_layout is None)
     blocks = FusedBlocks(backbone) if is_fused else HFBlocks(backbone)
     if runner == "auto" and is_fused and backbone.device.type == "cpu" and backbone.quantization == "4bit":
         blocks.without_kernels = why_no_native_code()
@@ -90,7 +90,7 @@ def _on_gpu(backbone: Backbone, runner: str, cuda_graphs: str) -> Blocks:
         wrong = str(error)
     if runner == "native":
         raise UnsupportedBackboneError(f"{backbone.name}: {wrong}", hint="--runner auto")
-    blocks = FusedBlocks(backbone) if backbone.has_llama_shape else HFBlocks(backbone)
+    blocks = FusedBlocks(backbone) if backbone.without_layout is None else HFBlocks(backbone)
     blocks.without_kernels = wrong
     return blocks
 

@@ -223,8 +223,7 @@ def test_code_that_reads_weights_refuses_a_changed_model_by_name(tiny_folder, qu
             make_blocks(backbone, runner)
         assert f"{BLOCK}.self_attn.q_proj is replaced by a LowRank" in str(refused.value)
         assert "merge_and_unload()" in str(refused.value)
-    with pytest.raises(UnsupportedBackboneError, match="is replaced by a LowRank"):
-        _ = backbone.last_block  # from which an EAGLE head would start
+    assert not backbone.last_block.weights  # from which an EAGLE head would start
 
 
 @pytest.mark.parametrize(

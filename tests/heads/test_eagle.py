@@ -286,15 +286,17 @@ def train(backbone, folder, steps=200, start_from=None, **changes):
     return Trainer(Lessons(source), heads, config, data, {}), texts
 
 
-def test_training_learns_and_leaves_a_head_that_drafts(tmp_path, tiny_backbone, tiny_folder):
-    backbone = tiny_backbone("llama")
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_training_learns_and_leaves_a_head_that_drafts(tmp_path, tiny_backbone, tiny_folder, family):
+    """From the last block, and from chance where its blocks are not Llama's."""
+    backbone = tiny_backbone(family)
     trainer, texts = train(backbone, tmp_path)
     start = trainer.evaluate()
     result = trainer.run()
     assert result.parts == ["draft position 1", "draft position 2"]
     assert result.last_agreement[0] > start[0] + 0.2
     assert result.last_agreement[1] > start[1] + 0.1
-    settings = BackboneConfig(model_name=str(tiny_folder("llama")), quantization="none", device="cpu")
+    settings = BackboneConfig(model_name=str(tiny_folder(family)), quantization="none", device="cpu")
     model = load_engine(settings, BundleConfig(bundle=str(tmp_path)))
     assert model.heads is None
     with pytest.raises(BundleError, match="not calibrated"):

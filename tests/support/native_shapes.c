@@ -147,20 +147,54 @@ static void extreme_inputs(void) {
 
 /* ---- a pass ---- */
 
+enum Kind { BARE, DRESSED, GEMMA, OLMO };
+
+static Norm norm(int64_t count) { return (Norm){around_one(count), NULL}; }
+static Norm norm_once(int64_t count) {
+    float *found = room(count * sizeof(float));
+    for (int64_t i = 0; i < count; i++) found[i] = to_float((bf16)(0x3F70 + random_bits() % 32));
+    return (Norm){NULL, found};
+}
+static void drop_norm(Norm norm) { free((void *)norm.weight), free((void *)norm.once); }
+
+/* Two blocks: bare Llama's; with norms of queries and keys and biases; all that Gemma 2 and 3 and Granite have, the
+ * second block with tables of its own; OLMo 2's norms, half of a head turned. */
 static void pass(int64_t hidden, int64_t inner, int64_t heads, int64_t kv_heads, int64_t size, int64_t width,
-                 int64_t window, int is_dressed) {
+                 int64_t window, enum Kind kind) {
     enum { BLOCKS = 2 };
+    const int is_dressed = kind == DRESSED;
     Block blocks[BLOCKS];
     int64_t rows = heads + 2 * kv_heads, vocab = 16, position = 21, end = position + width;
     int64_t capacity = (end + 15) / 16 * 16, of_keys = kv_heads * capacity * size * sizeof(bf16);
     for (int i = 0; i < BLOCKS; i++)
-        blocks[i] = (Block){around_one(hidden), around_one(hidden),
-                            is_dressed ? around_one((heads + kv_heads) * size) : NULL,
-                            nf4(hidden, rows * size, is_dressed), nf4(heads * size, hidden, 0),
-                            nf4(hidden, 2 * inner, 0), nf4(inner, hidden, 0), window};
-    Model model = {blocks, numbers(vocab * hidden, 1.0f), hidden, inner, heads, kv_heads, size, 1e-5f,
-                   1.0f / sqrtf((float)size)};
-    bf16 *cos = numbers(end * size, 1.0f), *sin = numbers(end * size, 1.0f), *found[3];
+    {
+        Norm none = {NULL, NULL};
+        Block block = {none, none, none, none, none, none, none, nf4(hidden, rows * size, is_dressed),
+                       nf4(heads * size, hidden, 0), nf4(hidden, 2 * inner, 0), nf4(inner, hidden, 0), window, 0};
+        if (kind < GEMMA) block.input_norm = norm(hidden), block.mlp_norm = norm(hidden);
+        if (kind == DRESSED) block.qk_norm = norm((heads + kv_heads) * size);
+        if (kind == GEMMA) {
+            block.input_norm = norm_once(hidden), block.mlp_norm = norm_once(hidden), block.table = i;
+            block.qk_norm = norm_once((heads + kv_heads) * size);
+        }
+        if (kind >= GEMMA) block.behind_attention = norm_once(hidden), block.behind_mlp = norm_once(hidden);
+        if (kind == OLMO) block.q_norm = norm_once(heads * size), block.k_norm = norm_once(kv_heads * size);
+        blocks[i] = block;
+    }
+    int is_gemma = kind == GEMMA;
+    Model model = {blocks, numbers(vocab * hidden, 1.0f), hidden, inner, heads, kv_heads, size,
+                   kind == OLMO ? size / 2 : size, is_gemma, kind == OLMO, 1e-5f, 1.0f / sqrtf((float)size), is_gemma ? 2.0f : 0,
+                   is_gemma ? 7.5f : 1, is_gemma ? 0.25f : 1};
+    bf16 *found[3];
+    void *tables[4];
+    for (int i = 0; i < 4; i++) {
+        tables[i] = numbers(end * size, 1.0f);
+        if (kind != OLMO) continue;
+        float *exact = room(end * size * sizeof(float));
+        for (int64_t j = 0; j < end * size; j++) exact[j] = to_float(((bf16 *)tables[i])[j]);
+        free(tables[i]), tables[i] = exact;
+    }
+    const void *cos[] = {tables[0], tables[1]}, *sin[] = {tables[2], tables[3]};
     int64_t tokens[end];
     for (int64_t i = 0; i < end; i++) tokens[i] = random_bits() % vocab;
     for (int way = 0; way < 3; way++) { /* all rows in two passes, with three threads, a row at a time */
@@ -170,7 +204,7 @@ static void pass(int64_t hidden, int64_t inner, int64_t heads, int64_t kv_heads,
         bf16 *kept = room(end * hidden * sizeof(bf16));
         for (int64_t first = 0; first < end;) {
             int64_t count = way == 2 ? 1 : first ? width : position, stop = 1;
-            Part part = {keys, values, cos + first * size, sin + first * size, capacity, first, count};
+            Part part = {keys, values, cos, sin, capacity, first, count};
             bf16 *copy = kept + first * hidden;
             check(!eexit_run(&model, tokens + first, found[way] + first * hidden, &part, 1, 0, BLOCKS, &stop, &copy, 1,
                              way == 1 ? 3 : 1), "no memory", width);
@@ -186,10 +220,13 @@ static void pass(int64_t hidden, int64_t inner, int64_t heads, int64_t kv_heads,
     }
     add_to_hash(found[0], end * hidden * sizeof(bf16));
     for (int i = 0; i < BLOCKS; i++) {
-        free((void *)blocks[i].input_norm), free((void *)blocks[i].mlp_norm), free((void *)blocks[i].qk_norm);
+        drop_norm(blocks[i].input_norm), drop_norm(blocks[i].mlp_norm), drop_norm(blocks[i].qk_norm);
+        drop_norm(blocks[i].behind_attention), drop_norm(blocks[i].behind_mlp);
+        drop_norm(blocks[i].q_norm), drop_norm(blocks[i].k_norm);
         drop(blocks[i].qkv), drop(blocks[i].output), drop(blocks[i].gate_up), drop(blocks[i].down);
     }
-    free((void *)model.embedding), free(cos), free(sin);
+    free((void *)model.embedding);
+    for (int i = 0; i < 4; i++) free(tables[i]);
     for (int way = 0; way < 3; way++) free(found[way]);
 }
 
@@ -214,7 +251,7 @@ static void drop_int8(Int8 p) { free((void *)p.weight), free((void *)p.scale); }
 
 static void lm_head(int64_t hidden, int64_t vocab, int64_t width) {
     bf16 *rows = room(vocab * hidden * sizeof(bf16));
-    LMHead head = {int8(hidden, vocab, rows), NULL, NULL, rows, around_one(hidden), vocab, hidden, 1e-5f};
+    LMHead head = {int8(hidden, vocab, rows), NULL, NULL, rows, norm(hidden), vocab, hidden, 1e-5f};
     float *error = room(vocab * sizeof(float)), *norm = room(vocab * sizeof(float));
     float *values = room(width * sizeof(float));
     for (int64_t token = 0; token < vocab; token++) {
@@ -241,7 +278,7 @@ static void lm_head(int64_t hidden, int64_t vocab, int64_t width) {
     }
     states[0] = 0x7FC0;
     check(!eexit_choose(&head, states, normed, choices, values, width, 1) && choices[0] == -1, "a state of NaN", width);
-    drop_int8(head.quantized), free(rows), free((void *)head.final_norm), free(error), free(norm), free(values);
+    drop_int8(head.quantized), free(rows), drop_norm(head.final_norm), free(error), free(norm), free(values);
     free(states), free(normed), free(logits), free(choices);
 }
 
@@ -322,9 +359,11 @@ int main(void) {
     static const int64_t widths[] = {1, 2, 3, 4, 5, 6, 7, 8, 17, 65};
     for (int i = 0; i < 10; i++) products(i % 2 ? 64 : 192, i % 3 ? 32 : 96, widths[i]);
     extreme_inputs();
-    for (int i = 0; i < 10; i += 4) pass(64, 192, 1, 1, 64, widths[i], 0, 0);
-    pass(192, 64, 6, 2, 64, 17, 0, 1);
-    pass(192, 320, 3, 1, 128, 3, 5, 1);
+    for (int i = 0; i < 10; i += 4) pass(64, 192, 1, 1, 64, widths[i], 0, BARE);
+    pass(192, 64, 6, 2, 64, 17, 0, DRESSED);
+    pass(192, 320, 3, 1, 128, 3, 5, DRESSED);
+    pass(192, 64, 6, 2, 64, 17, 5, GEMMA);
+    pass(192, 320, 3, 1, 128, 3, 0, OLMO);
     for (int i = 0; i < 10; i += 3) lm_head(i % 2 ? 64 : 192, i % 2 ? 48 : 208, widths[i]);
     heads(64, 48, 16, 1);
     heads(192, 80, 112, 17);

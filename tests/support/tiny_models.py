@@ -85,6 +85,12 @@ MORE_FAMILIES = (
 OTHER_FAMILIES = (*FIRST_FAMILIES, *MORE_FAMILIES)
 """Which the library's own blocks run."""
 
+NEAR_LLAMA = (
+    *("gemma", "gemma2", "gemma3", "phi3", "phi3-window", "smollm3", "smollm3-window", "olmo2", "olmo3", "granite"),
+    *("exaone4", "ministral", "seed_oss"),
+)
+"""Of these, those that the fused runner runs too."""
+
 NF4_FAMILIES = ("llama", "gemma2", "gemma4", "gpt2", "gpt_neox", "qwen2_moe", "lfm2", "qwen3_5", "granitemoehybrid")
 """Decoded in 4 bit too, as tiny models; SmolLM2 is a real one."""
 

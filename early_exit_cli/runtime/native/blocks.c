@@ -1,4 +1,6 @@
-/* A pass of blocks of the Llama shape over NF4 weights, on a CPU.
+/* A pass of blocks of the Llama shape, or near it, over NF4 weights, on a CPU.
+ *
+ * What a model has not is NULL, 0 or 1 in its Block and Model (`block_layout.BlockLayout`); then nothing is computed.
  *
  * One parallel region a pass: the threads share every product by tiles of 32 outputs and meet at barriers. The bits of
  * a row depend on nothing but the tokens before it, whatever the number of rows, of threads or of keys in the buffer.
@@ -18,24 +20,32 @@ typedef struct {
 } Product;
 
 typedef struct {
-    const bf16 *input_norm, *mlp_norm; /* [hidden] */
-    const bf16 *qk_norm;               /* [query_heads + kv_heads, head_dim] or NULL */
+    Norm input_norm, behind_attention, mlp_norm, behind_mlp; /* [hidden] */
+    Norm qk_norm;        /* of each head alone, [query_heads + kv_heads, head_dim] */
+    Norm q_norm, k_norm; /* of all heads together, [query_heads * head_dim], [kv_heads * head_dim] */
     Product qkv, output, gate_up, down;
     int64_t window; /* keys a row sees, 0 for all */
+    int64_t table;  /* which of a text's rotary tables it reads */
 } Block;
 
 typedef struct {
     const Block *blocks;
     const bf16 *embedding; /* [vocab, hidden] */
     int64_t hidden, inner, query_heads, kv_heads, head_dim;
+    int64_t turned; /* numbers of a head that are rotated */
+    int64_t gelu;   /* whether gates are bent by GELU, not by SiLU */
+    int64_t exact_tables; /* whether rotary tables are in float32 */
     float eps, scale;
+    float cap;                /* what attention's scores are bent below, or 0 */
+    float embedded, residual; /* what embedded tokens and the outputs of attention and MLP are multiplied by */
 } Model;
 
 /* Rows of one text: `width` of them from `position` on. keys and values: one pointer a block, a KV cache for each key
- * head. cos and sin: [width, head_dim] of these positions, sin with the sign of rotate_half. */
+ * head. cos and sin: the rotary tables of all positions, [positions, head_dim], sin with the sign of rotate_half; of bf16,
+ * or of float32 where the model says so. */
 typedef struct {
     bf16 *const *keys, *const *values;
-    const bf16 *cos, *sin;
+    const void *const *cos, *const *sin;
     int64_t capacity, position, width;
 } Part;
 
@@ -82,8 +92,9 @@ static void product(const Product *p, const bf16 *x, bf16 *out, int64_t width, i
     }
 }
 
-/* out [width, inner] = silu(gate) * up. */
-static void gated(const Product *p, const bf16 *x, bf16 *out, int64_t width, int64_t inner, ProductScratch scratch) {
+/* out [width, inner] = activation(gate) * up. */
+static void gated(const Product *p, const bf16 *x, bf16 *out, int64_t width, int64_t inner, int64_t is_gelu,
+                  ProductScratch scratch) {
     int64_t from, to;
     share(inner / TILE, &from, &to);
     float *own = scratch.outputs, *up = own + PIECE * TILE;
@@ -93,14 +104,76 @@ static void gated(const Product *p, const bf16 *x, bf16 *out, int64_t width, int
         for (int64_t t = from; t < to; t++) {
             tile(p, t, inputs, rows, own);
             tile(p, t + inner / TILE, inputs, rows, up);
-            for (int64_t i = 0; i < rows * TILE; i += 16)
+            for (int64_t i = 0; i < rows * TILE; i += 16) {
+                Floats gate = is_gelu ? gelu(read16(own + i)) : silu(read16(own + i));
                 store16(out + (row + i / TILE) * inner + t * TILE + i % TILE,
-                        mul16(rounded16(silu(read16(own + i))), read16(up + i)));
+                        mul16(rounded16(gate), read16(up + i)));
+            }
         }
     }
 }
 
+/* ---- what stands around the products ---- */
+
+/* Normed rows in `own`, or, without a norm, the rows themselves: [width, hidden]. */
+static const bf16 *normed_rows(const Model *m, Norm norm, const bf16 *hidden, bf16 *own, int64_t width) {
+    if (!is_there(norm)) return hidden;
+    for (int64_t row = 0; row < width; row++)
+        apply_norm(norm, hidden + row * m->hidden, own + row * m->hidden, m->hidden, m->eps);
+    return own;
+}
+
+/* hidden [width, hidden] += x times the weights, normed and multiplied where the model does that; it is there behind
+ * the last barrier. made: [width, hidden] of scratch. */
+static void add_product(const Model *m, const Product *p, Norm behind, const bf16 *x, bf16 *made, bf16 *hidden,
+                        int64_t width, ProductScratch scratch, Barrier *barrier) {
+    int adds = !is_there(behind) && m->residual == 1;
+    product(p, x, adds ? hidden : made, width, adds, scratch);
+    barrier_wait(barrier);
+    if (adds) return;
+    int64_t from, to;
+    share(width, &from, &to);
+    for (int64_t row = from; row < to; row++) {
+        bf16 *own = made + row * m->hidden, *sum = hidden + row * m->hidden;
+        if (is_there(behind)) apply_norm(behind, own, own, m->hidden, m->eps);
+        for (int64_t i = 0; i < m->hidden; i += 16)
+            store16(sum + i, add16(load16(sum + i), rounded16(mul16(load16(own + i), all16(m->residual)))));
+    }
+    barrier_wait(barrier);
+}
+
+static void embed(const Model *m, int64_t token, bf16 *out) {
+    const bf16 *row = m->embedding + token * m->hidden;
+    if (m->embedded == 1)
+        memcpy(out, row, m->hidden * sizeof(bf16));
+    else
+        for (int64_t i = 0; i < m->hidden; i += 16) store16(out + i, mul16(load16(row + i), all16(m->embedded)));
+}
+
 /* ---- attention ---- */
+
+/* Queries and keys of a share of the rows, in place, by the norms over all heads. qkv: [width, stride]. */
+static void norm_all_heads(const Model *m, const Block *block, bf16 *qkv, int64_t stride, int64_t width) {
+    int64_t from, to, queries = m->query_heads * m->head_dim;
+    share(width, &from, &to);
+    for (int64_t row = from; row < to; row++) {
+        bf16 *query = qkv + row * stride, *key = query + queries;
+        apply_norm(block->q_norm, query, query, queries, m->eps);
+        apply_norm(block->k_norm, key, key, m->kv_heads * m->head_dim, m->eps);
+    }
+}
+
+/* A head of a text's row, normed and rotated: [head_dim]. head: of the queries, then of the keys. */
+static void turn(const Model *m, const Block *block, const Part *part, int64_t row, int64_t head, const bf16 *x,
+                 bf16 *out) {
+    int64_t place = (part->position + row) * m->head_dim;
+    const void *cos = part->cos[block->table], *sin = part->sin[block->table];
+    if (m->exact_tables)
+        rotate_once(x, (const float *)cos + place, (const float *)sin + place, out, m->head_dim, m->turned);
+    else
+        rotate(x, norm_from(block->qk_norm, head * m->head_dim), (const bf16 *)cos + place, (const bf16 *)sin + place,
+               out, m->head_dim, m->turned, m->eps);
+}
 
 /* Queries `first` .. + rows - 1 of one key head, of those of a text by row and then by query head: they read its keys
  * together. qkv [width, stride] (not rotated) -> out [width, query heads * head_dim]. */
@@ -111,15 +184,13 @@ static void attend_rows(const Model *m, const Block *block, const Part *part, in
     bf16 rotated[ROWS * size], *found[ROWS];
     for (int r = 0; r < rows; r++) {
         int64_t row = (first + r) / group, head = kv_head * group + (first + r) % group;
-        const bf16 *norm = block->qk_norm ? block->qk_norm + head * size : NULL;
-        rotate(qkv + row * stride + head * size, norm, part->cos + row * size, part->sin + row * size,
-               rotated + r * size, size, m->eps);
+        turn(m, block, part, row, head, qkv + row * stride + head * size, rotated + r * size);
         end[r] = part->position + row + 1;
         found[r] = out + (row * m->query_heads + head) * size;
     }
 #define BODY(n)                                                                                                        \
-    attend(rotated, end, part->keys[index] + start, part->values[index] + start, block->window, size, m->scale, n,     \
-           scores, found)
+    attend(rotated, end, part->keys[index] + start, part->values[index] + start, block->window, size, m->scale, m->cap,\
+           n, scores, found)
     FOR_ROWS(ROWS, rows, BODY)
 #undef BODY
 }
@@ -149,9 +220,8 @@ static void store_kv_rows(const Model *m, const Block *block, const Part *part, 
     for (int64_t unit = from; unit < to; unit++) {
         int64_t head = unit / part->width, row = unit % part->width;
         const bf16 *key = qkv + row * stride + (m->query_heads + head) * size;
-        const bf16 *norm = block->qk_norm ? block->qk_norm + (m->query_heads + head) * size : NULL;
         bf16 rotated[size];
-        rotate(key, norm, part->cos + row * size, part->sin + row * size, rotated, size, m->eps);
+        turn(m, block, part, row, m->query_heads + head, key, rotated);
         store_kv(rotated, key + m->kv_heads * size, part->keys[index] + head * part->capacity * size,
                  part->values[index] + head * part->capacity * size, part->position + row, size);
     }
@@ -171,18 +241,17 @@ int eexit_run(const Model *m, const int64_t *tokens, bf16 *hidden, const Part *p
     }
     int64_t size = m->head_dim, queries = m->query_heads * size, stride = (m->query_heads + 2 * m->kv_heads) * size;
     bf16 *qkv = scratch_of(width * stride * sizeof(bf16)), *attended = scratch_of(width * queries * sizeof(bf16));
-    bf16 *gate = scratch_of(width * m->inner * sizeof(bf16)),
+    bf16 *made = scratch_of(width * m->hidden * sizeof(bf16)), *gate = scratch_of(width * m->inner * sizeof(bf16)),
          *normed = scratch_of(threads * width * m->hidden * sizeof(bf16));
     int64_t row_of_scores = ROWS * (keys + 32);
     float *scores = scratch_of(threads * row_of_scores * sizeof(float));
     float *outputs = scratch_of(threads * 2 * PIECE * TILE * sizeof(float));
     int64_t of_inputs = min(width, PIECE) * bytes_of_inputs(max(max(m->hidden, m->inner), queries));
     uint8_t *inputs = scratch_of(threads * of_inputs);
-    int failed = !qkv || !attended || !gate || !normed || !scores || !outputs || !inputs;
+    int failed = !qkv || !attended || !made || !gate || !normed || !scores || !outputs || !inputs;
     Barrier barrier = {0};
     if (!failed && tokens)
-        for (int64_t row = 0; row < width; row++)
-            memcpy(hidden + row * m->hidden, m->embedding + tokens[row] * m->hidden, m->hidden * sizeof(bf16));
+        for (int64_t row = 0; row < width; row++) embed(m, tokens[row], hidden + row * m->hidden);
     if (!failed)
 #pragma omp parallel num_threads(threads)
     {
@@ -191,23 +260,22 @@ int eexit_run(const Model *m, const int64_t *tokens, bf16 *hidden, const Part *p
         ProductScratch output = {outputs + thread * 2 * PIECE * TILE, inputs + thread * of_inputs};
         for (int index = first; index < last; index++) {
             const Block *block = m->blocks + index;
-            for (int64_t row = 0; row < width; row++)
-                rms_norm(hidden + row * m->hidden, block->input_norm, own + row * m->hidden, m->hidden, m->eps);
-            product(&block->qkv, own, qkv, width, 0, output);
+            product(&block->qkv, normed_rows(m, block->input_norm, hidden, own, width), qkv, width, 0, output);
             barrier_wait(&barrier);
+            if (is_there(block->q_norm)) {
+                norm_all_heads(m, block, qkv, stride, width);
+                barrier_wait(&barrier);
+            }
             for (int64_t i = 0, row = 0; i < count; row += parts[i++].width)
                 store_kv_rows(m, block, parts + i, index, qkv + row * stride, stride);
             barrier_wait(&barrier);
             attend_texts(m, block, parts, count, width, index, qkv, stride, attended, scores + thread * row_of_scores);
             barrier_wait(&barrier);
-            product(&block->output, attended, hidden, width, 1, output);
+            add_product(m, &block->output, block->behind_attention, attended, made, hidden, width, output, &barrier);
+            gated(&block->gate_up, normed_rows(m, block->mlp_norm, hidden, own, width), gate, width, m->inner, m->gelu,
+                  output);
             barrier_wait(&barrier);
-            for (int64_t row = 0; row < width; row++)
-                rms_norm(hidden + row * m->hidden, block->mlp_norm, own + row * m->hidden, m->hidden, m->eps);
-            gated(&block->gate_up, own, gate, width, m->inner, output);
-            barrier_wait(&barrier);
-            product(&block->down, gate, hidden, width, 1, output);
-            barrier_wait(&barrier);
+            add_product(m, &block->down, block->behind_mlp, gate, made, hidden, width, output, &barrier);
             for (int64_t i = 0; i < stops_count; i++)
                 if (stops[i] == index + 1) {
                     int64_t from, to;
@@ -217,7 +285,7 @@ int eexit_run(const Model *m, const int64_t *tokens, bf16 *hidden, const Part *p
                 }
         }
     }
-    free(qkv), free(attended), free(gate), free(normed), free(scores), free(outputs), free(inputs);
+    free(qkv), free(attended), free(made), free(gate), free(normed), free(scores), free(outputs), free(inputs);
     return failed;
 }
 

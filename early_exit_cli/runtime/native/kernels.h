@@ -45,6 +45,21 @@ INLINE Floats silu(Floats x) {
     return div16(x, add16(all16(1.0f), e));
 }
 
+/* GELU by tanh: x (1 + tanh u) / 2 = x / (1 + e^(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3) */
+INLINE Floats gelu(Floats x) {
+    Floats twice = mul16(x, fma16(mul16(x, x), all16(0.0713548162726f), all16(1.59576912160573f)));
+    return div16(x, add16(all16(1.0f), exponential(sub16(zero16(), twice))));
+}
+
+/* Below `cap`: cap tanh(x / cap), in place, for `count` numbers, whole vectors. */
+SHARED void bend(float *x, int64_t count, float cap) {
+    for (int64_t i = 0; i < count; i += 16) {
+        Floats e = exponential(min16(all16(80.0f), mul16(read16(x + i), all16(-2.0f / cap)))); /* finite */
+        Floats tanh = div16(sub16(all16(1.0f), e), add16(all16(1.0f), e));
+        write16(x + i, mul16(tanh, all16(cap)));
+    }
+}
+
 /* x / sqrt(mean(x^2) + eps), rounded, times the weight, rounded: [size] */
 INLINE void rms_norm(const bf16 *x, const bf16 *weight, bf16 *out, int64_t size, float eps) {
     Floats total = zero16();
@@ -55,6 +70,37 @@ INLINE void rms_norm(const bf16 *x, const bf16 *weight, bf16 *out, int64_t size,
     Floats by = all16(1.0f / sqrtf(sum16(total) / (float)size + eps));
     for (int64_t i = 0; i < size; i += 16)
         store16(out + i, mul16(load16(weight + i), rounded16(mul16(load16(x + i), by))));
+}
+
+/* The same times a float32 weight, with one rounding at the end: Gemma's and OLMo 2's. */
+SHARED void rms_norm_once(const bf16 *x, const float *weight, bf16 *out, int64_t size, float eps) {
+    Floats total = zero16();
+    for (int64_t i = 0; i < size; i += 16) {
+        Floats value = load16(x + i);
+        total = fma16(value, value, total);
+    }
+    Floats by = all16(1.0f / sqrtf(sum16(total) / (float)size + eps));
+    for (int64_t i = 0; i < size; i += 16) store16(out + i, mul16(mul16(load16(x + i), by), read16(weight + i)));
+}
+
+/* A norm's weight: for `rms_norm`, or for `rms_norm_once`; neither where there is no norm. */
+typedef struct {
+    const bf16 *weight;
+    const float *once;
+} Norm;
+
+INLINE int is_there(Norm norm) { return norm.weight || norm.once; }
+
+/* Its part from a place on. */
+INLINE Norm norm_from(Norm norm, int64_t place) {
+    return (Norm){norm.weight ? norm.weight + place : NULL, norm.once ? norm.once + place : NULL};
+}
+
+INLINE void apply_norm(Norm norm, const bf16 *x, bf16 *out, int64_t size, float eps) {
+    if (norm.weight)
+        rms_norm(x, norm.weight, out, size, eps);
+    else
+        rms_norm_once(x, norm.once, out, size, eps);
 }
 
 /* Calls `body` with a constant number of rows, `most` at most, so that sums stay in registers. */
@@ -104,19 +150,29 @@ INLINE void barrier_wait(Barrier *barrier) {
 
 /* ---- attention ---- */
 
-/* One head of one row: normed where the model does that, then rotated. [size] to [size]. */
-SHARED void rotate(const bf16 *x, const bf16 *norm, const bf16 *cos, const bf16 *sin, bf16 *out, int64_t size,
+/* One head of one row: normed where the model does that, then its first `turned` numbers rotated; sin is 0 and cos 1 of
+ * those behind. [size] to [size]. */
+SHARED void rotate(const bf16 *x, Norm norm, const bf16 *cos, const bf16 *sin, bf16 *out, int64_t size, int64_t turned,
                    float eps) {
     bf16 normed[size];
-    if (norm) {
-        rms_norm(x, norm, normed, size, eps);
+    if (is_there(norm)) {
+        apply_norm(norm, x, normed, size, eps);
         x = normed;
     }
-    int64_t half = size / 2;
+    int64_t half = turned / 2;
     for (int64_t i = 0; i < size; i += 16) {
-        Floats other_half = load16(x + (i < half ? i + half : i - half));
+        Floats other_half = load16(x + (i < half ? i + half : i < turned ? i - half : i));
         Floats product = rounded16(mul16(load16(x + i), load16(cos + i)));
         store16(out + i, add16(product, rounded16(mul16(other_half, load16(sin + i)))));
+    }
+}
+
+/* The same without a norm, by tables in float32, rounded once (OLMo 2). */
+SHARED void rotate_once(const bf16 *x, const float *cos, const float *sin, bf16 *out, int64_t size, int64_t turned) {
+    int64_t half = turned / 2;
+    for (int64_t i = 0; i < size; i += 16) {
+        Floats other_half = load16(x + (i < half ? i + half : i < turned ? i - half : i));
+        store16(out + i, add16(mul16(load16(x + i), read16(cos + i)), mul16(other_half, read16(sin + i))));
     }
 }
 
@@ -184,13 +240,15 @@ INLINE void weighted_sum(const bf16 *weights, int64_t stride, const bf16 *values
 }
 
 /* Attention of `rows` rotated queries of one key head, [rows, size], row r over the keys before `end[r]` (ascending),
- * the last `window` of them (0: all) -> out[r] [size]. scores: [rows, last end + 32] of scratch. */
+ * the last `window` of them (0: all) -> out[r] [size]. cap: what scores are bent below (0: they are not). scores: [rows,
+ * last end + 32] of scratch. */
 INLINE void attend(const bf16 *queries, const int64_t *end, const bf16 *keys, const bf16 *values, int64_t window,
-                   int64_t size, float scale, const int rows, float *scores, bf16 *const *out) {
+                   int64_t size, float scale, float cap, const int rows, float *scores, bf16 *const *out) {
     int64_t last = end[rows - 1], begin = window && end[0] > window ? (end[0] - window) & ~(int64_t)(KEY_TILE - 1) : 0;
     int64_t count = (last - begin + KEY_TILE - 1) & ~(int64_t)(KEY_TILE - 1), seen = (last - begin + 1) & ~(int64_t)1;
     float total[ROWS];
     score(queries, keys, begin, last, size, scale, rows, scores, count);
+    if (cap) bend(scores, rows * count, cap);
     for (int r = 0; r < rows; r++)
         total[r] = softmax(scores + r * count, begin, count, window && end[r] > window ? end[r] - window : 0, end[r]);
     const bf16 *weights = (const bf16 *)scores;
@@ -350,6 +408,7 @@ SHARED void attend_last(const Attention *a, const bf16 *rows_in, int64_t rows, i
                         const KVBuffers *buffers, const AttentionScratch *s, const bf16 *residual, bf16 *last,
                         Int15 *mine, Barrier *barrier) {
     int64_t size = a->head_dim, end = position + rows, from, to;
+    const Norm query_norm = {a->query_norm, NULL}, key_norm = {a->key_norm, NULL};
     int8_product(&a->key_value, rows_in, NULL, s->kv, rows, mine);
     int8_product(&a->query, rows_in + (rows - 1) * a->query.in, NULL, s->query, 1, mine);
     barrier_wait(barrier);
@@ -358,7 +417,7 @@ SHARED void attend_last(const Attention *a, const bf16 *rows_in, int64_t rows, i
         int64_t head = unit / rows, row = unit % rows, place = position + row, start = head * buffers->capacity * size;
         const bf16 *key = s->kv + row * 2 * a->kv_heads * size + head * size;
         bf16 rotated[size];
-        rotate(key, a->key_norm, buffers->cos + place * size, buffers->sin + place * size, rotated, size, a->eps);
+        rotate(key, key_norm, buffers->cos + place * size, buffers->sin + place * size, rotated, size, size, a->eps);
         store_kv(rotated, key + a->kv_heads * size, buffers->keys + start, buffers->values + start, place, size);
     }
     barrier_wait(barrier);
@@ -366,9 +425,9 @@ SHARED void attend_last(const Attention *a, const bf16 *rows_in, int64_t rows, i
     for (int64_t head = from; head < to; head++) {
         int64_t start = head / (a->query_heads / a->kv_heads) * buffers->capacity * size;
         bf16 rotated[size], *found = s->attended + head * size;
-        rotate(s->query + head * size, a->query_norm, buffers->cos + (end - 1) * size, buffers->sin + (end - 1) * size,
-               rotated, size, a->eps);
-        attend(rotated, &end, buffers->keys + start, buffers->values + start, 0, size, a->scale, 1,
+        rotate(s->query + head * size, query_norm, buffers->cos + (end - 1) * size, buffers->sin + (end - 1) * size,
+               rotated, size, size, a->eps);
+        attend(rotated, &end, buffers->keys + start, buffers->values + start, 0, size, a->scale, 0, 1,
                s->scores + omp_get_thread_num() * (end + 32), &found);
     }
     barrier_wait(barrier);

@@ -10,7 +10,7 @@ typedef struct {
     const float *error;       /* [vocab] ||w - w'|| and what float32 sums err by, relative to ||state|| */
     const float *norm;        /* [vocab] ||w'|| */
     const bf16 *rows;         /* [vocab, hidden] */
-    const bf16 *final_norm;   /* [hidden] */
+    Norm final_norm;          /* [hidden] */
     int64_t vocab, hidden;
     float eps;
 } LMHead;
@@ -26,7 +26,7 @@ INLINE float logit(const bf16 *row, const bf16 *state, int64_t hidden) {
 /* states [width, hidden], final norm not yet applied -> normed [width, hidden]. */
 void eexit_final_norm(const LMHead *h, const bf16 *states, bf16 *normed, int64_t width) {
     for (int64_t row = 0; row < width; row++)
-        rms_norm(states + row * h->hidden, h->final_norm, normed + row * h->hidden, h->hidden, h->eps);
+        apply_norm(h->final_norm, states + row * h->hidden, normed + row * h->hidden, h->hidden, h->eps);
 }
 
 /* normed [width, hidden] -> all logits [width, vocab]. */
