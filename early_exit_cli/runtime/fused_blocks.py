@@ -196,7 +196,9 @@ class FusedBlocks(Blocks):
         return attended
 
 
-def why_not_nf4(backbone: Backbone, is_nf4: Callable[[Any], bool], where: str, activations: Sequence[str]) -> str | None:
+def why_not_nf4(
+    backbone: Backbone, is_nf4: Callable[[Any], bool], where: str, activations: Sequence[str]
+) -> str | None:
     """Why no code of our own, for CPUs or GPUs, takes this backbone's products and LM head; None where some may.
 
     Args:

@@ -45,7 +45,10 @@ AVX2_WHEN_SLOW = pytest.mark.parametrize(
     "any_blocks", ["", pytest.param("avx2", marks=pytest.mark.slow)], indirect=True
 )
 """Where the kernels' own tests at odd shapes say enough."""
-SHAPES_HERE = [*((family, "") for family in SHAPES), *((family, "avx2") for family in ("qwen2-window", "qwen3", "gemma2", "gemma3"))]
+SHAPES_HERE = [
+    *((family, "") for family in SHAPES),
+    *((family, "avx2") for family in ("qwen2-window", "qwen3", "gemma2", "gemma3")),
+]
 
 
 @pytest.fixture(scope="module")
