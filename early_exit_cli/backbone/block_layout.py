@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from early_exit_cli.backbone.families import Family
 
-IN_FRONT = ("input_layernorm", "post_attention_layernorm")
-FOUR_NORMS = (
-    ("input_layernorm", "pre_feedforward_layernorm"),
-    ("post_attention_layernorm", "post_feedforward_layernorm"),
-)
-BEHIND_ONLY = ((None, None), FOUR_NORMS[1])
+Names = tuple[str | None, str | None]
+IN_FRONT: Names = ("input_layernorm", "post_attention_layernorm")
+IN_FRONT_TOO: Names = ("input_layernorm", "pre_feedforward_layernorm")
+BEHIND: Names = ("post_attention_layernorm", "post_feedforward_layernorm")
+NOWHERE: Names = (None, None)
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,8 @@ class BlockLayout:
     activation: str
     scale: float
     turned: int
-    norms_before: tuple[str | None, str | None] = IN_FRONT
-    norms_behind: tuple[str | None, str | None] = (None, None)
+    norms_before: Names = IN_FRONT
+    norms_behind: Names = NOWHERE
     rounds_once: bool = False
     adds_one: bool = False
     norms_all_heads: bool = False
@@ -58,7 +57,7 @@ class BlockLayout:
     def unlike_llama(self) -> str | None:
         """The first thing in which these blocks depart from Llama's; None where nothing does."""
         found = {
-            "norms behind attention and MLP": self.norms_behind != (None, None),
+            "norms behind attention and MLP": self.norms_behind != NOWHERE,
             "norms that round once": self.rounds_once,
             "norms over all heads together": self.norms_all_heads,
             "merged projections": self.is_merged,
@@ -86,11 +85,11 @@ def layout_of(config: Any, family: Family, block: Any, embedding: nn.Embedding, 
     """
     attention, mlp = block.self_attn, block.mlp
     head_dim, inner = int(attention.head_dim), int(mlp.down_proj.in_features)
-    before, behind = IN_FRONT, (None, None)
+    before, behind = IN_FRONT, NOWHERE
     if hasattr(block, "pre_feedforward_layernorm"):
-        before, behind = FOUR_NORMS
+        before, behind = IN_FRONT_TOO, BEHIND
     elif hasattr(block, "post_feedforward_layernorm"):
-        before, behind = BEHIND_ONLY
+        before, behind = NOWHERE, BEHIND
     q_norm = getattr(attention, "q_norm", None)
     scale_of_embedding = getattr(embedding, "embed_scale", None)  # Gemma's, rounded like the weights
     multiplier = getattr(config, "embedding_multiplier", None)  # Granite's

@@ -163,7 +163,7 @@ class RecordedAnswers:
 
     def _piece_tokens(self) -> int:
         """Tokens of a pass whose widest states are to fit into a quarter of the free memory."""
-        a_token = 6 * max(layer.inner for layer in self.layers) * self.blocks.backbone.dtype.itemsize
+        a_token = 6 * max(layer.layout.inner for layer in self.layers) * self.blocks.backbone.dtype.itemsize
         return int(min(PIECE_TOKENS, max(256, free_bytes(self.blocks.backbone.device) / 4 / a_token)))
 
     def _step(self, batch: _Batch, end: int, is_sampled: bool) -> Step:

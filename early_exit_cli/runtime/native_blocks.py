@@ -74,9 +74,12 @@ class NativeBlocks(FusedBlocks):
 
     def _block(self, index: int) -> Block:
         layer, held = self.layers[index], self.held
-        norms = (layer.input_norm, layer.behind_attention, layer.mlp_norm, layer.behind_mlp)
+        norms = (
+            *(layer.input_norm, layer.behind_attention, layer.mlp_norm, layer.behind_mlp),
+            *(layer.qk_norm, layer.q_norm, layer.k_norm),
+        )
         return Block(
-            *(held.norm(norm and norm.weight) for norm in (*norms, layer.qk_norm, layer.q_norm, layer.k_norm)),
+            *(held.norm(None if norm is None else norm.weight) for norm in norms),
             *map(held.nf4, (layer.qkv, layer.output, layer.gate_up, layer.down)),
             *(self.windows[index] or 0, self.table_kinds.index(self.rotary_kinds[index])),
         )

@@ -8,7 +8,7 @@ import torch
 from commands import output_of
 from drafters import PROMPT, ScriptedDrafter, thresholds_between, tokens_of
 from families_page import shapes_of, tables, with_tables
-from tiny_models import MORE_FAMILIES, NF4_FAMILIES, OTHER_FAMILIES, byte_tokenizer, family_config
+from tiny_models import MORE_FAMILIES, NEAR_LLAMA, NF4_FAMILIES, OTHER_FAMILIES, byte_tokenizer, family_config
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -54,7 +54,7 @@ def test_the_documented_tables_are_the_codes():
 def test_decoding_equals_transformers_generate(tiny_model, family):
     """Plain, by exits, by lookup and by a drafter that is partly wrong; prompt and answer beyond every window."""
     prompts = [LONG_PROMPT] if family in MORE_FAMILIES else [PROMPT, LONG_PROMPT]
-    model = tiny_model(family, "hf")
+    model = tiny_model(family, "fused" if family in NEAR_LLAMA else "hf")
     assert model.blocks.is_invariant
     accepted = {"exits": 0, "lookup": 0, "scripted": 0}
     partly = dict(accepted)

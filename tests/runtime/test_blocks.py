@@ -3,7 +3,7 @@
 import pytest
 import torch
 from runs import run_in_passes
-from tiny_models import FAMILIES, OTHER_FAMILIES
+from tiny_models import FAMILIES, NEAR_LLAMA, OTHER_FAMILIES
 
 from early_exit_cli.backbone.load import load_backbone
 from early_exit_cli.config import BackboneConfig
@@ -17,7 +17,10 @@ from early_exit_cli.runtime.select import make_blocks
 RUNNERS = {"hf": HFBlocks, "fused": FusedBlocks}
 DELTA_NETS = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
 
-EVERY_FAMILY = [*((family, runner) for family in FAMILIES for runner in RUNNERS), *((f, "hf") for f in OTHER_FAMILIES)]
+EVERY_FAMILY = [
+    *((family, runner) for family in (*FAMILIES, *NEAR_LLAMA) for runner in RUNNERS),
+    *((family, "hf") for family in OTHER_FAMILIES if family not in NEAR_LLAMA),
+]
 
 
 @pytest.mark.parametrize(("family", "runner"), EVERY_FAMILY)

@@ -122,6 +122,7 @@ def test_what_the_kernels_do_not_take_is_said(backbone, tiny_backbone):
     assert why_not_ours(backbone()) is None
     assert "4 bit" in why_not_ours(tiny_backbone("llama"))
     assert "Llama shape" in why_not_ours(tiny_backbone("gpt2"))
+    assert "gemma3_text has norms behind attention and MLP" in why_not_ours(tiny_backbone("gemma3"))
 
 
 def test_what_they_do_not_know_of_a_model_is_said(backbone, monkeypatch):

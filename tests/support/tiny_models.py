@@ -91,7 +91,19 @@ NEAR_LLAMA = (
 )
 """Of these, those that the fused runner runs too."""
 
-NF4_FAMILIES = ("llama", "gemma2", "gemma4", "gpt2", "gpt_neox", "qwen2_moe", "lfm2", "qwen3_5", "granitemoehybrid")
+NF4_FAMILIES = (
+    "llama",
+    "gemma2",
+    "gemma3",
+    "olmo2",
+    "gemma4",
+    "gpt2",
+    "gpt_neox",
+    "qwen2_moe",
+    "lfm2",
+    "qwen3_5",
+    "granitemoehybrid",
+)
 """Decoded in 4 bit too, as tiny models; SmolLM2 is a real one."""
 
 VOCAB = 320
