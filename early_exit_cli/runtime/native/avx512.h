@@ -8,6 +8,7 @@
 #endif
 #define ROWS 8
 #define VALUES 4
+#define KEY_TILES 2
 #define INT8_INPUTS 4
 
 typedef __m512 Floats;

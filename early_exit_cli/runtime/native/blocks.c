@@ -47,14 +47,10 @@ typedef struct {
 #include "nf4_rows.h"
 #endif
 
-/* One tile of 32 outputs for all rows of x -> out [width, 32], rounded, with the bias. */
-static void tile(const Product *p, int64_t index, Inputs x, int64_t width, float *out) {
-    sums_of_tile(p, index, x, width, out);
-    for (int64_t i = 0; i < width * TILE; i += 16) {
-        Floats value = rounded16(read16(out + i));
-        if (p->bias) value = rounded16(add16(value, load16(p->bias + index * TILE + i % TILE)));
-        write16(out + i, value);
-    }
+/* 16 sums of a product from output `output` on, as it gives them: rounded, with the bias. */
+INLINE Floats given16(const Product *p, int64_t output, const float *sums) {
+    Floats value = rounded16(read16(sums));
+    return p->bias ? rounded16(add16(value, load16(p->bias + output))) : value;
 }
 
 /* A thread's own: outputs [2, PIECE, 32], and the inputs of up to PIECE rows as a product reads them. */
@@ -72,10 +68,11 @@ static void product(const Product *p, const bf16 *x, bf16 *out, int64_t width, i
         int rows = min(PIECE, width - row);
         Inputs inputs = inputs_of(x + row * p->in, rows, p->in, scratch.inputs);
         for (int64_t t = from; t < to; t++) {
-            tile(p, t, inputs, rows, own);
+            sums_of_tile(p, t, inputs, rows, own);
             for (int64_t i = 0; i < rows * TILE; i += 16) {
-                bf16 *place = out + (row + i / TILE) * p->out + t * TILE + i % TILE;
-                Floats found = read16(own + i);
+                int64_t output = t * TILE + i % TILE;
+                bf16 *place = out + (row + i / TILE) * p->out + output;
+                Floats found = given16(p, output, own + i);
                 store16(place, adds ? add16(load16(place), found) : found);
             }
         }
@@ -91,11 +88,14 @@ static void gated(const Product *p, const bf16 *x, bf16 *out, int64_t width, int
         int rows = min(PIECE, width - row);
         Inputs inputs = inputs_of(x + row * p->in, rows, p->in, scratch.inputs);
         for (int64_t t = from; t < to; t++) {
-            tile(p, t, inputs, rows, own);
-            tile(p, t + inner / TILE, inputs, rows, up);
-            for (int64_t i = 0; i < rows * TILE; i += 16)
-                store16(out + (row + i / TILE) * inner + t * TILE + i % TILE,
-                        mul16(rounded16(silu(read16(own + i))), read16(up + i)));
+            sums_of_tile(p, t, inputs, rows, own);
+            sums_of_tile(p, t + inner / TILE, inputs, rows, up);
+            for (int64_t i = 0; i < rows * TILE; i += 16) {
+                int64_t output = t * TILE + i % TILE;
+                Floats gate = silu(given16(p, output, own + i));
+                store16(out + (row + i / TILE) * inner + output,
+                        mul16(rounded16(gate), given16(p, inner + output, up + i)));
+            }
         }
     }
 }

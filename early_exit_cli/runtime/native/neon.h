@@ -4,6 +4,7 @@
 
 #define ROWS 4
 #define VALUES 1
+#define KEY_TILES 1
 #define INT8_INPUTS 2
 
 typedef struct {

@@ -21,7 +21,8 @@
  *   decode_pairs            with HAS_BF16, for nf4_pairs.h; else
  *   decode_block order_inputs store_whole dot_two sums_of_four load4 fma4     for nf4_rows.h
  *
- * ROWS: so many rows share a weight that was read. VALUES: so many vectors of attention's values fit beside them.
+ * ROWS: so many rows share a weight that was read. VALUES: so many vectors of attention's values fit beside half of
+ * them, and KEY_TILES: so many of its keys beside all.
  * INT8_INPUTS: inputs of an int8 row that lie side by side.
  */
 #pragma once
