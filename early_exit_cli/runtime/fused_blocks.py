@@ -177,20 +177,18 @@ class FusedBlocks(Blocks):
         return attended
 
 
-def why_not_nf4(backbone: Backbone, is_nf4: Callable[[Any], bool], where: str) -> str | None:
+def why_no_code(backbone: Backbone, why_not: Callable[[list[Any]], str | None]) -> str | None:
     """Why no code of our own, for CPUs or GPUs, takes this backbone's blocks and LM head; None where some may.
 
     Args:
-        is_nf4: whether a linear map's weight is packed as that code reads it. where: on what such code runs.
+        why_not: why that code cannot read the weights of these linear maps, None where it can.
     """
     reason = backbone.without_llama_shape
     if reason is not None:
         return f"they are for blocks of the Llama shape, and {reason}"
-    products = [module for module in backbone.blocks.modules() if isinstance(module, nn.Linear)]
-    if not all(map(is_nf4, products)):
-        return f"they are for weights in 4 bit (NF4) {where}"
-    if any(cast(Any, module).weight.quant_state.blocksize != SCALED_TOGETHER for module in products):
-        return f"they are for weights of which {SCALED_TOGETHER} share a scale"
+    reason = why_not([module for module in backbone.blocks.modules() if isinstance(module, nn.Linear)])
+    if reason is not None:
+        return reason
     if backbone.config.hidden_act != "silu":
         return f"they know the activation silu, not {backbone.config.hidden_act}"
     head, block = backbone.lm_head, cast(Any, backbone.blocks[0])
@@ -199,4 +197,17 @@ def why_not_nf4(backbone: Backbone, is_nf4: Callable[[Any], bool], where: str) -
         return "they compute in bfloat16"
     if head.bias is not None or head.weight.dtype != torch.bfloat16 or head.weight.shape[0] % VOCAB_TILE:
         return "its LM head has another form"
+    return None
+
+
+def why_not_nf4(products: list[Any], is_nf4: Callable[[Any], bool], where: str) -> str | None:
+    """Why these linear maps are none over NF4 weights that code of our own reads; None where they are.
+
+    Args:
+        is_nf4: whether a weight is packed as that code reads it. where: on what such code runs, or what else it reads.
+    """
+    if not all(map(is_nf4, products)):
+        return f"they are for weights in 4 bit (NF4) {where}"
+    if any(module.weight.quant_state.blocksize != SCALED_TOGETHER for module in products):
+        return f"they are for weights of which {SCALED_TOGETHER} share a scale"
     return None
