@@ -7,7 +7,7 @@ one parallel region, `native/lm_head.c` the argmax in another; here are the addr
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -25,6 +25,8 @@ from early_exit_cli.runtime.native_code import Part as NativePart
 from early_exit_cli.runtime.nf4_linear import is_int8, is_packed_nf4, is_plain_nf4
 
 BATCH_ROWS = 64
+PROMPT_WIDTH = 128
+"""Rows of a prompt's pass at most: so long another text waits that is decoded meanwhile."""
 KEPT_AS = "_compiled_blocks"
 
 
@@ -97,6 +99,12 @@ class NativeBlocks(FusedBlocks):
     def grows(self, limit: int) -> bool:
         """Never: only the keys that a row needs are read, however large the buffer is."""
         return False
+
+    def prompt_pieces(self, length: int) -> Iterator[slice]:
+        """In few passes of equal widths: every pass reads all weights, and its threads wait for each other."""
+        step = -(-length // max(1, -(-length // PROMPT_WIDTH)))
+        for start in range(0, length, max(1, step)):
+            yield slice(start, min(start + step, length))
 
     def shared_positions(self, prefilled: int, same: int, length: int) -> int:
         """All: bits depend on nothing but the tokens before, decoded ones like those of a prefill."""
