@@ -56,7 +56,9 @@ class BackboneConfig(Section):
     )
     revision: str | None = setting(None, "Commit, tag or branch of a Hub id.")
     quantization: Quantization = setting(
-        "4bit", "4bit is NF4 with double quantization and bf16 compute. What is quantized already stays so."
+        "4bit",
+        "4bit is NF4 with double quantization and bf16 compute. none: bfloat16; on a CPU without compiled passes for it float32. "
+        "What is quantized already stays so.",
     )
     device: str = setting("auto", "auto takes a GPU where there is one; otherwise cpu, cuda, cuda:1 ...")
     runner: Literal["auto", "native", "fused", "hf"] = setting(

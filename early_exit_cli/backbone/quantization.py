@@ -10,9 +10,12 @@ from torch import nn
 from early_exit_cli.backbone.families import FAMILIES, LAYERS_WITH_STATE
 from early_exit_cli.config import Quantization
 from early_exit_cli.errors import BackboneError
+from early_exit_cli.files.instruction_sets import find_compiler, lacks
 
 KERNEL_ROWS = 32
 """What the 4-bit kernels of bitsandbytes for CPUs want a whole number of in a product's outputs."""
+HEAD_STEP = 64
+"""What compiled passes want a whole number of in a head's dimensions."""
 
 
 def settings_for(quantization: Quantization, dtype: torch.dtype, plain: tuple[str, ...] = ()) -> Any:
@@ -33,6 +36,23 @@ def settings_for(quantization: Quantization, dtype: torch.dtype, plain: tuple[st
             llm_int8_skip_modules=skipped,
         )
     return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped) if quantization == "8bit" else None
+
+
+def plain_dtype(config: Any, runner: str) -> torch.dtype:
+    """In what a checkpoint of this configuration computes on a CPU where nothing is quantized.
+
+    bfloat16 where it was saved so and compiled passes read it as it is (`runner` allowing); else float32, which PyTorch
+    computes everywhere.
+    """
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    is_compiled = (
+        runner in ("auto", "native")
+        and FAMILIES[config.model_type].runner == "fused"
+        and head_dim % HEAD_STEP == 0
+        and lacks() is None
+        and find_compiler() is not None
+    )
+    return torch.bfloat16 if is_compiled and config.dtype == torch.bfloat16 else torch.float32
 
 
 def plain_modules(config: Any) -> tuple[str, ...]:

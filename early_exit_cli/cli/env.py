@@ -129,7 +129,7 @@ def gpus() -> list[dict[str, str]]:
 
 def compiler() -> str:
     """The C compiler and its version."""
-    from early_exit_cli.runtime.native_code import find_compiler
+    from early_exit_cli.files.instruction_sets import find_compiler
 
     found = find_compiler()
     return f"{output_of(found, '--version').splitlines()[0]} ({from_home(found)})" if found else "none was found"
@@ -163,8 +163,8 @@ def torch_built_for() -> str | None:
 
 def runner_of_cpu() -> dict[str, Any]:
     """Compiled passes where they can be had, else PyTorch's."""
-    from early_exit_cli.files.instruction_sets import instruction_set
-    from early_exit_cli.runtime.native_code import code_key, find_compiler, lacks
+    from early_exit_cli.files.instruction_sets import find_compiler, instruction_set, lacks
+    from early_exit_cli.runtime.native_code import code_key
 
     is_compiled = (user_cache_dir() / "native" / f"{code_key()}.so").exists()
     reason = lacks()

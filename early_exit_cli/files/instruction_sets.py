@@ -1,4 +1,4 @@
-"""The instruction sets that compiled passes are written for, and which of them this processor has.
+"""The instruction sets that compiled passes are written for, which of them this processor has, and the compiler.
 
 `EEXIT_ISA` names one, for tests and comparisons; else it is the first one that the processor has.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import shutil
 import sys
 from dataclasses import dataclass
 
@@ -87,6 +88,12 @@ def lacks() -> str | None:
     if machine() not in {s.machine for s in SETS}:
         return f"they are written for x86-64 and ARM64, and this is {machine()}"
     return next(s for s in reversed(SETS) if s.machine == machine()).missing()
+
+
+def find_compiler() -> str | None:
+    """The C compiler: `CC` where it is set, else the system's."""
+    names = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
+    return next(filter(None, map(shutil.which, names)), None)
 
 
 @functools.cache

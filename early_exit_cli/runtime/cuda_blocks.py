@@ -35,7 +35,7 @@ from early_exit_cli.runtime.cuda_kernels import (
     recorder,
 )
 from early_exit_cli.runtime.device_pass import BlockWeights, Buffers, block_steps
-from early_exit_cli.runtime.fused_blocks import FusedBlocks, why_not_nf4
+from early_exit_cli.runtime.fused_blocks import FusedBlocks, why_no_code, why_not_nf4
 from early_exit_cli.runtime.kv_cache import KVCache, Part, Rotary
 from early_exit_cli.runtime.llama_block import Norm
 from early_exit_cli.runtime.nf4_linear import MergedNF4, is_plain_nf4
@@ -380,7 +380,7 @@ def why_not_ours(backbone: Backbone) -> str | None:
     """Why our kernels cannot run this backbone's passes; None where they can, given a card that takes them."""
     if backbone.without_llama_shape is not None:
         return f"they are for blocks of the Llama shape, and {backbone.without_llama_shape}"
-    reason = why_not_nf4(backbone, is_plain_nf4, "on a GPU", ("silu",))
+    reason = why_no_code(backbone, lambda products: why_not_nf4(products, is_plain_nf4, "on a GPU"), ("silu",))
     if reason is not None:
         return reason
     products = [module for module in backbone.blocks.modules() if isinstance(module, nn.Linear)]

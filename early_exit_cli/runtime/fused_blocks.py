@@ -196,23 +196,20 @@ class FusedBlocks(Blocks):
         return attended
 
 
-def why_not_nf4(
-    backbone: Backbone, is_nf4: Callable[[Any], bool], where: str, activations: Sequence[str]
+def why_no_code(
+    backbone: Backbone, why_not: Callable[[list[Any]], str | None], activations: Sequence[str]
 ) -> str | None:
-    """Why no code of our own, for CPUs or GPUs, takes this backbone's products and LM head; None where some may.
+    """Why no code of our own, for CPUs or GPUs, takes this backbone's blocks and LM head; None where some may.
 
     Args:
-        is_nf4: whether a linear map's weight is packed as that code reads it. where: on what such code runs.
-        activations: those it knows.
+        why_not: why that code cannot read the weights of these linear maps, None where it can. activations: those it knows.
     """
     reason = backbone.without_layout
     if reason is not None:
         return f"they are for blocks of the Llama shape, and {reason}"
-    products = [module for module in backbone.blocks.modules() if isinstance(module, nn.Linear)]
-    if not all(map(is_nf4, products)):
-        return f"they are for weights in 4 bit (NF4) {where}"
-    if any(cast(Any, module).weight.quant_state.blocksize != SCALED_TOGETHER for module in products):
-        return f"they are for weights of which {SCALED_TOGETHER} share a scale"
+    reason = why_not([module for module in backbone.blocks.modules() if isinstance(module, nn.Linear)])
+    if reason is not None:
+        return reason
     activation = backbone.block_layout.activation
     if activation not in activations:
         return f"they know the activation {' and '.join(activations)}, not {activation}"
@@ -222,4 +219,17 @@ def why_not_nf4(
         return "they compute in bfloat16"
     if head.bias is not None or head.weight.dtype != torch.bfloat16 or head.weight.shape[0] % VOCAB_TILE:
         return "its LM head has another form"
+    return None
+
+
+def why_not_nf4(products: list[Any], is_nf4: Callable[[Any], bool], where: str) -> str | None:
+    """Why these linear maps are none over NF4 weights that code of our own reads; None where they are.
+
+    Args:
+        is_nf4: whether a weight is packed as that code reads it. where: on what such code runs, or what else it reads.
+    """
+    if not all(map(is_nf4, products)):
+        return f"they are for weights in 4 bit (NF4) {where}"
+    if any(module.weight.quant_state.blocksize != SCALED_TOGETHER for module in products):
+        return f"they are for weights of which {SCALED_TOGETHER} share a scale"
     return None

@@ -1,4 +1,4 @@
-"""The block runner for CPUs: a whole pass over NF4 weights in one call of code compiled for the processor.
+"""The block runner for CPUs: a whole pass in one call of code compiled for the processor.
 
 Eager PyTorch spends more on calling its kernels than these spend on a small pass. `native/blocks.c` does the blocks in
 one parallel region, `native/lm_head.c` the argmax in another; here are the addresses they need (docs/decisions/0017).
@@ -7,24 +7,26 @@ one parallel region, `native/lm_head.c` the argmax in another; here are the addr
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.errors import UnsupportedBackboneError
 from early_exit_cli.files.instruction_sets import instruction_set
 from early_exit_cli.runtime.blocks import LARGEST_WIDTH, Blocks
-from early_exit_cli.runtime.fused_blocks import FusedBlocks, why_not_nf4
+from early_exit_cli.runtime.fused_blocks import FusedBlocks, why_no_code, why_not_nf4
 from early_exit_cli.runtime.kv_cache import KVCache, Part, Rotary
 from early_exit_cli.runtime.native_buffers import TILE, Held, native_part
 from early_exit_cli.runtime.native_code import Block, LMHead, Model, code_key, native_code, why_no_native_code
 from early_exit_cli.runtime.native_code import Part as NativePart
-from early_exit_cli.runtime.nf4_linear import is_packed_nf4, is_plain_nf4
+from early_exit_cli.runtime.nf4_linear import is_int8, is_packed_nf4, is_plain_nf4
 
 BATCH_ROWS = 64
+PROMPT_WIDTH = 128
+"""Rows of a prompt's pass at most: so long another text waits that is decoded meanwhile."""
 KEPT_AS = "_compiled_blocks"
 SILU, GELU = "silu", "gelu_pytorch_tanh"
 VECTOR = 16
@@ -80,7 +82,7 @@ class NativeBlocks(FusedBlocks):
         )
         return Block(
             *(held.norm(None if norm is None else norm.weight) for norm in norms),
-            *map(held.nf4, (layer.qkv, layer.output, layer.gate_up, layer.down)),
+            *map(held.product, (layer.qkv, layer.output, layer.gate_up, layer.down)),
             *(self.windows[index] or 0, self.table_kinds.index(self.rotary_kinds[index])),
         )
 
@@ -110,6 +112,12 @@ class NativeBlocks(FusedBlocks):
     def grows(self, limit: int) -> bool:
         """Never: only the keys that a row needs are read, however large the buffer is."""
         return False
+
+    def prompt_pieces(self, length: int) -> Iterator[slice]:
+        """In few passes of equal widths: every pass reads all weights, and its threads wait for each other."""
+        step = -(-length // max(1, -(-length // PROMPT_WIDTH)))
+        for start in range(0, length, max(1, step)):
+            yield slice(start, min(start + step, length))
 
     def shared_positions(self, prefilled: int, same: int, length: int) -> int:
         """All: bits depend on nothing but the tokens before, decoded ones like those of a prefill."""
@@ -237,11 +245,18 @@ def is_nf4(module: Any) -> bool:
     return is_plain_nf4(module) or is_packed_nf4(module)
 
 
+def _why_not_these(products: list[Any]) -> str | None:
+    """Why code for this processor cannot read these linear maps' weights; None where it can."""
+    if all(map(is_int8, products)) or all(type(p) is nn.Linear and p.weight.dtype == torch.bfloat16 for p in products):
+        return None
+    return why_not_nf4(products, is_nf4, "in bitsandbytes' packing for this processor, in 8 bit, or in bfloat16")
+
+
 def why_not_native(backbone: Backbone) -> str | None:
     """Why this backbone's passes cannot be compiled code's on this machine; None where they can."""
     if backbone.device.type != "cpu":
         return "they are for CPUs"
-    reason = why_not_nf4(backbone, is_nf4, "in bitsandbytes' packing for this processor", (SILU, GELU))
+    reason = why_no_code(backbone, _why_not_these, (SILU, GELU))
     if reason is not None:
         return reason
     layout = backbone.block_layout

@@ -13,9 +13,11 @@ from early_exit_cli.runtime.exact_argmax import int8_rows
 from early_exit_cli.runtime.kv_cache import KVCache, Part
 from early_exit_cli.runtime.native_code import Attention, Int8, Norm, Product
 from early_exit_cli.runtime.native_code import Part as NativePart
-from early_exit_cli.runtime.nf4_linear import VOCAB_TILE, MergedNF4
+from early_exit_cli.runtime.nf4_linear import VOCAB_TILE, Int8Rows, MergedNF4, PlainRows
 
 TILE, SCALES_TOGETHER = 32, 4
+BF16, INT8 = 1, 2
+"""Kinds of weights, as in `blocks.c`; 0 is NF4."""
 
 
 class Held:
@@ -74,10 +76,16 @@ class Held:
         )
         return tiles.transpose(1, 2).reshape(out, size), scale, whole.float() * scale[:, None]
 
-    def nf4(self, product: Any) -> Product:
-        """A product over NF4 weights (`nf4_linear`), which are bitsandbytes' own memory where they lie as the code reads
-        them.
+    def product(self, product: Any) -> Product:
+        """A product over a linear map's weights (`nf4_linear`), which are those of the library's own modules wherever the
+        code reads them as they lie.
         """
+        sizes = product.in_features, product.out_features
+        if isinstance(product, PlainRows):
+            return Product(self.address(product.weight), None, self.address(product.bias), *sizes, BF16)
+        if isinstance(product, Int8Rows):
+            whole, scales = map(self.address, product.joined())
+            return Product(whole, None, self.address(product.bias), *sizes, INT8, scales)
         if isinstance(product, MergedNF4):
             weight, scale = product.packed, product.scales.view(product.out_features, -1)
         elif self.code.packs_outputs:
@@ -86,8 +94,7 @@ class Held:
             weight, scale = by_rows(product.weight, product.scales)
         if not self.code.packs_outputs:  # [out, in / 64] to [out / 4, in / 64, 4]
             scale = scale.to(torch.bfloat16).unflatten(0, (-1, SCALES_TOGETHER)).transpose(1, 2)
-        addresses = map(self.address, (weight, scale, product.bias))
-        return Product(*addresses, product.in_features, product.out_features)
+        return Product(*map(self.address, (weight, scale, product.bias)), *sizes)
 
     def int8(self, tiles: Tensor, scale: Tensor) -> Int8:
         """A product over what `int8_tiles` made."""

@@ -8,9 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
-import os
 import platform
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Any
 
 from early_exit_cli.files.atomic import sha256_of, write_atomic
 from early_exit_cli.files.environment import kept_path, processor_name
-from early_exit_cli.files.instruction_sets import InstructionSet, instruction_set, lacks
+from early_exit_cli.files.instruction_sets import InstructionSet, find_compiler, instruction_set, lacks
 from early_exit_cli.steps import step
 
 FOLDER = Path(__file__).parent / "native"
@@ -29,12 +27,6 @@ SECONDS = 120
 
 class NoNativeCode(Exception):
     """Why there is none, in words for people."""
-
-
-def find_compiler() -> str | None:
-    """The C compiler: `CC` where it is set, else the system's."""
-    names = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
-    return next(filter(None, map(shutil.which, names)), None)
 
 
 def code_key() -> str:
@@ -126,6 +118,8 @@ class Product(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("inputs", ctypes.c_int64),
         ("outputs", ctypes.c_int64),
+        ("kind", ctypes.c_int64),
+        ("row_scale", ctypes.c_void_p),
     )
 
 

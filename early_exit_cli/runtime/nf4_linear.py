@@ -1,4 +1,4 @@
-"""Linear maps over NF4 weights, several of one input merged into one, in bitsandbytes' two packings."""
+"""Linear maps, several of one input merged into one: over NF4 weights in bitsandbytes' two packings, int8 or plain ones."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ def merged_linear(modules: list[Any]) -> LinearMap:
     """One linear map whose output rows are those of `modules` (same input), in order.
 
     The modules keep working: their weights become parts of the merged one, so that nothing is held twice. NF4 merges
-    exactly where a row is whole quantization blocks. Kinds that do not merge (8 bit) keep their own products.
+    exactly where a row is whole quantization blocks. In 8 bit, each keeps its own product (`Int8Rows`).
     """
     bias = None
     if any(getattr(module, "bias", None) is not None for module in modules):
         bias = torch.cat([module.bias for module in modules])
     if all(type(module) is nn.Linear for module in modules):
-        weight = _joined(modules)
-        return lambda x: F.linear(x, weight, bias)
+        return PlainRows(modules, bias)
     if all(is_packed_nf4(module) for module in modules):
         return PackedNF4(modules, bias)
     if all(is_plain_nf4(module) for module in modules):
         return MergedNF4(modules, bias)
+    if all(is_int8(module) for module in modules):
+        return Int8Rows(modules, bias)
     if len(modules) == 1:
         return modules[0]
     return lambda x: torch.cat([module(x) for module in modules], -1)
@@ -42,6 +43,42 @@ def _joined(modules: list[Any]) -> Tensor:
     for module, part in zip(modules, weight.split([module.weight.shape[0] for module in modules]), strict=True):
         module.weight.data = part
     return weight
+
+
+class PlainRows:
+    """Weights [out, in] of any number format, as PyTorch multiplies by them."""
+
+    def __init__(self, modules: list[Any], bias: Tensor | None) -> None:
+        self.weight, self.bias = _joined(modules), bias
+        self.out_features, self.in_features = self.weight.shape
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+def is_int8(module: Any) -> bool:
+    """Whether this linear map's weight is in bitsandbytes' 8 bit: whole numbers up to 127, and a scale for each row."""
+    return getattr(module, "state", None) is not None and module.weight.dtype == torch.int8
+
+
+class Int8Rows:
+    """Weights in bitsandbytes' 8 bit. Called, it does what the library's modules do: 8-bit inputs, but for outliers."""
+
+    def __init__(self, modules: list[Any], bias: Tensor | None) -> None:
+        self.modules, self.bias = modules, bias
+        self.out_features = sum(int(module.out_features) for module in modules)
+        self.in_features = int(modules[0].in_features)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.cat([module(x) for module in self.modules], -1) if len(self.modules) > 1 else self.modules[0](x)
+
+    def joined(self) -> tuple[Tensor, Tensor]:
+        """Whole numbers [out, in] int8, and what those of a row are times, [out] float32; the modules share them."""
+        holders = [module.weight if module.weight.CB is not None else module.state for module in self.modules]
+        weight = _joined(self.modules)
+        for module, holder in zip(self.modules, holders, strict=True):
+            holder.CB = module.weight.data
+        return weight, torch.cat([holder.SCB.flatten() for holder in holders]).float() / 127
 
 
 def is_plain_nf4(module: Any) -> bool:

@@ -71,7 +71,7 @@ def _pick(backbone: Backbone, runner: str, cuda_graphs: str) -> Blocks:
         return compiled or NativeBlocks(backbone)  # which says why there is none
     is_fused = runner == "fused" or (runner == "auto" and backbone.without_layout is None)
     blocks = FusedBlocks(backbone) if is_fused else HFBlocks(backbone)
-    if runner == "auto" and is_fused and backbone.device.type == "cpu" and backbone.quantization == "4bit":
+    if runner == "auto" and is_fused and backbone.device.type == "cpu" and backbone.dtype == torch.bfloat16:
         blocks.without_kernels = why_no_native_code()
     return blocks
 

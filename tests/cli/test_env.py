@@ -92,11 +92,12 @@ def test_a_gpu_too_old_for_our_kernels_says_so(monkeypatch):
 
 
 def test_without_a_compiler_passes_are_pytorchs(monkeypatch, tmp_path):
+    from early_exit_cli.files import instruction_sets
     from early_exit_cli.runtime import native_code
 
     monkeypatch.setenv("EEXIT_HOME", str(tmp_path))
-    monkeypatch.setattr(native_code, "lacks", lambda: None)
-    monkeypatch.setattr(native_code, "find_compiler", lambda: None)
+    monkeypatch.setattr(instruction_sets, "lacks", lambda: None)
+    monkeypatch.setattr(instruction_sets, "find_compiler", lambda: None)
     assert env.runner_of_cpu() == {"runner": "fused (PyTorch)", "why_not_native": "no C compiler was found"}
     (tmp_path / "native").mkdir()
     (tmp_path / "native" / f"{native_code.code_key()}.so").touch()

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from early_exit_cli.files.instruction_sets import SETS
-from early_exit_cli.runtime.native_code import FOLDER, find_compiler
+from early_exit_cli.files.instruction_sets import SETS, find_compiler
+from early_exit_cli.runtime.native_code import FOLDER
 
 SOURCE = Path(__file__).parents[1] / "support" / "native_shapes.c"
 HERE = [known for known in SETS if known.missing() is None]

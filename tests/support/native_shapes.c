@@ -145,6 +145,44 @@ static void extreme_inputs(void) {
     drop(p), free(x), free(scratch);
 }
 
+/* ---- weights as they are kept ---- */
+
+static Product plain(int64_t in, int64_t out, int64_t kind) {
+    uint8_t *weight = room(in * out * (kind == BF16 ? sizeof(bf16) : 1));
+    float *scale = NULL;
+    if (kind == BF16)
+        for (int64_t i = 0; i < in * out; i++) ((bf16 *)weight)[i] = random_bf16(1.0f);
+    else {
+        scale = room(out * sizeof(float));
+        for (int64_t i = 0; i < in * out; i++) weight[i] = (uint8_t)(random_bits() % 255 - 127);
+        for (int64_t i = 0; i < out; i++) scale[i] = (1.0f + (float)(random_bits() % 64) / 64.0f) / 128.0f;
+    }
+    return (Product){weight, NULL, NULL, in, out, kind, scale};
+}
+
+static void plain_products(int64_t in, int64_t width, int64_t kind) {
+    Product p = plain(in, 2 * TILE, kind);
+    bf16 *x = numbers(width * in, 4.0f), *decoded = room(bytes_of_group(in));
+    float *sums = room(width * TILE * sizeof(float)), *alone = room(TILE * sizeof(float));
+    plain_sums_of_tile(&p, 1, x, width, decoded, sums);
+    add_to_hash(sums, width * TILE * sizeof(float));
+    for (int64_t row = 0; row < width; row++) {
+        plain_sums_of_tile(&p, 1, x + row * in, 1, decoded, alone);
+        check(!memcmp(alone, sums + row * TILE, TILE * sizeof(float)), "a row's bits depend on others", in);
+        for (int64_t output = 0; output < TILE; output++) {
+            double wanted = 0, size = 0;
+            for (int64_t i = 0; i < in; i++) {
+                int64_t place = (TILE + output) * in + i;
+                double weight = kind == BF16 ? to_float(((const bf16 *)p.weight)[place])
+                                             : ((const int8_t *)p.weight)[place] * p.row_scale[TILE + output];
+                wanted += weight * to_float(x[row * in + i]), size += fabs(weight * to_float(x[row * in + i]));
+            }
+            check(fabs(sums[row * TILE + output] - wanted) <= 1e-5 * size + 1e-6, "a plain product", in);
+        }
+    }
+    drop(p), free((void *)p.row_scale), free(x), free(decoded), free(sums), free(alone);
+}
+
 /* ---- a pass ---- */
 
 enum Kind { BARE, DRESSED, GEMMA, OLMO };
@@ -359,6 +397,8 @@ int main(void) {
     static const int64_t widths[] = {1, 2, 3, 4, 5, 6, 7, 8, 17, 65};
     for (int i = 0; i < 10; i++) products(i % 2 ? 64 : 192, i % 3 ? 32 : 96, widths[i]);
     extreme_inputs();
+    for (int i = 0; i < 10; i++)
+        for (int64_t kind = BF16; kind <= INT8; kind++) plain_products(i % 2 ? 32 : 96 + 64 * i, widths[i], kind);
     for (int i = 0; i < 10; i += 4) pass(64, 192, 1, 1, 64, widths[i], 0, BARE);
     pass(192, 64, 6, 2, 64, 17, 0, DRESSED);
     pass(192, 320, 3, 1, 128, 3, 5, DRESSED);

@@ -4,6 +4,8 @@
 
 #define ROWS 4
 #define VALUES 1
+#define KEY_TILES 1
+#define SUMS 4
 #define INT8_INPUTS 2
 
 typedef struct {
@@ -119,6 +121,10 @@ INLINE Floats less_to_floats16(Ints x, int32_t less) {
 INLINE __m256i widened(const bf16 *p) {
     return _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16);
 }
+INLINE __m256 of_bytes8(const int8_t *p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
+INLINE Floats of_bytes16(const int8_t *p) { return (Floats){of_bytes8(p), of_bytes8(p + 8)}; }
 INLINE Floats load16(const bf16 *p) { return as_floats(widened(p), widened(p + 8)); }
 
 /* bfloat16 bits in the upper halves, what was behind them in the lower ones */

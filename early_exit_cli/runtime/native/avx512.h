@@ -8,6 +8,8 @@
 #endif
 #define ROWS 8
 #define VALUES 4
+#define KEY_TILES 2
+#define SUMS 16
 #define INT8_INPUTS 4
 
 typedef __m512 Floats;
@@ -32,6 +34,30 @@ INLINE Floats fma16(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b,
 INLINE Floats negative_fma16(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }
 INLINE Floats times_power16(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }
 INLINE float sum16(Floats x) { return _mm512_reduce_add_ps(x); }
+
+#define SUM_EACH16
+/* The sums of 16 vectors, each in the order of `sum16`: two vectors' halves are added side by side, then quarters. */
+INLINE Floats halves_of(Floats a, Floats b) {
+    return add16(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
+}
+INLINE Floats quarters_of(Floats a, Floats b) {
+    return add16(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
+}
+INLINE Floats twos_of(Floats a, Floats b) {
+    return add16(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xEE));
+}
+INLINE Floats ones_of(Floats a, Floats b) {
+    return add16(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xDD));
+}
+INLINE void sum_each16(const Floats *x, const int count, float *out) {
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    Floats four[4];
+    for (int i = 0; i < 4; i++)
+        four[i] = quarters_of(halves_of(x[4 * i], x[4 * i + 1]), halves_of(x[4 * i + 2], x[4 * i + 3]));
+    Floats all = ones_of(twos_of(four[0], four[1]), twos_of(four[2], four[3]));
+    write16(out, _mm512_permutexvar_ps(order, all));
+    (void)count;
+}
 INLINE float most16(Floats x) { return _mm512_reduce_max_ps(x); }
 
 INLINE Lanes between16(int64_t first, int64_t low, int64_t high) {
@@ -55,6 +81,10 @@ INLINE Floats less_to_floats16(Ints x, int32_t less) {
 
 INLINE Floats load16(const bf16 *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
+}
+
+INLINE Floats of_bytes16(const int8_t *p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
 }
 
 #ifdef HAS_BF16

@@ -1,4 +1,4 @@
-/* A pass of blocks of the Llama shape, or near it, over NF4 weights, on a CPU.
+/* A pass of blocks of the Llama shape, or near it, over weights in NF4, int8 or bfloat16, on a CPU.
  *
  * What a model has not is NULL, 0 or 1 in its Block and Model (`block_layout.BlockLayout`); then nothing is computed.
  *
@@ -12,11 +12,15 @@
 #define TILE 32     /* outputs of a product that a thread makes at a time */
 #define BLOCK 64    /* inputs that share a scale */
 
+enum { NF4_CODES, BF16, INT8 }; /* kinds of weights */
+
 typedef struct {
-    const uint8_t *weight; /* half a byte for each input of each output, packed as nf4_pairs.h or nf4_rows.h says */
-    const bf16 *scale;     /* of each BLOCK inputs of each output */
+    const uint8_t *weight; /* NF4: half a byte for each input of each output, packed as nf4_pairs.h or nf4_rows.h says;
+                            * else [out, in] */
+    const bf16 *scale;     /* of each BLOCK inputs of each output in NF4 */
     const bf16 *bias;      /* [out] or NULL */
-    int64_t in, out;
+    int64_t in, out, kind;
+    const float *row_scale; /* [out], of int8 */
 } Product;
 
 typedef struct {
@@ -49,29 +53,46 @@ typedef struct {
     int64_t capacity, position, width;
 } Part;
 
-/* ---- the NF4 product ---- */
+/* ---- products ---- */
 
 #ifdef HAS_BF16
 #include "nf4_pairs.h"
 #else
 #include "nf4_rows.h"
 #endif
+#include "plain_rows.h"
 
-/* One tile of 32 outputs for all rows of x -> out [width, 32], rounded, with the bias. */
-static void tile(const Product *p, int64_t index, Inputs x, int64_t width, float *out) {
-    sums_of_tile(p, index, x, width, out);
-    for (int64_t i = 0; i < width * TILE; i += 16) {
-        Floats value = rounded16(read16(out + i));
-        if (p->bias) value = rounded16(add16(value, load16(p->bias + index * TILE + i % TILE)));
-        write16(out + i, value);
-    }
-}
-
-/* A thread's own: outputs [2, PIECE, 32], and the inputs of up to PIECE rows as a product reads them. */
+/* A thread's own: outputs [2, PIECE, 32], and the inputs of up to PIECE rows, or GROUP weights, as a product reads them. */
 typedef struct {
     float *outputs;
-    void *inputs;
+    void *read;
 } ProductScratch;
+
+/* Rows of a product as its kernel reads them. */
+typedef struct {
+    const bf16 *rows; /* as they are */
+    Inputs inputs;
+} Given;
+
+INLINE Given given_of(const Product *p, const bf16 *x, int64_t rows, ProductScratch scratch) {
+    Given found = {.rows = x};
+    if (p->kind == NF4_CODES) found.inputs = inputs_of(x, rows, p->in, scratch.read);
+    return found;
+}
+
+/* One tile of 32 outputs for all rows -> out [width, 32], not yet rounded. */
+static void tile(const Product *p, int64_t index, Given x, int64_t width, ProductScratch scratch, float *out) {
+    if (p->kind == NF4_CODES)
+        sums_of_tile(p, index, x.inputs, width, out);
+    else
+        plain_sums_of_tile(p, index, x.rows, width, scratch.read, out);
+}
+
+/* 16 sums of a product from output `output` on, as it gives them: rounded, with the bias. */
+INLINE Floats given16(const Product *p, int64_t output, const float *sums) {
+    Floats value = rounded16(read16(sums));
+    return p->bias ? rounded16(add16(value, load16(p->bias + output))) : value;
+}
 
 /* out [width, p->out] = x [width, p->in] times the weights, or added to what is there. */
 static void product(const Product *p, const bf16 *x, bf16 *out, int64_t width, int adds, ProductScratch scratch) {
@@ -80,12 +101,13 @@ static void product(const Product *p, const bf16 *x, bf16 *out, int64_t width, i
     share(p->out / TILE, &from, &to);
     for (int64_t row = 0; row < width; row += PIECE) {
         int rows = min(PIECE, width - row);
-        Inputs inputs = inputs_of(x + row * p->in, rows, p->in, scratch.inputs);
+        Given given = given_of(p, x + row * p->in, rows, scratch);
         for (int64_t t = from; t < to; t++) {
-            tile(p, t, inputs, rows, own);
+            tile(p, t, given, rows, scratch, own);
             for (int64_t i = 0; i < rows * TILE; i += 16) {
-                bf16 *place = out + (row + i / TILE) * p->out + t * TILE + i % TILE;
-                Floats found = read16(own + i);
+                int64_t output = t * TILE + i % TILE;
+                bf16 *place = out + (row + i / TILE) * p->out + output;
+                Floats found = given16(p, output, own + i);
                 store16(place, adds ? add16(load16(place), found) : found);
             }
         }
@@ -100,14 +122,15 @@ static void gated(const Product *p, const bf16 *x, bf16 *out, int64_t width, int
     float *own = scratch.outputs, *up = own + PIECE * TILE;
     for (int64_t row = 0; row < width; row += PIECE) {
         int rows = min(PIECE, width - row);
-        Inputs inputs = inputs_of(x + row * p->in, rows, p->in, scratch.inputs);
+        Given given = given_of(p, x + row * p->in, rows, scratch);
         for (int64_t t = from; t < to; t++) {
-            tile(p, t, inputs, rows, own);
-            tile(p, t + inner / TILE, inputs, rows, up);
+            tile(p, t, given, rows, scratch, own);
+            tile(p, t + inner / TILE, given, rows, scratch, up);
             for (int64_t i = 0; i < rows * TILE; i += 16) {
-                Floats gate = is_gelu ? gelu(read16(own + i)) : silu(read16(own + i));
-                store16(out + (row + i / TILE) * inner + t * TILE + i % TILE,
-                        mul16(rounded16(gate), read16(up + i)));
+                int64_t output = t * TILE + i % TILE;
+                Floats value = given16(p, output, own + i), gate = is_gelu ? gelu(value) : silu(value);
+                store16(out + (row + i / TILE) * inner + output,
+                        mul16(rounded16(gate), given16(p, inner + output, up + i)));
             }
         }
     }
@@ -246,7 +269,8 @@ int eexit_run(const Model *m, const int64_t *tokens, bf16 *hidden, const Part *p
     int64_t row_of_scores = ROWS * (keys + 32);
     float *scores = scratch_of(threads * row_of_scores * sizeof(float));
     float *outputs = scratch_of(threads * 2 * PIECE * TILE * sizeof(float));
-    int64_t of_inputs = min(width, PIECE) * bytes_of_inputs(max(max(m->hidden, m->inner), queries));
+    int64_t widest = max(max(m->hidden, m->inner), queries);
+    int64_t of_inputs = max(min(width, PIECE) * bytes_of_inputs(widest), bytes_of_group(widest));
     uint8_t *inputs = scratch_of(threads * of_inputs);
     int failed = !qkv || !attended || !made || !gate || !normed || !scores || !outputs || !inputs;
     Barrier barrier = {0};

@@ -187,56 +187,74 @@ SHARED void store_kv(const bf16 *key, const bf16 *value, bf16 *keys, bf16 *value
     for (int64_t i = 0; i < size; i++) target[2 * i] = value[i];
 }
 
+/* Scores of `rows` queries [rows, size] over `tiles` tiles of keys -> out [rows, stride]. */
+INLINE void score_tiles(const bf16 *queries, const bf16 *keys, int64_t size, float scale, const int rows,
+                        const int tiles, float *out, int64_t stride) {
+    Floats sum[ROWS][KEY_TILES];
+    for (int r = 0; r < rows; r++)
+        for (int t = 0; t < tiles; t++) sum[r][t] = zero16();
+    for (int64_t i = 0; i < size; i += 2) {
+        Pairs pair[KEY_TILES];
+        for (int t = 0; t < tiles; t++) pair[t] = load_pairs(keys + (t * size + i) * KEY_TILE);
+        for (int r = 0; r < rows; r++) {
+            Pairs query = all_pairs(queries + r * size + i);
+            for (int t = 0; t < tiles; t++) sum[r][t] = dot_pairs(sum[r][t], pair[t], query);
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int t = 0; t < tiles; t++) write16(out + r * stride + t * KEY_TILE, mul16(sum[r][t], all16(scale)));
+}
+
 /* Scores q . k * scale of `rows` queries [rows, size] over keys [begin, end), begin a multiple of 16 -> out [rows,
  * stride]. */
 INLINE void score(const bf16 *queries, const bf16 *keys, int64_t begin, int64_t end, int64_t size, float scale,
                   const int rows, float *out, int64_t stride) {
-    for (int64_t first = begin; first < end; first += KEY_TILE) {
-        const bf16 *tile = keys + first * size;
-        Floats sum[ROWS];
-        for (int r = 0; r < rows; r++) sum[r] = zero16();
-        for (int64_t i = 0; i < size; i += 2) {
-            Pairs pair = load_pairs(tile + i * KEY_TILE);
-            for (int r = 0; r < rows; r++)
-                sum[r] = dot_pairs(sum[r], pair,
-                                          all_pairs(queries + r * size + i));
-        }
-        for (int r = 0; r < rows; r++)
-            write16(out + r * stride + first - begin, mul16(sum[r], all16(scale)));
-    }
+    int64_t first = begin;
+    for (; end - first > (KEY_TILES - 1) * KEY_TILE; first += KEY_TILES * KEY_TILE)
+        score_tiles(queries, keys + first * size, size, scale, rows, KEY_TILES, out + first - begin, stride);
+    for (; first < end; first += KEY_TILE)
+        score_tiles(queries, keys + first * size, size, scale, rows, 1, out + first - begin, stride);
 }
 
 /* Softmax of one row's scores of keys `begin` .. + count - 1 (whole tiles), of which it sees [from, end): in place,
  * rounded to bfloat16 and not yet divided by their sum, which is returned. */
 SHARED float softmax(float *x, int64_t begin, int64_t count, int64_t from, int64_t end) {
     Floats most = all16(-INFINITY), total = zero16();
+    int64_t first = (max(from - begin, 0) + KEY_TILE - 1) & -KEY_TILE, last = (end - begin) & -KEY_TILE; /* seen whole */
     for (int64_t i = 0; i < count; i += KEY_TILE)
-        most = max_where16(between16(begin + i, from, end), most, read16(x + i));
+        if (i >= first && i < last)
+            most = max16(most, read16(x + i));
+        else
+            most = max_where16(between16(begin + i, from, end), most, read16(x + i));
     most = all16(most16(most));
     bf16 *weights = (bf16 *)x; /* behind what is still to be read */
     for (int64_t i = 0; i < count; i += KEY_TILE) {
         Floats e = exponential(sub16(read16(x + i), most));
-        e = rounded16(or_zero16(between16(begin + i, from, end), e));
+        if (i < first || i >= last) e = or_zero16(between16(begin + i, from, end), e);
+        e = rounded16(e);
         store16(weights + i, e);
         total = add16(total, e);
     }
     return sum16(total);
 }
 
-/* Sums of 16 VALUES dimensions of the values, weighted for `rows` rows by bfloat16 weights [rows, stride]; count is
- * even. */
+/* Sums of 16 `vectors` dimensions of the values, weighted for `rows` rows by bfloat16 weights [rows, stride]; count is
+ * even. out: [rows, VALUES]. */
 INLINE void weighted_sum(const bf16 *weights, int64_t stride, const bf16 *values, int64_t size, int64_t count,
-                         const int rows, Floats out[][VALUES]) {
+                         const int rows, const int vectors, Floats out[][VALUES]) {
+    Floats sum[ROWS][VALUES];
     for (int r = 0; r < rows; r++)
-        for (int i = 0; i < VALUES; i++) out[r][i] = zero16();
+        for (int i = 0; i < vectors; i++) sum[r][i] = zero16();
     for (int64_t key = 0; key < count; key += 2) {
         Pairs value[VALUES];
-        for (int i = 0; i < VALUES; i++) value[i] = load_pairs(values + key * size + 32 * i);
+        for (int i = 0; i < vectors; i++) value[i] = load_pairs(values + key * size + 32 * i);
         for (int r = 0; r < rows; r++) {
             Pairs weight = all_pairs(weights + r * stride + key);
-            for (int i = 0; i < VALUES; i++) out[r][i] = dot_pairs(out[r][i], weight, value[i]);
+            for (int i = 0; i < vectors; i++) sum[r][i] = dot_pairs(sum[r][i], weight, value[i]);
         }
     }
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < vectors; i++) out[r][i] = sum[r][i];
 }
 
 /* Attention of `rows` rotated queries of one key head, [rows, size], row r over the keys before `end[r]` (ascending),
@@ -252,15 +270,12 @@ INLINE void attend(const bf16 *queries, const int64_t *end, const bf16 *keys, co
     for (int r = 0; r < rows; r++)
         total[r] = softmax(scores + r * count, begin, count, window && end[r] > window ? end[r] - window : 0, end[r]);
     const bf16 *weights = (const bf16 *)scores;
-    const int half = rows < ROWS / 2 ? rows : ROWS / 2; /* whose sums fit into the registers */
-    for (int64_t d = 0; d < size; d += 16 * VALUES) {
-        const bf16 *value = values + begin * size + 2 * d;
+    const int vectors = rows > ROWS / 2 ? (VALUES + 1) / 2 : VALUES; /* whose sums fit into the registers */
+    for (int64_t d = 0; d < size; d += 16 * vectors) {
         Floats found[ROWS][VALUES];
-        weighted_sum(weights, 2 * count, value, size, seen, half, found);
-        if (rows > half)
-            weighted_sum(weights + half * 2 * count, 2 * count, value, size, seen, rows - half, found + half);
+        weighted_sum(weights, 2 * count, values + begin * size + 2 * d, size, seen, rows, vectors, found);
         for (int r = 0; r < rows; r++)
-            for (int i = 0; i < VALUES; i++)
+            for (int i = 0; i < vectors; i++)
                 store16(out[r] + d + 16 * i, div16(found[r][i], all16(total[r])));
     }
 }

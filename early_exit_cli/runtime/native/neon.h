@@ -4,6 +4,8 @@
 
 #define ROWS 4
 #define VALUES 1
+#define KEY_TILES 1
+#define SUMS 4
 #define INT8_INPUTS 2
 
 typedef struct {
@@ -130,6 +132,12 @@ INLINE int32_t sum_ints16(Ints x) {
 INLINE Floats less_to_floats16(Ints x, int32_t less) { return FOUR(Floats, X); }
 #undef X
 
+#define X(i) vcvtq_f32_s32(vmovl_s16((i) % 2 ? vget_high_s16(half[(i) / 2]) : vget_low_s16(half[(i) / 2])))
+INLINE Floats of_bytes16(const int8_t *p) {
+    int16x8_t half[2] = {vmovl_s8(vld1_s8(p)), vmovl_s8(vld1_s8(p + 8))};
+    return FOUR(Floats, X);
+}
+#undef X
 #define X(i) vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * i), 16))
 INLINE Floats load16(const bf16 *p) { return FOUR(Floats, X); }
 #undef X

@@ -27,17 +27,19 @@ INLINE void add_pair(Floats sum[][2], const bf16 *x, int64_t stride, Pairs low, 
 }
 
 /* total += sum * scale, for the 64 inputs that share it */
-INLINE void add_scaled(float *total, Floats sum[][2], const bf16 *scale, const int rows) {
+INLINE void add_scaled(Floats total[][2], Floats sum[][2], const bf16 *scale, const int rows) {
     Floats first = load16(scale), second = load16(scale + 16);
     for (int r = 0; r < rows; r++) {
-        write16(total + r * TILE, fma16(sum[r][0], first, read16(total + r * TILE)));
-        write16(total + r * TILE + 16, fma16(sum[r][1], second, read16(total + r * TILE + 16)));
+        total[r][0] = fma16(sum[r][0], first, total[r][0]);
+        total[r][1] = fma16(sum[r][1], second, total[r][1]);
     }
 }
 
-/* One tile of outputs for up to ROWS rows: weights are used as they are decoded. */
+/* One tile of outputs for up to ROWS rows -> out [rows, 32]: weights are used as they are decoded. */
 INLINE void rows_of_tile(const Product *p, const uint8_t *weight, const bf16 *scale, const bf16 *x, const int rows,
-                         float *total) {
+                         float *out) {
+    Floats total[ROWS][2];
+    for (int r = 0; r < rows; r++) total[r][0] = total[r][1] = zero16();
     for (int64_t k = 0; k < p->in; k += BLOCK, scale += p->out) {
         Floats sum[ROWS][2];
         for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = zero16();
@@ -48,13 +50,16 @@ INLINE void rows_of_tile(const Product *p, const uint8_t *weight, const bf16 *sc
         }
         add_scaled(total, sum, scale, rows);
     }
+    for (int r = 0; r < rows; r++) {
+        write16(out + r * TILE, total[r][0]);
+        write16(out + r * TILE + 16, total[r][1]);
+    }
 }
 
 /* One tile of 32 outputs for all rows -> out [width, 32]. */
 static void sums_of_tile(const Product *p, int64_t index, Inputs x, int64_t width, float *out) {
     const uint8_t *weight = p->weight + index * TILE * p->in / 2;
     const bf16 *scale = p->scale + index * TILE;
-    memset(out, 0, width * TILE * sizeof(float));
     for (int64_t row = 0; row < width; row += ROWS) {
         int rows = min(ROWS, width - row);
 #define BODY(n) rows_of_tile(p, weight, scale, x + row * p->in, n, out + row * TILE)

@@ -10,7 +10,8 @@
  *   fma16(a, b, c)          a b + c, rounded once; negative_fma16(a, b, c): c - a b
  *   times_power16(a, n)     a 2^n, n whole
  *   rounded16               to bfloat16 and back; narrowed: one number to bfloat16
- *   sum16 most16            of the 16 numbers, in one order
+ *   sum16 most16            of the 16 numbers, in one order; sum_each16 of several vectors, SUMS at most
+ *   of_bytes16              16 int8 in memory
  *   Lanes                   some of the 16: between16(first, low, high) those of the places first .. first + 15 that
  *                           lie in [low, high); or_zero16 and max_where16(lanes, a, b) leave the others 0, and a
  *   equal16 at_least16      a bit for each number
@@ -21,7 +22,8 @@
  *   decode_pairs            with HAS_BF16, for nf4_pairs.h; else
  *   decode_block order_inputs store_whole dot_two sums_of_four load4 fma4     for nf4_rows.h
  *
- * ROWS: so many rows share a weight that was read. VALUES: so many vectors of attention's values fit beside them.
+ * ROWS: so many rows share a weight that was read. VALUES: so many vectors of attention's values fit beside half of
+ * them, and KEY_TILES: so many of its keys beside all. SUMS: so many sums of a product of rows fit, whatever they are of.
  * INT8_INPUTS: inputs of an int8 row that lie side by side.
  */
 #pragma once
@@ -55,4 +57,10 @@ INLINE int32_t two_bf16(const bf16 *p) {
 #include "neon.h"
 #else
 #error "no vectors for this instruction set"
+#endif
+
+#ifndef SUM_EACH16
+INLINE void sum_each16(const Floats *x, const int count, float *out) {
+    for (int i = 0; i < count; i++) out[i] = sum16(x[i]);
+}
 #endif
