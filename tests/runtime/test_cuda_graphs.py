@@ -62,7 +62,7 @@ def addresses(cache):
 
 
 @pytest.mark.parametrize("longest_short", [512, 100], ids=["short", "long"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma2", "gemma3"])
 def test_a_pass_of_tensors_only_gives_the_bits_of_the_pass(tiny_backbone, family, longest_short):
     """Every family, width and window, in parts, at positions where windows begin to hide keys."""
     blocks = FusedBlocks(tiny_backbone(family))
@@ -109,7 +109,7 @@ def test_a_step_reads_nothing_back_to_the_host(tiny_backbone):
     assert not usable(weight.to("meta"))  # any device but a CPU
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2-window", "qwen3", "smollm"])
+@pytest.mark.parametrize("family", ["llama", "qwen2-window", "qwen3", "smollm", "gemma3"])
 def test_whole_answers_are_the_same_with_recorded_passes(pair, family):
     """Plain, drafted and exiting early: tokens and states bit for bit, over widths and parts of the blocks."""
     recorded, plain = pair(family)

@@ -60,26 +60,26 @@ SHARED void bend(float *x, int64_t count, float cap) {
     }
 }
 
-/* x / sqrt(mean(x^2) + eps), rounded, times the weight, rounded: [size] */
-INLINE void rms_norm(const bf16 *x, const bf16 *weight, bf16 *out, int64_t size, float eps) {
+/* 1 / sqrt(mean(x^2) + eps) */
+INLINE Floats inverse_root(const bf16 *x, int64_t size, float eps) {
     Floats total = zero16();
     for (int64_t i = 0; i < size; i += 16) {
         Floats value = load16(x + i);
         total = fma16(value, value, total);
     }
-    Floats by = all16(1.0f / sqrtf(sum16(total) / (float)size + eps));
+    return all16(1.0f / sqrtf(sum16(total) / (float)size + eps));
+}
+
+/* x / sqrt(mean(x^2) + eps), rounded, times the weight, rounded: [size] */
+INLINE void rms_norm(const bf16 *x, const bf16 *weight, bf16 *out, int64_t size, float eps) {
+    Floats by = inverse_root(x, size, eps);
     for (int64_t i = 0; i < size; i += 16)
         store16(out + i, mul16(load16(weight + i), rounded16(mul16(load16(x + i), by))));
 }
 
 /* The same times a float32 weight, with one rounding at the end: Gemma's and OLMo 2's. */
 SHARED void rms_norm_once(const bf16 *x, const float *weight, bf16 *out, int64_t size, float eps) {
-    Floats total = zero16();
-    for (int64_t i = 0; i < size; i += 16) {
-        Floats value = load16(x + i);
-        total = fma16(value, value, total);
-    }
-    Floats by = all16(1.0f / sqrtf(sum16(total) / (float)size + eps));
+    Floats by = inverse_root(x, size, eps);
     for (int64_t i = 0; i < size; i += 16) store16(out + i, mul16(mul16(load16(x + i), by), read16(weight + i)));
 }
 
