@@ -44,15 +44,12 @@ def plain_dtype(config: Any, runner: str) -> torch.dtype:
     bfloat16 where it was saved so and compiled passes read it as it is (`runner` allowing); else float32, which PyTorch
     computes everywhere.
     """
+    if config.dtype != torch.bfloat16 or runner not in ("auto", "native"):
+        return torch.float32
+    if FAMILIES[config.model_type].runner != "fused" or lacks() is not None or find_compiler() is None:
+        return torch.float32
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    is_compiled = (
-        runner in ("auto", "native")
-        and FAMILIES[config.model_type].runner == "fused"
-        and head_dim % HEAD_STEP == 0
-        and lacks() is None
-        and find_compiler() is not None
-    )
-    return torch.bfloat16 if is_compiled and config.dtype == torch.bfloat16 else torch.float32
+    return torch.float32 if head_dim % HEAD_STEP else torch.bfloat16
 
 
 def plain_modules(config: Any) -> tuple[str, ...]:
