@@ -314,7 +314,7 @@ class ReadsThePosition(FusedBlocks):
 
     def run_at(self, hidden, cache, position, first, last):
         rows = self.rows(cache, int(position), hidden.shape[0])
-        return self._through(hidden, rows.rotary[None], [(cache, rows)], first, last)
+        return self._through(hidden, rows.rotary, [(cache, rows)], first, last)
 
 
 class SlightlyOff(FusedBlocks):
