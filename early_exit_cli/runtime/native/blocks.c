@@ -218,18 +218,37 @@ static void attend_rows(const Model *m, const Block *block, const Part *part, in
 #undef BODY
 }
 
+/* The keys that a row of a text sees. */
+INLINE int64_t keys_of(const Block *block, const Part *part, int64_t row) {
+    int64_t keys = part->position + row + 1;
+    return block->window && keys > block->window ? block->window : keys;
+}
+
+/* How many queries of a key head, of `group` a row, come before `keys` of the keys that they read one after another. */
+static int64_t queries_before(const Block *block, const Part *part, int64_t group, int64_t keys) {
+    int64_t row = 0;
+    for (; row < part->width && keys >= group * keys_of(block, part, row); row++)
+        keys -= group * keys_of(block, part, row);
+    return row * group + (row < part->width ? max(keys, 0) / keys_of(block, part, row) : 0);
+}
+
 /* Attention of all texts, this thread's share of it: qkv [sum of widths, stride] -> out [sum of widths, query heads *
- * head_dim]. A share may end between two queries of one key head, so that threads have equal ones. */
-static void attend_texts(const Model *m, const Block *block, const Part *parts, int64_t count, int64_t width, int index,
+ * head_dim]. Threads have equal shares of the keys that are read: one may end between two queries of one key head. */
+static void attend_texts(const Model *m, const Block *block, const Part *parts, int64_t count, int index,
                          const bf16 *qkv, int64_t stride, bf16 *out, float *scores) {
-    int64_t from, to;
-    share(width * m->query_heads, &from, &to);
+    int64_t group = m->query_heads / m->kv_heads, total = 0, from, to, keys[count + 1]; /* of a key head */
+    for (int64_t i = 0; i < count; total += m->kv_heads * keys[i++]) {
+        keys[i] = 0;
+        for (int64_t row = 0; row < parts[i].width; row++) keys[i] += group * keys_of(block, parts + i, row);
+    }
+    share(total, &from, &to);
     for (int64_t i = 0; i < count; i++) {
-        int64_t queries = parts[i].width * m->query_heads / m->kv_heads;
-        for (int64_t head = 0; head < m->kv_heads; head++, from -= queries, to -= queries)
-            for (int64_t first = max(from, 0); first < min(to, queries); first += ROWS)
-                attend_rows(m, block, parts + i, index, head, first, min(ROWS, min(to, queries) - first), qkv, stride,
-                            out, scores);
+        for (int64_t head = 0; head < m->kv_heads; head++, from -= keys[i], to -= keys[i]) {
+            int64_t first = queries_before(block, parts + i, group, from),
+                    end = queries_before(block, parts + i, group, to);
+            for (; first < end; first += ROWS)
+                attend_rows(m, block, parts + i, index, head, first, min(ROWS, end - first), qkv, stride, out, scores);
+        }
         qkv += parts[i].width * stride;
         out += parts[i].width * m->query_heads * m->head_dim;
     }
@@ -293,7 +312,7 @@ int eexit_run(const Model *m, const int64_t *tokens, bf16 *hidden, const Part *p
             for (int64_t i = 0, row = 0; i < count; row += parts[i++].width)
                 store_kv_rows(m, block, parts + i, index, qkv + row * stride, stride);
             barrier_wait(&barrier);
-            attend_texts(m, block, parts, count, width, index, qkv, stride, attended, scores + thread * row_of_scores);
+            attend_texts(m, block, parts, count, index, qkv, stride, attended, scores + thread * row_of_scores);
             barrier_wait(&barrier);
             add_product(m, &block->output, block->behind_attention, attended, made, hidden, width, output, &barrier);
             gated(&block->gate_up, normed_rows(m, block->mlp_norm, hidden, own, width), gate, width, m->inner, m->gelu,
