@@ -4,7 +4,7 @@ JOBS ?= 2
 PROMPTS ?= prompts.jsonl
 PROMPT ?= Explain step by step how to solve 2x + 6 = 14, then check the answer.
 
-.PHONY: demo bench test check mutation format docs docker install clean
+.PHONY: demo bench test check with-transformers mutation format docs docker install clean
 
 # The main job: the 4-bit model answers plainly and with drafts, side by side.
 demo: .venv/installed
@@ -27,6 +27,18 @@ check: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(PYTEST) -q
+
+# What touches the library, with another release of it over the packages of .venv: make with-transformers RELEASE=5.23.0
+# (the oldest of pyproject.toml; the newest is what .venv has). One test: TESTS=tests/backbone/test_families.py
+RELEASE ?= 5.23.0
+TESTS ?= tests/backbone tests/runtime tests/decoding tests/test_library.py tests/e2e/test_first_minutes.py
+OTHER := .venv-transformers-$(RELEASE)
+SITE := -c "import site; print(site.getsitepackages()[0])"
+with-transformers: .venv/installed-dev
+	test -x $(OTHER)/bin/python || $(BIN)/python -m venv $(OTHER)
+	echo "import site; site.addsitedir('$$($(BIN)/python $(SITE))')" > $$($(OTHER)/bin/python $(SITE))/packages.pth
+	$(OTHER)/bin/pip install --quiet --no-deps transformers==$(RELEASE)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(OTHER)/bin/python -m pytest -q --numprocesses $(JOBS) --dist loadfile $(TESTS)
 
 # Faults put into the core one by one, and whether a test fails: an hour or two. make mutation MUTANTS='early_exit_cli.sampling*'
 mutation: .venv/installed-dev
@@ -67,4 +79,4 @@ install: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-transformers-* build *.egg-info

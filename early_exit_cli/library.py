@@ -62,7 +62,9 @@ WHOLE_BATCH = (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 """Processors that hold something of every row, in shapes of their own."""
-PREPARED = {"attention_mask", "position_ids", "cache", "logits_to_keep", "use_cache"}
+CACHES = ("cache", "past_key_values")
+"""What transformers calls its KV cache: the second before 5.24."""
+PREPARED = {"attention_mask", "position_ids", *CACHES, "logits_to_keep", "use_cache"}
 """What transformers prepares for a forward pass of its own."""
 
 
@@ -219,11 +221,11 @@ class EarlyExitModel:
         if model is not self.model:
             raise ConfigError("custom_generate was called by another model than the backbone of this EarlyExitModel")
         self.engine.blocks.refuse_later_changes()
-        cache = model_kwargs.get("cache")
         unknown = {name: value for name, value in model_kwargs.items() if name not in PREPARED}
         known = {name: getattr(generation_config, name, None) for name in HARMLESS}
-        own_cache = {"cache": cache} if getattr(cache, "_is_user_defined", False) else {}
-        refuse(known | unknown | own_cache, also=tuple(unknown))
+        caches = {name: model_kwargs.get(name) for name in CACHES}
+        own_caches = {name: cache for name, cache in caches.items() if getattr(cache, "_is_user_defined", False)}
+        refuse(known | unknown | own_caches, also=tuple(unknown))
         if streamer is not None and len(input_ids) > 1:
             raise ConfigError(f"a streamer shows one text, and {len(input_ids)} rows were given")
         max_new_tokens, stop_ids = length_and_stops(stopping_criteria, input_ids)

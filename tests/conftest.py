@@ -15,11 +15,11 @@ from commands import output_of
 from devices import on_the_cpu, require_no_gpu
 from speculators_python import python_with_speculators
 from tiny_models import OTHER_FAMILIES, byte_tokenizer, family_config
-from transformers import AutoModelForCausalLM
 
 from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.backbone.gguf import embedded_gguf
 from early_exit_cli.backbone.load import load_backbone
+from early_exit_cli.backbone.multimodal import auto_model
 from early_exit_cli.bundle.save import save_bundle
 from early_exit_cli.config import BackboneConfig
 from early_exit_cli.engine import Engine
@@ -53,7 +53,8 @@ def tiny_folder(tmp_path_factory):
         if family not in made:
             folder = tmp_path_factory.mktemp(family)
             torch.manual_seed(1)
-            model = AutoModelForCausalLM.from_config(family_config(family)).eval()
+            config = family_config(family)
+            model = auto_model(config).from_config(config).eval()
             for name, parameter in model.named_parameters():
                 if name.endswith("bias"):
                     torch.nn.init.normal_(parameter, std=0.3)

@@ -28,6 +28,8 @@ from early_exit_cli.errors import UnsupportedBackboneError, shown
 from early_exit_cli.files.atomic import sha256_of
 from early_exit_cli.files.environment import processor_name
 
+BLOOM_CONTEXT = 2048
+"""What BLOOM was trained on, whose smaller sizes do not say it."""
 NORM_EPS = 1e-5
 """Of a final norm that does not say its own."""
 WIDEST_HEAD, INNER_STEP, ROPE_THETA = 128, 64, 10000.0
@@ -84,7 +86,13 @@ class Backbone:
     @property
     def context_length(self) -> int:
         """Positions the model was made for."""
-        return int(self.config.max_position_embeddings)
+        names = (
+            "max_position_embeddings",
+            "max_seq_len",
+            "seq_length",
+        )  # of nearly all, of MPT, of BLOOM's larger ones
+        found = next((value for name in names if (value := getattr(self.config, name, None))), BLOOM_CONTEXT)
+        return int(found)
 
     @property
     def embedding(self) -> nn.Embedding:
@@ -155,6 +163,7 @@ class Backbone:
             f"{trunk}.{family.norm}",
             f"{trunk}.{family.rotary}",
             *map(self._name_of, (self.embedding, self.lm_head)),
+            *([f"{trunk}.{family.embedding_norm}"] if family.embedding_norm else []),
         ]
         changes = self.changes
         lost = [(name, "no runner here calls") for name in changes if not is_within(name, tuple(called))]
@@ -212,6 +221,10 @@ class Backbone:
         return self.lm_head.weight
 
     @property
+    def lm_head_bias(self) -> Tensor | None:
+        return self.lm_head.bias
+
+    @property
     def embedding_weight(self) -> Tensor:
         return self.embedding.weight
 
@@ -259,6 +272,8 @@ class Backbone:
     def embed(self, token_ids: Tensor) -> Tensor:
         """[*] int64 -> [*, hidden], scaled as the family does; learned positions come later (`add_positions`)."""
         embedded = self.embedding(token_ids)  # Gemma scales within
+        if self.family.embedding_norm is not None:
+            embedded = getattr(self.trunk, self.family.embedding_norm)(embedded)
         scale = getattr(self.config, "embedding_multiplier", None)  # Granite
         return embedded if scale is None else embedded * scale
 
@@ -273,14 +288,20 @@ class Backbone:
         return embedded + F.embedding(rows, getattr(self.trunk, self.family.positions).weight)
 
     def rotary_tables(self, positions: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
-        """cos and sin by the kind of block (`rotary_kind`), [positions, rotary dimensions] each; none without."""
+        """cos and sin by the kind of block (`rotary_kind`), [positions, rotary dimensions] each; none without.
+
+        In the order in which the family's blocks take them (GPT-J: the sines first).
+        """
         rotary = getattr(self.trunk, self.family.rotary, None)
         if rotary is None:
             return {}
+        if hasattr(rotary, "embed_positions"):  # a table that ends, where padding may stand behind its end
+            positions = positions.clamp(max=self.context_length - 1)
         like, places = torch.empty(0, dtype=self.dtype, device=self.device), positions[None]
         tables = {}
         for kind in {self.rotary_kind(block) for block in range(self.num_blocks)}:
-            cos, sin = rotary(like, places) if kind is None else rotary(like, places, kind)
+            found = rotary(like, places) if kind is None else rotary(like, places, kind)
+            cos, sin = (found.real, found.imag) if self.family.complex_rotary else found
             tables[kind] = cos[0], sin[0]
         return tables
 
@@ -291,7 +312,7 @@ class Backbone:
 
     def kv_shapes(self, block: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """(heads, numbers a head) that a block's attention keeps of a token, twice: keys and values; with latent attention,
-        which expands both from less, the two parts of the latent. No heads where a block has no attention.
+        which expands both from less, the two parts of the latent. No heads where a block keeps none.
         """
         config = self.config
         if getattr(config, "kv_lora_rank", None):
@@ -318,8 +339,23 @@ class Backbone:
     def blocks_with_state(self) -> list[int]:
         return [block for block in range(self.num_blocks) if self.has_state(block)]
 
+    @property
+    def runs_documents_alone(self) -> bool:
+        """Whether no mask tells packed documents apart: states go on into the next, chunks of attention begin with the text,
+        and distances are made from a mask of tokens (BLOOM, Falcon).
+        """
+        kinds = {self.layer_kind(block) for block in range(self.num_blocks)}
+        counts_tokens = self.config.model_type == "bloom" or getattr(self.config, "alibi", False)
+        return bool(self.blocks_with_state) or "chunked_attention" in kinds or counts_tokens
+
     def has_keys(self, block: int) -> bool:
         """Whether a block keeps keys and values of all tokens so far."""
+        return self.attends(block) and block < self.num_blocks - (
+            getattr(self.config, "num_kv_shared_layers", None) or 0
+        )
+
+    def attends(self, block: int) -> bool:
+        """Whether a block has attention: over keys of its own, or over those of the last block of its kind that keeps any."""
         return self.layer_kind(block) not in LAYERS_WITHOUT_KEYS
 
     def window_of(self, block: int) -> int | None:
@@ -407,9 +443,7 @@ class Backbone:
             len(exit_layers) + 1 tensors [batch, seq, hidden]; the last one has the final norm applied.
         """
         masks: dict[str, Any] = {"attention_mask": attention_mask}
-        if (
-            attention_mask.ndim == 4 and self.blocks_with_state
-        ):  # which no mask keeps from going on into the next document
+        if attention_mask.ndim == 4 and self.runs_documents_alone:
             return self._states_of_documents(input_ids, attention_mask, exit_layers)
         if attention_mask.ndim == 4:
             masks = {

@@ -20,10 +20,11 @@ class Family:
     """Where a family keeps what stands around its blocks.
 
     models: what people know of it. runner: fused where `block_layout` describes its blocks, else hf. trunk: the module that
-    holds the blocks, from the model on; blocks, norm: their names there. positions: the embedding of learned positions,
-    whose row `first_position` is the first token's. plain: modules that stay unquantized, too small for 4-bit kernels.
-    adds_one: the final norm multiplies by one more than its weight. subtracts_mean: it is a LayerNorm that is not PyTorch's.
-    rotary: the module that makes rotary tables. rounds_once, caps_scores: of its blocks, see `BlockLayout`.
+    holds the blocks, from the model on; blocks, norm: their names there. embedding_norm: a norm behind the embedding.
+    positions: the embedding of learned positions, whose row `first_position` is the first token's. plain: modules that stay
+    unquantized, too small for 4-bit kernels. adds_one: the final norm multiplies by one more than its weight.
+    subtracts_mean: it is a LayerNorm that is not PyTorch's. rotary: the module that makes rotary tables; complex_rotary: of
+    complex numbers instead of cosines and sines. rounds_once, caps_scores: of its blocks, see `BlockLayout`.
     """
 
     models: str
@@ -31,11 +32,13 @@ class Family:
     trunk: str = "model"
     blocks: str = "layers"
     norm: str = "norm"
+    embedding_norm: str | None = None
     positions: str | None = None
     first_position: int = 0
     plain: tuple[str, ...] = ()
     adds_one: bool = False
     rotary: str = "rotary_emb"
+    complex_rotary: bool = False
     subtracts_mean: bool = False
     rounds_once: bool = False
     caps_scores: bool = False
@@ -49,13 +52,17 @@ FAMILIES = {
     "gemma": Family("Gemma", "fused", adds_one=True, rounds_once=True),
     "gemma2": Family("Gemma 2", "fused", adds_one=True, rounds_once=True, caps_scores=True),
     "gemma3_text": Family("Gemma 3, text", "fused", adds_one=True, rounds_once=True),
-    "gemma4_text": Family("Gemma 4, text: 12B and up"),
+    "gemma4_text": Family("Gemma 4, text"),
     "gemma4_unified_text": Family("Gemma 4 unified, text"),
     "phi3": Family("Phi-3, Phi-4", "fused"),
     "gpt2": Family("GPT-2", trunk="transformer", blocks="h", norm="ln_f", positions="wpe"),
     "gpt_neox": Family("GPT-NeoX, Pythia", trunk="gpt_neox", norm="final_layer_norm"),
     "opt": Family("OPT", trunk="model.decoder", norm="final_layer_norm", positions="embed_positions", first_position=2),
+    "phi": Family("Phi-1, 1.5 and 2", norm="final_layernorm"),
+    "gptj": Family("GPT-J", trunk="transformer", blocks="h", norm="ln_f"),
     "falcon": Family("Falcon", trunk="transformer", blocks="h", norm="ln_f"),
+    "bloom": Family("BLOOM", trunk="transformer", blocks="h", norm="ln_f", embedding_norm="word_embeddings_layernorm"),
+    "mpt": Family("MPT", trunk="transformer", blocks="blocks", norm="norm_f"),
     "smollm3": Family("SmolLM3", "fused"),
     "olmo": Family("OLMo", subtracts_mean=True),
     "olmo2": Family("OLMo 2", "fused", rounds_once=True),
@@ -77,6 +84,8 @@ FAMILIES = {
     "helium": Family("Helium"),
     "starcoder2": Family("StarCoder2"),
     "stablelm": Family("StableLM"),
+    "mistral4": Family("Mistral Small 4"),
+    "llama4_text": Family("Llama 4, text", complex_rotary=True),
     "mixtral": Family("Mixtral"),
     "qwen2_moe": Family("Qwen1.5-MoE, Qwen2-MoE", plain=("shared_expert_gate",)),
     "qwen3_moe": Family("Qwen3-MoE"),
@@ -93,12 +102,15 @@ FAMILIES = {
     "granitemoe": Family("Granite 3 MoE"),
     "glm4_moe": Family("GLM-4.5, GLM-4.6"),
     "glm4_moe_lite": Family("GLM-4.7-Flash"),
+    "deepseek_v2": Family("DeepSeek-V2", complex_rotary=True),
+    "deepseek_v3": Family("DeepSeek-V3, R1"),
 }
 
 WRAPPERS = {
     "gemma3": "Gemma 3 from 4B on",
     "gemma4": "Gemma 4",
     "gemma4_unified": "Gemma 4, unified",
+    "llama4": "Llama 4",
     "mistral3": "Mistral Small 3.1 and later, Ministral 3",
     "qwen2_vl": "Qwen2-VL",
     "qwen2_5_vl": "Qwen2.5-VL",
@@ -117,6 +129,11 @@ WRAPPERS = {
 """Checkpoints whose language part computes what the decoder named in `text_config` computes; what people know of each."""
 
 
+OTHER_USES = ("Classification", "QuestionAnswering", "MaskedLM", "RewardModel")
+"""How the names of classes end that write no text; where the embedding serves as LM head, their files would load as one."""
+SHOWN = 6
+
+
 def refusal(config: Any) -> str | None:
     """Why a checkpoint of this configuration (transformers' own) does not run here; none where it does."""
     family = config.model_type
@@ -127,7 +144,13 @@ def refusal(config: Any) -> str | None:
         inner = "" if part is None else f" (its language part is {part!r})"
         kinds = _other_kinds(getattr(config, "text_config", config))
         why = f": its blocks are {', '.join(kinds)}" if kinds else ""
-        return f"is of family {family!r}{inner}, which has no block runner{why}; supported: {', '.join(FAMILIES)}"
+        known = f"{len(FAMILIES)} families run (docs/families.md): {', '.join([*FAMILIES][:SHOWN])}, ..."
+        if getattr(config, "is_encoder_decoder", False):
+            why = f": it reads with an encoder and writes with a decoder, and only decoders run here{why}"
+        return f"is of family {family!r}{inner}, which has no block runner{why}; {known}"
+    other = next((name for name in getattr(config, "architectures", None) or () if name.endswith(OTHER_USES)), None)
+    if other is not None:
+        return f"is no causal language model: its config.json names {other}"
     kinds = _other_kinds(config)
     if kinds:
         return f"has blocks of the kinds {', '.join(kinds)}, which no runner here knows"
@@ -146,12 +169,8 @@ def refusal(config: Any) -> str | None:
         return "has no block with attention, and no runner here does without"
     if getattr(config, "add_cross_attention", False):
         return "attends to an encoder, which nothing here feeds"
-    if getattr(config, "hidden_size_per_layer_input", None):
-        return "adds an embedding of each token to every block, as Gemma 4 E2B and E4B do; its larger sizes run"
-    if getattr(config, "num_kv_shared_layers", None):
-        return "has blocks that read other blocks' keys, as Gemma 4 E2B and E4B do; its larger sizes run"
-    if getattr(config, "alibi", False):
-        return "adds a distance to its attention (ALiBi), which no runner here does"
+    if family == "mpt" and (not config.attn_config.alibi or config.attn_config.qk_ln or config.logit_scale):
+        return "is an MPT with learned positions, normed queries or scaled logits, which transformers' MPT leaves out"
     if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
         return "attends to later tokens, so it cannot be decoded token by token"
     return None
@@ -165,6 +184,6 @@ def _rotary_kinds(config: Any) -> list[str]:
 
 
 def _other_kinds(config: Any) -> list[str]:
-    """The kinds of blocks that nothing here runs: attention in chunks, and whatever comes."""
-    known = {"full_attention", "sliding_attention", *LAYERS_WITH_STATE, *LAYERS_WITHOUT_KEYS}
+    """The kinds of blocks that nothing here runs: whatever comes."""
+    known = {"full_attention", "sliding_attention", "chunked_attention", *LAYERS_WITH_STATE, *LAYERS_WITHOUT_KEYS}
     return sorted({*(getattr(config, "layer_types", None) or ())} - known)

@@ -21,7 +21,7 @@ from early_exit_cli.backbone.contents import SETTINGS, content_of, files_of
 from early_exit_cli.backbone.families import refusal
 from early_exit_cli.backbone.gguf import converted_gguf, embedded_gguf
 from early_exit_cli.backbone.load_errors import load_error, refuse_adapter, require_all_weights, require_tokenizer
-from early_exit_cli.backbone.multimodal import NAMES, language_part, processor_template
+from early_exit_cli.backbone.multimodal import NAMES, auto_model, language_part, processor_template
 from early_exit_cli.backbone.quantization import plain_dtype, plain_modules, quantization_of, saved_in, settings_for
 from early_exit_cli.backbone.weight_cache import WeightCopy
 from early_exit_cli.config import EMBEDDED_MODEL, BackboneConfig
@@ -95,8 +95,6 @@ def _load(config: BackboneConfig) -> Backbone:
     saved = saved_in(config.model_name, settings, device, dtype)
     if saved is None and config.quantization == "none" and device.type == "cpu":
         dtype = plain_dtype(settings, config.runner)
-    from transformers import AutoModelForCausalLM
-
     quantization = settings_for(config.quantization, dtype, plain_modules(settings)) if saved is None else None
     tokenizer = _tokenizer(config.model_name, source, revision)
 
@@ -123,7 +121,7 @@ def _load(config: BackboneConfig) -> Backbone:
                 return ready(model)
             del model
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_model(settings).from_pretrained(
             source,
             config=settings,
             revision=revision,

@@ -20,6 +20,8 @@ TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json
 """Any of these makes a tokenizer."""
 Part = Literal["configuration", "tokenizer", "weights"]
 NAMED = 3
+BUNDLE = "eexit.json"
+"""What a bundle of heads holds."""
 
 
 def require_all_weights(name: str, report: Mapping[str, Any]) -> None:
@@ -144,6 +146,8 @@ def _fault_of_files(name: str, folder: Path, part: Part, *, is_whole: bool) -> E
     import transformers
 
     if is_whole and not (folder / SETTINGS[0]).is_file():
+        if (folder / "model_index.json").is_file():
+            return UnsupportedBackboneError(f"{name} is a pipeline of diffusers, which makes no text")
         models = sorted(folder.glob("*.gguf"))
         hint = f"--model-name {models[0]}" if models else None
         return BackboneError(f"cannot load the backbone {name!r}: it holds no {SETTINGS[0]}", hint=hint)
@@ -157,6 +161,8 @@ def _fault_of_files(name: str, folder: Path, part: Part, *, is_whole: bool) -> E
         if part == "tokenizer"
         else settings.get("model_type") in transformers.CONFIG_MAPPING
     )
+    if (folder / BUNDLE).is_file() and "model_type" not in settings:
+        return BackboneError(f"{name} is a bundle of heads, not a model", hint=f"--bundle {name}")
     if "auto_map" in settings and not is_known:
         return UnsupportedBackboneError(f"{name} brings code of its own, which is never run here")
     if part == "weights":

@@ -28,7 +28,7 @@ NAMES = {
     r"^model\.text_model\.": "model.",
 }
 """What stands before the names of a language part's tensors in the files, and before those of the decoder."""
-OF_THE_WHOLE = ("eos_token_id", "quantization_config", "_commit_hash")
+OF_THE_WHOLE = ("eos_token_id", "quantization_config", "quantization", "_commit_hash")
 """What a checkpoint's configuration may say outside of `text_config`."""
 LEFT_PLAIN = "llm_int8_skip_modules"
 """Modules that bitsandbytes did not quantize, by their names in the whole."""
@@ -58,6 +58,17 @@ def language_part(config: Any) -> Any:
     part.tie_word_embeddings = bool(config.tie_word_embeddings or part.tie_word_embeddings)
     part.name_or_path = config.name_or_path
     return part
+
+
+def auto_model(config: Any) -> Any:
+    """transformers' `AutoModelForCausalLM`, which knows the class for this configuration: of one family it lists only the whole."""
+    from transformers import AutoModelForCausalLM
+
+    if config.model_type == "mistral4":
+        from transformers import Mistral4Config, Mistral4ForCausalLM
+
+        AutoModelForCausalLM.register(Mistral4Config, Mistral4ForCausalLM, exist_ok=True)
+    return AutoModelForCausalLM
 
 
 def _as_plain(part: Any) -> Any:

@@ -117,6 +117,10 @@ class BackboneView(Protocol):
         """[vocab, hidden]"""
 
     @property
+    def lm_head_bias(self) -> Tensor | None:
+        """[vocab], where there is one: Phi, GPT-J."""
+
+    @property
     def embedding_weight(self) -> Tensor:
         """[vocab, hidden]; the LM head's where the two are tied."""
 
@@ -126,8 +130,10 @@ class BackboneView(Protocol):
 
 def logits_of(view: BackboneView, normed: Tensor, vocab: Tensor | None = None) -> Tensor:
     """The backbone's logits of final normed states, [*, hidden] -> [*, vocab], or of the tokens `vocab` [chosen] only."""
-    weight = view.lm_head_weight if vocab is None else view.lm_head_weight[vocab]
-    return view.logit_map(F.linear(normed, weight))
+    weight, bias = view.lm_head_weight, view.lm_head_bias
+    if vocab is not None:
+        weight, bias = weight[vocab], None if bias is None else bias[vocab]
+    return view.logit_map(F.linear(normed, weight, bias))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from early_exit_cli.backbone.multimodal import auto_model
+
 QUANTIZED = "bitsandbytes.nn.modules"
 """Of bitsandbytes' linear maps, which stand in the places of plain ones and keep their weights in `weight`."""
 WATCHING = "transformers.utils."
@@ -22,13 +24,11 @@ WATCHING = "transformers.utils."
 
 def library_modules(model: Any) -> dict[str, type[nn.Module]]:
     """The type of each module, by name, as `transformers` builds a model of this configuration; no memory is taken."""
-    from transformers import AutoModelForCausalLM
-
     config = copy.deepcopy(model.config)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     with torch.device("meta"):
-        built = AutoModelForCausalLM.from_config(config)
+        built = auto_model(config).from_config(config)
     return {name: type(module) for name, module in built.named_modules()}
 
 

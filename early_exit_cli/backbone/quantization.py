@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from early_exit_cli.backbone.families import FAMILIES, LAYERS_WITH_STATE
+from early_exit_cli.backbone.multimodal import auto_model
 from early_exit_cli.config import Quantization
 from early_exit_cli.errors import BackboneError
 from early_exit_cli.files.instruction_sets import find_compiler, lacks
@@ -61,10 +62,8 @@ def plain_modules(config: Any) -> tuple[str, ...]:
     named = FAMILIES[config.model_type].plain
     if not {*LAYERS_WITH_STATE} & {*(getattr(config, "layer_types", None) or ())}:
         return named
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = auto_model(config).from_config(config)
     odd = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
@@ -84,16 +83,23 @@ def saved_in(name: str, config: Any, device: torch.device, dtype: torch.dtype) -
     Raises:
         BackboneError: what reads such weights is not installed, or does not run on this device.
     """
+    if _is_mlx(config):
+        raise BackboneError(
+            f"{name} is quantized for MLX, which is not read here",
+            hint="take the model that it was made of: it loads in 4 bit",
+        )
     method = quantization_of(config)
     if method is None:
         return None
     from transformers.quantizers import AutoHfQuantizer
 
     settings = _settings_in(config)
+    if method == "mxfp4":  # read into plain numbers on any device: the library's kernels choose their way by the rows
+        config.quantization_config = settings = {**settings, "dequantize": True}
     try:
         AutoHfQuantizer.from_config(dict(settings), pre_quantized=True).validate_environment(device_map={"": device})
     except (ImportError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split()).partition(" - supported types")[0][:300]
         raise BackboneError(
             f"{name} is quantized with {settings.get('quant_method', method)}, which does not run here: {reason}",
             hint="install what it names, or take the model's plain weights: they load in 4 bit",
@@ -112,6 +118,12 @@ def quantization_of(config: Any) -> str | None:
     if method != "bitsandbytes":
         return method
     return "4bit" if settings.get("load_in_4bit", settings.get("_load_in_4bit")) else "8bit"
+
+
+def _is_mlx(config: Any) -> bool:
+    """Whether a configuration is one of MLX's 4-bit files, which name no method."""
+    settings = getattr(config, "quantization", None) or _settings_in(config)
+    return isinstance(settings, dict) and {"group_size", "bits"} <= {*settings} and "quant_method" not in settings
 
 
 def _settings_in(config: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from early_exit_cli.backbone.contents import SETTINGS, contents_of, files_of, unread_bytes, weights_folder
-from early_exit_cli.backbone.multimodal import NAMES
+from early_exit_cli.backbone.multimodal import NAMES, auto_model
 from early_exit_cli.errors import BackboneError, BundleError
 from early_exit_cli.files.atomic import keep_json, sha256_of
 from early_exit_cli.files.environment import keeps_nothing, versions
@@ -165,11 +165,9 @@ def load_copy(
         BackboneError: tensors are missing, or too many.
         Exception: whatever the library raises over a damaged file.
     """
-    from transformers import AutoModelForCausalLM
-
     settings = copy.deepcopy(settings)
     settings.quantization_config = quantization
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = auto_model(settings).from_pretrained(
         folder,
         config=settings,
         trust_remote_code=False,

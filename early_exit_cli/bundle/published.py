@@ -156,6 +156,7 @@ class Target:
         return torch.empty(self.vocab_size, self.hidden_size, device="meta")
 
     embedding_weight = lm_head_weight
+    lm_head_bias = None
 
 
 @dataclass(frozen=True)

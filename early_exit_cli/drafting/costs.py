@@ -170,14 +170,14 @@ def measure_costs(engine: Engine, widths: list[int]) -> Costs:
 
     calls: dict[tuple[str, int], tuple[Call, Call]] = {}
     with torch.inference_mode():  # states of real text: what the exact argmax takes depends on them
-        blocks.run(blocks.embed(ids[:place]), near, 0, 0, blocks.num_blocks)
+        states = blocks.run(blocks.embed(ids[:place]), near, 0, 0, blocks.num_blocks)
         for width in widths:
             final = run(width, near)
             calls["near", width] = (lambda: None, functools.partial(run, width, near))
             calls["far", width] = (lambda: None, functools.partial(run, width, far))
             calls["finish", width] = (functools.partial(run, width, near), functools.partial(blocks.finish, final))
         if engine.heads is not None:
-            calls["head", 1] = (a_pass, _head_call(engine.exit_runner.fork(), blocks.embed(ids[:place])))
+            calls["head", 1] = (a_pass, _head_call(engine.exit_runner.fork(), states))
         if engine.eagle is not None:
             read, step, chained = _eagle_calls(engine.eagle, near.limit)
 

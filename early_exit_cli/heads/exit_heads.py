@@ -142,13 +142,16 @@ class DraftLMHead:
     """The backbone's final norm and the rows of its LM head that heads may choose; frozen, not part of any file."""
 
     def __init__(self, view: BackboneView, draft_vocab: Tensor | None) -> None:
-        weight = view.lm_head_weight
         self.norm, self.logit_map = view.final_norm, view.logit_map
-        self.weight = weight if draft_vocab is None else weight[draft_vocab.to(weight.device)]
+        self.weight, self.bias = view.lm_head_weight, view.lm_head_bias
+        if draft_vocab is not None:
+            rows = draft_vocab.to(self.weight.device)
+            self.weight, self.bias = self.weight[rows], None if self.bias is None else self.bias[rows]
 
     def __call__(self, hidden: Tensor) -> Tensor:
         normed = self.norm(hidden)
-        return self.logit_map(F.linear(normed, self.weight.to(normed.dtype)))
+        bias = None if self.bias is None else self.bias.to(normed.dtype)
+        return self.logit_map(F.linear(normed, self.weight.to(normed.dtype), bias))
 
 
 class ExitHeads(nn.Module):
@@ -208,8 +211,8 @@ class ExitHeads(nn.Module):
         return columns if self.draft_vocab is None else self.draft_vocab[columns]
 
     def start_from(self, view: BackboneView) -> None:
-        """Linear heads start as the backbone's own norm and LM head, nearly so where that norm is no RMSNorm; attentions as
-        its last block's.
+        """Linear heads start as the backbone's own norm and LM head, nearly so where that norm is no RMSNorm or the LM head has
+        a bias; attentions as its last block's.
         """
         for head in self.heads:
             if isinstance(head, LinearHead):

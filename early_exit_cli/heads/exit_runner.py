@@ -178,9 +178,11 @@ def _fits(heads: ExitHeads) -> bool:
     weight, norm = heads.lm_head.weight, heads.lm_head.norm
     if heads.kind == "linear" or weight.device.type != "cpu" or heads.lm_head.logit_map != LogitMap():
         return False
-    if norm.subtracts_mean or {weight.dtype, norm.weight.dtype, *(p.dtype for p in heads.parameters())} != {
-        torch.bfloat16
-    }:
+    if (
+        norm.subtracts_mean
+        or heads.lm_head.bias is not None
+        or {weight.dtype, norm.weight.dtype, *(p.dtype for p in heads.parameters())} != {torch.bfloat16}
+    ):
         return False
     if any(size % VOCAB_TILE for size in (*weight.shape, heads.rank)):
         return False

@@ -66,6 +66,7 @@ class StoredView:
     final_norm: FinalNorm
     logit_map: LogitMap
     lm_head_weight: Tensor
+    lm_head_bias: Tensor | None
     embedding_weight: Tensor
     last_block: LastBlock
 
@@ -159,7 +160,9 @@ class Cache:
         if what:
             raise CacheError(f"{self.folder / READOUT} is not this cache's: {what}", hint="eexit cache verify")
         lm_head = tensors["lm_head"].to(device)
-        bias = tensors["norm_bias"].to(device) if "norm_bias" in tensors else None
+        bias, lm_head_bias = (
+            tensors[name].to(device) if name in tensors else None for name in ("norm_bias", "lm_head_bias")
+        )
         weights = {
             name.removeprefix(LAST_BLOCK): value.to(device)
             for name, value in tensors.items()
@@ -174,6 +177,7 @@ class Cache:
             final_norm=FinalNorm(tensors["norm"].to(device), found.norm_eps, found.norm_subtracts_mean, bias),
             logit_map=found.logit_map or LogitMap(),
             lm_head_weight=lm_head,
+            lm_head_bias=lm_head_bias,
             embedding_weight=tensors["embedding"].to(device) if "embedding" in tensors else lm_head,
             last_block=LastBlock(found.last_block, weights),
         )

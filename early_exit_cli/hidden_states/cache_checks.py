@@ -31,6 +31,8 @@ def readout_misfit(tensors: dict[str, Tensor], manifest: ManifestForm) -> str | 
     shapes = {"lm_head": [vocab, hidden], "norm": [hidden]}
     if "norm_bias" in tensors:
         shapes["norm_bias"] = [hidden]
+    if "lm_head_bias" in tensors:
+        shapes["lm_head_bias"] = [vocab]
     if last is not None:
         if last.activation not in ACT2FN:
             return f"the activation {shown(last.activation)} is unknown here"

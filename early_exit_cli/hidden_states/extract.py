@@ -382,6 +382,7 @@ def _finish(folder: Path, header: dict[str, Any], plans: list[Plan], train: list
         "lm_head": backbone.lm_head_weight,
         "norm": norm.weight,
         **({} if norm.bias is None else {"norm_bias": norm.bias}),
+        **({} if backbone.lm_head_bias is None else {"lm_head_bias": backbone.lm_head_bias}),
         **({} if backbone.embedding.weight is backbone.lm_head.weight else {"embedding": backbone.embedding_weight}),
         **{f"{LAST_BLOCK}{name}": weight for name, weight in last.weights.items()},
     }

@@ -173,7 +173,9 @@ class Blocks(ABC):
         return {kind: (cos[:, None], sin[:, None]) for kind, (cos, sin) in tables.items()}
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """[width] int64 -> [width, hidden]. Where positions are learned, block 0 adds them: it knows where it runs."""
+        """[width] int64 -> [width, hidden], or wider: what block 0 takes. Where positions are learned, it adds them: it knows
+        where it runs.
+        """
         return self.backbone.embed(token_ids)
 
     def embed_tokens(self, tokens: list[int]) -> Tensor:

@@ -56,9 +56,9 @@ class _Probe:
             return torch.randn(shape, generator=generator).to(backbone.device, backbone.dtype)
 
         self.ids = torch.randint(backbone.vocab_size, (self.length,), generator=generator).to(backbone.device)
-        self.hidden = random(largest, backbone.hidden_size)
         self.block = blocks.has_keys.index(True)
         """The first with attention."""
+        self.hidden = random(largest, blocks.embed(self.ids[:1]).shape[1] if self.block == 0 else backbone.hidden_size)
         shapes = blocks.kv_shapes[self.block]
         self.far_keys, self.far_values = (random(heads, self.far[-1][0], size) for heads, size in shapes)
         self.reference = self._outputs(largest, 0, None)

@@ -65,6 +65,8 @@ class KVCache:
         self.rotary = rotary
         self.limit = limit
         self.length = 0
+        self.block_inputs: Tensor | None = None
+        """What each block is given of a token besides its state, [limit, blocks, numbers], in families that have such inputs."""
         self.rows: Rows | None = None
         self.addresses: Any = None
         """Where the buffers are, for compiled code (`native_buffers.Addresses`)."""

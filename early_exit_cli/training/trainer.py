@@ -241,9 +241,8 @@ class Trainer:
         with torch.no_grad():
             for states in self.source.held_out():
                 choices = torch.full(states.measured.shape, -1, device=states.final.device)
-                best, choices[states.measured] = F.linear(states.final[states.measured], self.view.lm_head_weight).max(
-                    -1
-                )
+                measured = F.linear(states.final[states.measured], self.view.lm_head_weight, self.view.lm_head_bias)
+                best, choices[states.measured] = measured.max(-1)
                 require_finite(best)
                 with bfloat16_products(self.view.device, self.view.dtype):
                     predictions = self.student.predict(self.student.module, states, only_measured=True)

@@ -12,7 +12,7 @@ from tiny_models import MORE_FAMILIES, NEAR_LLAMA, NF4_FAMILIES, OTHER_FAMILIES,
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
-    BloomConfig,
+    GPTBigCodeConfig,
     GraniteMoeHybridConfig,
     OPTConfig,
     Phi3Config,
@@ -252,7 +252,7 @@ LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (lambda: BloomConfig(hidden_size=64, n_layer=2, n_head=4), "'bloom', which has no block runner; supported: llama"),
+        (lambda: GPTBigCodeConfig(n_embd=64, n_layer=2, n_head=4), "'gpt_bigcode', which has no block runner; .* run .*llama, mistral"),
         (
             lambda: Phi3Config(
                 hidden_size=64, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512,
@@ -264,7 +264,7 @@ LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0
         (lambda: OPTConfig(hidden_size=64, word_embed_proj_dim=64, do_layer_norm_before=False), "opt-350m"),
         (lambda: GraniteMoeHybridConfig(num_hidden_layers=2, layer_types=["linear_attention"] * 2), "no block with attention"),
     ],
-    ids=["bloom", "longrope", "opt-projected", "opt-post-norm", "no-attention"],
+    ids=["gpt_bigcode", "longrope", "opt-projected", "opt-post-norm", "no-attention"],
 )  # fmt: skip
 def test_what_does_not_run_is_refused_by_name_before_weights_load(tmp_path, config, reason):
     with pytest.raises(UnsupportedBackboneError, match=reason) as caught:

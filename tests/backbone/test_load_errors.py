@@ -12,10 +12,11 @@ from huggingface_hub import constants, errors
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import early_exit_cli
 from early_exit_cli.backbone.load import load_backbone, load_tokenizer
 from early_exit_cli.backbone.load_errors import load_error
 from early_exit_cli.config import BackboneConfig
-from early_exit_cli.errors import BackboneError
+from early_exit_cli.errors import BackboneError, UnsupportedBackboneError
 
 MISLEADING = ("aggregated", "checkpoint-4010", "run-403", "no-such-revision-404", "custom code")
 
@@ -28,7 +29,7 @@ def model(tiny_folder, tmp_path):
 
 def refused(folder, **settings):
     """Message and hint of the refusal to load a folder."""
-    with pytest.raises(BackboneError) as error:
+    with pytest.raises((BackboneError, UnsupportedBackboneError)) as error:
         load_backbone(BackboneConfig(model_name=str(folder), quantization="none", device="cpu", **settings))
     return f"{error.value.message} | {error.value.hint}"
 
@@ -98,6 +99,29 @@ def test_a_folder_without_a_configuration_says_so_and_names_what_is_there(model)
     assert "holds no config.json" in refused(model)
     (model / "one.gguf").write_bytes(b"")
     assert f"--model-name {model / 'one.gguf'}" in refused(model)
+
+
+def test_what_writes_no_text_says_what_it_is(model):
+    """A bundle of heads, a classifier, an encoder with a decoder, a pipeline for images, and MLX's 4-bit files."""
+    shipped = Path(early_exit_cli.__file__).parent / "bundles" / "smollm2-135m"
+    assert f"{shipped} is a bundle of heads, not a model | --bundle {shipped}" in refused(shipped)
+    settings = json.loads((model / "config.json").read_text())
+    for changes, said in (
+        (
+            {"architectures": ["LlamaForSequenceClassification"]},
+            "no causal language model: its config.json names Llama",
+        ),
+        (
+            {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]},
+            "reads with an encoder and writes with a",
+        ),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "is quantized for MLX, which is not read here"),
+    ):
+        (model / "config.json").write_text(json.dumps(settings | changes))
+        assert said in refused(model)
+    (model / "config.json").unlink()
+    (model / "model_index.json").write_text("{}")
+    assert "is a pipeline of diffusers, which makes no text" in refused(model)
 
 
 def test_a_file_that_is_no_model_names_its_folder(model):

@@ -54,8 +54,14 @@ MORE_FAMILIES = (
     "gemma4",
     "gemma4-experts",
     "gemma4_unified",
+    "gemma4-inputs",
+    "phi",
+    "gptj",
+    "bloom",
+    "mpt",
     "falcon",
     "falcon-new",
+    "falcon-alibi",
     "olmo",
     "olmo3",
     "ministral",
@@ -79,6 +85,10 @@ MORE_FAMILIES = (
     "granitemoe",
     "glm4_moe",
     "glm4_moe_lite",
+    "deepseek_v2",
+    "deepseek_v3",
+    "mistral4",
+    "llama4",
 )
 """Decoded on one prompt, which is longer than their windows."""
 
@@ -96,7 +106,7 @@ NF4_FAMILIES = (
     "gemma2",
     "gemma3",
     "olmo2",
-    "gemma4",
+    "gemma4-inputs",
     "gpt2",
     "gpt_neox",
     "qwen2_moe",
@@ -106,6 +116,8 @@ NF4_FAMILIES = (
 )
 """Decoded in 4 bit too, as tiny models; SmolLM2 is a real one."""
 
+SPECIAL = ("vocab_size", "eos_token_id", "bos_token_id", "pad_token_id", "initializer_range", "tie_word_embeddings")
+"""Settings that configurations with names of their own have too."""
 VOCAB = 320
 END = 256
 
@@ -137,6 +149,7 @@ def family_config(family: str):
         tie_word_embeddings=family == "smollm",
     )
     ungrouped = {name: value for name, value in shared.items() if name != "num_key_value_heads"}
+    few = {name: shared[name] for name in SPECIAL}
     window = dict(sliding_window=24)
     llama3 = {
         "rope_type": "llama3",
@@ -232,6 +245,23 @@ def family_config(family: str):
         "gemma4-experts": lambda: transformers.Gemma4TextConfig(
             **gemma4, enable_moe_block=True, num_experts=8, top_k_experts=2, moe_intermediate_size=32
         ),
+        "gemma4-inputs": lambda: transformers.Gemma4TextConfig(
+            **gemma4 | {"hidden_size_per_layer_input": 64, "layer_types": [*mixed[1:4], *mixed[3:]]},
+            vocab_size_per_layer_input=VOCAB,
+            num_kv_shared_layers=3,
+            use_double_wide_mlp=True,
+        ),
+        "phi": lambda: transformers.PhiConfig(**shared, rope_parameters=half_rotary),
+        "gptj": lambda: transformers.GPTJConfig(
+            **few, n_embd=64, n_layer=6, n_head=4, n_inner=128, n_positions=500, rotary_dim=8
+        ),
+        "bloom": lambda: transformers.BloomConfig(
+            **few | {"initializer_range": 0.4}, hidden_size=64, n_layer=6, n_head=4
+        ),
+        "mpt": lambda: transformers.MptConfig(**few, d_model=64, n_layers=6, n_heads=4, max_seq_len=500),
+        "falcon-alibi": lambda: transformers.FalconConfig(
+            **ungrouped | {"initializer_range": 0.2}, alibi=True, multi_query=False
+        ),
         "gemma4_unified": lambda: transformers.Gemma4UnifiedTextConfig(**gemma4),
         "falcon": lambda: transformers.FalconConfig(**ungrouped, multi_query=True),
         "falcon-new": lambda: transformers.FalconConfig(**ungrouped, new_decoder_architecture=True, num_kv_heads=2),
@@ -308,4 +338,22 @@ def family_config(family: str):
             **shared, **routed, n_shared_experts=1, first_k_dense_replace=1, head_dim=16
         ),
         "glm4_moe_lite": lambda: transformers.Glm4MoeLiteConfig(**ungrouped, **routed, **latent),
+        "deepseek_v2": lambda: transformers.DeepseekV2Config(
+            **ungrouped, **routed, **latent, topk_method="group_limited_greedy", n_shared_experts=1
+        ),
+        "deepseek_v3": lambda: transformers.DeepseekV3Config(
+            **ungrouped, **routed, **latent | {"q_lora_rank": None}, n_shared_experts=1
+        ),
+        "mistral4": lambda: transformers.Mistral4Config(
+            **ungrouped, **routed, **latent, rope_parameters=yarn | {"llama_4_scaling_beta": 0.1}
+        ),
+        "llama4": lambda: transformers.Llama4TextConfig(
+            **shared,
+            head_dim=16,
+            num_local_experts=4,
+            intermediate_size_mlp=128,
+            interleave_moe_layer_step=2,
+            attention_chunk_size=24,
+            floor_scale=16,
+        ),
     }[family]()
