@@ -18,7 +18,7 @@ from early_exit_cli.drafting.drafter import NoDrafter
 from early_exit_cli.drafting.exit import ExitDrafter, FixedDrafter
 from early_exit_cli.drafting.lookup import LookupDrafter
 from early_exit_cli.engine import Engine
-from early_exit_cli.errors import BundleError, UnsupportedBackboneError
+from early_exit_cli.errors import BundleError
 from early_exit_cli.heads.exit_heads import ExitHeads, load_heads, read_heads
 from early_exit_cli.heads.exit_runner import ExitRunner, NativeExitRunner, exit_runner
 from early_exit_cli.heads.uncertainty import entropy
@@ -208,10 +208,14 @@ def test_a_file_is_read_strictly(model, tiny_backbone, tmp_path):
             read_heads(path, kind, 3, 64, backbone.vocab_size, rank)
 
 
-def test_other_families_say_which_kind_to_take(tiny_backbone):
-    with pytest.raises(UnsupportedBackboneError, match="an attention of its own") as raised:
-        ExitHeads(tiny_backbone("gpt2"), "attention", [2], 8, None)
-    assert raised.value.hint == "--head adapter"
+def test_for_other_families_they_start_from_chance_and_add_nothing_yet(tiny_backbone):
+    backbone = tiny_backbone("gpt2")
+    made = ExitHeads(backbone, "attention", [2], 8, None)
+    made.start_from(backbone)
+    (head,) = made.heads
+    assert head.shape.query_width == backbone.hidden_size
+    assert head.q_proj.weight.std() > 0
+    assert not head.o_proj.weight.any()
 
 
 def test_from_training_to_an_answer(tmp_path, tiny_folder):
