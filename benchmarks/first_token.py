@@ -8,11 +8,14 @@ the GGUF file that the backbone was made from.
 
 import argparse
 import statistics
+import time
 
 from early_exit_cli.backbone.load import load_tokenizer
 from early_exit_cli.config import BackboneConfig, SamplingConfig
 from early_exit_cli.evaluation.bench_methods import Setup, Worker
 
+PAUSE = 0.5
+"""Seconds after which the threads of the method before have stopped looking for work."""
 TEXT = "The lighthouse keeper counted {} ships before the storm, and wrote down what each of them carried. "
 
 
@@ -34,6 +37,7 @@ def main() -> None:
         seconds: dict[str, list[float]] = {worker.name: [] for worker in workers}
         for _ in range(options.repeats):
             for worker in workers:
+                time.sleep(PAUSE)
                 answer = worker.answer(ids[:length], 2)
                 seconds[worker.name].append(answer.first_token_seconds or answer.seconds)
         found = (f"{name} {statistics.median(times) * 1000:,.0f} ms" for name, times in seconds.items())
