@@ -44,7 +44,7 @@ KINDS: dict[KeptKind, Kind] = {
     "bundles": Kind(("dssd",), "heads converted from DSSD's files"),
     "measurements": Kind(
         ("widths", "costs", "chances"),
-        "widths and costs of passes here, and what their checkpoints' MTP layers are worth",
+        "widths and costs of passes here, chances of MTP drafts",
     ),
     "code": Kind(("native", "cuda"), "code compiled here"),
     "answers": Kind(("answers",), "on-policy answers to train on", is_dear=True),

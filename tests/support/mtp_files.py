@@ -9,6 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from early_exit_cli.backbone.families import FAMILIES
 
+ATTENDED = 0.2
+"""How much attention says in `right_backbone`."""
+
 
 def one_block(config):
     """The library's model of a family with one block that attends, as an MTP layer has it."""
@@ -93,21 +96,24 @@ def rolled(model, block, front, ids, drafted):
 
 def right_backbone(config):
     """A model of two blocks, of which the first, with a state, adds little, and an MTP layer that is its second block: what the
-    layer says of the following token is what the model says there, but for the first token's key, which it lacks."""
+    layer says of the following token is what the model says there, but for the first token's key, which it lacks.
+
+    A token is followed by another one of its own, unless what is attended to says otherwise.
+    """
     torch.manual_seed(7)
-    config.num_hidden_layers = len(config.layer_types[1:3])
-    config.layer_types = config.layer_types[1:3]
+    config.num_hidden_layers, config.layer_types = 2, config.layer_types[1:3]
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     rows = model.get_input_embeddings().weight
     rows.div_(rows.square().mean(-1, keepdim=True).sqrt())
+    model.get_output_embeddings().weight.copy_(rows[torch.randperm(len(rows))])
     first, second = model.model.layers
     first.linear_attn.A_log.sub_(3.0)  # a state that is not forgotten within a few tokens
-    first.linear_attn.out_proj.weight.mul_(0.0002)
-    first.mlp.down_proj.weight.mul_(0.0002)
+    for weight in (first.linear_attn.out_proj.weight, first.mlp.down_proj.weight):
+        weight.mul_(0.001)
     for norm in (second.self_attn.q_norm, second.self_attn.k_norm):
         norm.weight.add_(0.5)  # some keys are looked at, not their mean
-    second.mlp.down_proj.weight.mul_(0.1)
-    second.self_attn.o_proj.weight.mul_(0.3)
+    second.self_attn.o_proj.weight.mul_(ATTENDED)
+    second.mlp.down_proj.weight.mul_(0.05)
     block = one_block(config)
     block.model.layers[0].load_state_dict(second.state_dict())
     block.model.norm.load_state_dict(model.model.norm.state_dict())
