@@ -39,7 +39,7 @@ from early_exit_cli.files.schemas import (
 from early_exit_cli.heads.cuda_eagle import cuda_eagle
 from early_exit_cli.heads.eagle import load_eagle
 from early_exit_cli.heads.exit_heads import load_heads
-from early_exit_cli.heads.mtp import load_mtp_head
+from early_exit_cli.heads.load_mtp import load_mtp_head
 from early_exit_cli.heads.uncertainty import Thresholds, level_key
 from early_exit_cli.runtime.select import make_blocks
 

@@ -7,66 +7,34 @@ layer's own normed output of the step before stands in its place.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from early_exit_cli.backbone.mtp import MtpLayer, load_mtp
-from early_exit_cli.heads.eagle_runner import LinearMap
+from early_exit_cli.backbone.mtp import MtpLayer
 from early_exit_cli.heads.uncertainty import entropy
-from early_exit_cli.runtime.blocks import KEY_STEP, PREFILL_WIDTH, Blocks
-from early_exit_cli.runtime.hf_blocks import HFBlocks
-from early_exit_cli.runtime.kv_cache import KVCache
+from early_exit_cli.runtime.blocks import PREFILL_WIDTH, Blocks
 from early_exit_cli.sampling import GREEDY, Chooser
 
 ROOM = 1024
 """Positions of rotary tables that a text begins with."""
 
 
-class MtpBlocks(HFBlocks):
-    """The layer's block. Drafts may be approximate: a pass takes as many rows and reads as many keys as there are."""
-
-    def grows(self, limit: int) -> bool:
-        return True
-
-    def keys_read(self, cache: KVCache, end: int, width: int) -> int:
-        return min(-(-end // KEY_STEP) * KEY_STEP, cache.capacity)
-
-
 @dataclass(frozen=True)
 class MtpHead:
     """The layer, ready to run beside its backbone's blocks.
 
-    exit_layers: the last block, whose state comes with the final normed one, which is read.
+    blocks: run the layer's block. exit_layers: the last block, whose state comes with the final normed one, which is read.
     lm_head: final states [rows, hidden] -> [rows, vocab].
     """
 
     layer: MtpLayer
-    blocks: MtpBlocks
+    blocks: Blocks
     exit_layers: list[int]
-    lm_head: LinearMap
-
-
-def load_mtp_head(blocks: Blocks) -> MtpHead | None:
-    """The layer that the backbone of some blocks brings; None where it brings none.
-
-    Raises:
-        BackboneError: as `load_mtp`.
-    """
-    layer = load_mtp(blocks.backbone)
-    if layer is None:
-        return None
-    exact = blocks.exact_argmax  # whose int8 rows are there already
-
-    def product(x: Tensor) -> Tensor:
-        if exact is None:
-            return blocks.logits(x)
-        return blocks.backbone.logit_map(torch._weight_int8pack_mm(x, exact.quantized, exact.scales))
-
-    return MtpHead(layer, MtpBlocks(layer.block), [blocks.num_blocks], product)
+    lm_head: Callable[[Tensor], Tensor]
 
 
 class MtpRunner:

@@ -104,7 +104,7 @@ def right_backbone(config):
     config.num_hidden_layers, config.layer_types = 2, config.layer_types[1:3]
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     rows = model.get_input_embeddings().weight
-    rows.div_(rows.square().mean(-1, keepdim=True).sqrt())
+    rows.div_(rows.square().mean(-1, keepdim=True).sqrt() + 1e-9)  # but that of padding, which holds zeros
     model.get_output_embeddings().weight.copy_(rows[torch.randperm(len(rows))])
     first, second = model.model.layers
     first.linear_attn.A_log.sub_(3.0)  # a state that is not forgotten within a few tokens
