@@ -343,7 +343,7 @@ class InferenceConfig(Section):
     drafter: DrafterName = setting(
         None,
         "What proposes tokens for the backbone to verify. exit: the bundle's exit heads. eagle: its EAGLE head. "
-        "lookup: the text itself, continuing its longest repeated suffix; needs no heads. auto: whichever promises most. "
+        "mtp: the layer for multi-token prediction that the model's checkpoint brings, if it does; needs no bundle. lookup: the text itself, continuing its longest repeated suffix; needs no heads. auto: whichever promises most. "
         "Default: auto; with --mode adaptive, exit.",
     )
     lookup_corpus: Path | None = setting(
@@ -452,7 +452,7 @@ class BenchConfig(Section):
     prompts: Path | None = setting(None, "A .jsonl file with `prompt`, or Spec-Bench's `turns`, a line.")
     methods: MethodList = setting(
         ["full", "auto", "transformers"],
-        "full, adaptive (or adaptive@LEVEL), eagle, lookup, auto, transformers, transformers-lookup, "
+        "full, adaptive (or adaptive@LEVEL), eagle, mtp, lookup, auto, transformers, transformers-lookup, "
         "transformers-early-exit, llama.cpp, economize.",
     )
     limit: int | None = setting(None, "At most so many prompts of each category, evenly spread.", ge=1)

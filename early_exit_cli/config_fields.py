@@ -38,7 +38,7 @@ def todays_word(value: Any) -> Any:
     return FORMER_WORDS.get(value, value) if isinstance(value, str) else value
 
 
-DrafterName = Annotated[Literal["exit", "eagle", "lookup", "auto", "none"] | None, BeforeValidator(todays_word)]
+DrafterName = Annotated[Literal["exit", "eagle", "mtp", "lookup", "auto", "none"] | None, BeforeValidator(todays_word)]
 
 
 def split_numbers(value: Any) -> Any:

@@ -36,7 +36,7 @@ from early_exit_cli.config import SHIPPED_BUNDLE, SamplingConfig
 from early_exit_cli.decoding.answer import Generation, generate
 from early_exit_cli.decoding.batch import generate_batch
 from early_exit_cli.decoding.text import Request, StopsAfter
-from early_exit_cli.drafting.choose import HEADLESS, make_drafter
+from early_exit_cli.drafting.choose import DRAFTS_BY_MTP, HEADLESS, make_drafter
 from early_exit_cli.drafting.drafter import Drafter
 from early_exit_cli.engine import Engine
 from early_exit_cli.errors import ConfigError
@@ -100,10 +100,10 @@ class EarlyExitModel:
 
         Args:
             bundle: the shipped one, a folder, or a Hub id (ORG/NAME or ORG/NAME@REVISION). None: a backbone without
-                heads, which drafts by lookup.
+                heads, which drafts by its checkpoint's MTP layer, if it brings one, and by lookup.
             backbone, revision, quantization, device: as `--model-name`, `--revision` ... of the commands; by default
                 the bundle's backbone as its heads were trained on it.
-            drafter: exit, eagle, lookup, auto or none.
+            drafter: exit, eagle, mtp, lookup, auto or none.
             accuracy_level: target accuracy of exited tokens, a calibrated level.
             lookup_corpus: a text file that lookup, alone or in auto, may draft from besides the prompt.
             model: the backbone as a loaded transformers model, whose weights are then held once; it is put in
@@ -142,7 +142,8 @@ class EarlyExitModel:
             engine = load_engine(
                 settings,
                 config.bundle if bundle is not None else None,
-                with_thresholds=drafter not in ("none", "lookup"),
+                with_thresholds=drafter not in HEADLESS or drafter == "auto",
+                with_mtp=drafter in DRAFTS_BY_MTP,
                 backbone=None if model is None else adopt_backbone(model, tokenizer),
             )
             return cls(engine, *make_drafter(engine, config.inference, drafter))

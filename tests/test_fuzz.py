@@ -49,6 +49,7 @@ from early_exit_cli.data.rows import read_prompts, read_records
 from early_exit_cli.decoding.loop import decode
 from early_exit_cli.decoding.text import Request
 from early_exit_cli.drafting import choose, costs
+from early_exit_cli.drafting.chances import MTP_PRIOR, MtpChances, mtp_survival, save_mtp_chances
 from early_exit_cli.drafting.drafter import NoDrafter
 from early_exit_cli.engine import Engine
 from early_exit_cli.errors import EexitError
@@ -333,6 +334,19 @@ def measured(kind: str) -> Callable[..., Target]:
     return target
 
 
+def chances(tmp_path, world, monkeypatch, **_) -> Target:
+    monkeypatch.setenv("EEXIT_HOME", str(tmp_path))
+    path = save_mtp_chances(MtpChances(survival=MTP_PRIOR[:2], checked=[(0.5, 0.25)]), world.backbone)
+
+    def load():
+        found = mtp_survival(world.backbone)
+        assert all(0.0 <= one.at(entropy) <= 1.0 for one in found for entropy in (0.0, 1.0, 30.0))
+        if found is MTP_PRIOR:
+            raise Again("the prior counts")
+
+    return Target(path, [path.read_bytes()], mutated_json, load)
+
+
 def dssd_file(name: str, canary: Path | None = None) -> Callable[..., Target]:
     def target(tmp_path, linear_bundle, **_) -> Target:
         from early_exit_cli.bundle.push import import_dssd
@@ -418,6 +432,7 @@ TARGETS: dict[str, Callable[..., Target]] = {
     "answers": answers,
     "widths": measured("widths"),
     "costs": measured("costs"),
+    "chances": chances,
     "checkpoint": marker,
     "dssd pickle": dssd_file("aux_heads.pt"),
     "dssd config": dssd_file("config.json"),

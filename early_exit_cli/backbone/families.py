@@ -24,7 +24,9 @@ class Family:
     positions: the embedding of learned positions, whose row `first_position` is the first token's. plain: modules that stay
     unquantized, too small for 4-bit kernels. adds_one: the final norm multiplies by one more than its weight.
     subtracts_mean: it is a LayerNorm that is not PyTorch's. rotary: the module that makes rotary tables; complex_rotary: of
-    complex numbers instead of cosines and sines. rounds_once, caps_scores: of its blocks, see `BlockLayout`.
+    complex numbers instead of cosines and sines. rounds_once, caps_scores: of its blocks, see `BlockLayout`. mtp: where its
+    checkpoints keep a layer for multi-token prediction, if they bring one: beside the model, as `mtp.*`, or behind its
+    blocks, as one more.
     """
 
     models: str
@@ -42,6 +44,7 @@ class Family:
     subtracts_mean: bool = False
     rounds_once: bool = False
     caps_scores: bool = False
+    mtp: Literal["beside", "behind"] | None = None
 
 
 FAMILIES = {
@@ -91,17 +94,17 @@ FAMILIES = {
     "qwen3_moe": Family("Qwen3-MoE"),
     "lfm2": Family("LFM2", norm="embedding_norm"),
     "lfm2_moe": Family("LFM2-MoE", norm="embedding_norm", rotary="pos_emb"),
-    "qwen3_next": Family("Qwen3-Next", plain=("shared_expert_gate",), adds_one=True),
-    "qwen3_5_text": Family("Qwen3.5, text", adds_one=True),
-    "qwen3_5_moe_text": Family("Qwen3.5-MoE, text", plain=("shared_expert_gate",), adds_one=True),
+    "qwen3_next": Family("Qwen3-Next", plain=("shared_expert_gate",), adds_one=True, mtp="beside"),
+    "qwen3_5_text": Family("Qwen3.5, text", adds_one=True, mtp="beside"),
+    "qwen3_5_moe_text": Family("Qwen3.5-MoE, text", plain=("shared_expert_gate",), adds_one=True, mtp="beside"),
     "granitemoehybrid": Family("Granite 4"),
     "falcon_h1": Family("Falcon-H1", norm="final_layernorm"),
     "nemotron_h": Family("Nemotron-H, Nemotron 3 Nano", norm="norm_f"),
     "olmoe": Family("OLMoE"),
     "gpt_oss": Family("gpt-oss"),
     "granitemoe": Family("Granite 3 MoE"),
-    "glm4_moe": Family("GLM-4.5, GLM-4.6"),
-    "glm4_moe_lite": Family("GLM-4.7-Flash"),
+    "glm4_moe": Family("GLM-4.5, GLM-4.6", mtp="behind"),
+    "glm4_moe_lite": Family("GLM-4.7-Flash", mtp="behind"),
     "deepseek_v2": Family("DeepSeek-V2", complex_rotary=True),
     "deepseek_v3": Family("DeepSeek-V3, R1"),
 }
@@ -129,6 +132,8 @@ WRAPPERS = {
 """Checkpoints whose language part computes what the decoder named in `text_config` computes; what people know of each."""
 
 
+ASSISTANTS = ("gemma4_assistant", "gemma4_unified_assistant")
+"""Checkpoints of drafters that read another model's keys and values."""
 OTHER_USES = ("Classification", "QuestionAnswering", "MaskedLM", "RewardModel")
 """How the names of classes end that write no text; where the embedding serves as LM head, their files would load as one."""
 SHOWN = 6
@@ -140,6 +145,8 @@ def refusal(config: Any) -> str | None:
     if family not in FAMILIES:
         if family in WRAPPERS:
             return f"is multimodal ({family}); named by its folder or Hub id, its language part is loaded alone"
+        if family in ASSISTANTS:
+            return f"is a drafter of Gemma 4 ({family}), which nothing here reads; name the model that it drafts for"
         part = getattr(getattr(config, "text_config", None), "model_type", None)
         inner = "" if part is None else f" (its language part is {part!r})"
         kinds = _other_kinds(getattr(config, "text_config", config))

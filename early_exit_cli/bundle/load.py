@@ -26,7 +26,7 @@ from early_exit_cli.config import SHIPPED_BUNDLE, BackboneConfig, BundleConfig
 from early_exit_cli.config_fields import HUB_ID
 from early_exit_cli.config_files import HubConfig
 from early_exit_cli.engine import Engine
-from early_exit_cli.errors import BundleError, HubError, shown
+from early_exit_cli.errors import BackboneError, BundleError, HubError, shown
 from early_exit_cli.files.atomic import fingerprint_differences
 from early_exit_cli.files.schemas import (
     BundleForm,
@@ -39,6 +39,7 @@ from early_exit_cli.files.schemas import (
 from early_exit_cli.heads.cuda_eagle import cuda_eagle
 from early_exit_cli.heads.eagle import load_eagle
 from early_exit_cli.heads.exit_heads import load_heads
+from early_exit_cli.heads.load_mtp import load_mtp_head
 from early_exit_cli.heads.uncertainty import Thresholds, level_key
 from early_exit_cli.runtime.select import make_blocks
 
@@ -132,11 +133,13 @@ def load_engine(
     bundle: BundleConfig | None,
     *,
     with_thresholds: bool = True,
+    with_mtp: bool = False,
     backbone: Backbone | None = None,
 ) -> Engine:
     """Load a backbone and, with `bundle`, its heads and thresholds.
 
     Args:
+        with_mtp: the layer for multi-token prediction too, where the backbone's checkpoint brings one.
         backbone: one that is loaded already, to take instead.
 
     Raises:
@@ -146,6 +149,11 @@ def load_engine(
     config = read_bundle_config(folder) if folder else None
     backbone = backbone or load_backbone(backbone_config)
     engine = Engine(backbone, make_blocks(backbone, backbone_config.runner, backbone_config.cuda_graphs))
+    if with_mtp:
+        try:
+            engine.mtp = load_mtp_head(engine.blocks)
+        except BackboneError as error:
+            engine.without_mtp = error.message
     if folder is None or config is None or bundle is None:
         return engine
     engine.record = record = read_bundle_record(folder)

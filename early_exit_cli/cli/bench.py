@@ -91,9 +91,9 @@ def show_costs(resolved: Resolved, as_json: bool) -> None:
     from early_exit_cli.drafting.costs import CONTEXT, FAR_CONTEXT, cost_table
 
     if is_without_heads(resolved):
-        engine = load_engine(resolved.config.backbone, None)
+        engine = load_engine(resolved.config.backbone, None, with_mtp=True)
     else:
-        engine = load_engine(backbone_of_bundle(resolved), resolved.config.bundle, with_thresholds=False)
+        engine = load_engine(backbone_of_bundle(resolved), resolved.config.bundle, with_thresholds=False, with_mtp=True)
     costs = cost_table(engine, refresh=True)
     if as_json:
         console.emit_json(
@@ -127,6 +127,11 @@ def show_costs(resolved: Resolved, as_json: bool) -> None:
         + (
             f"; the EAGLE head: {costs.eagle_read:.2f} ms for a first token, {costs.eagle_step:.2f} for a next"
             if costs.eagle_step
+            else ""
+        )
+        + (
+            f"; the MTP layer: {costs.mtp_read:.2f} ms for a first token, {costs.mtp_step:.2f} for a next"
+            if costs.mtp_step
             else ""
         ),
         ["width", "used", "pass", "of width 1", "one block", f"one block, {FAR_CONTEXT} keys", "norm and LM head"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from early_exit_cli.cli.options import configured
 from early_exit_cli.cli.shared import load_libraries
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from early_exit_cli.calibration.held_out import HeldOutSample
     from early_exit_cli.cli.shared import HeldOut
     from early_exit_cli.config import ThresholdRule, UncertaintyMetric
-    from early_exit_cli.drafting.chances import DraftChances
+    from early_exit_cli.data.documents import Split
+    from early_exit_cli.drafting.chances import DraftChances, Survival
     from early_exit_cli.engine import Engine
 
 READ_TOGETHER = 2048
@@ -25,19 +26,33 @@ READ_TOGETHER = 2048
 
 @configured(
     *("bundle", "backbone", "data", "calibration"),
-    examples=("eexit calibrate --bundle runs/heads", "eexit calibrate --bundle runs/heads --assurance 0.8 --strict"),
+    examples=(
+        "eexit calibrate --bundle runs/heads",
+        "eexit calibrate --bundle runs/heads --assurance 0.8 --strict",
+        "eexit calibrate --model-name Qwen/Qwen3.5-4B --dataset-name text.jsonl",
+    ),
 )
 def command(resolved: Resolved, as_json: bool) -> None:
-    """Fit thresholds for each head and target accuracy on held-out text, and check them on other held-out text."""
+    """Fit thresholds for each head and target accuracy on held-out text, and check them on other held-out text; and what
+    drafts are worth, those of a layer for multi-token prediction that the model brings too."""
     load_libraries()
     from early_exit_cli.bundle.files import CALIBRATION_FILE
     from early_exit_cli.bundle.load import bundle_source, load_engine
     from early_exit_cli.calibration.calibrate import calibrate, calibration_json, calibration_record, save_calibration
     from early_exit_cli.calibration.draft_chances import fit_draft_chances
-    from early_exit_cli.cli.shared import backbone_of_bundle, data_of_bundle, dataset_label, held_out_text
+    from early_exit_cli.cli.shared import (
+        backbone_of_bundle,
+        data_of_bundle,
+        dataset_label,
+        held_out_text,
+        is_without_heads,
+    )
     from early_exit_cli.drafting.chances import save_draft_chances
 
     config = resolved.config
+    if is_without_heads(resolved):
+        calibrate_mtp_alone(resolved, as_json)
+        return
     source = bundle_source(config.bundle)
     if source.repo_id:
         raise ConfigError(
@@ -45,16 +60,17 @@ def command(resolved: Resolved, as_json: bool) -> None:
             hint=f"eexit pull {source.repo_id} --output-dir FOLDER, then eexit calibrate --bundle FOLDER",
         )
     folder = source.folder
-    engine = load_engine(backbone_of_bundle(resolved), config.bundle, with_thresholds=False)
+    engine = load_engine(backbone_of_bundle(resolved), config.bundle, with_thresholds=False, with_mtp=True)
     data = data_of_bundle(resolved, engine.record)
     fit, check = (held_out_text(data, engine, split, config.calibration.num_samples) for split in ("calibrate", "eval"))
     first, second = read_both(engine, fit, check, config.calibration.uncertainty_metric)
     chances = fit_draft_chances(fit.documents, first, second)
     save_draft_chances(chances, folder)
     print_draft_chances(chances, as_json)
+    mtp = calibrate_mtp(engine, fit, check, as_json)
     if engine.heads is None or first.exits is None or second.exits is None:
         if as_json:
-            console.emit_json({"drafting": chances.model_dump()})
+            console.emit_json({"drafting": chances.model_dump()} | mtp)
         return
     layers, label = engine.heads.exit_layers, dataset_label(data)
     result = calibrate(first.exits, second.exits, layers, config.calibration, label, fit.sequences)
@@ -65,13 +81,59 @@ def command(resolved: Resolved, as_json: bool) -> None:
     faults = result.faults()
     if as_json:
         found = {"record": record, "faults": faults, "output_path": str(output), "pictures": [str(p) for p in pictures]}
-        console.emit_json(calibration_json(result) | found | {"drafting": chances.model_dump()})
+        console.emit_json(calibration_json(result) | found | {"drafting": chances.model_dump()} | mtp)
     else:
         print_calibration(result, engine.blocks.num_blocks, config.calibration.verbose)
     print_warnings(result)
     print_files(output, pictures)
     if config.calibration.strict and faults:
         raise TargetMissedError("\n".join(faults), hint="more held-out text, --assurance, other levels, or --margin")
+
+
+def calibrate_mtp_alone(resolved: Resolved, as_json: bool) -> None:
+    """Of a backbone that was named without a bundle: what its checkpoint's MTP layer is worth.
+
+    Raises:
+        ConfigError: it brings none.
+    """
+    from early_exit_cli.bundle.load import load_engine
+    from early_exit_cli.cli.shared import held_out_text
+
+    config = resolved.config
+    engine = load_engine(config.backbone, None, with_mtp=True)
+    if engine.mtp is None:
+        name = config.backbone.model_name
+        why = engine.without_mtp or f"{name} brings no layer for multi-token prediction"
+        raise ConfigError(f"nothing to calibrate: {why}, and no bundle was named", hint="--bundle FOLDER")
+    splits: tuple[Split, Split] = ("calibrate", "eval")
+    fit, check = (held_out_text(config.data, engine, split, config.calibration.num_samples) for split in splits)
+    found = calibrate_mtp(engine, fit, check, as_json)
+    if as_json:
+        console.emit_json(found)
+
+
+def calibrate_mtp(engine: Engine, fit: HeldOut, check: HeldOut, as_json: bool) -> dict[str, Any]:
+    """Fit, keep and show what the MTP layer's drafts are worth; nothing where there is none. Returns what --json adds."""
+    from early_exit_cli.calibration.draft_chances import fit_eagle
+    from early_exit_cli.calibration.mtp import read_mtp
+    from early_exit_cli.data.packing import apart
+    from early_exit_cli.drafting.chances import MtpChances, save_mtp_chances
+
+    if engine.mtp is None:
+        return {}
+    texts, others = (apart(part.batches, READ_TOGETHER) for part in (fit, check))
+    with console.progress(
+        "rolling out the MTP layer", sum(len(batch.input_ids) for batch in (*texts, *others))
+    ) as ticker:
+        first = read_mtp(engine, engine.mtp, texts, ticker.update)
+        count = sum(len(batch.input_ids) for batch in texts)
+        second = read_mtp(engine, engine.mtp, others, lambda done: ticker.update(count + done))
+    survival, checked = fit_eagle(first, second)
+    path = save_mtp_chances(MtpChances(survival=survival, checked=checked), engine.backbone)
+    if not as_json:
+        print_survival("mtp", survival, checked)
+        console.note(f"kept: {path}")
+    return {"mtp": {"survival": [one.model_dump() for one in survival], "checked": checked, "kept": str(path)}}
 
 
 def read_both(
@@ -103,19 +165,24 @@ def print_draft_chances(chances: DraftChances, as_json: bool) -> None:
     rows = [(length, f"{chance:.1%}") for length, chance in zip(SHORTEST, chances.lookup, strict=True)]
     console.table("lookup", ["match of at least", "next token right"], rows, result=True)
     if chances.eagle:
-        console.table(
-            "eagle, given that it agreed so far",
-            ["draft position", "agreement", "at 0.5 nats", "at 2 nats", "on the second text: agreement", "expected"],
-            [
-                (
-                    place + 1,
-                    *(f"{share:.1%}" for share in (found.mean, found.at(0.5), found.at(2.0))),
-                    *(f"{share:.1%}" for share in checked),
-                )
-                for place, (found, checked) in enumerate(zip(chances.eagle, chances.checked, strict=True))
-            ],
-            result=True,
-        )
+        print_survival("eagle", chances.eagle, chances.checked)
+
+
+def print_survival(name: str, survival: list[Survival], checked: list[tuple[float, float]]) -> None:
+    """By draft position, how often a drafter is right, and what a second text says of that."""
+    console.table(
+        f"{name}, given that it agreed so far",
+        ["draft position", "agreement", "at 0.5 nats", "at 2 nats", "on the second text: agreement", "expected"],
+        [
+            (
+                place + 1,
+                *(f"{share:.1%}" for share in (found.mean, found.at(0.5), found.at(2.0))),
+                *(f"{share:.1%}" for share in also),
+            )
+            for place, (found, also) in enumerate(zip(survival, checked, strict=True))
+        ],
+        result=True,
+    )
 
 
 def print_calibration(result: Calibration, depth: int, verbose: bool) -> None:

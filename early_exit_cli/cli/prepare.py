@@ -60,15 +60,17 @@ def load(resolved: Resolved, kind: str) -> Engine:
     """The model; a backbone that was named without a bundle is loaded alone where no head must be read, and is told."""
     from early_exit_cli.bundle.load import load_engine
     from early_exit_cli.cli.shared import backbone_of_bundle, is_without_heads
-    from early_exit_cli.drafting.choose import HEADLESS
+    from early_exit_cli.drafting.choose import DRAFTS_BY_MTP, HEADLESS
 
-    config = resolved.config
+    config, with_mtp = resolved.config, kind in DRAFTS_BY_MTP
     if kind in HEADLESS and is_without_heads(resolved):
+        engine = load_engine(config.backbone, None, with_mtp=with_mtp)
         if kind == "auto":
-            console.note(f"no heads for {config.backbone.model_name} (--bundle FOLDER): lookup drafts")
-        return load_engine(config.backbone, None)
-    needed = kind not in ("none", "lookup") or not resolved.is_default("inference.accuracy_level")
-    return load_engine(backbone_of_bundle(resolved), config.bundle, with_thresholds=needed)
+            who = "lookup drafts" if engine.mtp is None else "its checkpoint's MTP layer drafts, and lookup"
+            console.note(f"no heads for {config.backbone.model_name} (--bundle FOLDER): {who}")
+        return engine
+    needed = kind not in HEADLESS or kind == "auto" or not resolved.is_default("inference.accuracy_level")
+    return load_engine(backbone_of_bundle(resolved), config.bundle, with_thresholds=needed, with_mtp=with_mtp)
 
 
 def check_level(resolved: Resolved, engine: Engine) -> None:
@@ -96,11 +98,13 @@ def say_how_it_runs(engine: Engine) -> None:
 
 
 def say_what_is_not_read(engine: Engine, drafter: Drafter) -> None:
-    """On stderr: which of the bundle's heads are left unread, and why."""
+    """On stderr: which of the bundle's heads are left unread, and why; and so of the checkpoint's MTP layer."""
     from early_exit_cli.drafting.auto import AutoDrafter
     from early_exit_cli.drafting.chances import draft_chances_of
     from early_exit_cli.drafting.exit import ExitDrafter
 
+    if isinstance(drafter, AutoDrafter) and engine.without_mtp:
+        console.note(f"{engine.without_mtp}: it does not draft")
     if isinstance(drafter, AutoDrafter) and engine.heads is not None and engine.thresholds is None:
         console.note("the bundle is not calibrated: its heads are not read (eexit calibrate)")
     alone = engine.eagle is not None and engine.heads is None

@@ -1,4 +1,7 @@
-"""How likely drafts survive, by drafter: what calibration found, in the bundle's record."""
+"""How likely drafts survive, by drafter: what calibration found, in the bundle's record.
+
+What it found of the MTP layer, which belongs to the backbone and to no bundle, is kept beside what passes cost here.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,15 @@ from typing import Annotated
 
 from pydantic import Field, Strict
 
+from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.bundle.files import RECORD_FILE, read_bundle_record, record_json
 from early_exit_cli.drafting.suffix_automaton import PRIOR, SHORTEST
 from early_exit_cli.errors import BundleError
 from early_exit_cli.files.atomic import write_json
 from early_exit_cli.files.forms import Form, Share
-from early_exit_cli.files.schemas import RecordForm, require_form
+from early_exit_cli.files.kept import MADE_FROM
+from early_exit_cli.files.schemas import RecordForm, read_form, require_form
+from early_exit_cli.runtime.measurements import measurement_path
 
 
 class Survival(Form):
@@ -32,6 +38,39 @@ class Survival(Form):
 
     def at(self, uncertainty: float) -> float:
         return 1 / (1 + math.exp(min(-(self.intercept + self.slope * uncertainty), 700.0)))
+
+
+MTP_PRIOR = [
+    Survival(intercept=intercept, slope=-1.2, mean=mean, entropies=(0.0, 0.05, 0.2, 0.6, 1.2, 2.5))
+    for intercept, mean in ((2.4, 0.8), (2.0, 0.75), (1.7, 0.7))
+]
+"""Of an MTP layer that was not calibrated, as such layers are reported to do; the text soon tells of this one."""
+
+
+class MtpChances(Form):
+    """Of an MTP layer: by draft position, and what a second text says of it, as in `DraftChances`."""
+
+    survival: list[Survival] = Field(min_length=1)
+    checked: list[Annotated[tuple[Share, Share], Strict(False)]]
+
+
+def mtp_survival(backbone: Backbone) -> list[Survival]:
+    """What calibration on this machine found of the layer that a backbone's checkpoint brings; else a prior."""
+    try:
+        return read_form(_mtp_path(backbone), MtpChances).survival
+    except BundleError:  # nothing there, or damaged
+        return MTP_PRIOR
+
+
+def save_mtp_chances(chances: MtpChances, backbone: Backbone) -> Path:
+    """Keep them for the next time; where."""
+    path = _mtp_path(backbone)
+    write_json(path, {MADE_FROM: backbone.name, **chances.model_dump()})
+    return path
+
+
+def _mtp_path(backbone: Backbone) -> Path:
+    return measurement_path("chances", backbone.identity)
 
 
 class DraftChances(Form):

@@ -7,16 +7,16 @@ from pathlib import Path
 from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.config import DYNAMIC_LENGTH, InferenceConfig
 from early_exit_cli.drafting.auto import AutoDrafter
-from early_exit_cli.drafting.chances import draft_chances_of
+from early_exit_cli.drafting.chances import draft_chances_of, mtp_survival
 from early_exit_cli.drafting.corpus import Corpus
 from early_exit_cli.drafting.costs import Costs, cost_table, pass_costs
 from early_exit_cli.drafting.drafter import Drafter, NoDrafter
-from early_exit_cli.drafting.eagle import EagleDrafter
+from early_exit_cli.drafting.eagle import EagleDrafter, MtpDrafter
 from early_exit_cli.drafting.exit import DynamicDrafter, ExitDrafter, FixedDrafter
 from early_exit_cli.drafting.lookup import LookupDrafter
 from early_exit_cli.drafting.round_costs import NEED
 from early_exit_cli.engine import Engine, default_width
-from early_exit_cli.errors import BundleError, DataError
+from early_exit_cli.errors import BackboneError, BundleError, DataError
 from early_exit_cli.files.atomic import read_text
 from early_exit_cli.files.schemas import HeadSet
 from early_exit_cli.heads.uncertainty import level_key
@@ -129,8 +129,26 @@ def eagle_drafter(engine: Engine) -> EagleDrafter:
     )
 
 
+def mtp_drafter(engine: Engine) -> MtpDrafter:
+    """The MTP layer that the checkpoint brings, with its chances and the costs of this device.
+
+    Raises:
+        BackboneError: it brings none, or one that is not read.
+    """
+    if engine.mtp is None:
+        name = engine.backbone.name
+        raise BackboneError(
+            engine.without_mtp or f"{name} brings no layer for multi-token prediction",
+            hint="--drafter auto drafts with what there is",
+        )
+    costs = cost_table(engine)
+    passes = pass_costs(costs, engine.blocks)
+    return MtpDrafter(engine.mtp, mtp_survival(engine.backbone), passes, costs.mtp_read, costs.mtp_step)
+
+
 def auto_drafter(engine: Engine, level: float, width: int, read_heads: str, corpus: Path | None = None) -> AutoDrafter:
-    """Lookup or the EAGLE head, whichever promises more; without a calibrated one, lookup and the exits that pay.
+    """The checkpoint's MTP layer, lookup or the EAGLE head, whichever promises most; with neither layer nor calibrated EAGLE
+    head, lookup and the exits that pay.
 
     Args:
         width: rows of a pass at most, for the exit heads; the others weigh all widths.
@@ -138,9 +156,11 @@ def auto_drafter(engine: Engine, level: float, width: int, read_heads: str, corp
     """
     lookup = lookup_drafter(engine, corpus)
     choices: list[tuple[Drafter, int]] = [(lookup, LARGEST_WIDTH - 1)]
+    if engine.mtp is not None:
+        choices.insert(0, (mtp_drafter(engine), LARGEST_WIDTH - 1))
     if engine.eagle is not None and draft_chances_of(engine.record).eagle:
         choices.append((eagle_drafter(engine), LARGEST_WIDTH - 1))
-    elif engine.thresholds is not None:
+    elif engine.thresholds is not None and engine.mtp is None:
         exits = exit_drafter(engine, level, width, read_heads)
         if exits.active != []:
             choices.append((exits, width - 1))
@@ -161,17 +181,20 @@ def exit_drafter(engine: Engine, level: float, width: int, read_heads: str) -> E
     return ExitDrafter(thresholds, active, engine.thresholds.metric, draft_chances_of(engine.record).exit_temperature)
 
 
-HEADLESS = ("none", "lookup", "auto")
+HEADLESS = ("none", "lookup", "mtp", "auto")
 """Kinds that a backbone without a bundle can have."""
+DRAFTS_BY_MTP = ("mtp", "auto")
+"""Kinds for which the MTP layer is to be loaded."""
 
 
 def make_drafter(engine: Engine, settings: InferenceConfig, kind: str) -> tuple[Drafter, int]:
     """The drafter of a kind, and the width of its passes.
 
     Args:
-        kind: none, exit, eagle, lookup, auto; fixed and dynamic, the seed's.
+        kind: none, exit, eagle, mtp, lookup, auto; fixed and dynamic, the seed's.
 
     Raises:
+        BackboneError: mtp, and its checkpoint brings no such layer.
         BundleError: the bundle lacks what the kind drafts with, or is not calibrated.
         ConfigError: a level that was not calibrated.
         DataError: the lookup corpus cannot be read.
@@ -190,6 +213,8 @@ def make_drafter(engine: Engine, settings: InferenceConfig, kind: str) -> tuple[
         return lookup_drafter(engine, settings.lookup_corpus), widest
     if kind == "eagle":
         return eagle_drafter(engine), widest
+    if kind == "mtp":
+        return mtp_drafter(engine), widest
     if kind == "auto":
         return auto_drafter(engine, level, width, read_heads, settings.lookup_corpus), widest
     return NoDrafter(), width

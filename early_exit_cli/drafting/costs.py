@@ -19,6 +19,7 @@ import torch
 from pydantic import Field, Strict
 from torch import Tensor
 
+from early_exit_cli.drafting.eagle import runner_of
 from early_exit_cli.engine import Engine
 from early_exit_cli.errors import BundleError
 from early_exit_cli.files.atomic import keep_json
@@ -26,8 +27,9 @@ from early_exit_cli.files.forms import Form
 from early_exit_cli.files.kept import MADE_FROM
 from early_exit_cli.files.schemas import read_form
 from early_exit_cli.heads.eagle import EagleHead
+from early_exit_cli.heads.eagle_runner import EagleRunner
 from early_exit_cli.heads.exit_runner import ExitRunner
-from early_exit_cli.heads.native_eagle import eagle_runner
+from early_exit_cli.heads.mtp import MtpHead, MtpRunner
 from early_exit_cli.numerics import synchronize
 from early_exit_cli.runtime.blocks import Blocks
 from early_exit_cli.runtime.kv_cache import KVCache
@@ -55,8 +57,8 @@ Cost = Annotated[float, Field(gt=0.0)]
 
 class Costs(Form, extra="forbid"):
     """Milliseconds on this device, by width: one block over CONTEXT keys and over FAR_CONTEXT, final norm and LM head;
-    for reading one head of one row; and of the EAGLE head, for reading what a pass verified and for a step of its own,
-    each with its choice. All is timed where it runs: the finish after the blocks, whose weights have driven the LM head's out
+    for reading one head of one row; and of the EAGLE head and the checkpoint's MTP layer, for reading what a pass verified and
+    for a step of its own, each with its choice. All is timed where it runs: the finish after the blocks, whose weights have driven the LM head's out
     of the caches, reading right after a pass, a step after reading, which has brought the head's weights into them.
 
     error: how far two measurements lay apart, as a share of a pass: what is expected to pay by less may not.
@@ -68,6 +70,8 @@ class Costs(Form, extra="forbid"):
     head: float = Field(ge=0.0)
     eagle_read: float = Field(ge=0.0)
     eagle_step: float = Field(ge=0.0)
+    mtp_read: float = Field(ge=0.0, default=0.0)
+    mtp_step: float = Field(ge=0.0, default=0.0)
     error: float = Field(default=0.0, ge=0.0)
 
     @property
@@ -111,7 +115,7 @@ def cost_table(engine: Engine, *, refresh: bool = False) -> Costs:
         "heads": heads
         and [heads.kind, len(heads), heads.rank, 0 if heads.draft_vocab is None else len(heads.draft_vocab)],
         "eagle": engine.eagle and _shape_of(engine.eagle),
-    }
+    } | ({"mtp": True} if engine.mtp else {})
     path = measurement_path("costs", identity)
     widths = sorted({1, *engine.blocks.widths})
     earlier: CostsForm | None = None
@@ -178,20 +182,20 @@ def measure_costs(engine: Engine, widths: list[int]) -> Costs:
             calls["finish", width] = (functools.partial(run, width, near), functools.partial(blocks.finish, final))
         if engine.heads is not None:
             calls["head", 1] = (a_pass, _head_call(engine.exit_runner.fork(), states))
-        if engine.eagle is not None:
-            read, step, chained = _eagle_calls(engine.eagle, near.limit)
-
-            def a_read() -> None:
-                a_pass()
-                read()
-
-            calls["read", 1], calls["step", 1] = (a_pass, read), (a_pass if chained else a_read, step)
+        chains = {}
+        for name, head in (("eagle", engine.eagle), ("mtp", engine.mtp)):
+            if head is not None:
+                read, step, chains[name] = _rolled_calls(runner_of(head), _no_states(head, near.limit))
+                calls[f"{name} read", 1] = (a_pass, read)
+                calls[f"{name} step", 1] = (a_pass if chains[name] else _both(a_pass, read), step)
         first, second = (fastest_in_turns(calls, engine.backbone.device) for _ in range(2))
         times = {key: min(first[key], second[key]) for key in calls}
         a_whole_pass = times["near", min(widths)]
         error = max(abs(first[key] - second[key]) / max(times[key], a_whole_pass) for key in calls)
-        if engine.eagle is not None and chained:
-            times["step", 1] = max(times["step", 1] - times["read", 1], 0.0) / chained
+        for name, chained in chains.items():
+            if chained:
+                steps = times[f"{name} step", 1] - times[f"{name} read", 1]
+                times[f"{name} step", 1] = max(steps, 0.0) / chained
 
     def table(kind: str, parts: int) -> dict[int, float]:
         return never_falling({width: times[kind, width] / parts for width in widths})
@@ -201,8 +205,10 @@ def measure_costs(engine: Engine, widths: list[int]) -> Costs:
         per_block_far=table("far", blocks.num_blocks),
         finish=table("finish", 1),
         head=times.get(("head", 1), 0.0),
-        eagle_read=times.get(("read", 1), 0.0),
-        eagle_step=times.get(("step", 1), 0.0),
+        eagle_read=times.get(("eagle read", 1), 0.0),
+        eagle_step=times.get(("eagle step", 1), 0.0),
+        mtp_read=times.get(("mtp read", 1), 0.0),
+        mtp_step=times.get(("mtp step", 1), 0.0),
         error=error,
     )
 
@@ -252,14 +258,25 @@ def _head_call(reader: ExitRunner, states: Tensor) -> Call:
     return read
 
 
-def _eagle_calls(head: EagleHead, length: int) -> tuple[Call, Call, int]:
-    """Reading two verified positions after `length` others, and a step of its own; each with its choice.
+def _both(first: Call, then: Call) -> Call:
+    return lambda: (first(), then())
+
+
+def _no_states(head: EagleHead | MtpHead, length: int) -> list[Tensor]:
+    """Zeros in the place of what a head reads of so many positions."""
+    if isinstance(head, MtpHead):
+        block = head.layer.block
+        return [torch.zeros(length, block.hidden_size, dtype=block.dtype, device=block.device)]
+    return [head.fc.weight.new_zeros(length, head.state_size) for _ in range(len(head.exit_layers) + 1)]
+
+
+def _rolled_calls(runner: EagleRunner | MtpRunner, states: list[Tensor]) -> tuple[Call, Call, int]:
+    """Reading two verified positions after those of `states`, and a step of its own; each with its choice.
 
     Where steps run all at once, the second call is reading and some steps, as many as the third value says.
     """
-    runner = eagle_runner(head)
+    length = len(states[0])
     tokens = [0] * length
-    states = [head.fc.weight.new_zeros(length, head.state_size) for _ in range(len(head.exit_layers) + 1)]
     hidden = runner.read(tokens, states)
 
     def read() -> None:

@@ -12,17 +12,19 @@ from bisect import bisect
 from collections.abc import Callable, Container
 from itertools import pairwise
 from operator import mul
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from early_exit_cli.drafting.chances import Survival
 from early_exit_cli.drafting.drafter import Draft, Drafter
-from early_exit_cli.drafting.reasons import Step
+from early_exit_cli.drafting.reasons import MtpStep, Step
 from early_exit_cli.drafting.round_costs import NEED, PassShares
 from early_exit_cli.engine import Engine
 from early_exit_cli.heads.eagle import EagleHead
+from early_exit_cli.heads.eagle_runner import EagleRunner
+from early_exit_cli.heads.mtp import MtpHead, MtpRunner
 from early_exit_cli.heads.native_eagle import eagle_runner
 from early_exit_cli.runtime.kv_cache import KVCache
 from early_exit_cli.sampling import GREEDY, Chooser
@@ -51,6 +53,11 @@ class _Stop(NamedTuple):
         return self.tokens / self.milliseconds
 
 
+def runner_of(head: EagleHead | MtpHead) -> EagleRunner | MtpRunner:
+    """What rolls a head out over a text."""
+    return MtpRunner(head) if isinstance(head, MtpHead) else eagle_runner(head)
+
+
 class EagleDrafter(Drafter):
     """Proposes what the EAGLE head says, as far as it pays.
 
@@ -62,17 +69,19 @@ class EagleDrafter(Drafter):
     """
 
     name = "eagle"
+    step: ClassVar[type[Step]] = Step
+    """Why it drafts a token."""
 
     def __init__(
         self,
-        head: EagleHead,
+        head: EagleHead | MtpHead,
         survival: list[Survival],
         pass_cost: Callable[[int], float],
         read_cost: float,
         step_cost: float,
         temperature: float = 1.0,
     ) -> None:
-        self.runner = eagle_runner(head)
+        self.runner = runner_of(head)
         self.exit_layers = head.exit_layers
         self.survival, self.passes = survival, PassShares(pass_cost)
         self.read_cost, self.step_cost = read_cost, step_cost
@@ -140,7 +149,7 @@ class EagleDrafter(Drafter):
             if not tokens:
                 self.met[bisect(self.between, uncertainty)] += 1
             tokens.append(token)
-            reasons.append(Step(len(tokens), uncertainty, self._chance(len(tokens) - 1, uncertainty)))
+            reasons.append(self.step(len(tokens), uncertainty, self._chance(len(tokens) - 1, uncertainty)))
             best = self._best_stop([reason.chance for reason in reasons], len(tokens), limit).length
             if best <= len(tokens) or token in stop_ids:
                 best = min(best, len(tokens))
@@ -157,7 +166,9 @@ class EagleDrafter(Drafter):
         if entropies:
             self.met[bisect(self.between, entropies[0])] += 1
         end = next((place + 1 for place, token in enumerate(tokens) if token in stop_ids), len(tokens))
-        reasons = [Step(place + 1, found, self._chance(place, found)) for place, found in enumerate(entropies[:end])]
+        reasons = [
+            self.step(place + 1, found, self._chance(place, found)) for place, found in enumerate(entropies[:end])
+        ]
         best = self._best_stop([reason.chance for reason in reasons], max(count, 1), end).length
         if best == 0 and tokens:
             self.guess = (tokens[0], reasons[0].chance)
@@ -187,9 +198,9 @@ class EagleDrafter(Drafter):
 
     def accept(self, draft: Draft, tokens: list[int], accepted: int) -> None:
         for reason in draft.reasons[: accepted + 1]:
-            if isinstance(reason, Step):
+            if type(reason) is self.step:
                 self.expected += reason.chance
-        if draft.reasons and isinstance(draft.reasons[0], Step):
+        if draft.reasons and type(draft.reasons[0]) is self.step:
             self.hits += accepted
         elif self.guess is not None:
             self.expected += self.guess[1]
@@ -244,3 +255,13 @@ class EagleDrafter(Drafter):
                 best = _Stop(count, expected, milliseconds)
                 to_beat = best.rate
         return best
+
+
+class MtpDrafter(EagleDrafter):
+    """Proposes what the checkpoint's MTP layer says, as far as it pays."""
+
+    name = "mtp"
+    step = MtpStep
+
+    def process(self, tokens: list[int], states: list[Tensor]) -> None:
+        self.waiting.append((tokens, states[-1:]))

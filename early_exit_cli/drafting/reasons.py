@@ -40,6 +40,13 @@ class Step:
     chance: float
 
 
+@dataclass(frozen=True)
+class MtpStep(Step):
+    """Why a token was drafted: a step of the checkpoint's MTP layer."""
+
+    decider: ClassVar[str] = "mtp"
+
+
 Reason = Exit | Match | Step
 """Why a token was drafted."""
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from early_exit_cli.config import EMBEDDED_MODEL, BackboneConfig, BundleConfig, InferenceConfig, SamplingConfig
 from early_exit_cli.errors import BackboneError, ConfigError, EexitError
 
-OURS = ("full", "adaptive", "eagle", "lookup", "auto")
+OURS = ("full", "adaptive", "eagle", "mtp", "lookup", "auto")
 PEERS = ("transformers", "transformers-lookup", "transformers-early-exit", "llama.cpp", "economize")
 READS_HEADS = {"adaptive": "exit heads", "eagle": "an EAGLE head", "transformers-early-exit": "exit heads"}
 """Methods that a backbone without a bundle cannot have, and what each lacks."""
@@ -102,10 +102,10 @@ class _Ours:
 
     def __init__(self, kind: str, setup: Setup, level: float) -> None:
         from early_exit_cli.bundle.load import load_engine
-        from early_exit_cli.drafting.choose import make_drafter
+        from early_exit_cli.drafting.choose import DRAFTS_BY_MTP, make_drafter
         from early_exit_cli.sampling import make_chooser
 
-        self.engine = load_engine(setup.backbone, setup.bundle)
+        self.engine = load_engine(setup.backbone, setup.bundle, with_mtp=kind in DRAFTS_BY_MTP)
         self.kind = kind
         self.chooser = make_chooser(setup.sampling)
         settings = InferenceConfig.model_validate({"accuracy_level": level, "read_heads": setup.read_heads})

@@ -42,7 +42,10 @@ KINDS: dict[KeptKind, Kind] = {
     "models": Kind(("gguf",), "models converted from GGUF files"),
     "weights": Kind(("weights",), "4-bit copies of backbones"),
     "bundles": Kind(("dssd",), "heads converted from DSSD's files"),
-    "measurements": Kind(("widths", "costs"), "widths and costs of passes here"),
+    "measurements": Kind(
+        ("widths", "costs", "chances"),
+        "widths and costs of passes here, chances of MTP drafts",
+    ),
     "code": Kind(("native", "cuda"), "code compiled here"),
     "answers": Kind(("answers",), "on-policy answers to train on", is_dear=True),
     "states": Kind(("states",), "hidden states without a --cache-dir of their own", is_dear=True),

@@ -22,7 +22,11 @@ class Look:
     line: Literal["none", "single", "double"] = "none"
 
 
-LOOKS = {"lookup": Look("#1C8C82", "single"), "eagle": Look("#8A9E0C", "double")}
+LOOKS = {
+    "lookup": Look("#1C8C82", "single"),
+    "eagle": Look("#8A9E0C", "double"),
+    "mtp": Look("#543CF0", "double"),
+}
 OTHER = Look("#7A7A7A", "double")
 PLAIN = "#7A7A7A"
 """The baseline in pictures."""

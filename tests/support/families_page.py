@@ -20,10 +20,10 @@ def shapes_of(model_type):
 def tables() -> dict[str, str]:
     """Each table by its first column."""
     families = [
-        "| family | models | runner | tiny models in the suite | in 4 bit too |",
-        "|---|---|---|---|---|",
+        "| family | models | runner | MTP layer | tiny models in the suite | in 4 bit too |",
+        "|---|---|---|---|---|---|",
         *(
-            f"| `{name}` | {family.models} | {family.runner} | {', '.join(shapes_of(name))} | "
+            f"| `{name}` | {family.models} | {family.runner} | {'drafts' if family.mtp else ''} | {', '.join(shapes_of(name))} | "
             f"{'yes' if name in {MODEL_TYPES[shape] for shape in NF4_FAMILIES} else ''} |"
             for name, family in SUPPORTED.items()
         ),
