@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from early_exit_cli.backbone.block_layout import BlockLayout, layout_of
 from early_exit_cli.backbone.chat import Prompt, encode_prompt
 from early_exit_cli.backbone.contents import content_of, content_of_tensors
-from early_exit_cli.backbone.families import FAMILIES, LAYERS_WITH_STATE, LAYERS_WITHOUT_KEYS, Family
+from early_exit_cli.backbone.families import FAMILIES, LAYERS_WITH_STATE, LAYERS_WITHOUT_KEYS, Family, longest_alike
 from early_exit_cli.backbone.output import BlockShape, FinalNorm, LastBlock, LogitMap
 from early_exit_cli.backbone.plain import changed_modules, is_within, library_modules, told
 from early_exit_cli.config import Quantization
@@ -85,14 +85,14 @@ class Backbone:
 
     @property
     def context_length(self) -> int:
-        """Positions the model was made for."""
+        """Positions the model was made for, as far as its rotary tables are the same for every text."""
         names = (
             "max_position_embeddings",
             "max_seq_len",
             "seq_length",
         )  # of nearly all, of MPT, of BLOOM's larger ones
         found = next((value for name in names if (value := getattr(self.config, name, None))), BLOOM_CONTEXT)
-        return int(found)
+        return min(int(found), longest_alike(self.config) or int(found))
 
     @property
     def embedding(self) -> nn.Embedding:

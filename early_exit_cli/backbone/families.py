@@ -9,6 +9,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 LENGTH_INDEPENDENT_ROTARY = ("default", "linear", "llama3", "yarn", "proportional")
+LENGTH_DEPENDENT_ROTARY = ("dynamic", "longrope")
+"""Rotary scaling of another kind for texts beyond a length: those run up to it (`longest_alike`)."""
+LENGTH_STEP = 64
+"""What the positions of a rotary table are a whole number of."""
 LAYERS_WITH_STATE = ("conv", "linear_attention", "hybrid")
 """What a configuration's `layer_types` call blocks that fold all tokens so far into a state."""
 LAYERS_WITHOUT_KEYS = ("conv", "linear_attention", "mlp", "moe")
@@ -161,9 +165,9 @@ def refusal(config: Any) -> str | None:
     kinds = _other_kinds(config)
     if kinds:
         return f"has blocks of the kinds {', '.join(kinds)}, which no runner here knows"
-    for kind in _rotary_kinds(config):
-        if kind not in LENGTH_INDEPENDENT_ROTARY:
-            return f"has rotary scaling {kind!r}, which depends on the length of the text"
+    for kind in (table.get("rope_type", "default") for table in _rotary_tables(config)):
+        if kind not in (*LENGTH_INDEPENDENT_ROTARY, *LENGTH_DEPENDENT_ROTARY):
+            return f"has rotary scaling {kind!r}, which nothing here knows"
     if family == "opt" and (
         config.word_embed_proj_dim != config.hidden_size
         or not config.do_layer_norm_before
@@ -183,11 +187,23 @@ def refusal(config: Any) -> str | None:
     return None
 
 
-def _rotary_kinds(config: Any) -> list[str]:
-    """The kinds of rotary scaling, one for each kind of block where these differ."""
+def longest_alike(config: Any) -> int | None:
+    """Positions up to which a text's rotary table does not depend on its length; None where it never does.
+
+    A longer text would have other keys from its first token on, so that nothing could be taken back or over.
+    """
+    lengths = [
+        table.get("original_max_position_embeddings") or config.max_position_embeddings
+        for table in _rotary_tables(config)
+        if table.get("rope_type") in LENGTH_DEPENDENT_ROTARY
+    ]
+    return min(lengths) // LENGTH_STEP * LENGTH_STEP if lengths else None
+
+
+def _rotary_tables(config: Any) -> list[dict[str, Any]]:
+    """What a configuration says of rotary positions, once for each kind of block where these differ."""
     parameters = getattr(config, "rope_parameters", None) or {}
-    tables = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
-    return [table.get("rope_type", "default") for table in tables]
+    return [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
 
 
 def _other_kinds(config: Any) -> list[str]:

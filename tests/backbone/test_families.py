@@ -15,7 +15,6 @@ from transformers import (
     GPTBigCodeConfig,
     GraniteMoeHybridConfig,
     OPTConfig,
-    Phi3Config,
 )
 
 from early_exit_cli.backbone.families import FAMILIES as SUPPORTED
@@ -214,6 +213,18 @@ def test_padding_behind_the_last_position_is_no_fault(tiny_folder, family):
     assert tokens_of(decode(model, Request(prompt, 3), NoDrafter())) == expected
 
 
+def test_where_rotary_tables_depend_on_the_length_longer_texts_are_refused(tiny_folder):
+    """As in Phi-4-mini: made for 512 positions, of which 256 have the tables of short texts."""
+    backbone = load_backbone(
+        BackboneConfig(model_name=str(tiny_folder("phi3-longrope")), quantization="none", device="cpu")
+    )
+    model = Engine(backbone, make_blocks(backbone))
+    prompt = [5 + place % 200 for place in range(250)]
+    assert len(tokens_of(decode(model, Request(prompt, 6), NoDrafter()))) == 6
+    with pytest.raises(ConfigError, match="exceed the context of 256"):
+        tokens_of(decode(model, Request(prompt, 7), NoDrafter()))
+
+
 @pytest.mark.parametrize("family", NF4_FAMILIES)
 def test_decoding_in_4_bit_is_bit_exact(tiny_folder, family):
     backbone = load_backbone(BackboneConfig(model_name=str(tiny_folder(family)), device="cpu"))
@@ -246,25 +257,15 @@ def config_only(folder, config, **changes):
     return BackboneConfig(model_name=str(folder), device="cpu")
 
 
-LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
-
-
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
         (lambda: GPTBigCodeConfig(n_embd=64, n_layer=2, n_head=4), "'gpt_bigcode', which has no block runner; .* run .*llama, mistral"),
-        (
-            lambda: Phi3Config(
-                hidden_size=64, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512,
-                original_max_position_embeddings=128, rope_parameters=LONGROPE, pad_token_id=0,
-            ),
-            "'longrope', which depends on the length",
-        ),
         (lambda: OPTConfig(hidden_size=64, word_embed_proj_dim=32), "opt-350m"),
         (lambda: OPTConfig(hidden_size=64, word_embed_proj_dim=64, do_layer_norm_before=False), "opt-350m"),
         (lambda: GraniteMoeHybridConfig(num_hidden_layers=2, layer_types=["linear_attention"] * 2), "no block with attention"),
     ],
-    ids=["gpt_bigcode", "longrope", "opt-projected", "opt-post-norm", "no-attention"],
+    ids=["gpt_bigcode", "opt-projected", "opt-post-norm", "no-attention"],
 )  # fmt: skip
 def test_what_does_not_run_is_refused_by_name_before_weights_load(tmp_path, config, reason):
     with pytest.raises(UnsupportedBackboneError, match=reason) as caught:

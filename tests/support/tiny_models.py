@@ -62,6 +62,7 @@ MORE_FAMILIES = (
     "falcon",
     "falcon-new",
     "falcon-alibi",
+    "phi3-longrope",
     "olmo",
     "olmo3",
     "ministral",
@@ -96,7 +97,19 @@ OTHER_FAMILIES = (*FIRST_FAMILIES, *MORE_FAMILIES)
 """Which the library's own blocks run."""
 
 NEAR_LLAMA = (
-    *("gemma", "gemma2", "gemma3", "phi3", "phi3-window", "smollm3", "smollm3-window", "olmo2", "olmo3", "granite"),
+    *(
+        "gemma",
+        "gemma2",
+        "gemma3",
+        "phi3",
+        "phi3-window",
+        "phi3-longrope",
+        "smollm3",
+        "smollm3-window",
+        "olmo2",
+        "olmo3",
+        "granite",
+    ),
     *("exaone4", "ministral", "seed_oss"),
 )
 """Of these, those that the fused runner runs too."""
@@ -160,6 +173,12 @@ def family_config(family: str):
         "original_max_position_embeddings": 64,
     }
     half_rotary = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    longrope = half_rotary | {
+        "rope_type": "longrope",
+        "original_max_position_embeddings": 256,
+        "short_factor": [1.0, 1.1, 1.3, 1.6],
+        "long_factor": [1.0, 2.0, 4.0, 8.0],
+    }
     yarn = {
         "rope_type": "yarn",
         "rope_theta": 10000.0,
@@ -227,6 +246,9 @@ def family_config(family: str):
         ),
         "phi3": lambda: transformers.Phi3Config(**shared, rope_parameters=half_rotary),
         "phi3-window": lambda: transformers.Phi3Config(**shared, **window),
+        "phi3-longrope": lambda: transformers.Phi3Config(
+            **shared, rope_parameters=longrope, original_max_position_embeddings=256
+        ),
         "gpt2": lambda: transformers.GPT2Config(**ungrouped),
         "gpt_neox": lambda: transformers.GPTNeoXConfig(**ungrouped, rope_parameters=half_rotary),
         "gpt_neox-sequential": lambda: transformers.GPTNeoXConfig(
