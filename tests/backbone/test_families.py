@@ -31,7 +31,7 @@ from early_exit_cli.drafting.drafter import NoDrafter
 from early_exit_cli.drafting.exit import ExitDrafter
 from early_exit_cli.drafting.lookup import LookupDrafter
 from early_exit_cli.engine import Engine
-from early_exit_cli.errors import BackboneError, UnsupportedBackboneError
+from early_exit_cli.errors import BackboneError, ConfigError, UnsupportedBackboneError
 from early_exit_cli.heads.exit_heads import ExitHeads
 from early_exit_cli.hidden_states.cache import Cache
 from early_exit_cli.runtime.hf_blocks import HFBlocks
