@@ -2,20 +2,17 @@
 
     python benchmarks/first_token.py --lengths 100 500 1500
 
-Milliseconds, medians of some repeats, the methods in turns; each in a process of its own, the others idle. llama.cpp is PyPI's, on
-the GGUF file that the backbone was made from.
+Milliseconds, medians of some repeats. One method after another, each in a process that ends before the next one begins: side by
+side their waiting threads would take the processor from each other. llama.cpp is PyPI's, on the GGUF file that the backbone was made from.
 """
 
 import argparse
 import statistics
-import time
 
 from early_exit_cli.backbone.load import load_tokenizer
 from early_exit_cli.config import BackboneConfig, SamplingConfig
 from early_exit_cli.evaluation.bench_methods import Setup, Worker
 
-PAUSE = 0.5
-"""Seconds after which the threads of the method before have stopped looking for work."""
 TEXT = "The lighthouse keeper counted {} ships before the storm, and wrote down what each of them carried. "
 
 
@@ -30,19 +27,15 @@ def main() -> None:
     encode = load_tokenizer(backbone)
     ids = encode("".join(TEXT.format(number) for number in range(max(options.lengths))))
     setup = Setup(backbone, None, SamplingConfig(), 0.9, "all")
-    workers = [Worker(name, setup) for name in options.methods]
-    for worker in workers:
+    for name in options.methods:
+        worker = Worker(name, setup)
         worker.ready()
-    for length in options.lengths:
-        seconds: dict[str, list[float]] = {worker.name: [] for worker in workers}
-        for _ in range(options.repeats):
-            for worker in workers:
-                time.sleep(PAUSE)
-                answer = worker.answer(ids[:length], 2)
-                seconds[worker.name].append(answer.first_token_seconds or answer.seconds)
-        found = (f"{name} {statistics.median(times) * 1000:,.0f} ms" for name, times in seconds.items())
-        print(f"{length} tokens: {', '.join(found)}", flush=True)
-    for worker in workers:
+        found = []
+        for length in options.lengths:
+            answers = [worker.answer(ids[:length], 2) for _ in range(options.repeats)]
+            seconds = statistics.median(answer.first_token_seconds or answer.seconds for answer in answers)
+            found.append(f"{length} tokens {seconds * 1000:,.0f} ms")
+        print(f"{name}: {', '.join(found)}", flush=True)
         worker.close()
 
 
