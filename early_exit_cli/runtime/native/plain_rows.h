@@ -14,15 +14,19 @@ INLINE int64_t bytes_of_group(int64_t in) { return GROUP * in * sizeof(bf16); }
 /* So many outputs have their sums in registers beside each other, for each of so many rows. */
 #define BESIDE(rows) (SUMS / (rows) >= GROUP ? GROUP : SUMS / (rows) >= 4 ? 4 : SUMS / (rows) >= 2 ? 2 : 1)
 
-/* weight [count, in] for x [rows, in] -> out [rows, 32]. */
-INLINE void rows_of_outputs(const bf16 *weight, const bf16 *x, int64_t in, const int rows, const int count,
-                            float *out) {
+/* weight [count, in] for x [rows, in] -> out [rows, 32]. next: weights that are wanted soon, of which memory is told: rows
+ * are too short for the processor to see where reading goes on, but where all of a group are read side by side. */
+INLINE void rows_of_outputs(const bf16 *weight, const bf16 *next, const bf16 *x, int64_t in, const int rows,
+                            const int count, float *out) {
     Floats sum[SUMS];
     float found[SUMS];
     for (int i = 0; i < SUMS; i++) sum[i] = zero16();
     for (int64_t k = 0; k < in; k += 32) {
         Pairs weights[GROUP];
-        for (int o = 0; o < count; o++) weights[o] = load_pairs(weight + o * in + k);
+        for (int o = 0; o < count; o++) {
+            weights[o] = load_pairs(weight + o * in + k);
+            if (count < GROUP) __builtin_prefetch(next + o * in + k);
+        }
         for (int r = 0; r < rows; r++) {
             Pairs inputs = load_pairs(x + r * in + k);
             for (int o = 0; o < count; o++) sum[r * count + o] = dot_pairs(sum[r * count + o], inputs, weights[o]);
@@ -45,11 +49,13 @@ static void plain_sums_of_tile(const Product *p, int64_t index, const bf16 *x, i
                                float *out) {
     for (int64_t first = 0; first < TILE; first += GROUP) {
         const bf16 *weight = group_of(p, index * TILE + first, decoded);
+        const bf16 *next = p->kind == BF16 ? weight + GROUP * p->in : weight;
         for (int64_t row = 0; row < width; row += ROWS) {
             int rows = min(ROWS, width - row);
 #define BODY(n)                                                                                                        \
     for (int o = 0; o < GROUP; o += BESIDE(n))                                                                         \
-    rows_of_outputs(weight + o * p->in, x + row * p->in, p->in, n, BESIDE(n), out + row * TILE + first + o)
+    rows_of_outputs(weight + o * p->in, next + o * p->in, x + row * p->in, p->in, n, BESIDE(n),                        \
+                    out + row * TILE + first + o)
             FOR_ROWS(ROWS, rows, BODY)
 #undef BODY
         }
