@@ -25,7 +25,7 @@ from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.backbone.load_errors import require_all_weights
 from early_exit_cli.backbone.quantization import plain_modules, settings_for
 from early_exit_cli.config import Quantization
-from early_exit_cli.errors import BackboneError
+from early_exit_cli.errors import BackboneError, said
 from early_exit_cli.steps import step
 
 BLOCK, NORM = "model.layers.0.", "model.norm."
@@ -78,17 +78,46 @@ def load_mtp(backbone: Backbone) -> MtpLayer | None:
     name = f"the MTP layer of {backbone.name}"
     try:
         tensors = _tensors_of(backbone.files, backbone.family.mtp, backbone.num_blocks)
+        if not tensors:
+            return None
+        with step("loading the MTP layer"):
+            return _made(name, backbone, tensors)
+    except BackboneError:
+        raise
     except Exception as error:  # the library raises whatever a damaged file provokes
-        raise BackboneError(f"{name} cannot be read: {error}") from error
-    if not tensors:
-        return None
+        raise BackboneError(f"{name} cannot be read: {said(error)}") from error
+
+
+def _made(name: str, backbone: Backbone, tensors: dict[str, Tensor]) -> MtpLayer:
+    """The layer of some tensors.
+
+    Raises:
+        BackboneError: some are missing, of other shapes, or quantized.
+    """
     odd = [key for key, tensor in tensors.items() if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32)]
     if odd:
         raise BackboneError(f"{name} is quantized in a form that is not read here ({tensors[odd[0]].dtype})")
     if getattr(backbone.config, "mtp_use_dedicated_embeddings", False):
         raise BackboneError(f"{name} has an embedding of its own, which is not read here")
-    with step("loading the MTP layer"):
-        return _made(name, backbone, tensors)
+    hidden, dtype, device = backbone.hidden_size, backbone.dtype, backbone.device
+    shapes = {JOIN: [hidden, 2 * hidden], EMBEDDING_NORM: [hidden], STATE_NORM: [hidden]}
+    around = {}
+    for part, shape in shapes.items():
+        tensor = tensors.pop(f"{part}weight", None)
+        if tensor is None or list(tensor.shape) != shape:
+            found = "none" if tensor is None else f"one of {list(tensor.shape)}"
+            raise BackboneError(f"{name} has no tensor {part}weight of {shape}, but {found}")
+        around[part] = tensor.to(device, dtype)
+    quantization = backbone.quantization if backbone.quantization in get_args(Quantization) else "4bit"
+    model = _one_block(name, backbone, tensors, quantization)
+    block = Backbone(model, backbone.tokenizer, name, quantization)
+
+    def norm(weight: Tensor) -> nn.Module:
+        made = copy.deepcopy(block.norm)
+        made.weight = nn.Parameter(weight, requires_grad=False)
+        return made
+
+    return MtpLayer(block, norm(around[EMBEDDING_NORM]), norm(around[STATE_NORM]), _linear(around[JOIN], quantization))
 
 
 def _tensors_of(files: Sequence[Path], place: str, num_blocks: int) -> dict[str, Tensor]:
@@ -109,32 +138,6 @@ def _tensors_of(files: Sequence[Path], place: str, num_blocks: int) -> dict[str,
                 if rest is not None and start is not None and names[start] is not None:
                     found[f"{names[start]}{rest[len(start) :]}"] = file.get_tensor(key)
     return found
-
-
-def _made(name: str, backbone: Backbone, tensors: dict[str, Tensor]) -> MtpLayer:
-    """The layer of some tensors.
-
-    Raises:
-        BackboneError: some are missing, or of other shapes.
-    """
-    hidden, dtype, device = backbone.hidden_size, backbone.dtype, backbone.device
-    shapes = {JOIN: [hidden, 2 * hidden], EMBEDDING_NORM: [hidden], STATE_NORM: [hidden]}
-    around = {}
-    for part, shape in shapes.items():
-        tensor = tensors.pop(f"{part}weight", None)
-        if tensor is None or list(tensor.shape) != shape:
-            raise BackboneError(f"{name} has no tensor {part}weight of {shape}, but {tensor and list(tensor.shape)}")
-        around[part] = tensor.to(device, dtype)
-    quantization = backbone.quantization if backbone.quantization in get_args(Quantization) else "4bit"
-    model = _one_block(name, backbone, tensors, quantization)
-    block = Backbone(model, backbone.tokenizer, name, quantization)
-
-    def norm(weight: Tensor) -> nn.Module:
-        made = copy.deepcopy(block.norm)
-        made.weight = nn.Parameter(weight, requires_grad=False)
-        return made
-
-    return MtpLayer(block, norm(around[EMBEDDING_NORM]), norm(around[STATE_NORM]), _linear(around[JOIN], quantization))
 
 
 def _one_block(name: str, backbone: Backbone, tensors: dict[str, Tensor], quantization: Any) -> Any:

@@ -167,6 +167,8 @@ def test_costs_are_measured_once_and_again_when_asked(tiny_model, monkeypatch, t
         "head",
         "eagle_read",
         "eagle_step",
+        "mtp_read",
+        "mtp_step",
         "error",
     }
     assert cost_table(model, refresh=True) == cost_table(model)
@@ -210,7 +212,8 @@ def test_a_busy_first_measurement_does_not_last(tiny_model, monkeypatch, tmp_pat
 
 
 KNOWN = {("near", 1): 60.0, ("near", 8): 120.0, ("far", 1): 90.0, ("far", 8): 150.0}
-KNOWN |= {("finish", 1): 4.0, ("finish", 8): 5.0, ("head", 1): 0.7, ("read", 1): 0.6, ("step", 1): 0.2}
+
+KNOWN |= {("finish", 1): 4.0, ("finish", 8): 5.0, ("head", 1): 0.7, ("eagle read", 1): 0.6, ("eagle step", 1): 0.2}
 
 
 def measured(model, monkeypatch, times=KNOWN):
@@ -239,6 +242,7 @@ def test_what_was_timed_is_what_a_cost_says(tiny_model, monkeypatch):
     bare.heads = None
     costs = measured(bare, monkeypatch)
     assert (costs.head, costs.eagle_read, costs.eagle_step) == (0.0, 0.0, 0.0)
+    assert (costs.mtp_read, costs.mtp_step) == (0.0, 0.0)
 
 
 def test_a_step_of_a_chain_is_what_each_further_one_adds(tiny_model, monkeypatch):
@@ -258,19 +262,19 @@ def test_a_step_of_a_chain_is_what_each_further_one_adds(tiny_model, monkeypatch
             asked.append((self.cache.length, len(tokens), [len(state) for state in states], count))
             self.cache.length += len(tokens)
 
-    monkeypatch.setattr(measuring, "eagle_runner", Chained)
+    monkeypatch.setattr(measuring, "runner_of", Chained)
     model = tiny_model("llama")
     model.eagle = some_head(model.backbone)
-    costs = measured(model, monkeypatch, KNOWN | {("step", 1): 2.6})
+    costs = measured(model, monkeypatch, KNOWN | {("eagle step", 1): 2.6})
     assert costs.eagle_read == 0.6
     assert costs.eagle_step == pytest.approx(0.5)
     assert asked[:2] == [(256, 2, [2, 2, 2], 1), (256, 2, [2, 2, 2], 5)]
-    assert measured(model, monkeypatch, KNOWN | {("step", 1): 0.5}).eagle_step == 0.0  # never less than nothing
+    assert measured(model, monkeypatch, KNOWN | {("eagle step", 1): 0.5}).eagle_step == 0.0  # never less than nothing
 
 
 def test_what_two_measurements_differ_by_must_be_expected_beyond_plain_decoding(tiny_model, monkeypatch):
     model = tiny_model("llama")
-    first = KNOWN | {("near", 8): 132.0, ("step", 1): 0.5}
+    first = KNOWN | {("near", 8): 132.0, ("eagle step", 1): 0.5}
     slower = iter([first, KNOWN])
     monkeypatch.setattr(measuring, "fastest_in_turns", lambda calls, device: dict.fromkeys(calls, 1.0) | next(slower))
     costs = measure_costs(model, [1, 8])

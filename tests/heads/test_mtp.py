@@ -132,12 +132,12 @@ def compared(engine, prompt, tokens, chooser=lambda: Sampler(SamplingConfig())):
 
 
 def test_partly_wrong_drafts_change_no_bit_of_a_model_with_states(right_folder):
-    engine = engine_of(right_folder(0.15))
+    engine = engine_of(right_folder(0.2))
     engine.heads = ExitHeads(engine.backbone, "adapter", [1], 16, None).requires_grad_(False)
     prompt = repeating(300)
     runs = compared(engine, prompt, 80)
     assert runs["mtp"].stats.partly_rejected_drafts > 3
-    assert 0.2 < runs["mtp"].stats.acceptance_rate < 1.0
+    assert 0.05 < runs["mtp"].stats.acceptance_rate < 0.95
     assert runs["auto"].stats.exit_distribution["mtp"] > 0
     sampled = compared(engine, prompt, 24, lambda: Sampler(SamplingConfig(temperature=0.8, seed=3)))
     assert sampled["mtp"].stats.tokens_accepted > 0
@@ -169,7 +169,7 @@ def test_a_layer_that_is_right_is_right_after_14_000_tokens(right_folder, monkey
     prompt = torch.randint(251, (14_000,), generator=chance).tolist()
     runs = compared(engine, prompt, 200)
     assert runs["mtp"].stats.acceptance_rate > 0.9
-    noisy = engine_of(right_folder(0.15))
+    noisy = engine_of(right_folder(0.12))
     monkeypatch.setattr(noisy.backbone.config, "max_position_embeddings", 32_768)
     runs = compared(noisy, prompt, 200)
     assert runs["mtp"].stats.partly_rejected_drafts > 3
