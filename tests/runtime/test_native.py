@@ -37,18 +37,14 @@ from early_exit_cli.runtime.nf4_linear import is_packed_nf4, is_plain_nf4
 from early_exit_cli.runtime.select import make_blocks
 from early_exit_cli.sampling import Sampler
 
-SHAPES = (
-    *("llama", "llama3-rope", "mistral-window", "qwen2", "qwen2-window", "qwen3"),
-    *("gemma2", "gemma3", "phi3", "smollm3-window", "olmo2", "granite"),
-)
+LLAMAS = ("llama", "llama3-rope", "mistral-window", "qwen2", "qwen2-window", "qwen3")
+NEAR = ("gemma2", "gemma3", "phi3", "smollm3-window", "olmo2", "granite")
 AVX2_WHEN_SLOW = pytest.mark.parametrize(
     "any_blocks", ["", pytest.param("avx2", marks=pytest.mark.slow)], indirect=True
 )
 """Where the kernels' own tests at odd shapes say enough."""
-SHAPES_HERE = [
-    *((family, "") for family in SHAPES),
-    *((family, "avx2") for family in ("qwen2-window", "qwen3", "gemma2", "gemma3")),
-]
+AVX2_TOO = ("qwen2-window", "qwen3", "gemma2", "gemma3")
+SHAPES_HERE = [*((family, "") for family in LLAMAS + NEAR), *((family, "avx2") for family in AVX2_TOO)]
 
 
 @pytest.fixture(scope="module")
