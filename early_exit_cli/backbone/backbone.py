@@ -32,9 +32,6 @@ BLOOM_CONTEXT = 2048
 """What BLOOM was trained on, whose smaller sizes do not say it."""
 NORM_EPS = 1e-5
 """Of a final norm that does not say its own."""
-WIDEST_HEAD, INNER_STEP, ROPE_THETA = 128, 64, 10000.0
-"""Of heads' own blocks where the backbone's have not the Llama shape: dimensions of an attention head, what the width of
-the MLP is a multiple of, and the base of rotary positions where the configuration has none."""
 
 
 @dataclass
@@ -231,7 +228,7 @@ class Backbone:
     @property
     def last_block(self) -> LastBlock:
         if not self.has_llama_shape:
-            return LastBlock(self._shape_of_heads(), {})
+            return LastBlock(BlockShape.near(self.config), {})
         last: Any = self.blocks[-1]
         attention, mlp = last.self_attn, last.mlp
         head_dim = int(attention.head_dim)
@@ -249,25 +246,6 @@ class Backbone:
             rope_theta=float(self.config.rope_parameters["rope_theta"]),
         )
         return LastBlock(shape, {f"{name}.weight": weight for name, weight in names.items()})
-
-    def _shape_of_heads(self) -> BlockShape:
-        """A block of the Llama shape about as wide as its own; heads of 128 dimensions at most, which our kernels know."""
-        config, hidden = self.config, self.hidden_size
-        query_heads = int(config.num_attention_heads)
-        kv_heads = int(getattr(config, "num_key_value_heads", None) or query_heads)
-        head_dim = int(getattr(config, "head_dim", None) or hidden // query_heads)
-        parts = head_dim // WIDEST_HEAD if head_dim % WIDEST_HEAD == 0 else 1
-        tables = getattr(config, "rope_parameters", None) or {}
-        tables = [table for table in tables.values() if isinstance(table, dict)] or [tables]
-        inner = getattr(config, "intermediate_size", None) or 4 * hidden
-        return BlockShape(
-            query_heads=query_heads * parts,
-            kv_heads=(kv_heads if query_heads % kv_heads == 0 else query_heads) * parts,
-            head_dim=head_dim // parts,
-            inner=-(-inner // INNER_STEP) * INNER_STEP,
-            activation="silu",
-            rope_theta=max(float(table.get("rope_theta", ROPE_THETA)) for table in tables),
-        )
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """[*] int64 -> [*, hidden], scaled as the family does; learned positions come later (`add_positions`)."""

@@ -12,6 +12,10 @@ from torch import Tensor
 
 from early_exit_cli.files.forms import Form, Positive
 
+WIDEST_HEAD, INNER_STEP, ROPE_THETA = 128, 64, 10000.0
+"""Of blocks near another shape: dimensions of an attention head, what the width of the MLP is a multiple of, and the base of
+rotary positions where a configuration has none."""
+
 
 @dataclass(frozen=True)
 class FinalNorm:
@@ -64,6 +68,27 @@ class BlockShape(Form, extra="forbid"):
     inner: Positive
     activation: str
     rope_theta: float = Field(gt=0.0)
+
+    @classmethod
+    def near(cls, config: Any) -> BlockShape:
+        """Of a block about as wide as those of a configuration (transformers' own), which are of another shape; with heads of
+        128 dimensions at most, which our kernels know.
+        """
+        hidden, query_heads = int(config.hidden_size), int(config.num_attention_heads)
+        kv_heads = int(getattr(config, "num_key_value_heads", None) or query_heads)
+        head_dim = int(getattr(config, "head_dim", None) or hidden // query_heads)
+        parts = head_dim // WIDEST_HEAD if head_dim % WIDEST_HEAD == 0 else 1
+        tables = getattr(config, "rope_parameters", None) or {}
+        tables = [table for table in tables.values() if isinstance(table, dict)] or [tables]
+        inner = getattr(config, "intermediate_size", None) or 4 * hidden
+        return cls(
+            query_heads=query_heads * parts,
+            kv_heads=(kv_heads if query_heads % kv_heads == 0 else query_heads) * parts,
+            head_dim=head_dim // parts,
+            inner=-(-inner // INNER_STEP) * INNER_STEP,
+            activation="silu",
+            rope_theta=max(float(table.get("rope_theta", ROPE_THETA)) for table in tables),
+        )
 
     @property
     def attention(self) -> AttentionShape:
