@@ -187,17 +187,6 @@ def refusal(config: Any) -> str | None:
     return None
 
 
-def auto_model(config: Any) -> Any:
-    """transformers' `AutoModelForCausalLM`, which knows the class for this configuration: of one family it lists only the whole."""
-    from transformers import AutoModelForCausalLM
-
-    if config.model_type == "mistral4":
-        from transformers import Mistral4Config, Mistral4ForCausalLM
-
-        AutoModelForCausalLM.register(Mistral4Config, Mistral4ForCausalLM, exist_ok=True)
-    return AutoModelForCausalLM
-
-
 def longest_alike(config: Any) -> int | None:
     """Positions up to which a text's rotary table does not depend on its length; None where it never does.
 
