@@ -28,6 +28,7 @@ from early_exit_cli.drafting.eagle import MtpDrafter
 from early_exit_cli.drafting.exit import ExitDrafter
 from early_exit_cli.drafting.lookup import LookupDrafter
 from early_exit_cli.errors import BackboneError
+from early_exit_cli.evaluation.bench_methods import Setup, load_method
 from early_exit_cli.heads import mtp
 from early_exit_cli.heads.exit_heads import ExitHeads
 from early_exit_cli.heads.mtp import MtpRunner
@@ -215,11 +216,11 @@ def test_the_commands_draft_with_it_and_calibrate_it(right_folder, tmp_path, mon
     code, out, err = eexit("infer", "one two three", *model, "--max-tokens", 12, "--json")
     assert code == 0, err
     assert err.count("MTP layer drafts, and lookup") == 1
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text(json.dumps({"prompt": "one two three"}) + "\n")
-    bench = ["bench", *model, "--prompts", prompts, "--methods", "full,mtp,auto", "--max-tokens", 12, "--repeats", 1]
-    report = json.loads(output_of(*bench, "--output-dir", tmp_path / "bench", "--json"))
-    assert all(figure["bit_exact_prompts"] == 1 for name, figure in report["methods"].items() if name != "full")
+    config = BackboneConfig(model_name=str(right_folder()), quantization="none", device="cpu")
+    setup = Setup(config, None, SamplingConfig(), 0.9, "auto")
+    answers = {name: load_method(name, setup).answer(TEXT, 24) for name in ("full", "mtp", "auto")}  # as bench has them
+    assert {answer.states_hash for answer in answers.values()} == {answers["full"].states_hash}
+    assert answers["full"].accept_length == 1.0
 
 
 def test_what_is_not_there_or_not_whole_is_said_in_one_line(tiny_folder, with_layer, tmp_path):
