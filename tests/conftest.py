@@ -16,10 +16,10 @@ from devices import on_the_cpu, require_no_gpu
 from speculators_python import python_with_speculators
 from tiny_models import OTHER_FAMILIES, byte_tokenizer, family_config
 
+from early_exit_cli.backbone.auto_model import auto_model
 from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.backbone.gguf import embedded_gguf
 from early_exit_cli.backbone.load import load_backbone
-from early_exit_cli.backbone.multimodal import auto_model
 from early_exit_cli.bundle.save import save_bundle
 from early_exit_cli.config import BackboneConfig
 from early_exit_cli.engine import Engine

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 
+from early_exit_cli.backbone.auto_model import auto_model
 from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.backbone.chat import Prompt, encode_prompt
 from early_exit_cli.backbone.contents import SETTINGS, content_of, files_of
 from early_exit_cli.backbone.families import refusal
 from early_exit_cli.backbone.gguf import converted_gguf, embedded_gguf
 from early_exit_cli.backbone.load_errors import load_error, refuse_adapter, require_all_weights, require_tokenizer
-from early_exit_cli.backbone.multimodal import NAMES, auto_model, language_part, processor_template
+from early_exit_cli.backbone.multimodal import NAMES, language_part, processor_template
 from early_exit_cli.backbone.quantization import plain_modules, quantization_of, saved_in, settings_for
 from early_exit_cli.backbone.weight_cache import WeightCopy
 from early_exit_cli.config import EMBEDDED_MODEL, BackboneConfig

@@ -60,17 +60,6 @@ def language_part(config: Any) -> Any:
     return part
 
 
-def auto_model(config: Any) -> Any:
-    """transformers' `AutoModelForCausalLM`, which knows the class for this configuration: of one family it lists only the whole."""
-    from transformers import AutoModelForCausalLM
-
-    if config.model_type == "mistral4":
-        from transformers import Mistral4Config, Mistral4ForCausalLM
-
-        AutoModelForCausalLM.register(Mistral4Config, Mistral4ForCausalLM, exist_ok=True)
-    return AutoModelForCausalLM
-
-
 def _as_plain(part: Any) -> Any:
     """A language part's configuration as that of the decoder in `PLAIN`."""
     from transformers import CONFIG_MAPPING

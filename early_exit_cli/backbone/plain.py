@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from early_exit_cli.backbone.multimodal import auto_model
+from early_exit_cli.backbone.auto_model import auto_model
 
 QUANTIZED = "bitsandbytes.nn.modules"
 """Of bitsandbytes' linear maps, which stand in the places of plain ones and keep their weights in `weight`."""

@@ -7,8 +7,8 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
+from early_exit_cli.backbone.auto_model import auto_model
 from early_exit_cli.backbone.families import FAMILIES, LAYERS_WITH_STATE
-from early_exit_cli.backbone.multimodal import auto_model
 from early_exit_cli.config import Quantization
 from early_exit_cli.errors import BackboneError
 

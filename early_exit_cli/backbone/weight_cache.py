@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 
+from early_exit_cli.backbone.auto_model import auto_model
 from early_exit_cli.backbone.contents import SETTINGS, contents_of, files_of, unread_bytes, weights_folder
-from early_exit_cli.backbone.multimodal import NAMES, auto_model
+from early_exit_cli.backbone.multimodal import NAMES
 from early_exit_cli.errors import BackboneError, BundleError
 from early_exit_cli.files.atomic import keep_json, sha256_of
 from early_exit_cli.files.environment import keeps_nothing, versions
