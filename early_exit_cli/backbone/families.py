@@ -110,7 +110,7 @@ FAMILIES = {
     "glm4_moe": Family("GLM-4.5, GLM-4.6", mtp="behind"),
     "glm4_moe_lite": Family("GLM-4.7-Flash", mtp="behind"),
     "deepseek_v2": Family("DeepSeek-V2", complex_rotary=True),
-    "deepseek_v3": Family("DeepSeek-V3, R1"),
+    "deepseek_v3": Family("DeepSeek-V3, R1", mtp="behind"),
 }
 
 WRAPPERS = {

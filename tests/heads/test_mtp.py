@@ -34,7 +34,7 @@ from early_exit_cli.heads.exit_heads import ExitHeads
 from early_exit_cli.heads.mtp import MtpRunner
 from early_exit_cli.sampling import Sampler
 
-FAMILIES = ("qwen3_5", "qwen3_next", "qwen3_5_moe", "glm4_moe", "glm4_moe_lite")
+FAMILIES = ("qwen3_5", "qwen3_next", "qwen3_5_moe", "glm4_moe", "glm4_moe_lite", "deepseek_v3")
 TEXT = [(7 * place * place + 3 * place) % 251 for place in range(90)]
 
 
