@@ -1,6 +1,7 @@
 """The library: whatever `generate` of the transformers model returns, with drafts that are accepted and rejected."""
 
 import functools
+import inspect
 import subprocess
 import sys
 from collections import Counter
@@ -10,9 +11,9 @@ import torch
 from tiny_models import END, FAMILIES, VOCAB, byte_tokenizer
 from transformers import (
     AutoModelForCausalLM,
-    BloomConfig,
-    BloomForCausalLM,
     GenerationConfig,
+    GPTBigCodeConfig,
+    GPTBigCodeForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
@@ -23,6 +24,7 @@ from early_exit_cli import EarlyExitModel
 from early_exit_cli.drafting.drafter import NoDrafter
 from early_exit_cli.drafting.exit import ExitDrafter
 from early_exit_cli.errors import BackboneError, BundleError, ConfigError, UnsupportedBackboneError
+from early_exit_cli.library import CACHES
 
 PROMPT = torch.tensor([list(b"one two three")])
 
@@ -307,8 +309,9 @@ def test_custom_generate_refuses_too(early, plain, settings, named):
 def test_a_cache_of_the_caller_is_refused(early, plain):
     from transformers import DynamicCache
 
-    with pytest.raises(ConfigError, match="cache"):
-        plain(PROMPT, max_new_tokens=4, custom_generate=early.custom_generate, cache=DynamicCache())
+    name = next(name for name in CACHES if name in inspect.signature(early.model.forward).parameters)
+    with pytest.raises(ConfigError, match=name):
+        plain(PROMPT, max_new_tokens=4, custom_generate=early.custom_generate, **{name: DynamicCache()})
 
 
 ROWS = torch.tensor([[*[END] * 4, *range(40, 49)], [*range(60, 73)], [*[END] * 11, 65, 66]])
@@ -427,9 +430,9 @@ def test_refuses_arguments_that_do_not_go_together(loaded, tiny_bundle):
 def test_refuses_what_is_no_backbone(loaded, tiny_bundle):
     with pytest.raises(BackboneError, match="LlamaModel is not a causal language model"):
         EarlyExitModel.from_pretrained(None, model=loaded.model)
-    bloom = BloomForCausalLM(BloomConfig(n_layer=1, n_head=1, hidden_size=8, vocab_size=16))
-    with pytest.raises(UnsupportedBackboneError, match="'bloom'"):
-        EarlyExitModel.from_pretrained(None, model=bloom, tokenizer=byte_tokenizer())
+    other = GPTBigCodeForCausalLM(GPTBigCodeConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=16))
+    with pytest.raises(UnsupportedBackboneError, match="'gpt_bigcode'"):
+        EarlyExitModel.from_pretrained(None, model=other, tokenizer=byte_tokenizer())
     loaded.model.layers[0].to("meta")
     with pytest.raises(BackboneError, match="lies on cpu, meta"):
         EarlyExitModel.from_pretrained(None, model=loaded)

@@ -279,10 +279,12 @@ def test_faults_without_a_bundle(prompts, arguments, code, words):
 
 
 def test_an_unknown_family_is_refused_by_name_before_weights_load(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bloom", "architectures": ["BloomForCausalLM"]}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "codegen", "architectures": ["CodeGenForCausalLM"]})
+    )
     code, _, err = eexit("infer", "--mode", "full", "--model-name", tmp_path, "--prompt", "a")
     assert code == 2
-    assert "family 'bloom'" in err
+    assert "family 'codegen'" in err
 
 
 def test_a_model_with_nan_weights_is_refused(tmp_path, tiny_folder):
