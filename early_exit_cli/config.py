@@ -64,7 +64,8 @@ class BackboneConfig(Section):
     runner: Literal["auto", "native", "fused", "hf"] = setting(
         "auto",
         "Block runner: native is compiled code for CPUs, where there is a C compiler, and our own kernels on NVIDIA "
-        "GPUs; fused our lean PyTorch path for the Llama shape, hf the library's own modules; auto takes the first that fits.",
+        "GPUs; fused our lean PyTorch path for blocks of the Llama shape or near it, hf the library's own modules; auto takes "
+        "the first that fits.",
     )
     threads: int | None = setting(None, "Threads on a CPU. Default: one a core.", ge=1)
     cuda_graphs: Literal["auto", "on", "off"] = setting(
