@@ -39,13 +39,18 @@ def backbone_of_bundle(resolved: Resolved) -> BackboneConfig:
 
 
 def is_without_heads(resolved: Resolved) -> bool:
-    """Whether a backbone was named, and no bundle, and the bundle that is taken otherwise has heads of another one."""
+    """Whether a backbone or its precision was named, and no bundle, and the bundle that is taken otherwise has heads of another."""
     from early_exit_cli.bundle.files import read_bundle_config
     from early_exit_cli.bundle.load import bundle_folder
 
-    if not resolved.is_default("bundle.bundle") or resolved.is_default("backbone.model_name"):
+    names_model = not resolved.is_default("backbone.model_name")
+    if not resolved.is_default("bundle.bundle") or not (
+        names_model or not resolved.is_default("backbone.quantization")
+    ):
         return False
     known, backbone = read_bundle_config(bundle_folder(resolved.config.bundle)), resolved.config.backbone
+    if not names_model:
+        return known.quantization != backbone.quantization
     same = (known.model_name, known.quantization) == (backbone.model_name, backbone.quantization)
     return not same or backbone.revision is not None
 
