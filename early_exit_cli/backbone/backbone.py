@@ -83,13 +83,10 @@ class Backbone:
     @property
     def context_length(self) -> int:
         """Positions the model was made for, as far as its rotary tables are the same for every text."""
-        names = (
-            "max_position_embeddings",
-            "max_seq_len",
-            "seq_length",
-        )  # of nearly all, of MPT, of BLOOM's larger ones
-        found = next((value for name in names if (value := getattr(self.config, name, None))), BLOOM_CONTEXT)
-        return min(int(found), longest_alike(self.config) or int(found))
+        # of nearly all, of MPT, of BLOOM's larger ones
+        names = ("max_position_embeddings", "max_seq_len", "seq_length")
+        found = int(next((value for name in names if (value := getattr(self.config, name, None))), BLOOM_CONTEXT))
+        return min(found, longest_alike(self.config) or found)
 
     @property
     def embedding(self) -> nn.Embedding:

@@ -165,7 +165,7 @@ def refusal(config: Any) -> str | None:
     kinds = _other_kinds(config)
     if kinds:
         return f"has blocks of the kinds {', '.join(kinds)}, which no runner here knows"
-    for kind in (table.get("rope_type", "default") for table in _rotary_tables(config)):
+    for kind in (table.get("rope_type", "default") for table in rotary_settings(config)):
         if kind not in (*LENGTH_INDEPENDENT_ROTARY, *LENGTH_DEPENDENT_ROTARY):
             return f"has rotary scaling {kind!r}, which nothing here knows"
     if family == "opt" and (
@@ -194,13 +194,13 @@ def longest_alike(config: Any) -> int | None:
     """
     lengths = [
         table.get("original_max_position_embeddings") or config.max_position_embeddings
-        for table in _rotary_tables(config)
+        for table in rotary_settings(config)
         if table.get("rope_type") in LENGTH_DEPENDENT_ROTARY
     ]
     return min(lengths) // LENGTH_STEP * LENGTH_STEP if lengths else None
 
 
-def _rotary_tables(config: Any) -> list[dict[str, Any]]:
+def rotary_settings(config: Any) -> list[dict[str, Any]]:
     """What a configuration says of rotary positions, once for each kind of block where these differ."""
     parameters = getattr(config, "rope_parameters", None) or {}
     return [value for value in parameters.values() if isinstance(value, dict)] or [parameters]

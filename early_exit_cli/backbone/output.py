@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from early_exit_cli.backbone.families import rotary_settings
 from early_exit_cli.files.forms import Form, Positive
 
 WIDEST_HEAD, INNER_STEP, ROPE_THETA = 128, 64, 10000.0
@@ -78,8 +79,6 @@ class BlockShape(Form, extra="forbid"):
         kv_heads = int(getattr(config, "num_key_value_heads", None) or query_heads)
         head_dim = int(getattr(config, "head_dim", None) or hidden // query_heads)
         parts = head_dim // WIDEST_HEAD if head_dim % WIDEST_HEAD == 0 else 1
-        tables = getattr(config, "rope_parameters", None) or {}
-        tables = [table for table in tables.values() if isinstance(table, dict)] or [tables]
         inner = getattr(config, "intermediate_size", None) or 4 * hidden
         return cls(
             query_heads=query_heads * parts,
@@ -87,7 +86,7 @@ class BlockShape(Form, extra="forbid"):
             head_dim=head_dim // parts,
             inner=-(-inner // INNER_STEP) * INNER_STEP,
             activation="silu",
-            rope_theta=max(float(table.get("rope_theta", ROPE_THETA)) for table in tables),
+            rope_theta=max(float(table.get("rope_theta", ROPE_THETA)) for table in rotary_settings(config)),
         )
 
     @property

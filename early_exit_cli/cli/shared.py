@@ -43,10 +43,10 @@ def is_without_heads(resolved: Resolved) -> bool:
     from early_exit_cli.bundle.files import read_bundle_config
     from early_exit_cli.bundle.load import bundle_folder
 
-    names_model = not resolved.is_default("backbone.model_name")
-    if not resolved.is_default("bundle.bundle") or not (
-        names_model or not resolved.is_default("backbone.quantization")
-    ):
+    names_model, names_precision = (
+        not resolved.is_default(f"backbone.{name}") for name in ("model_name", "quantization")
+    )
+    if not resolved.is_default("bundle.bundle") or not (names_model or names_precision):
         return False
     known, backbone = read_bundle_config(bundle_folder(resolved.config.bundle)), resolved.config.backbone
     if not names_model:

@@ -30,7 +30,7 @@ class NativeEagle(EagleRunner):
         self.code = native_code()
         self.held = Held(self.code)
         q_proj, k_proj, v_proj, o_proj = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
-        qk_norms = [None if norm is None else norm.weight for norm in (attention.q_norm, attention.k_norm)]
+        q_norm, k_norm = (None if norm is None else norm.weight for norm in (attention.q_norm, attention.k_norm))
         weights = (
             [head.fc.weight],
             [block.mlp.gate_proj.weight, block.mlp.up_proj.weight],
@@ -43,7 +43,7 @@ class NativeEagle(EagleRunner):
             self.held.attention(
                 attention.shape,
                 (q_proj.weight, k_proj.weight, v_proj.weight, o_proj.weight),
-                (qk_norms[0], qk_norms[1]),
+                (q_norm, k_norm),
                 layout.eps,
             ),
             *(self.held.int8_of(*parts) for parts in weights),

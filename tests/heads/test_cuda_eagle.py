@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from nf4_models import nf4_backbone, on_reference  # noqa: F401 (a fixture)
+from nf4_models import hold_in_nf4, nf4_backbone, on_reference  # noqa: F401 (a fixture)
 from runs import answer, ids_of
 from tiny_models import VOCAB
 
@@ -29,19 +29,7 @@ def head(backbone):
             weight.add_(torch.randn_like(weight), alpha=0.05)
         elif "norm" in name:
             weight.add_(torch.randn_like(weight), alpha=0.2)
-    runner = CudaEagle(made, ReferenceKernels(), lambda step: step)
-    attention, mlp = made.block.self_attn, made.block.mlp
-    parts = (
-        [made.fc],
-        [attention.q_proj, attention.k_proj, attention.v_proj],
-        [attention.o_proj],
-        [mlp.gate_proj, mlp.up_proj],
-        [mlp.down_proj],
-    )
-    for weight, modules in zip(runner.nf4, parts, strict=True):
-        dense = weight.dense().to(torch.bfloat16).split([module.out_features for module in modules])
-        for module, rows in zip(modules, dense, strict=True):
-            module.weight.copy_(rows)
+    hold_in_nf4(made)
     return made
 
 

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from nf4_models import nf4_backbone  # noqa: F401 (a fixture)
+from nf4_models import hold_in_nf4, nf4_backbone  # noqa: F401 (a fixture)
 from runs import ids_of
 from tiny_models import VOCAB
 
@@ -78,19 +78,7 @@ def test_a_chain_on_a_gpu_is_pytorchs_steps(head, monkeypatch):
     """In double precision in the place of a card's kernels, over weights that NF4 holds as they are."""
     whole = "early_exit_cli.heads.eagle_runner.draft_linear"  # in int8 on a CPU, where this is about the chain
     monkeypatch.setattr(whole, lambda weights: functools.partial(F.linear, weight=torch.cat(weights)))
-    attention, mlp = head.block.self_attn, head.block.mlp
-    maps = (
-        [head.fc],
-        [attention.q_proj, attention.k_proj, attention.v_proj],
-        [attention.o_proj],
-        [mlp.gate_proj, mlp.up_proj],
-        [mlp.down_proj],
-    )
-    held = CudaEagle(head, ReferenceKernels(), lambda step: step).nf4
-    for weight, modules in zip(held, maps, strict=True):
-        rows = weight.dense().to(torch.bfloat16).split([module.out_features for module in modules])
-        for module, part in zip(modules, rows, strict=True):
-            module.weight.copy_(part)
+    hold_in_nf4(head)
     chained, single = CudaEagle(head, ReferenceKernels(), lambda step: step), EagleRunner(head)
     with torch.inference_mode():
         for seed, count in ((1, 5), (2, 40)):

@@ -7,6 +7,7 @@ from tiny_models import END, VOCAB, byte_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from early_exit_cli.backbone.backbone import Backbone
+from early_exit_cli.heads.cuda_eagle import CudaEagle
 from early_exit_cli.runtime.cuda_blocks import CudaBlocks
 from early_exit_cli.runtime.reference_kernels import ReferenceKernels
 
@@ -93,3 +94,19 @@ def plain_weight(module):
     codes = torch.stack((packed & 15, packed >> 4), 2).reshape(rows // 32, inner // 2, 32, 2)
     values = state.code.to(torch.bfloat16).float()[codes.long()].permute(0, 2, 1, 3).reshape(rows, inner)
     return values * state.absmax.float().T.repeat_interleave(64, 1)
+
+
+def hold_in_nf4(head):
+    """Give an EAGLE head the weights that a GPU's chain makes of its own in NF4, so that other runners multiply by the same."""
+    attention, mlp = head.block.self_attn, head.block.mlp
+    parts = (
+        [head.fc],
+        [attention.q_proj, attention.k_proj, attention.v_proj],
+        [attention.o_proj],
+        [mlp.gate_proj, mlp.up_proj],
+        [mlp.down_proj],
+    )
+    for weight, modules in zip(CudaEagle(head, ReferenceKernels(), lambda step: step).nf4, parts, strict=True):
+        dense = weight.dense().to(torch.bfloat16).split([module.out_features for module in modules])
+        for module, rows in zip(modules, dense, strict=True):
+            module.weight.copy_(rows)
