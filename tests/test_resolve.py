@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from early_exit_cli.cli.shared import is_without_heads
 from early_exit_cli.config import Config
 from early_exit_cli.errors import ConfigError
 from early_exit_cli.resolve import resolve, setting_keys
@@ -31,6 +32,20 @@ def test_a_flag_beats_yaml_and_yaml_beats_the_default(tmp_path):
 
 def test_every_setting_has_an_origin():
     assert set(resolve({}).origins) == set(setting_keys())
+
+
+@pytest.mark.parametrize(
+    ("flags", "alone"),
+    [
+        ({}, False),
+        ({"backbone.quantization": "4bit"}, False),
+        ({"backbone.quantization": "8bit"}, True),
+        ({"backbone.model_name": "ORG/OTHER"}, True),
+        ({"backbone.quantization": "8bit", "bundle.bundle": "runs/heads"}, False),
+    ],
+)
+def test_the_shipped_heads_are_left_where_another_backbone_or_precision_is_named(flags, alone):
+    assert is_without_heads(resolve({key: (value, "a flag") for key, value in flags.items()})) is alone
 
 
 def test_all_faults_come_at_once_with_file_key_and_nearest_name(tmp_path):
