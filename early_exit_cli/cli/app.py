@@ -5,6 +5,7 @@ Nothing heavy is imported here: each command's file imports torch when it runs.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from typing import Any
@@ -99,6 +100,8 @@ def main() -> None:
     """Entry point of `eexit` and `python -m early_exit_cli`. Typer ends an interrupted run with 130."""
     console.accept_any_text()
     console.show_warnings(EexitWarning)
+    if not os.environ.get("EEXIT_DEBUG"):
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # advice for people who use it themselves
     try:
         app()
     except Exception as error:

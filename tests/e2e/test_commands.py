@@ -1,6 +1,7 @@
 """Whole commands, as a person runs them: what comes on the two streams, the exit code, what is left on the disk."""
 
 import json
+import logging
 import re
 import shutil
 import signal
@@ -446,3 +447,12 @@ def test_a_tracker_that_is_not_installed_is_named(prompts):
     code, _, err = eexit("train", "--dataset-name", prompts, "--report-to", "trackio")
     assert code == 2
     assert "pip install trackio" in err
+
+
+def test_the_libraries_give_no_advice_where_no_backbone_is_loaded(monkeypatch):
+    """bitsandbytes advises when it is imported, and accelerate imports it for training from a cache."""
+    advice = logging.getLogger("bitsandbytes")
+    monkeypatch.setattr(advice, "level", logging.NOTSET)
+    eexit("--version")
+    assert not advice.isEnabledFor(logging.WARNING)
+    assert advice.isEnabledFor(logging.ERROR)
