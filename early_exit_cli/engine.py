@@ -14,10 +14,10 @@ from torch import Tensor
 from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.errors import BundleError, ConfigError
 from early_exit_cli.files.schemas import RecordForm
+from early_exit_cli.heads.assistant import OwnHead
 from early_exit_cli.heads.eagle import EagleHead
 from early_exit_cli.heads.exit_heads import ExitHeads
 from early_exit_cli.heads.exit_runner import ExitRunner, exit_runner
-from early_exit_cli.heads.mtp import MtpHead
 from early_exit_cli.heads.uncertainty import Thresholds
 from early_exit_cli.runtime.blocks import LARGEST_WIDTH, Blocks
 from early_exit_cli.runtime.kv_cache import KVCache
@@ -41,8 +41,8 @@ class Engine:
     heads: ExitHeads | None = None
     thresholds: Thresholds | None = None
     eagle: EagleHead | None = None
-    mtp: MtpHead | None = None
-    """The MTP layer that the backbone's checkpoint brings, where it was to be loaded."""
+    mtp: OwnHead | None = None
+    """The MTP layer that the backbone's checkpoint brings, or the assistant that was named, where it was to be loaded."""
     without_mtp: str | None = None
     """Why the layer that is there is not read."""
     record: RecordForm | None = None
