@@ -14,10 +14,11 @@ from torch import Tensor
 from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.errors import BundleError, ConfigError
 from early_exit_cli.files.schemas import RecordForm
-from early_exit_cli.heads.assistant import OwnHead
+from early_exit_cli.heads.assistant import AssistantHead
 from early_exit_cli.heads.eagle import EagleHead
 from early_exit_cli.heads.exit_heads import ExitHeads
 from early_exit_cli.heads.exit_runner import ExitRunner, exit_runner
+from early_exit_cli.heads.mtp import MtpHead
 from early_exit_cli.heads.uncertainty import Thresholds
 from early_exit_cli.runtime.blocks import LARGEST_WIDTH, Blocks
 from early_exit_cli.runtime.kv_cache import KVCache
@@ -26,6 +27,8 @@ from early_exit_cli.runtime.prefix import Prefix
 from early_exit_cli.runtime.round_times import RoundTimes
 from early_exit_cli.steps import LONG_PROMPT, step
 
+OwnHead = MtpHead | AssistantHead
+"""What a model brings to draft with."""
 DEFAULT_WIDTH = 8
 OnStates = Callable[[list[int], list[Tensor]], None]
 Row = dict[int, Tensor]

@@ -6,9 +6,9 @@ import functools
 import os
 from pathlib import Path
 
-from early_exit_cli.backbone.assistant import refuse_other_assistant
 from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.backbone.load import load_backbone, load_settings
+from early_exit_cli.backbone.load_assistant import refuse_other_assistant
 from early_exit_cli.bundle.files import (
     CALIBRATION_FILE,
     CONFIG_FILE,

@@ -13,9 +13,8 @@ from early_exit_cli.calibration.head_outputs import BackboneReading, read_backbo
 from early_exit_cli.calibration.held_out import STEPS, Rolled
 from early_exit_cli.data.packing import Batch
 from early_exit_cli.drafting.eagle import runner_of
-from early_exit_cli.engine import Engine
+from early_exit_cli.engine import Engine, OwnHead
 from early_exit_cli.errors import DataError
-from early_exit_cli.heads.assistant import OwnHead
 from early_exit_cli.heads.head_runner import HeadRunner
 
 ROLL_OUTS = 512

@@ -15,12 +15,12 @@ from pydantic import Field, Strict
 from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.bundle.files import RECORD_FILE, read_bundle_record, record_json
 from early_exit_cli.drafting.suffix_automaton import PRIOR, SHORTEST
+from early_exit_cli.engine import OwnHead
 from early_exit_cli.errors import BundleError
 from early_exit_cli.files.atomic import write_json
 from early_exit_cli.files.forms import Form, Share
 from early_exit_cli.files.kept import MADE_FROM
 from early_exit_cli.files.schemas import RecordForm, read_form, require_form
-from early_exit_cli.heads.assistant import OwnHead
 from early_exit_cli.runtime.measurements import measurement_path
 
 

@@ -20,13 +20,12 @@ from pydantic import Field, Strict
 from torch import Tensor
 
 from early_exit_cli.drafting.eagle import runner_of
-from early_exit_cli.engine import Engine
+from early_exit_cli.engine import Engine, OwnHead
 from early_exit_cli.errors import BundleError
 from early_exit_cli.files.atomic import keep_json
 from early_exit_cli.files.forms import Form
 from early_exit_cli.files.kept import MADE_FROM
 from early_exit_cli.files.schemas import read_form
-from early_exit_cli.heads.assistant import OwnHead
 from early_exit_cli.heads.eagle import EagleHead
 from early_exit_cli.heads.exit_runner import ExitRunner
 from early_exit_cli.heads.head_runner import HeadRunner

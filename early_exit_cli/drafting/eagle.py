@@ -21,8 +21,8 @@ from early_exit_cli.drafting.chances import Survival
 from early_exit_cli.drafting.drafter import Draft, Drafter
 from early_exit_cli.drafting.reasons import MtpStep, Step
 from early_exit_cli.drafting.round_costs import NEED, PassShares
-from early_exit_cli.engine import Engine
-from early_exit_cli.heads.assistant import AssistantHead, AssistantRunner, OwnHead
+from early_exit_cli.engine import Engine, OwnHead
+from early_exit_cli.heads.assistant import AssistantHead, AssistantRunner
 from early_exit_cli.heads.eagle import EagleHead
 from early_exit_cli.heads.head_runner import HeadRunner
 from early_exit_cli.heads.mtp import MtpHead, MtpRunner

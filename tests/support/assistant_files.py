@@ -90,7 +90,7 @@ def nearly_right(config, folder, noise):
     rows.div_(rows.square().mean(-1, keepdim=True).sqrt() + 1e-9)  # but that of padding, which holds zeros
     model.get_output_embeddings().weight.copy_(rows[torch.randperm(len(rows))])
     assistant = random_assistant(assistant_config(config, config.hidden_size))
-    for block, attended in [(block, 1.5) for block in model.model.layers] + [
+    for block, attended in [(block, 6.0) for block in model.model.layers] + [
         (block, 0.1) for block in assistant.model.layers
     ]:
         block.post_attention_layernorm.weight.fill_(attended)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from tiny_models import FAMILIES, NF4_FAMILIES, OTHER_FAMILIES, family_config
 
-from early_exit_cli.backbone.families import FAMILIES as SUPPORTED
 from early_exit_cli.backbone.families import ASSISTANTS, WRAPPERS
+from early_exit_cli.backbone.families import FAMILIES as SUPPORTED
 
 MODEL_TYPES = {name: family_config(name).model_type for name in (*FAMILIES, *OTHER_FAMILIES)}
 
