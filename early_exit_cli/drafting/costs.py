@@ -56,9 +56,10 @@ Cost = Annotated[float, Field(gt=0.0)]
 
 class Costs(Form, extra="forbid"):
     """Milliseconds on this device, by width: one block over CONTEXT keys and over FAR_CONTEXT, final norm and LM head;
-    for reading one head of one row; and of the EAGLE head and the checkpoint's MTP layer or assistant, for reading what a pass verified and
-    for a step of its own, each with its choice. All is timed where it runs: the finish after the blocks, whose weights have driven the LM head's out
-    of the caches, reading right after a pass, a step after reading, which has brought the head's weights into them.
+    for reading one head of one row; and of the EAGLE head and the model's own drafter (`mtp`), for reading what a pass
+    verified and for a step of its own, each with its choice. All is timed where it runs: the finish after the blocks, whose
+    weights have driven the LM head's out of the caches, reading right after a pass, a step after reading, which has brought
+    the head's weights into them.
 
     error: how far two measurements lay apart, as a share of a pass: what is expected to pay by less may not.
     """

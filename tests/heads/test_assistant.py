@@ -8,11 +8,13 @@ from assistant_files import assistant_config, nearly_right, random_assistant, ro
 from commands import eexit, output_of
 from own_drafters import compared, repeating, willing
 from tiny_models import family_config
+from transformers import Gemma4AssistantForCausalLM
 
 from early_exit_cli.bundle.load import load_engine
 from early_exit_cli.config import BackboneConfig, InferenceConfig, SamplingConfig
 from early_exit_cli.decoding.answer import generate
 from early_exit_cli.decoding.batch import decode_batch
+from early_exit_cli.decoding.loop import decode
 from early_exit_cli.decoding.prefixes import Prefixes
 from early_exit_cli.decoding.text import Request
 from early_exit_cli.drafting.chances import MTP_PRIOR, mtp_survival
@@ -21,6 +23,7 @@ from early_exit_cli.drafting.drafter import NoDrafter
 from early_exit_cli.drafting.eagle import runner_of
 from early_exit_cli.errors import EexitError
 from early_exit_cli.evaluation.bench_methods import Setup, load_method
+from early_exit_cli.library import EarlyExitModel
 from early_exit_cli.sampling import Sampler
 
 TEXT = [(7 * place * place + 3 * place) % 251 for place in range(90)]
@@ -80,6 +83,19 @@ def test_partly_wrong_drafts_change_no_bit(pair):
     assert accepted > 10
 
 
+def test_behind_rejected_drafts_it_says_what_it_says_of_the_text_alone(pair):
+    engine, text = engine_of(*pair), repeating(60)
+    own = Gemma4AssistantForCausalLM.from_pretrained(pair[1], dtype=torch.float32).eval()
+    rejected = 0
+    for step in decode(engine, Request(text.copy(), 50, stop_ids=()), willing(engine)):
+        wrong = [token for token, _ in step.rejected]
+        draft, rejected = [*step.tokens[: step.accepted], *wrong], rejected + len(wrong)
+        if draft:
+            assert rolled(engine.backbone.model, own, text, draft[:-1]).argmax(-1).tolist() == draft
+        text += step.tokens
+    assert rejected > 10
+
+
 def test_a_later_text_drafts_from_what_it_takes_over(pair):
     engine, prefixes = engine_of(*pair), Prefixes(10**9)
     prompt, drafter = repeating(200), willing(engine)
@@ -124,14 +140,16 @@ def test_the_commands_draft_with_it_and_calibrate_it(pair, tmp_path, monkeypatch
     assert mtp_survival(engine.backbone) == MTP_PRIOR  # of another drafter nothing is known
     drafter, _ = make_drafter(engine, InferenceConfig(), "auto")
     assert [choice.name for choice, _ in drafter.choices] == ["mtp", "lookup"]
-    code, out, err = eexit(
-        "infer", "one two three", *named, "--drafter", "mtp", "--mode", "compare", "--max-tokens", 30, "--json"
-    )
+    code, out, err = eexit("infer", "one two three", *named, "--mode", "compare", "--max-tokens", 30, "--json")
     assert code == 0, err
     assert json.loads(out)["bit_exact"]
-    code, out, err = eexit("infer", "one two three", *named, "--max-tokens", 12, "--json")
-    assert code == 0, err
     assert err.count("its assistant drafts, and lookup") == 1
+    loaded = {"model": engine.backbone.model, "tokenizer": engine.backbone.tokenizer}
+    early = EarlyExitModel.from_pretrained(None, **loaded, assistant=assistant, drafter="mtp")
+    prompt = torch.tensor([TEXT])
+    plain = early.model.generate(prompt, max_new_tokens=20, do_sample=False)
+    assert early.generate(prompt, max_new_tokens=20, do_sample=False).tolist() == plain.tolist()
+    assert early.last.stats.tokens_drafted > 0
     config = BackboneConfig(model_name=str(model), assistant=str(assistant), quantization="none", device="cpu")
     setup = Setup(config, None, SamplingConfig(), 0.9, "auto")
     answers = {name: load_method(name, setup).answer(TEXT, 24) for name in ("full", "mtp", "auto")}  # as bench has them
@@ -158,7 +176,9 @@ def test_what_does_not_fit_is_refused_before_its_weights_are_read(pair, tiny_fol
         "drafts for models of family 'gemma4_text'": (tiny_folder("llama"), assistant),
         "cannot find the assistant": (model, "nobody/assistant"),
         "is a file": (model, assistant / "config.json"),
+        "cannot load the assistant": (model, tmp_path / "fits"),
     }
+    assistant_config(right).save_pretrained(tmp_path / "fits")
     for line, named in refused.items():
         with pytest.raises(EexitError) as told:
             engine_of(*named)
