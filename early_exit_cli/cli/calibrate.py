@@ -34,7 +34,7 @@ READ_TOGETHER = 2048
 )
 def command(resolved: Resolved, as_json: bool) -> None:
     """Fit thresholds for each head and target accuracy on held-out text, and check them on other held-out text; and what
-    drafts are worth, those of a layer for multi-token prediction that the model brings too."""
+    drafts are worth, those of a layer for multi-token prediction that the model brings, or of its assistant, too."""
     load_libraries()
     from early_exit_cli.bundle.files import CALIBRATION_FILE
     from early_exit_cli.bundle.load import bundle_source, load_engine
@@ -91,10 +91,10 @@ def command(resolved: Resolved, as_json: bool) -> None:
 
 
 def calibrate_mtp_alone(resolved: Resolved, as_json: bool) -> None:
-    """Of a backbone that was named without a bundle: what its checkpoint's MTP layer is worth.
+    """Of a backbone that was named without a bundle: what its checkpoint's MTP layer or its assistant is worth.
 
     Raises:
-        ConfigError: it brings none.
+        ConfigError: it has none.
     """
     from early_exit_cli.bundle.load import load_engine
     from early_exit_cli.cli.shared import held_out_text
@@ -113,7 +113,7 @@ def calibrate_mtp_alone(resolved: Resolved, as_json: bool) -> None:
 
 
 def calibrate_mtp(engine: Engine, fit: HeldOut, check: HeldOut, as_json: bool) -> dict[str, Any]:
-    """Fit, keep and show what the MTP layer's drafts are worth; nothing where there is none. Returns what --json adds."""
+    """Fit, keep and show what drafts of the MTP layer or the assistant are worth; nothing where there is none. Returns what --json adds."""
     from early_exit_cli.calibration.draft_chances import fit_eagle
     from early_exit_cli.calibration.mtp import read_mtp
     from early_exit_cli.data.packing import apart
@@ -123,13 +123,13 @@ def calibrate_mtp(engine: Engine, fit: HeldOut, check: HeldOut, as_json: bool) -
         return {}
     texts, others = (apart(part.batches, READ_TOGETHER) for part in (fit, check))
     with console.progress(
-        "rolling out the MTP layer", sum(len(batch.input_ids) for batch in (*texts, *others))
+        f"rolling out the {engine.mtp.kind}", sum(len(batch.input_ids) for batch in (*texts, *others))
     ) as ticker:
         first = read_mtp(engine, engine.mtp, texts, ticker.update)
         count = sum(len(batch.input_ids) for batch in texts)
         second = read_mtp(engine, engine.mtp, others, lambda done: ticker.update(count + done))
     survival, checked = fit_eagle(first, second)
-    path = save_mtp_chances(MtpChances(survival=survival, checked=checked), engine.backbone)
+    path = save_mtp_chances(MtpChances(survival=survival, checked=checked), engine.backbone, engine.mtp)
     if not as_json:
         print_survival("mtp", survival, checked)
         console.note(f"kept: {path}")

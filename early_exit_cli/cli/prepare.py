@@ -66,7 +66,8 @@ def load(resolved: Resolved, kind: str) -> Engine:
     if kind in HEADLESS and is_without_heads(resolved):
         engine = load_engine(config.backbone, None, with_mtp=with_mtp)
         if kind == "auto":
-            who = "lookup drafts" if engine.mtp is None else "its checkpoint's MTP layer drafts, and lookup"
+            own = "checkpoint's MTP layer" if config.backbone.assistant is None else "assistant"
+            who = "lookup drafts" if engine.mtp is None else f"its {own} drafts, and lookup"
             console.note(f"no heads for {config.backbone.model_name} (--bundle FOLDER): {who}")
         return engine
     needed = kind not in HEADLESS or kind == "auto" or not resolved.is_default("inference.accuracy_level")

@@ -1,6 +1,7 @@
 """How likely drafts survive, by drafter: what calibration found, in the bundle's record.
 
-What it found of the MTP layer, which belongs to the backbone and to no bundle, is kept beside what passes cost here.
+What it found of the MTP layer or the assistant, which belong to the backbone and to no bundle, is kept beside what passes
+cost here.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pydantic import Field, Strict
 from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.bundle.files import RECORD_FILE, read_bundle_record, record_json
 from early_exit_cli.drafting.suffix_automaton import PRIOR, SHORTEST
+from early_exit_cli.engine import OwnHead
 from early_exit_cli.errors import BundleError
 from early_exit_cli.files.atomic import write_json
 from early_exit_cli.files.forms import Form, Share
@@ -44,33 +46,37 @@ MTP_PRIOR = [
     Survival(intercept=intercept, slope=-1.2, mean=mean, entropies=(0.0, 0.05, 0.2, 0.6, 1.2, 2.5))
     for intercept, mean in ((2.4, 0.8), (2.0, 0.75), (1.7, 0.7))
 ]
-"""Of an MTP layer that was not calibrated, as such layers are reported to do; the text soon tells of this one."""
+"""Of an MTP layer or an assistant that was not calibrated, as such are reported to do; the text soon tells of this one."""
 
 
 class MtpChances(Form):
-    """Of an MTP layer: by draft position, and what a second text says of it, as in `DraftChances`."""
+    """Of an MTP layer or an assistant: by draft position, and what a second text says of it, as in `DraftChances`."""
 
     survival: list[Survival] = Field(min_length=1)
     checked: list[Annotated[tuple[Share, Share], Strict(False)]]
 
 
-def mtp_survival(backbone: Backbone) -> list[Survival]:
-    """What calibration on this machine found of the layer that a backbone's checkpoint brings; else a prior."""
+def mtp_survival(backbone: Backbone, head: OwnHead | None = None) -> list[Survival]:
+    """What calibration on this machine found of a backbone's own drafter; else a prior.
+
+    Args:
+        head: the drafter; by default the layer that the checkpoint brings.
+    """
     try:
-        return read_form(_mtp_path(backbone), MtpChances).survival
+        return read_form(_mtp_path(backbone, head), MtpChances).survival
     except BundleError:  # nothing there, or damaged
         return MTP_PRIOR
 
 
-def save_mtp_chances(chances: MtpChances, backbone: Backbone) -> Path:
+def save_mtp_chances(chances: MtpChances, backbone: Backbone, head: OwnHead | None = None) -> Path:
     """Keep them for the next time; where."""
-    path = _mtp_path(backbone)
+    path = _mtp_path(backbone, head)
     write_json(path, {MADE_FROM: backbone.name, **chances.model_dump()})
     return path
 
 
-def _mtp_path(backbone: Backbone) -> Path:
-    return measurement_path("chances", backbone.identity)
+def _mtp_path(backbone: Backbone, head: OwnHead | None) -> Path:
+    return measurement_path("chances", {**backbone.identity, **({} if head is None else head.identity)})
 
 
 class DraftChances(Form):

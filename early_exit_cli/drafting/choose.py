@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from early_exit_cli.backbone.backbone import Backbone
+from early_exit_cli.backbone.families import ASSISTANTS
 from early_exit_cli.config import DYNAMIC_LENGTH, InferenceConfig
 from early_exit_cli.drafting.auto import AutoDrafter
 from early_exit_cli.drafting.chances import draft_chances_of, mtp_survival
@@ -130,25 +131,26 @@ def eagle_drafter(engine: Engine) -> EagleDrafter:
 
 
 def mtp_drafter(engine: Engine) -> MtpDrafter:
-    """The MTP layer that the checkpoint brings, with its chances and the costs of this device.
+    """The MTP layer that the checkpoint brings, or the assistant, with its chances and the costs of this device.
 
     Raises:
-        BackboneError: it brings none, or one that is not read.
+        BackboneError: there is none, or one that is not read.
     """
     if engine.mtp is None:
-        name = engine.backbone.name
+        hint = "--drafter auto drafts with what there is"
+        if engine.backbone.config.model_type in ASSISTANTS.values():
+            hint = f"--assistant names the drafter of a Gemma 4 model; {hint}"
         raise BackboneError(
-            engine.without_mtp or f"{name} brings no layer for multi-token prediction",
-            hint="--drafter auto drafts with what there is",
+            engine.without_mtp or f"{engine.backbone.name} brings no layer for multi-token prediction", hint=hint
         )
     costs = cost_table(engine)
     passes = pass_costs(costs, engine.blocks)
-    return MtpDrafter(engine.mtp, mtp_survival(engine.backbone), passes, costs.mtp_read, costs.mtp_step)
+    return MtpDrafter(engine.mtp, mtp_survival(engine.backbone, engine.mtp), passes, costs.mtp_read, costs.mtp_step)
 
 
 def auto_drafter(engine: Engine, level: float, width: int, read_heads: str, corpus: Path | None = None) -> AutoDrafter:
-    """The checkpoint's MTP layer, lookup or the EAGLE head, whichever promises most; with neither layer nor calibrated EAGLE
-    head, lookup and the exits that pay.
+    """The checkpoint's MTP layer or assistant, lookup or the EAGLE head, whichever promises most; with neither layer nor
+    calibrated EAGLE head, lookup and the exits that pay.
 
     Args:
         width: rows of a pass at most, for the exit heads; the others weigh all widths.
@@ -184,7 +186,7 @@ def exit_drafter(engine: Engine, level: float, width: int, read_heads: str) -> E
 HEADLESS = ("none", "lookup", "mtp", "auto")
 """Kinds that a backbone without a bundle can have."""
 DRAFTS_BY_MTP = ("mtp", "auto")
-"""Kinds for which the MTP layer is to be loaded."""
+"""Kinds for which the MTP layer or the assistant is to be loaded."""
 
 
 def make_drafter(engine: Engine, settings: InferenceConfig, kind: str) -> tuple[Drafter, int]:
@@ -194,7 +196,7 @@ def make_drafter(engine: Engine, settings: InferenceConfig, kind: str) -> tuple[
         kind: none, exit, eagle, mtp, lookup, auto; fixed and dynamic, the seed's.
 
     Raises:
-        BackboneError: mtp, and its checkpoint brings no such layer.
+        BackboneError: mtp, and there is neither such a layer nor an assistant.
         BundleError: the bundle lacks what the kind drafts with, or is not calibrated.
         ConfigError: a level that was not calibrated.
         DataError: the lookup corpus cannot be read.

@@ -20,16 +20,15 @@ from pydantic import Field, Strict
 from torch import Tensor
 
 from early_exit_cli.drafting.eagle import runner_of
-from early_exit_cli.engine import Engine
+from early_exit_cli.engine import Engine, OwnHead
 from early_exit_cli.errors import BundleError
 from early_exit_cli.files.atomic import keep_json
 from early_exit_cli.files.forms import Form
 from early_exit_cli.files.kept import MADE_FROM
 from early_exit_cli.files.schemas import read_form
 from early_exit_cli.heads.eagle import EagleHead
-from early_exit_cli.heads.eagle_runner import EagleRunner
 from early_exit_cli.heads.exit_runner import ExitRunner
-from early_exit_cli.heads.mtp import MtpHead, MtpRunner
+from early_exit_cli.heads.head_runner import HeadRunner
 from early_exit_cli.numerics import synchronize
 from early_exit_cli.runtime.blocks import Blocks
 from early_exit_cli.runtime.kv_cache import KVCache
@@ -57,9 +56,10 @@ Cost = Annotated[float, Field(gt=0.0)]
 
 class Costs(Form, extra="forbid"):
     """Milliseconds on this device, by width: one block over CONTEXT keys and over FAR_CONTEXT, final norm and LM head;
-    for reading one head of one row; and of the EAGLE head and the checkpoint's MTP layer, for reading what a pass verified and
-    for a step of its own, each with its choice. All is timed where it runs: the finish after the blocks, whose weights have driven the LM head's out
-    of the caches, reading right after a pass, a step after reading, which has brought the head's weights into them.
+    for reading one head of one row; and of the EAGLE head and the model's own drafter (`mtp`), for reading what a pass
+    verified and for a step of its own, each with its choice. All is timed where it runs: the finish after the blocks, whose
+    weights have driven the LM head's out of the caches, reading right after a pass, a step after reading, which has brought
+    the head's weights into them.
 
     error: how far two measurements lay apart, as a share of a pass: what is expected to pay by less may not.
     """
@@ -115,7 +115,7 @@ def cost_table(engine: Engine, *, refresh: bool = False) -> Costs:
         "heads": heads
         and [heads.kind, len(heads), heads.rank, 0 if heads.draft_vocab is None else len(heads.draft_vocab)],
         "eagle": engine.eagle and _shape_of(engine.eagle),
-    } | ({"mtp": True} if engine.mtp else {})
+    } | ({"mtp": engine.mtp.identity or True} if engine.mtp else {})
     path = measurement_path("costs", identity)
     widths = sorted({1, *engine.blocks.widths})
     earlier: CostsForm | None = None
@@ -175,6 +175,7 @@ def measure_costs(engine: Engine, widths: list[int]) -> Costs:
     calls: dict[tuple[str, int], tuple[Call, Call]] = {}
     with torch.inference_mode():  # states of real text: what the exact argmax takes depends on them
         states = blocks.run(blocks.embed(ids[:place]), near, 0, 0, blocks.num_blocks)
+        near.length = place
         for width in widths:
             final = run(width, near)
             calls["near", width] = (lambda: None, functools.partial(run, width, near))
@@ -185,7 +186,9 @@ def measure_costs(engine: Engine, widths: list[int]) -> Costs:
         chains = {}
         for name, head in (("eagle", engine.eagle), ("mtp", engine.mtp)):
             if head is not None:
-                read, step, chains[name] = _rolled_calls(runner_of(head), _no_states(head, near.limit))
+                runner = runner_of(head)
+                runner.follow(near)
+                read, step, chains[name] = _rolled_calls(runner, _no_states(engine, head, near.limit))
                 calls[f"{name} read", 1] = (a_pass, read)
                 calls[f"{name} step", 1] = (a_pass if chains[name] else _both(a_pass, read), step)
         first, second = (fastest_in_turns(calls, engine.backbone.device) for _ in range(2))
@@ -262,15 +265,15 @@ def _both(first: Call, then: Call) -> Call:
     return lambda: (first(), then())
 
 
-def _no_states(head: EagleHead | MtpHead, length: int) -> list[Tensor]:
+def _no_states(engine: Engine, head: EagleHead | OwnHead, length: int) -> list[Tensor]:
     """Zeros in the place of what a head reads of so many positions."""
-    if isinstance(head, MtpHead):
-        block = head.layer.block
-        return [torch.zeros(length, block.hidden_size, dtype=block.dtype, device=block.device)]
-    return [head.fc.weight.new_zeros(length, head.state_size) for _ in range(len(head.exit_layers) + 1)]
+    if isinstance(head, EagleHead):
+        return [head.fc.weight.new_zeros(length, head.state_size) for _ in range(len(head.exit_layers) + 1)]
+    backbone = engine.backbone
+    return [torch.zeros(length, backbone.hidden_size, dtype=backbone.dtype, device=backbone.device)]
 
 
-def _rolled_calls(runner: EagleRunner | MtpRunner, states: list[Tensor]) -> tuple[Call, Call, int]:
+def _rolled_calls(runner: HeadRunner, states: list[Tensor]) -> tuple[Call, Call, int]:
     """Reading two verified positions after those of `states`, and a step of its own; each with its choice.
 
     Where steps run all at once, the second call is reading and some steps, as many as the third value says.
@@ -280,11 +283,11 @@ def _rolled_calls(runner: EagleRunner | MtpRunner, states: list[Tensor]) -> tupl
     hidden = runner.read(tokens, states)
 
     def read() -> None:
-        runner.cache.length = length
+        runner.rewind(length)
         runner.choose(runner.read(tokens[:2], [state[:2] for state in states]))
 
     def chain(count: int) -> None:
-        runner.cache.length = length
+        runner.rewind(length)
         runner.chain(tokens[:2], [state[:2] for state in states], count)
 
     if runner.most_steps:

@@ -21,9 +21,10 @@ from early_exit_cli.drafting.chances import Survival
 from early_exit_cli.drafting.drafter import Draft, Drafter
 from early_exit_cli.drafting.reasons import MtpStep, Step
 from early_exit_cli.drafting.round_costs import NEED, PassShares
-from early_exit_cli.engine import Engine
+from early_exit_cli.engine import Engine, OwnHead
+from early_exit_cli.heads.assistant import AssistantHead, AssistantRunner
 from early_exit_cli.heads.eagle import EagleHead
-from early_exit_cli.heads.eagle_runner import EagleRunner
+from early_exit_cli.heads.head_runner import HeadRunner
 from early_exit_cli.heads.mtp import MtpHead, MtpRunner
 from early_exit_cli.heads.native_eagle import eagle_runner
 from early_exit_cli.runtime.kv_cache import KVCache
@@ -53,8 +54,10 @@ class _Stop(NamedTuple):
         return self.tokens / self.milliseconds
 
 
-def runner_of(head: EagleHead | MtpHead) -> EagleRunner | MtpRunner:
+def runner_of(head: EagleHead | OwnHead) -> HeadRunner:
     """What rolls a head out over a text."""
+    if isinstance(head, AssistantHead):
+        return AssistantRunner(head)
     return MtpRunner(head) if isinstance(head, MtpHead) else eagle_runner(head)
 
 
@@ -74,7 +77,7 @@ class EagleDrafter(Drafter):
 
     def __init__(
         self,
-        head: EagleHead | MtpHead,
+        head: EagleHead | OwnHead,
         survival: list[Survival],
         pass_cost: Callable[[int], float],
         read_cost: float,
@@ -102,7 +105,7 @@ class EagleDrafter(Drafter):
 
     def begin(self, prompt_ids: list[int], chooser: Chooser = GREEDY) -> None:
         self.chooser = chooser
-        self.runner.reset()
+        self.runner.rewind()
         self.waiting = []
         self.hits = self.expected = 0.0
         self.met = list(self.prior)
@@ -139,6 +142,7 @@ class EagleDrafter(Drafter):
             self.hits, self.expected = self.hits * FORGETTING, self.expected * FORGETTING
             self.met = [prior + (met - prior) * FORGETTING for prior, met in zip(self.prior, self.met, strict=True)]
             return Draft()
+        self.runner.follow(cache)
         if self.runner.most_steps and not self.chooser.reads_logits:
             return self._propose_chain(limit, stop_ids)
         hidden = self.runner.read(*self._waiting())
@@ -258,10 +262,13 @@ class EagleDrafter(Drafter):
 
 
 class MtpDrafter(EagleDrafter):
-    """Proposes what the checkpoint's MTP layer says, as far as it pays."""
+    """Proposes what the checkpoint's MTP layer says, or the model's assistant, as far as it pays."""
 
     name = "mtp"
     step = MtpStep
 
     def process(self, tokens: list[int], states: list[Tensor]) -> None:
-        self.waiting.append((tokens, states[-1:]))
+        if self.runner.reads_keys:
+            self.waiting = [(tokens[-1:], [states[-1][-1:]])]
+        else:
+            self.waiting.append((tokens, states[-1:]))

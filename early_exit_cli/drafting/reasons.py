@@ -42,7 +42,7 @@ class Step:
 
 @dataclass(frozen=True)
 class MtpStep(Step):
-    """Why a token was drafted: a step of the checkpoint's MTP layer."""
+    """Why a token was drafted: a step of the checkpoint's MTP layer, or of the assistant."""
 
     decider: ClassVar[str] = "mtp"
 

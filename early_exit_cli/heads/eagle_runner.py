@@ -15,6 +15,7 @@ from torch import Tensor
 
 from early_exit_cli.heads.attention import HeadCache
 from early_exit_cli.heads.eagle import EagleHead
+from early_exit_cli.heads.head_runner import HeadRunner
 from early_exit_cli.heads.uncertainty import entropy
 from early_exit_cli.runtime.blocks import LARGEST_WIDTH
 from early_exit_cli.runtime.exact_argmax import int8_rows
@@ -34,12 +35,11 @@ def draft_linear(weights: list[Tensor]) -> LinearMap:
     )
 
 
-class EagleRunner:
-    """The head over one text: a KV cache of its own, true states first, its own steps behind them until they are verified."""
+class EagleRunner(HeadRunner):
+    """The EAGLE head over one text."""
 
     cache_kind: ClassVar[type[HeadCache]] = HeadCache
-    most_steps: ClassVar[int] = 0
-    """Steps that can be run at once (`chain`); 0: only one after another."""
+    cache: HeadCache
 
     def __init__(self, head: EagleHead) -> None:
         self.head = head
@@ -57,34 +57,18 @@ class EagleRunner:
         self.down = draft_linear([block.mlp.down_proj.weight])
         self.lm_head = draft_linear([self.head.lm_head_weight])
 
-    def reset(self) -> None:
-        """Begin another text."""
-        self.cache.length = 0
-
     def fork(self) -> EagleRunner:
-        """The same weights over another text."""
         other = copy.copy(self)
         other.cache = self.cache.fork()
         return other
 
     def read(self, tokens: list[int], states: list[Tensor]) -> Tensor:
-        """Take in verified positions -> the state [1, hidden] that says the token after the last of `tokens`.
-
-        Args:
-            tokens: the one that follows each position.
-            states: after the exit layers and the final normed one, [rows, hidden] each.
-        """
         hidden = self._block(tokens, self.fc(self.head.normed(states)), self.cache.length)
         self.cache.length += len(tokens)
         return hidden
 
     def step(self, token: int, hidden: Tensor, ahead: int) -> Tensor:
-        """Roll forward from its own state: a token, [1, hidden], the steps before this one + 1 -> [1, hidden]."""
         return self._block([token], hidden, self.cache.length + ahead - 1)
-
-    def chain(self, tokens: list[int], states: Sequence[Tensor], count: int) -> tuple[list[int], list[float]]:
-        """`read`, then `count` greedy steps at once: their tokens and entropies (nats)."""
-        raise NotImplementedError
 
     def _block(self, tokens: list[int], hidden: Tensor, position: int) -> Tensor:
         head, block = self.head, self.head.block
@@ -99,7 +83,6 @@ class EagleRunner:
     def choose(
         self, hidden: Tensor, chooser: Chooser = GREEDY, drafted: Sequence[int] = (), temperature: float = 1.0
     ) -> tuple[int, float]:
-        """[1, hidden] -> its token (`Chooser.draft`), and its entropy (nats)."""
         logits = self.lm_head(self.head.said(hidden))
         token = chooser.draft(logits, self.head.draft_vocab, list(drafted), temperature)
         return token, float(entropy(logits))

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from early_exit_cli.backbone.mtp import MtpLayer
+from early_exit_cli.heads.head_runner import HeadRunner
 from early_exit_cli.heads.uncertainty import entropy
 from early_exit_cli.runtime.blocks import PREFILL_WIDTH, Blocks
+from early_exit_cli.runtime.kv_cache import KVCache
 from early_exit_cli.sampling import GREEDY, Chooser
 
 ROOM = 1024
@@ -35,34 +37,27 @@ class MtpHead:
     blocks: Blocks
     exit_layers: list[int]
     lm_head: Callable[[Tensor], Tensor]
+    kind: ClassVar[str] = "MTP layer"
+    identity: ClassVar[dict[str, str]] = {}
+    """What measurements of it are named by, besides the backbone, which it belongs to."""
 
 
-class MtpRunner:
-    """The layer over one text; what `EagleRunner` is to an EAGLE head."""
+class MtpRunner(HeadRunner):
+    """The layer over one text."""
 
-    most_steps: ClassVar[int] = 0
+    cache: KVCache
 
     def __init__(self, head: MtpHead) -> None:
         self.head = head
         self.cache = head.blocks.new_cache(ROOM)
 
-    def reset(self) -> None:
-        """Begin another text."""
-        self.cache.length = 0
-
     def fork(self) -> MtpRunner:
-        """The same weights over another text."""
         other = copy.copy(self)
         other.cache = self.head.blocks.new_cache(ROOM)
         return other
 
     def read(self, tokens: list[int], states: list[Tensor]) -> Tensor:
-        """Take in verified positions, at least one -> the state [1, hidden] that says the token after the last of `tokens`.
-
-        Args:
-            tokens: the one that follows each position.
-            states: the final normed ones come last, [rows, hidden].
-        """
+        """`HeadRunner.read`; of the states, the final normed ones are read, which come last."""
         hidden = states[-1][:0]
         for start in range(0, len(tokens), PREFILL_WIDTH):
             piece = slice(start, start + PREFILL_WIDTH)
@@ -71,17 +66,11 @@ class MtpRunner:
         return hidden
 
     def step(self, token: int, hidden: Tensor, ahead: int) -> Tensor:
-        """Roll forward from its own state: a token, [1, hidden], the steps before this one + 1 -> [1, hidden]."""
         return self._run([token], hidden, self.cache.length + ahead - 1)
-
-    def chain(self, tokens: list[int], states: Sequence[Tensor], count: int) -> tuple[list[int], list[float]]:
-        """No steps at once, see `most_steps`."""
-        raise NotImplementedError
 
     def choose(
         self, hidden: Tensor, chooser: Chooser = GREEDY, drafted: Sequence[int] = (), temperature: float = 1.0
     ) -> tuple[int, float]:
-        """[1, hidden] -> its token (`Chooser.draft`), and its entropy (nats)."""
         logits = self.head.lm_head(hidden)
         return chooser.draft(logits, None, list(drafted), temperature), float(entropy(logits))
 

@@ -86,7 +86,7 @@ def test_logits_over_a_roll_out_are_those_of_the_formula(
     runner = EagleRunner(engine.eagle)
     for position in (0, 9, 17):
         expected = roll_out(head, weights, embedding, states.exits, ids, position, 4)
-        runner.reset()
+        runner.rewind()
         part = slice(0, position + 1)
         with torch.inference_mode():
             hidden = runner.read(

@@ -12,6 +12,7 @@ from early_exit_cli.drafting import costs as measuring
 from early_exit_cli.drafting.choose import choose_heads, expected_rate
 from early_exit_cli.drafting.costs import Costs, cost_table, fastest_in_turns, measure_costs, never_falling, pass_costs
 from early_exit_cli.files.schemas import CalibratedHead, CalibrationRecord, HeadSet, RecordForm
+from early_exit_cli.heads.head_runner import HeadRunner
 
 WIDTHS = [2, 4, 8]
 COSTS = Costs(
@@ -254,6 +255,11 @@ def test_a_step_of_a_chain_is_what_each_further_one_adds(tiny_model, monkeypatch
 
         def __init__(self, head):
             self.cache = type("Cache", (), {"length": 0})
+
+        def follow(self, text):
+            pass
+
+        rewind = HeadRunner.rewind
 
         def read(self, tokens, states):
             self.cache.length += len(tokens)

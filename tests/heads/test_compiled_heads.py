@@ -69,7 +69,7 @@ def test_what_the_compiled_eagle_says_of_itself_is_so(smollm2):
         assert runner.choose(hidden) == (token, uncertainty)
         assert runner.cache.length == 5
         assert torch.equal(runner.step(3, hidden, 1), runner.step(3, hidden, 1))
-        runner.reset()
+        runner.rewind()
         assert torch.equal(runner.read([5, 6, 7, 8, 9], states), hidden)
 
 

@@ -56,7 +56,7 @@ def test_drafting_reads_what_training_read(tiny_backbone, text):
         trained = head(states, 3)
         runner = EagleRunner(head)
         for position in (0, 10, 20):
-            runner.reset()
+            runner.rewind()
             part = slice(begin, begin + position + 1)
             hidden = runner.read(ids[1 : position + 2], [state[part] for state in (*states.exits, states.final)])
             for step in range(3):

@@ -6,13 +6,11 @@ import shutil
 import pytest
 import torch
 from commands import eexit, output_of
-from drafters import always
 from mtp_files import random_layer, right_backbone, rolled, write_layer
+from own_drafters import compared, repeating, willing
 from safetensors.torch import load_file, save_file
 from tiny_models import byte_tokenizer, family_config
-from transformers import Gemma4AssistantConfig
 
-from early_exit_cli.backbone.families import refusal
 from early_exit_cli.backbone.load import load_backbone
 from early_exit_cli.bundle.load import load_engine
 from early_exit_cli.config import BackboneConfig, InferenceConfig, SamplingConfig
@@ -20,13 +18,10 @@ from early_exit_cli.decoding.answer import generate
 from early_exit_cli.decoding.batch import decode_batch
 from early_exit_cli.decoding.prefixes import Prefixes
 from early_exit_cli.decoding.text import Request
-from early_exit_cli.drafting.auto import AutoDrafter
 from early_exit_cli.drafting.chances import MTP_PRIOR, mtp_survival
 from early_exit_cli.drafting.choose import make_drafter
 from early_exit_cli.drafting.drafter import NoDrafter
 from early_exit_cli.drafting.eagle import MtpDrafter
-from early_exit_cli.drafting.exit import ExitDrafter
-from early_exit_cli.drafting.lookup import LookupDrafter
 from early_exit_cli.errors import BackboneError
 from early_exit_cli.evaluation.bench_methods import Setup, load_method
 from early_exit_cli.heads import mtp
@@ -77,11 +72,6 @@ def engine_of(folder, quantization="none"):
     return load_engine(config, None, with_mtp=True)
 
 
-def willing(engine, limit=6):
-    """A drafter that always drafts with the layer."""
-    return MtpDrafter(engine.mtp, always(limit), lambda rows: 10.0, 0.1, 0.1, 0.8)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_layer_says_what_its_formula_says(with_layer, family, monkeypatch):
     """Over states that come in pieces, and over tokens that it drafts itself, of which some are taken back."""
@@ -101,35 +91,6 @@ def test_the_layer_says_what_its_formula_says(with_layer, family, monkeypatch):
                 said.append(engine.mtp.lm_head(hidden))
             expected = rolled(backbone.model, block, front, TEXT[: end + 1], drafted)
             assert torch.allclose(torch.cat(said), expected, atol=1e-3, rtol=1e-4), end
-
-
-def repeating(length):
-    """A text that almost repeats itself."""
-    generator = torch.Generator().manual_seed(0)
-    other = torch.randint(251, (length,), generator=generator).tolist()
-    return [token if token % 20 == 0 else 40 + place % 23 for place, token in enumerate(other)]
-
-
-def compared(engine, prompt, tokens, chooser=lambda: Sampler(SamplingConfig())):
-    """Every drafter against plain decoding, bit by bit; how often a draft of each was accepted in part, and its runs."""
-    plain = generate(
-        engine, Request(prompt, tokens, chooser(), stop_ids=()), NoDrafter(), mode="full", keep_states=True
-    )
-    lookup = LookupDrafter(lambda rows: 1.0, [0.99] * 6)
-    drafters = {
-        "mtp": willing(engine),
-        "lookup": lookup,
-        "auto": AutoDrafter([(willing(engine), 15), (lookup, 15)]),
-    }
-    if engine.heads is not None:
-        drafters["exit"] = ExitDrafter([4.5])
-    runs = {}
-    for name, drafter in drafters.items():
-        request = Request(prompt, tokens, chooser(), stop_ids=())
-        runs[name] = run = generate(engine, request, drafter, mode=name, width=16, keep_states=True)
-        assert run.token_ids == plain.token_ids, name
-        assert torch.equal(run.states, plain.states), name
-    return runs
 
 
 def test_partly_wrong_drafts_change_no_bit_of_a_model_with_states(right_folder):
@@ -242,8 +203,6 @@ def test_what_is_not_there_or_not_whole_is_said_in_one_line(tiny_folder, with_la
         assert engine.mtp is None
         assert said in engine.without_mtp
         make_drafter(engine, InferenceConfig(), "auto")
-    text = family_config("gemma4").to_dict() | {"vocab_size_per_layer_input": 0}
-    assert "is a drafter of Gemma 4" in refusal(Gemma4AssistantConfig(text_config=text))
 
 
 def test_without_calibration_a_layer_that_is_always_wrong_is_soon_left_alone(with_layer):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from tiny_models import FAMILIES, NF4_FAMILIES, OTHER_FAMILIES, family_config
 
+from early_exit_cli.backbone.families import ASSISTANTS, WRAPPERS
 from early_exit_cli.backbone.families import FAMILIES as SUPPORTED
-from early_exit_cli.backbone.families import WRAPPERS
 
 MODEL_TYPES = {name: family_config(name).model_type for name in (*FAMILIES, *OTHER_FAMILIES)}
 
@@ -17,13 +17,18 @@ def shapes_of(model_type):
     return [name for name, found in MODEL_TYPES.items() if found == model_type]
 
 
+def own_drafter(name):
+    """What a model of the family may bring to draft with."""
+    return "MTP layer" if SUPPORTED[name].mtp else "assistant" if name in ASSISTANTS.values() else ""
+
+
 def tables() -> dict[str, str]:
     """Each table by its first column."""
     families = [
-        "| family | models | runner | MTP layer | tiny models in the suite | in 4 bit too |",
+        "| family | models | runner | its own drafter | tiny models in the suite | in 4 bit too |",
         "|---|---|---|---|---|---|",
         *(
-            f"| `{name}` | {family.models} | {family.runner} | {'drafts' if family.mtp else ''} | {', '.join(shapes_of(name))} | "
+            f"| `{name}` | {family.models} | {family.runner} | {own_drafter(name)} | {', '.join(shapes_of(name))} | "
             f"{'yes' if name in {MODEL_TYPES[shape] for shape in NF4_FAMILIES} else ''} |"
             for name, family in SUPPORTED.items()
         ),
