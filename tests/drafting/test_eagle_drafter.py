@@ -31,7 +31,7 @@ class Runner:
         self.tokens, self.entropies, self.most_steps = tokens, entropies, most_steps
         self.read_rows, self.asked = [], []
 
-    def reset(self):
+    def rewind(self):
         pass
 
     def read(self, tokens, states):
