@@ -255,7 +255,7 @@ def prompt_rows(path: Path) -> list[PromptRow]:
     turn that is no answer, and of Spec-Bench's `turns` the first counts.
 
     Raises:
-        DataError: the file cannot be read, or holds no rows.
+        DataError: the file cannot be read, holds no rows, or is of another kind: no row holds a prompt.
     """
     found = []
     for line in _json_rows(path):
@@ -269,6 +269,8 @@ def prompt_rows(path: Path) -> list[PromptRow]:
         found.append(PromptRow(line.place, line.number, prompt, line.value, error))
     if not found:
         raise DataError(f"{path} holds no prompts")
+    if all(row.error is not None for row in found):
+        raise DataError(_bad_rows(found), hint='a .jsonl file holds {"prompt": "..."} on each line')
     return found
 
 
@@ -281,6 +283,10 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
     rows = prompt_rows(path)
     bad = [row for row in rows if row.error is not None]
     if bad:
-        more = f" ({len(bad)} rows like it or otherwise bad)" if len(bad) > 1 else ""
-        raise DataError(f"{bad[0].place} {bad[0].error}{more}")
+        raise DataError(_bad_rows(bad))
     return [{**row.columns, "prompt": row.prompt} for row in rows]
+
+
+def _bad_rows(bad: list[PromptRow]) -> str:
+    more = f" ({len(bad)} rows like it or otherwise bad)" if len(bad) > 1 else ""
+    return f"{bad[0].place} {bad[0].error}{more}"
