@@ -57,10 +57,12 @@ def load_settings(config: BackboneConfig) -> Any:
 
     Raises:
         UnsupportedBackboneError: nothing here runs such a model.
-        BackboneError: not found, gated, offline, or damaged.
+        BackboneError: not found, gated, offline, an adapter, or damaged.
     """
     _quiet_libraries()
-    return _supported_config(config.model_name, *_locate(config))
+    source, revision = _locate(config)
+    refuse_adapter(config.model_name, source, revision)
+    return _supported_config(config.model_name, source, revision)
 
 
 def load_backbone(config: BackboneConfig) -> Backbone:

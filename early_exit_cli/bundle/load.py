@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import os
 from pathlib import Path
+from typing import Any
 
 from early_exit_cli.backbone.backbone import Backbone
-from early_exit_cli.backbone.load import load_backbone
+from early_exit_cli.backbone.load import load_backbone, load_settings
 from early_exit_cli.bundle.files import (
     CALIBRATION_FILE,
     CONFIG_FILE,
@@ -41,6 +42,7 @@ from early_exit_cli.heads.eagle import load_eagle
 from early_exit_cli.heads.exit_heads import load_heads
 from early_exit_cli.heads.load_mtp import load_mtp_head
 from early_exit_cli.heads.uncertainty import Thresholds, level_key
+from early_exit_cli.resolve import nearest
 from early_exit_cli.runtime.select import make_blocks
 
 
@@ -69,7 +71,9 @@ def bundle_source(config: BundleConfig) -> BundleSource:
             return _from_hub(repo_id, revision or None)
         except HubError as error:
             raise HubError(f"no folder {config.bundle}, and as a Hub id: {error.message}", hint=error.hint) from error
-    raise BundleError(f"no bundle at {config.bundle}", hint="make one with eexit train")
+    raise BundleError(
+        f"no bundle at {config.bundle}{nearest(config.bundle, [SHIPPED_BUNDLE])}", hint="make one with eexit train"
+    )
 
 
 @functools.cache
@@ -147,7 +151,10 @@ def load_engine(
     """
     folder = bundle_folder(bundle) if bundle else None
     config = read_bundle_config(folder) if folder else None
-    backbone = backbone or load_backbone(backbone_config)
+    if backbone is None:
+        if config is not None and folder is not None:
+            refuse_another_size(config, backbone_config, folder)
+        backbone = load_backbone(backbone_config)
     engine = Engine(backbone, make_blocks(backbone, backbone_config.runner, backbone_config.cuda_graphs))
     if with_mtp:
         try:
@@ -197,8 +204,19 @@ def check_fingerprint(config: BundleForm, record: RecordForm, backbone: Backbone
         record.fingerprint, found
     )
     if differences:
-        named = "; ".join(f"{key}: heads {shown(theirs)}, backbone {ours!r}" for key, theirs, ours in differences)
-        raise BundleError(
-            f"the heads in {folder} were made for another backbone than {backbone.name} ({named})",
-            hint=f"their backbone is {config.model_name} in {config.quantization}",
-        )
+        raise _of_another(config, folder, backbone.name, differences)
+
+
+def refuse_another_size(config: BundleForm, backbone: BackboneConfig, folder: Path) -> None:
+    """Refuse heads that read states of another size, before a weight of the backbone is read or downloaded."""
+    size = load_settings(backbone).hidden_size
+    if size != config.hidden_size:
+        raise _of_another(config, folder, backbone.model_name, [("hidden_size", config.hidden_size, size)])
+
+
+def _of_another(config: BundleForm, folder: Path, name: str, differences: list[tuple[str, Any, Any]]) -> BundleError:
+    named = "; ".join(f"{key}: heads {shown(theirs)}, backbone {ours!r}" for key, theirs, ours in differences)
+    return BundleError(
+        f"the heads in {folder} were made for another backbone than {name} ({named})",
+        hint=f"their backbone is {config.model_name} in {config.quantization}; --bundle FOLDER names others",
+    )
