@@ -15,6 +15,8 @@ from early_exit_cli.errors import DataError, said
 from early_exit_cli.files.atomic import decoded, parse_json
 
 LOCAL_KINDS = (".jsonl", ".json", ".txt", ".parquet")
+OTHER_KINDS = (".csv", ".tsv", ".arrow", ".md", ".gz", ".zip")
+"""Of files that are not read; what is called so is no data set of the Hub."""
 SHOWN_ROWS = 5
 """Of those left out for one reason, in the report."""
 
@@ -106,7 +108,7 @@ def _load_rows(config: DataConfig, name: str) -> list[tuple[int, dict[str, Any]]
     try:
         if path.is_file():
             return _rows_of_file(path)
-        if path.suffix in LOCAL_KINDS:
+        if path.suffix in LOCAL_KINDS + OTHER_KINDS:
             raise DataError(f"no file {path}")
         return list(enumerate(_rows_of_data_set(config, path, name), start=1))
     except DataError:
