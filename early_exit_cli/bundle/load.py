@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from early_exit_cli.backbone.backbone import Backbone
-from early_exit_cli.backbone.load import load_backbone, load_settings
+from early_exit_cli.backbone.load import load_backbone
 from early_exit_cli.bundle.files import (
     CALIBRATION_FILE,
     CONFIG_FILE,
@@ -152,9 +152,8 @@ def load_engine(
     folder = bundle_folder(bundle) if bundle else None
     config = read_bundle_config(folder) if folder else None
     if backbone is None:
-        if config is not None and folder is not None:
-            refuse_another_size(config, backbone_config, folder)
-        backbone = load_backbone(backbone_config)
+        check = None if config is None else functools.partial(check_size, config, folder, backbone_config.model_name)
+        backbone = load_backbone(backbone_config, check)
     engine = Engine(backbone, make_blocks(backbone, backbone_config.runner, backbone_config.cuda_graphs))
     if with_mtp:
         try:
@@ -207,14 +206,15 @@ def check_fingerprint(config: BundleForm, record: RecordForm, backbone: Backbone
         raise _of_another(config, folder, backbone.name, differences)
 
 
-def refuse_another_size(config: BundleForm, backbone: BackboneConfig, folder: Path) -> None:
-    """Refuse heads that read states of another size, before a weight of the backbone is read or downloaded."""
-    size = load_settings(backbone).hidden_size
-    if size != config.hidden_size:
-        raise _of_another(config, folder, backbone.model_name, [("hidden_size", config.hidden_size, size)])
+def check_size(config: BundleForm, folder: Path | None, name: str, settings: Any) -> None:
+    """Refuse heads that read states of another size than a backbone with these settings has."""
+    if settings.hidden_size != config.hidden_size:
+        raise _of_another(config, folder, name, [("hidden_size", config.hidden_size, settings.hidden_size)])
 
 
-def _of_another(config: BundleForm, folder: Path, name: str, differences: list[tuple[str, Any, Any]]) -> BundleError:
+def _of_another(
+    config: BundleForm, folder: Path | None, name: str, differences: list[tuple[str, Any, Any]]
+) -> BundleError:
     named = "; ".join(f"{key}: heads {shown(theirs)}, backbone {ours!r}" for key, theirs, ours in differences)
     return BundleError(
         f"the heads in {folder} were made for another backbone than {name} ({named})",
