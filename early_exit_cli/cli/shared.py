@@ -81,7 +81,7 @@ def data_of_bundle(resolved: Resolved, folder: Path) -> DataConfig:
         read_records(data)
     except DataError as error:
         raise DataError(
-            f"the text that the heads of {folder} were trained on is not here: {error.message}",
+            f"the text that the heads of {folder} were trained on cannot be read: {error.message}",
             hint="--dataset-name FILE names another",
         ) from error
     return data

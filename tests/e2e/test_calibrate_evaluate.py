@@ -148,5 +148,5 @@ def test_a_text_of_training_that_is_not_here_is_named_before_a_model_loads(comma
     (own / "eexit.json").write_text(json.dumps(record))
     code, out, err = eexit(command, "--bundle", own, "--model-name", "not/loaded")
     assert (code, out) == (2, "")
-    assert "were trained on is not here: no file elsewhere.jsonl" in err
+    assert "were trained on cannot be read: no file elsewhere.jsonl" in err
     assert "--dataset-name" in err
