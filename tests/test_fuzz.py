@@ -111,7 +111,7 @@ def world(tiny_model, tiny_backbone):
         blocks.widths, blocks.is_invariant = widths, True
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bundle_load, "load_backbone", lambda config: model.backbone)
+        patch.setattr(bundle_load, "load_backbone", lambda config, check: model.backbone)
         patch.setattr(bundle_load, "make_blocks", lambda *_: model.blocks)
         patch.setattr(select, "measure_widths", as_measured)
         patch.setattr(costs, "measure_costs", lambda *_: measured)

@@ -72,6 +72,12 @@ def joined(messages: list[Message]) -> str:
     return "\n\n".join(f"{message['role']}: {_in_words(message)}".rstrip(" ") for message in messages)
 
 
+def turn_ends(tokenizer: Any, *, raw: bool = False) -> tuple[str, ...]:
+    """Texts that end an answer in a conversation: what `joined` begins the next turn of the user with, where there is no
+    chat template, since a model that was taught no turns goes on with both sides."""
+    return ("\n\nuser:",) if raw or not tokenizer.chat_template else ()
+
+
 def _told_in_text(message: Message) -> Message:
     """A turn whose content is a text, where it was parts that are texts."""
     content = message.get("content")

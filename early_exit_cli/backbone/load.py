@@ -63,8 +63,11 @@ def load_settings(config: BackboneConfig) -> Any:
     return _supported_config(config.model_name, *_locate(config))
 
 
-def load_backbone(config: BackboneConfig) -> Backbone:
+def load_backbone(config: BackboneConfig, check: Callable[[Any], None] | None = None) -> Backbone:
     """Load the backbone frozen, in the asked precision, or in the one its checkpoint was saved in.
+
+    Args:
+        check: called with transformers' configuration before a weight is read or downloaded; may refuse it.
 
     Raises:
         ConfigError: CUDA graphs demanded on another device, or an instruction set that this processor has not.
@@ -79,10 +82,10 @@ def load_backbone(config: BackboneConfig) -> Backbone:
     to_download = is_remote(config)
     doing = f"downloading {config.model_name} from the Hub" if to_download else f"loading {config.model_name}"
     with step(doing, has_bars=to_download):
-        return _load(config)
+        return _load(config, check)
 
 
-def _load(config: BackboneConfig) -> Backbone:
+def _load(config: BackboneConfig, check: Callable[[Any], None] | None) -> Backbone:
     """`load_backbone`, quietly."""
     device = pick_device(config.device)
     if device.type == "cpu":
@@ -92,6 +95,8 @@ def _load(config: BackboneConfig) -> Backbone:
     source, revision = _locate(config)
     refuse_adapter(config.model_name, source, revision)
     settings = _supported_config(config.model_name, source, revision)
+    if check is not None:
+        check(settings)
     dtype = _compute_dtype(device)
     saved = saved_in(config.model_name, settings, device, dtype)
     if saved is None and config.quantization == "none" and device.type == "cpu":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from pathlib import Path
+from typing import Any
 
 from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.backbone.load import load_backbone, load_settings
@@ -42,6 +43,7 @@ from early_exit_cli.heads.eagle import load_eagle
 from early_exit_cli.heads.exit_heads import load_heads
 from early_exit_cli.heads.load_mtp import load_assistant_head, load_mtp_head
 from early_exit_cli.heads.uncertainty import Thresholds, level_key
+from early_exit_cli.resolve import nearest
 from early_exit_cli.runtime.select import make_blocks
 
 
@@ -70,7 +72,9 @@ def bundle_source(config: BundleConfig) -> BundleSource:
             return _from_hub(repo_id, revision or None)
         except HubError as error:
             raise HubError(f"no folder {config.bundle}, and as a Hub id: {error.message}", hint=error.hint) from error
-    raise BundleError(f"no bundle at {config.bundle}", hint="make one with eexit train")
+    raise BundleError(
+        f"no bundle at {config.bundle}{nearest(config.bundle, [SHIPPED_BUNDLE])}", hint="make one with eexit train"
+    )
 
 
 @functools.cache
@@ -153,7 +157,9 @@ def load_engine(
         refuse_other_assistant(assistant, load_settings(backbone_config), backbone_config.model_name)
     folder = bundle_folder(bundle) if bundle else None
     config = read_bundle_config(folder) if folder else None
-    backbone = backbone or load_backbone(backbone_config)
+    if backbone is None:
+        check = None if config is None else functools.partial(check_size, config, folder, backbone_config.model_name)
+        backbone = load_backbone(backbone_config, check)
     engine = Engine(backbone, make_blocks(backbone, backbone_config.runner, backbone_config.cuda_graphs))
     if assistant is not None:
         engine.mtp = load_assistant_head(engine.blocks, assistant)
@@ -205,8 +211,20 @@ def check_fingerprint(config: BundleForm, record: RecordForm, backbone: Backbone
         record.fingerprint, found
     )
     if differences:
-        named = "; ".join(f"{key}: heads {shown(theirs)}, backbone {ours!r}" for key, theirs, ours in differences)
-        raise BundleError(
-            f"the heads in {folder} were made for another backbone than {backbone.name} ({named})",
-            hint=f"their backbone is {config.model_name} in {config.quantization}",
-        )
+        raise _of_another(config, folder, backbone.name, differences)
+
+
+def check_size(config: BundleForm, folder: Path | None, name: str, settings: Any) -> None:
+    """Refuse heads that read states of another size than a backbone with these settings has."""
+    if settings.hidden_size != config.hidden_size:
+        raise _of_another(config, folder, name, [("hidden_size", config.hidden_size, settings.hidden_size)])
+
+
+def _of_another(
+    config: BundleForm, folder: Path | None, name: str, differences: list[tuple[str, Any, Any]]
+) -> BundleError:
+    named = "; ".join(f"{key}: heads {shown(theirs)}, backbone {ours!r}" for key, theirs, ours in differences)
+    return BundleError(
+        f"the heads in {folder} were made for another backbone than {name} ({named})",
+        hint=f"their backbone is {config.model_name} in {config.quantization}; --bundle FOLDER names others",
+    )

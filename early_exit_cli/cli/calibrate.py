@@ -60,8 +60,8 @@ def command(resolved: Resolved, as_json: bool) -> None:
             hint=f"eexit pull {source.repo_id} --output-dir FOLDER, then eexit calibrate --bundle FOLDER",
         )
     folder = source.folder
+    data = data_of_bundle(resolved, folder)
     engine = load_engine(backbone_of_bundle(resolved), config.bundle, with_thresholds=False, with_mtp=True)
-    data = data_of_bundle(resolved, engine.record)
     fit, check = (held_out_text(data, engine, split, config.calibration.num_samples) for split in ("calibrate", "eval"))
     first, second = read_both(engine, fit, check, config.calibration.uncertainty_metric)
     chances = fit_draft_chances(fit.documents, first, second)
@@ -98,8 +98,10 @@ def calibrate_mtp_alone(resolved: Resolved, as_json: bool) -> None:
     """
     from early_exit_cli.bundle.load import load_engine
     from early_exit_cli.cli.shared import held_out_text
+    from early_exit_cli.data.rows import read_records
 
     config = resolved.config
+    read_records(config.data)  # refuse unreadable data before a model loads
     engine = load_engine(config.backbone, None, with_mtp=True)
     if engine.mtp is None:
         name = config.backbone.model_name

@@ -153,7 +153,7 @@ class Conversation:
                 hint="/undo takes a turn back, /new begins another conversation",
             )
         sampling = job.sampling.model_copy(update={"seed": job.sampling.seed + self.tries})
-        request = dataclasses.replace(job, sampling=sampling).request(ids)
+        request = dataclasses.replace(job, sampling=sampling).request(ids, self.messages)
         request = dataclasses.replace(request, max_new_tokens=min(job.settings.max_tokens, room))
         try:
             run = job.generate(request, prefixes=self.prefixes, on_text=on_text)

@@ -133,7 +133,7 @@ def answer_one(job: Job, prompt: str, ids: list[int]) -> None:
     writer = AnswerWriter(job.coloured)
     try:
         on_text = None if job.as_json else writer.write
-        result = job.generate(job.request(ids), trace=settings.trace is not None, on_text=on_text)
+        result = job.generate(job.request(ids, prompt), trace=settings.trace is not None, on_text=on_text)
     except Interrupted as interruption:
         writer.end()
         report_answer(job, interruption.generation)
@@ -167,7 +167,7 @@ def answer_compare(job: Job, prompt: str, ids: list[int]) -> None:
         for warm in (job.drafter, NoDrafter()):
             warm_up(job, ids, warm)
     with step(f"answering {settings.repeats} times plainly and with drafts, in turns"):
-        result = compare(job.engine, job.request(ids), job.drafter, width=job.width, repeats=settings.repeats)
+        result = compare(job.engine, job.request(ids, prompt), job.drafter, width=job.width, repeats=settings.repeats)
     if job.output:
         job.output.write(result.record())
     if job.as_json:
@@ -188,7 +188,7 @@ def answer_comprehensive(job: Job, prompt: str, ids: list[int]) -> None:
     settings = job.settings
     methods = all_methods(job.engine, job.width, settings.read_heads)
     with console.progress("runs", len(methods) * settings.repeats) as ticker:
-        results = run_all(job.engine, job.request(ids), methods, settings.repeats, ticker.update)
+        results = run_all(job.engine, job.request(ids, prompt), methods, settings.repeats, ticker.update)
     records = {name: result.record() for name, result in results.items()}
     best = max(
         (result.run for name, result in results.items() if name != "full"), key=lambda r: r.stats.tokens_per_second

@@ -54,12 +54,16 @@ class Job:
     coloured: bool
     output: RecordFile | None = None
 
-    def request(self, ids: list[int]) -> Request:
-        """What is asked for of a prompt's token ids."""
+    def request(self, ids: list[int], prompt: Prompt = "") -> Request:
+        """What is asked for of a prompt's token ids; `prompt` is what they were, which matters of a conversation."""
+        from early_exit_cli.backbone.chat import turn_ends
         from early_exit_cli.decoding.text import Request
         from early_exit_cli.sampling import make_chooser
 
-        return Request(ids, self.settings.max_tokens, make_chooser(self.sampling), stop=tuple(self.settings.stop))
+        settings, stop = self.settings, list(self.settings.stop)
+        if not isinstance(prompt, str) or settings.system is not None:
+            stop += turn_ends(self.engine.backbone.tokenizer, raw=settings.raw)
+        return Request(ids, settings.max_tokens, make_chooser(self.sampling), stop=tuple(stop))
 
     def generate(self, request: Request, **more: Any) -> Generation:
         """`decoding.answer.generate` with the job's engine, drafter and width."""

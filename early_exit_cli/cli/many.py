@@ -111,7 +111,7 @@ def answer_in_turn(job: Job, answers: Answers, on_answer: Callable[[int], None])
     for done, (place, ids) in enumerate(answers.encoded.items(), start=1):
         try:
             with doing("answering"):
-                request = job.request(ids)
+                request = job.request(ids, answers.rows[place].prompt)
                 answers.announce(place)
                 if settings.mode == "compare":
                     compared = compare(job.engine, request, job.drafter, width=job.width, repeats=settings.repeats)
@@ -133,7 +133,7 @@ def answer_in_batches(job: Job, answers: Answers, on_answer: Callable[[int], Non
     from early_exit_cli.decoding.batch import generate_batch
 
     places = [*answers.encoded]
-    requests = [job.request(ids) for ids in answers.encoded.values()]
+    requests = [job.request(ids, answers.rows[place].prompt) for place, ids in answers.encoded.items()]
 
     def on_end(number: int, run: Generation) -> None:
         answers.announce(places[number])

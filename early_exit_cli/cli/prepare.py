@@ -29,6 +29,8 @@ def prepare(resolved: Resolved, as_json: bool) -> Job:
         settings = settings.model_copy(update={"read_heads": "all"})
     engine = load(resolved, kind)
     say_how_it_runs(engine)
+    if not settings.raw and not engine.backbone.tokenizer.chat_template:
+        console.note(f"{engine.backbone.name} has no chat template: it goes on with prompts as plain text")
     check_level(resolved, engine)
     drafter, width = make_drafter(engine, settings, kind)
     say_what_is_not_read(engine, drafter)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from early_exit_cli.config import BackboneConfig, DataConfig
+from early_exit_cli.errors import DataError
 from early_exit_cli.report import console
 from early_exit_cli.resolve import Resolved
 from early_exit_cli.steps import step
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from early_exit_cli.data.documents import Document, Split
     from early_exit_cli.data.packing import Batch
     from early_exit_cli.engine import Engine
-    from early_exit_cli.files.schemas import RecordForm
 
 
 def load_libraries() -> None:
@@ -55,19 +55,36 @@ def is_without_heads(resolved: Resolved) -> bool:
     return not same or backbone.revision is not None
 
 
-def data_of_bundle(resolved: Resolved, record: RecordForm | None) -> DataConfig:
-    """The data section; without a data set named, the one the heads were trained on, so that its split is the same."""
-    trained = None if record is None else record.training.data
-    if trained is None and record is not None and record.eagle is not None and record.eagle.training is not None:
+def data_of_bundle(resolved: Resolved, folder: Path) -> DataConfig:
+    """The data section; without a data set named, the one the bundle's heads were trained on, so that its split is the same.
+
+    Raises:
+        DataError: its text cannot be read; told before a model loads.
+    """
+    from early_exit_cli.bundle.files import read_bundle_record
+    from early_exit_cli.data.rows import read_records
+
+    record = read_bundle_record(folder)
+    trained = record.training.data
+    if trained is None and record.eagle is not None and record.eagle.training is not None:
         trained = record.eagle.training.data
     if not resolved.is_default("data.dataset_name") or trained is None:
+        read_records(resolved.config.data)
         return resolved.config.data
     set_here = {
         key.split(".")[1]: value
         for key, value, _ in resolved.rows()
         if key.startswith("data.") and not resolved.is_default(key)
     }
-    return DataConfig.model_validate(trained.model_dump(exclude_unset=True) | set_here)
+    data = DataConfig.model_validate(trained.model_dump(exclude_unset=True) | set_here)
+    try:
+        read_records(data)
+    except DataError as error:
+        raise DataError(
+            f"the text that the heads of {folder} were trained on cannot be read: {error.message}",
+            hint="--dataset-name FILE names another",
+        ) from error
+    return data
 
 
 def load_text(data: DataConfig, backbone: Backbone) -> tuple[list[Document], list[Document]]:

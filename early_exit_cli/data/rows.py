@@ -15,6 +15,8 @@ from early_exit_cli.errors import DataError, said
 from early_exit_cli.files.atomic import decoded, parse_json
 
 LOCAL_KINDS = (".jsonl", ".json", ".txt", ".parquet")
+OTHER_KINDS = (".csv", ".tsv", ".arrow", ".md", ".gz", ".zip")
+"""Of files that are not read; what is called so is no data set of the Hub."""
 SHOWN_ROWS = 5
 """Of those left out for one reason, in the report."""
 
@@ -106,7 +108,7 @@ def _load_rows(config: DataConfig, name: str) -> list[tuple[int, dict[str, Any]]
     try:
         if path.is_file():
             return _rows_of_file(path)
-        if path.suffix in LOCAL_KINDS:
+        if path.suffix in LOCAL_KINDS + OTHER_KINDS:
             raise DataError(f"no file {path}")
         return list(enumerate(_rows_of_data_set(config, path, name), start=1))
     except DataError:
@@ -255,7 +257,7 @@ def prompt_rows(path: Path) -> list[PromptRow]:
     turn that is no answer, and of Spec-Bench's `turns` the first counts.
 
     Raises:
-        DataError: the file cannot be read, or holds no rows.
+        DataError: the file cannot be read, holds no rows, or is of another kind: no row holds a prompt.
     """
     found = []
     for line in _json_rows(path):
@@ -269,6 +271,8 @@ def prompt_rows(path: Path) -> list[PromptRow]:
         found.append(PromptRow(line.place, line.number, prompt, line.value, error))
     if not found:
         raise DataError(f"{path} holds no prompts")
+    if all(row.error is not None for row in found):
+        raise DataError(_bad_rows(found), hint='a .jsonl file holds {"prompt": "..."} on each line')
     return found
 
 
@@ -281,6 +285,10 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
     rows = prompt_rows(path)
     bad = [row for row in rows if row.error is not None]
     if bad:
-        more = f" ({len(bad)} rows like it or otherwise bad)" if len(bad) > 1 else ""
-        raise DataError(f"{bad[0].place} {bad[0].error}{more}")
+        raise DataError(_bad_rows(bad))
     return [{**row.columns, "prompt": row.prompt} for row in rows]
+
+
+def _bad_rows(bad: list[PromptRow]) -> str:
+    more = f" ({len(bad)} rows like it or otherwise bad)" if len(bad) > 1 else ""
+    return f"{bad[0].place} {bad[0].error}{more}"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import time
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
@@ -39,6 +38,8 @@ REPEATS = 4
 PROTOCOL = 6
 """Of the measurement: costs that were measured in another way are not taken."""
 TRIES, AGREED = 3, 0.1
+PATIENCE = 5.0
+"""Seconds after which a measurement is not repeated: of a large model, or on a busy machine, few runs have to do."""
 OCCASIONS, APART = 3, 600.0
 """A table is made on so many occasions at most, so many seconds apart: a busy hour that slowed one measurement evenly does
 not make drafting idle for ever."""
@@ -146,10 +147,12 @@ def _shape_of(head: EagleHead) -> list[Any]:
 
 
 def quietest(measure: Callable[[], Costs]) -> Costs:
-    """The measurement that was disturbed the least, of up to TRIES: the first one whose halves agree is enough."""
+    """The measurement that was disturbed the least, of up to TRIES: the first one whose halves agree is enough, or that takes
+    longer than PATIENCE allows for each of them."""
+    started = time.perf_counter()
     found = measure()
     for _ in range(TRIES - 1):
-        if found.error <= AGREED:
+        if found.error <= AGREED or time.perf_counter() - started > TRIES * PATIENCE:
             break
         found = min(found, measure(), key=lambda costs: costs.error)
     return found
@@ -219,12 +222,14 @@ def measure_costs(engine: Engine, widths: list[int]) -> Costs:
 def fastest_in_turns(calls: dict[Key, tuple[Call, Call]], device: torch.device) -> dict[Key, float]:
     """Milliseconds of calls, the fastest of some runs each, since whatever else the machine does only adds.
 
-    The runs of all calls take turns: a busy moment falls on one run of several calls, not on all runs of one.
+    The runs of all calls take turns: a busy moment falls on one run of several calls, not on all runs of one. The first turn
+    warms up, and counts only where it alone takes longer than PATIENCE: then it is the last.
 
     Args:
         calls: for each, what comes before it untimed, and the call.
     """
-    times = dict.fromkeys(calls, math.inf)
+    times: dict[Key, float] = {}
+    began = time.perf_counter()
     for turn in range(REPEATS + 1):
         for key, (before, call) in calls.items():
             before()
@@ -232,8 +237,10 @@ def fastest_in_turns(calls: dict[Key, tuple[Call, Call]], device: torch.device) 
             started = time.perf_counter()
             call()
             synchronize(device)
-            if turn:  # the first one warms up
-                times[key] = min(times[key], (time.perf_counter() - started) * 1000)
+            taken = (time.perf_counter() - started) * 1000
+            times[key] = min(times[key], taken) if turn > 1 else taken
+        if time.perf_counter() - began > PATIENCE:
+            break
     return times
 
 

@@ -218,7 +218,7 @@ class Api:
         except ConfigError as error:
             raise Refusal(400, error.message, param=param, code="context_length_exceeded") from None
         chooser = make_chooser(options.sampling(), options.bias(backbone.vocab_size))
-        return options, Request(ids, limit, chooser, stop=tuple(options.stop or ()))
+        return options, Request(ids, limit, chooser, stop=options.ends(self.tokenizer))
 
     def _about_model(self) -> dict[str, Any]:
         return {"id": self.model, "object": "model", "created": self.started, "owned_by": "eexit"}

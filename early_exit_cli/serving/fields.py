@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError
 
-from early_exit_cli.backbone.chat import Message, encode_prompt
+from early_exit_cli.backbone.chat import Message, encode_prompt, turn_ends
 from early_exit_cli.config import SamplingConfig
 from early_exit_cli.config_fields import is_unicode
 from early_exit_cli.errors import shown
@@ -129,6 +129,10 @@ class Options(Part, ABC):
             BackboneError: the chat template refuses it.
         """
 
+    def ends(self, tokenizer: Any) -> tuple[str, ...]:
+        """Texts that the answer is to end before."""
+        return tuple(self.stop or ())
+
     @property
     def includes_usage(self) -> bool:
         """Whether a stream ends with a chunk of the usage."""
@@ -192,6 +196,9 @@ class ChatBody(Options):
             {"role": roles.get(turn.role, turn.role), "content": turn.content} for turn in self.messages
         ]
         return encode_prompt(tokenizer, turns)
+
+    def ends(self, tokenizer: Any) -> tuple[str, ...]:
+        return (*super().ends(tokenizer), *turn_ends(tokenizer))
 
 
 class TextBody(Options):

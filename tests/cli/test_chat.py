@@ -8,9 +8,12 @@ import re
 import select
 import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
 from commands import command_line, eexit
+
+from early_exit_cli.backbone import chat as turns
 
 ESCAPE = re.compile(r"\x1b\[[\d;?]*[A-Za-z]|[\r\n]")
 TURNS = ["hello there, how are you", "tell me more of it", "and then"]
@@ -51,6 +54,16 @@ def test_the_answer_is_streamed_and_a_line_says_how_fast_it_was(base):
     assert out.split() == " ".join(answer["text"] for answer in answers).split()
     assert len(re.findall(r"12 tokens, [\d.,]+ tokens/s; first token after \d+ ms.*cut at the limit", err)) == 2
     assert err.count("tokens by drafter") == 1
+
+
+def test_an_answer_without_a_template_ends_where_the_users_next_turn_would_begin(base, monkeypatch):
+    ((whole,), _), known = chat(base, "hello"), turns.turn_ends(SimpleNamespace(chat_template=None))
+    assert turns.joined([{"role": role, "content": "x"} for role in ("user", "assistant", "user")]).count(*known) == 1
+    assert turns.turn_ends(SimpleNamespace(chat_template="{{ messages }}")) == ()
+    word = whole["text"][3:6]
+    monkeypatch.setattr(turns, "turn_ends", lambda tokenizer, raw: (word,))
+    ((cut,), _) = chat(base, "hello")
+    assert (cut["text"], cut["finish_reason"]) == (whole["text"][: whole["text"].index(word)], "stop")
 
 
 def test_turns_are_taken_back_tried_again_and_begun_anew(base):

@@ -135,8 +135,9 @@ def test_a_documents_source_is_its_source_its_category_or_its_file(tmp_path):
 def test_data_faults_name_file_line_and_flag(tmp_path):
     with pytest.raises(DataError, match="no text"):
         read_records(DataConfig())
-    with pytest.raises(DataError, match="no file"):
-        read_records(DataConfig(dataset_name=str(tmp_path / "none.jsonl")))
+    for name in ("none.jsonl", "none.csv"):  # and no data set of the Hub
+        with pytest.raises(DataError, match="no file"):
+            read_records(DataConfig(dataset_name=str(tmp_path / name)))
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": ')
     with pytest.raises(DataError, match=r"bad\.jsonl:2 is not JSON"):
         read_records(DataConfig(dataset_name=str(tmp_path / "bad.jsonl")))

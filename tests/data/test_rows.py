@@ -157,6 +157,13 @@ def test_a_file_without_rows_holds_no_prompts(tmp_path):
         texts(path)
 
 
+def test_a_file_of_another_kind_holds_no_prompts_and_is_refused_as_a_whole(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,answer\nWhy?,So.\n")
+    with pytest.raises(DataError, match=r"a\.csv:1 is not JSON: .* \(2 rows like it or otherwise bad\)") as fault:
+        prompt_rows(tmp_path / "a.csv")
+    assert '{"prompt": "..."} on each line' in fault.value.hint
+
+
 def test_broken_lines_of_training_text_are_errors_and_empty_ones_are_not(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\n{"text": "a"}\n\n  \n{"text": "b"}\n')

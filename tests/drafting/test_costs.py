@@ -2,6 +2,8 @@
 
 import json
 import random
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -137,6 +139,7 @@ def test_a_spoilt_moment_spoils_one_entry_at_most():
 
 def test_runs_take_turns_and_the_first_only_warms_up(monkeypatch):
     clock, happened = [0.0], []
+    monkeypatch.setattr(measuring, "PATIENCE", float("inf"))
     monkeypatch.setattr("early_exit_cli.drafting.costs.time.perf_counter", lambda: clock[0])
     seconds = {"a": iter([9.0, 0.5, 0.3, 0.3, 0.2]), "b": iter([1.0, *[2.0] * 4])}
 
@@ -346,3 +349,15 @@ def test_a_head_is_timed_over_one_more_token_behind_a_text(watched):
         call()
     seen = [("process", head, 9) for head in watched]
     assert happened == [*seen, *2 * [*(("process", head, 1) for head in watched), ("read", 0, [1])]]
+
+
+def test_a_measurement_that_takes_long_is_not_repeated(monkeypatch):
+    monkeypatch.setattr(measuring, "PATIENCE", 0.0)
+    runs: list[str] = []
+    calls = {name: (lambda: None, partial(runs.append, name)) for name in "ab"}
+    found = fastest_in_turns(calls, torch.device("cpu"))
+    assert runs == ["a", "b"]
+    assert found.keys() == {"a", "b"}
+    assert all(taken > 0 for taken in found.values())
+    disturbed = SimpleNamespace(error=1.0)
+    assert measuring.quietest(iter([disturbed]).__next__) is disturbed

@@ -139,3 +139,14 @@ def test_bad_settings_are_one_clear_line_and_code_2(bundle, arguments, words):
     assert words in err
     assert out == ""
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("command", ["calibrate", "evaluate"])
+def test_a_text_of_training_that_is_not_here_is_named_before_a_model_loads(command, own):
+    record = json.loads((own / "eexit.json").read_text())
+    record["training"]["data"]["dataset_name"] = "elsewhere.jsonl"
+    (own / "eexit.json").write_text(json.dumps(record))
+    code, out, err = eexit(command, "--bundle", own, "--model-name", "not/loaded")
+    assert (code, out) == (2, "")
+    assert "were trained on cannot be read: no file elsewhere.jsonl" in err
+    assert "--dataset-name" in err

@@ -215,6 +215,15 @@ def test_a_broken_bundle_is_one_clear_line_and_code_1(bundle, tmp_path, change, 
     assert one_line(err)
 
 
+def test_heads_of_another_size_are_refused_before_a_weight_is_read(bundle, tiny_folder, tmp_path):
+    backbone = tmp_path / "backbone"
+    shutil.copytree(tiny_folder("llama"), backbone, ignore=shutil.ignore_patterns("*.safetensors"))
+    folder = broken(bundle, tmp_path, other_heads)
+    code, _, err = eexit("infer", "--bundle", folder, "--model-name", backbone, "--quantization", "none", "abc")
+    assert code == 1
+    assert "hidden_size: heads 128, backbone 64" in one_line(err)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
@@ -258,6 +267,7 @@ def test_bad_input_is_one_clear_line_and_the_right_code(bundle, arguments, code,
     ("arguments", "code", "words"),
     [
         (["infer", "--bundle", "nowhere", "--prompt", "a"], 1, "no bundle at nowhere"),
+        (["infer", "--bundle", "smollm2-135n", "a"], 1, "did you mean 'smollm2-135m'?"),
         (
             ["infer", "--mode", "full", "--model-name", "no/such-model", "--prompt", "a"],
             1,

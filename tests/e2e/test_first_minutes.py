@@ -45,6 +45,12 @@ def test_the_prompt_is_an_argument(base):
     assert answer_to(base, PROMPTS[0])["token_ids"] == answer_to(base, "--prompt", PROMPTS[0])["token_ids"]
 
 
+def test_a_model_without_a_chat_template_is_told_once_and_not_with_raw(base):
+    said = "has no chat template: it goes on with prompts as plain text"
+    assert eexit(*base, PROMPTS[0])[2].count(said) == 1
+    assert said not in eexit(*base, PROMPTS[0], "--raw")[2]
+
+
 def test_the_system_speaks_first(base):
     alone, behind = answer_to(base, "hello"), answer_to(base, "hello", "--system", "Be brief.")
     assert behind["stats"]["prompt_tokens"] > alone["stats"]["prompt_tokens"]

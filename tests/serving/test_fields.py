@@ -1,6 +1,7 @@
 """Bodies of requests: what is honoured, what is refused by name, and how faults are told."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from transformers import GenerationConfig
@@ -30,6 +31,13 @@ def test_defaults_are_openais_but_for_the_temperature():
     assert not body.traces
     assert not body.includes_usage
     assert read_body(b'{"prompt": "x"}', TextBody).limit == 16
+
+
+def test_a_chat_without_a_template_ends_before_the_users_next_turn_and_a_text_does_not():
+    bare = SimpleNamespace(chat_template=None)
+    assert chat(stop="x").ends(bare) == ("x", "\n\nuser:")
+    assert chat(stop="x").ends(SimpleNamespace(chat_template="{{ messages }}")) == ("x",)
+    assert read_body(b'{"prompt": "x"}', TextBody).ends(bare) == ()
 
 
 def test_null_asks_for_nothing():
