@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from early_exit_cli.backbone.backbone import Backbone
+from early_exit_cli.backbone.quantization import HEAD_STEP
 from early_exit_cli.errors import UnsupportedBackboneError
 from early_exit_cli.files.instruction_sets import instruction_set
 from early_exit_cli.runtime.blocks import LARGEST_WIDTH, Blocks
@@ -261,7 +262,7 @@ def why_not_native(backbone: Backbone) -> str | None:
         return reason
     layout = backbone.block_layout
     head_dim, inner = layout.head_dim, layout.inner
-    if head_dim % 64 or any(size % TILE for size in (inner, layout.query_heads * head_dim, layout.hidden)):
+    if head_dim % HEAD_STEP or any(size % TILE for size in (inner, layout.query_heads * head_dim, layout.hidden)):
         return f"their tiles do not fit head_dim {head_dim} and intermediate_size {inner}"
     tables = backbone.rotary_tables(torch.zeros(1, dtype=torch.int64)).values()
     if any(cos.dtype == torch.float32 for cos, _ in tables) and not layout.norms_all_heads:
