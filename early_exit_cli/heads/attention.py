@@ -57,6 +57,10 @@ class HeadCache:
         self.keys, self.values = grown
         cos, sin = rotary(torch.arange(capacity, device=self.like.device), self.shape)
         self.cos, self.sin = cos.to(self.like.dtype)[:, None], sin.to(self.like.dtype)[:, None]
+        self.moved()
+
+    def moved(self) -> None:
+        """Called when keys, values and tables have come to lie elsewhere."""
 
     def attend(self, qkv: Tensor, position: int, queries: int) -> Tensor:
         """Keep keys and values of rows at `position`, and attend from the last rows over all up to their own.

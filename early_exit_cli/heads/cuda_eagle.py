@@ -60,14 +60,11 @@ class DeviceHeadCache(HeadCache):
     def rotary(self) -> dict[None, tuple[Tensor, Tensor]]:
         return {None: (self.cos, self.sin)}
 
-    def reserve(self, length: int) -> None:
-        had = self.keys
-        super().reserve(length)
-        if self.keys is not had:
-            group = self.shape.query_heads // self.shape.kv_heads
-            pairs = self.shape.kv_heads * -(-LARGEST_WIDTH * group // PAIRS) * PAIRS
-            room = (self.capacity // SEGMENT + 2) * pairs * (self.shape.head_dim + 2)
-            self.partial = torch.zeros(room, device=self.like.device)
+    def moved(self) -> None:
+        group = self.shape.query_heads // self.shape.kv_heads
+        pairs = self.shape.kv_heads * -(-LARGEST_WIDTH * group // PAIRS) * PAIRS
+        room = (self.capacity // SEGMENT + 2) * pairs * (self.shape.head_dim + 2)
+        self.partial = torch.zeros(room, device=self.like.device)
 
 
 class CudaEagle(EagleRunner):
@@ -147,6 +144,12 @@ class CudaEagle(EagleRunner):
         return self._block_steps(self.places.of[number], self.state, self.tokens[number - 1 : number], number)
 
     def _block_steps(self, place: Place, hidden: Tensor, token: Tensor | None, number: int) -> list[Step]:
+        """The block over rows that stand at `place`, and what its last row says.
+
+        Args:
+            hidden: [rows, hidden], fused states or the head's own. token: [1] int64 on the device, what follows the one row;
+                None where the place names the tokens. number: of the step, in whose place token and entropy go.
+        """
         head, kernels, width = self.head, self.kernels, hidden.shape[0]
         block, (_, qkv, output, gate_up, down) = head.block, self.nf4
         joined, projected = self._new(width, 2 * self.size), self._new(width, qkv.outputs)

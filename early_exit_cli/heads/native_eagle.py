@@ -80,6 +80,12 @@ class NativeEagle(EagleRunner):
         return self._run([token], None, hidden.data_ptr(), self.cache.length + ahead - 1)
 
     def _run(self, tokens: list[int], states: object, own: int | None, position: int) -> Tensor:
+        """The block over rows at `position` -> the last one's state, [1, hidden]; logits, token and entropy stay here.
+
+        Args:
+            tokens: the one that follows each row. states: addresses of the states that are fused, [rows, hidden] each; None
+                for one row of the head's own state, at the address `own`.
+        """
         rows, cache = len(tokens), cast(NativeHeadCache, self.cache)
         cache.reserve(position + rows)
         state = torch.empty(1, self.weights.hidden, dtype=torch.bfloat16)
