@@ -126,8 +126,8 @@ class Backbone:
     def block_layout(self) -> BlockLayout:
         """How its blocks are laid out, where `without_layout` is None."""
         tables = self.rotary_tables(torch.zeros(1, dtype=torch.int64, device=self.device))
-        turned = next(int(cos.shape[-1]) for cos, _ in tables.values())
-        return layout_of(self.config, self.family, self.blocks[0], self.embedding, turned)
+        rotary_dim = next(int(cos.shape[-1]) for cos, _ in tables.values())
+        return layout_of(self.config, self.family, self.blocks[0], self.embedding, rotary_dim)
 
     @cached_property
     def _library_modules(self) -> dict[str, type[nn.Module]]:
@@ -226,23 +226,21 @@ class Backbone:
     def last_block(self) -> LastBlock:
         if not self.has_llama_shape:
             return LastBlock(BlockShape.near(self.config), {})
-        last: Any = self.blocks[-1]
-        attention, mlp = last.self_attn, last.mlp
-        head_dim = int(attention.head_dim)
-        names = {
-            name: dense_weight(module) if isinstance(module, nn.Linear) else module.weight.detach()
-            for name, module in last.named_modules()
+        layout = self.block_layout
+        weights = {
+            f"{name}.weight": dense_weight(module) if isinstance(module, nn.Linear) else module.weight.detach()
+            for name, module in self.blocks[-1].named_modules()
             if getattr(module, "weight", None) is not None
         }
         shape = BlockShape(
-            query_heads=attention.q_proj.out_features // head_dim,
-            kv_heads=attention.k_proj.out_features // head_dim,
-            head_dim=head_dim,
-            inner=int(mlp.down_proj.in_features),
-            activation=str(self.config.hidden_act),
+            query_heads=layout.query_heads,
+            kv_heads=layout.kv_heads,
+            head_dim=layout.head_dim,
+            inner=layout.inner,
+            activation=layout.activation,
             rope_theta=float(self.config.rope_parameters["rope_theta"]),
         )
-        return LastBlock(shape, {f"{name}.weight": weight for name, weight in names.items()})
+        return LastBlock(shape, weights)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """[*] int64 -> [*, hidden], scaled as the family does; learned positions come later (`add_positions`)."""

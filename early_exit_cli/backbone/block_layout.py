@@ -28,9 +28,10 @@ class BlockLayout:
     norms_before, norms_behind: names of the norms in front of a block's attention and MLP, and behind them. rounds_once:
     a norm's weight multiplies in float32, and the product is rounded; Llama's rounds in between. adds_one: it multiplies by
     one more than its weight. norms_all_heads: the norms of queries and of keys are over all heads together. is_merged:
-    queries, keys and values are one weight already, gate and up another. turned: dimensions of a head that rotary positions
-    turn. unturned: blocks without rotation. score_cap: what attention's scores are bent below. residual: what the output of
-    attention and MLP is multiplied by, embedded: what embedded tokens are.
+    queries, keys and values are one weight already, gate and up another. rotary_dim: dimensions of a head that rotary
+    positions turn. without_rotary: numbers of the blocks where they turn none. score_cap: what attention's scores are bent
+    below. residual_multiplier: what the output of attention and MLP is multiplied by; embedding_multiplier: what embedded
+    tokens are.
     """
 
     query_heads: int
@@ -41,17 +42,17 @@ class BlockLayout:
     eps: float
     activation: str
     scale: float
-    turned: int
+    rotary_dim: int
     norms_before: Names = IN_FRONT
     norms_behind: Names = NOWHERE
     rounds_once: bool = False
     adds_one: bool = False
     norms_all_heads: bool = False
     is_merged: bool = False
-    unturned: frozenset[int] = frozenset()
+    without_rotary: frozenset[int] = frozenset()
     score_cap: float | None = None
-    residual: float = 1.0
-    embedded: float = 1.0
+    residual_multiplier: float = 1.0
+    embedding_multiplier: float = 1.0
 
     @property
     def unlike_llama(self) -> str | None:
@@ -63,9 +64,9 @@ class BlockLayout:
             "merged projections": self.is_merged,
             "a multiplier of attention's scores": self.scale != self.head_dim**-0.5,
             "a cap of attention's scores": self.score_cap is not None,
-            "multipliers of states": (self.residual, self.embedded) != (1.0, 1.0),
-            "heads that are turned in part": self.turned != self.head_dim,
-            "blocks without rotation": bool(self.unturned),
+            "multipliers of states": (self.residual_multiplier, self.embedding_multiplier) != (1.0, 1.0),
+            "heads that are turned in part": self.rotary_dim != self.head_dim,
+            "blocks without rotation": bool(self.without_rotary),
         }
         return next((what for what, is_there in found.items() if is_there), None)
 
@@ -77,11 +78,11 @@ class BlockLayout:
         return 1.0 + weight if self.adds_one else weight
 
 
-def layout_of(config: Any, family: Family, block: Any, embedding: nn.Embedding, turned: int) -> BlockLayout:
+def layout_of(config: Any, family: Family, block: Any, embedding: nn.Embedding, rotary_dim: int) -> BlockLayout:
     """The layout of blocks that `families` calls fused.
 
     Args:
-        block: any of them; they are alike. turned: see `BlockLayout`.
+        block: any of them; they are alike. rotary_dim: see `BlockLayout`.
     """
     attention, mlp = block.self_attn, block.mlp
     head_dim, inner = int(attention.head_dim), int(mlp.down_proj.in_features)
@@ -104,21 +105,21 @@ def layout_of(config: Any, family: Family, block: Any, embedding: nn.Embedding, 
         eps=float(config.rms_norm_eps),
         activation=str(getattr(config, "hidden_activation", None) or config.hidden_act),
         scale=float(attention.scaling),
-        turned=turned,
+        rotary_dim=rotary_dim,
         norms_before=before,
         norms_behind=behind,
         rounds_once=family.rounds_once,
         adds_one=family.adds_one,
         norms_all_heads=q_norm is not None and q_norm.weight.numel() != head_dim,
         is_merged=hasattr(attention, "qkv_proj"),
-        unturned=frozenset(_unturned(config)),
+        without_rotary=frozenset(_without_rotary(config)),
         score_cap=getattr(config, "attn_logit_softcapping", None) if family.caps_scores else None,
-        residual=float(getattr(config, "residual_multiplier", 1.0)),
-        embedded=1.0 if multiplier is None else float(multiplier),
+        residual_multiplier=float(getattr(config, "residual_multiplier", 1.0)),
+        embedding_multiplier=1.0 if multiplier is None else float(multiplier),
     )
 
 
-def _unturned(config: Any) -> list[int]:
+def _without_rotary(config: Any) -> list[int]:
     """SmolLM3 tells it block by block; with EXAONE 4's windows it is the blocks without one."""
     blocks = range(config.num_hidden_layers)
     if getattr(config, "no_rope_layers", None):

@@ -64,7 +64,35 @@ def convert(path: Path, parts: list[Path], places: list[str], target: Path, now:
 
     Args:
         places: `place_of` each part, before it was looked at.
+
+    Raises:
+        BackboneError: damaged or changed files, weights that are missing, or that transformers does not read.
+        UnsupportedBackboneError: a family or a rotary scaling that does not run here.
     """
+    doing = now.text
+    model, tokenizer = _loaded(path, parts, now)
+    readers = [reader_of(part) for part in parts]
+    with read_fast():
+        _require_all_read(path, model, readers)
+    settings = model.config.to_dict()
+    settings.pop("quantization_config", None)
+    tables = settings.get("rope_parameters") or {}
+    tables.get("full_attention", tables).update(_rotary_scaling(path, model.config, readers))  # Gemma 3 has two
+    with torch.device("meta"):
+        fresh: Any = type(model)(type(model.config)(**settings))
+    fresh.load_state_dict(model.state_dict(), assign=True)
+    fresh.tie_weights()
+    fresh.generation_config = model.generation_config
+    now.say(f"{doing}: writing it")
+    with atomic_folder(target, keep=True) as folder:
+        fresh.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if [place_of(part) for part in parts] != places:
+            raise changing(path)
+
+
+def _loaded(path: Path, parts: list[Path], now: Step) -> tuple[Any, Any]:
+    """transformers' model of some parts, unpacked to bfloat16, and its tokenizer."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     doing = now.text
@@ -93,24 +121,7 @@ def convert(path: Path, parts: list[Path], places: list[str], target: Path, now:
             raise BackboneError(f"{path} is not a GGUF file that transformers reads: {error}") from error
     model, report = loaded
     require_all_weights(str(path), report)
-    readers = [reader_of(part) for part in parts]
-    with read_fast():
-        _require_all_read(path, model, readers)
-    settings = model.config.to_dict()
-    settings.pop("quantization_config", None)
-    tables = settings.get("rope_parameters") or {}
-    tables.get("full_attention", tables).update(_rotary_scaling(path, model.config, readers))  # Gemma 3 has two
-    with torch.device("meta"):
-        fresh: Any = type(model)(type(model.config)(**settings))
-    fresh.load_state_dict(model.state_dict(), assign=True)
-    fresh.tie_weights()
-    fresh.generation_config = model.generation_config
-    now.say(f"{doing}: writing it")
-    with atomic_folder(target, keep=True) as folder:
-        fresh.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        if [place_of(part) for part in parts] != places:
-            raise changing(path)
+    return model, tokenizer
 
 
 def _size(parts: list[Path]) -> str:

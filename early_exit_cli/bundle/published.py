@@ -31,8 +31,8 @@ from early_exit_cli.errors import BundleError, said, shown
 from early_exit_cli.files.atomic import file_sha256, read_json, write_json
 from early_exit_cli.files.forms import Count, Form, Positive
 from early_exit_cli.files.schemas import FORMAT_VERSION, Eagle, EagleLayout, require_form
-from early_exit_cli.heads.eagle import EagleHead
-from early_exit_cli.heads.exit_heads import DRAFT_VOCAB, require_tensors
+from early_exit_cli.heads.eagle import head_of
+from early_exit_cli.heads.exit_heads import DRAFT_VOCAB
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX = ".index.json"
@@ -230,18 +230,8 @@ def convert(published: Published, name: str, target: Target, folder: Path) -> Ea
     rows = published.form.draft_vocab_size or len(tensors.get("lm_head.weight", ()))
     draft_vocab = draft_vocabulary(tensors, rows, target.vocab_size, path)
     layout = layout_of(published, tensors)
-    if not layout.own_embedding and layout.hidden != target.hidden_size:
-        raise BundleError(
-            f"{path}: hidden_size {layout.hidden} without embed_tokens; {target.name} has {target.hidden_size}"
-        )
-    try:
-        with torch.device("meta"):
-            head = EagleHead(cast(BackboneView, target), layers, draft_vocab, layout)
-    except (RuntimeError, OverflowError) as error:  # numbers that no tensor can have
-        raise BundleError(f"{path}: no head has such a shape: {said(error)}") from error
-    shapes = {key: list(value.shape) for key, value in head.state_dict().items() if key != DRAFT_VOCAB}
-    require_tensors(path, tensors, shapes)
-    kept = {key: tensors[key].contiguous() for key in shapes}
+    head_of(path, tensors, cast(BackboneView, target), layers, draft_vocab, layout)  # refuses what does not fit
+    kept = {key: tensor.contiguous() for key, tensor in tensors.items()}
     if draft_vocab is not None:
         kept[DRAFT_VOCAB] = draft_vocab.to(torch.int32)
     save_file(kept, folder / EAGLE_FILE, metadata={"kind": "eagle"})

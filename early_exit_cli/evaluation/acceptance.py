@@ -71,24 +71,11 @@ def explain_acceptance(
     the next round begins after the backbone's own token, which stands at the first wrong or undrafted position.
 
     Args:
-        readings: in the order of the text, by the metric of the thresholds. draft_vocab: token ids that heads may say;
-            None for all.
+        head_outputs: in the order of the text, by the metric of the thresholds. thresholds: one a head. draft_vocab: token
+            ids that heads may say, [draft vocab] int64; None for all.
     """
-    exits = exits_in_order(head_outputs.uncertainties, thresholds)
-    choices, documents, places = head_outputs.choices, head_outputs.documents, head_outputs.places
-    correct = head_outputs.tokens == choices
-    in_vocabulary = torch.ones_like(choices, dtype=torch.bool)
-    if draft_vocab is not None:
-        in_vocabulary = torch.isin(choices, draft_vocab.cpu())
-    is_drafted = exits.any(0)
-    is_right = (exits & correct).any(0)
-    verdicts = [
-        "accepted" if right else "vocabulary" if not known else "head" if drafted or not somewhere else "threshold"
-        for right, known, drafted, somewhere in zip(
-            is_right.tolist(), in_vocabulary.tolist(), is_drafted.tolist(), correct.any(0).tolist(), strict=True
-        )
-    ]
-    drafted_at, right_at = is_drafted.tolist(), is_right.tolist()
+    drafted_at, verdicts = _verdicts(head_outputs, thresholds, draft_vocab)
+    documents, places = head_outputs.documents, head_outputs.places
     goes_on = ((documents[1:] == documents[:-1]) & (places[1:] == places[:-1] + 1)).tolist()
     counts: Counter[str] = Counter()
     drafted = rounds = start = 0
@@ -104,7 +91,7 @@ def explain_acceptance(
             end = place + 1
             if not drafted_at[place]:
                 break
-            if wrong is None and not right_at[place]:
+            if wrong is None and verdicts[place] != "accepted":
                 wrong = place
         if wrong is not None:
             start = wrong + 1
@@ -121,3 +108,23 @@ def explain_acceptance(
         drafted=drafted,
         counts={reason: counts[reason] for reason in REASONS},
     )
+
+
+def _verdicts(
+    head_outputs: HeadOutputs, thresholds: list[float], draft_vocab: Tensor | None
+) -> tuple[list[bool], list[str]]:
+    """Of each position asked for with nothing wrong before it: whether a head exits there, and what becomes of its token."""
+    exits = exits_in_order(head_outputs.uncertainties, thresholds)
+    choices = head_outputs.choices
+    correct = head_outputs.tokens == choices
+    in_vocabulary = torch.ones_like(choices, dtype=torch.bool)
+    if draft_vocab is not None:
+        in_vocabulary = torch.isin(choices, draft_vocab.cpu())
+    is_drafted, is_right = exits.any(0).tolist(), (exits & correct).any(0).tolist()
+    verdicts = [
+        "accepted" if right else "vocabulary" if not known else "head" if drafted or not somewhere else "threshold"
+        for right, known, drafted, somewhere in zip(
+            is_right, in_vocabulary.tolist(), is_drafted, correct.any(0).tolist(), strict=True
+        )
+    ]
+    return is_drafted, verdicts

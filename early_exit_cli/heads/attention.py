@@ -13,15 +13,14 @@ GROWTH = 512
 
 def rotary(positions: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor]:
     """cos and sin for `rotate`, [positions, head_dim] float32 each; sin with the sign of the turned half (Su et al. 2021)."""
-    size = shape.head_dim
     if shape.scaled is None:
-        frequencies = shape.rope_theta ** (
-            -torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size
-        )
-        angles = positions[:, None].float() * frequencies
-        return angles.cos().repeat(1, 2), torch.cat((-angles.sin(), angles.sin()), -1)
-    angles = positions[:, None].float() * torch.tensor(shape.scaled.frequencies, device=positions.device)
-    cos, sin = angles.cos() * shape.scaled.factor, angles.sin() * shape.scaled.factor
+        exponents = -torch.arange(0, shape.head_dim, 2, device=positions.device, dtype=torch.float32) / shape.head_dim
+        frequencies, factor = shape.rope_theta**exponents, 1.0
+    else:
+        frequencies = torch.tensor(shape.scaled.frequencies, device=positions.device)
+        factor = shape.scaled.factor
+    angles = positions[:, None].float() * frequencies
+    cos, sin = angles.cos() * factor, angles.sin() * factor
     return cos.repeat(1, 2), torch.cat((-sin, sin), -1)
 
 
@@ -58,6 +57,10 @@ class HeadCache:
         self.keys, self.values = grown
         cos, sin = rotary(torch.arange(capacity, device=self.like.device), self.shape)
         self.cos, self.sin = cos.to(self.like.dtype)[:, None], sin.to(self.like.dtype)[:, None]
+        self.moved()
+
+    def moved(self) -> None:
+        """Called when keys, values and tables have come to lie elsewhere."""
 
     def attend(self, qkv: Tensor, position: int, queries: int) -> Tensor:
         """Keep keys and values of rows at `position`, and attend from the last rows over all up to their own.

@@ -7,7 +7,6 @@ is proposed, when its entropies are known. Drafts may be approximate, so the blo
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -20,8 +19,8 @@ from early_exit_cli.heads.eagle_runner import EagleRunner
 from early_exit_cli.runtime import cuda_code
 from early_exit_cli.runtime.blocks import LARGEST_WIDTH
 from early_exit_cli.runtime.cuda_kernels import (
+    HEAD_SIZES,
     PAIRS,
-    QUANTIZED_TOGETHER,
     SEGMENT,
     TILE,
     AttentionPlan,
@@ -34,6 +33,7 @@ from early_exit_cli.runtime.cuda_kernels import (
     Step,
     recorder,
 )
+from early_exit_cli.runtime.nf4_linear import SCALED_TOGETHER
 
 MOST_STEPS = 8
 SHORT_READ = 8 * LARGEST_WIDTH
@@ -60,14 +60,11 @@ class DeviceHeadCache(HeadCache):
     def rotary(self) -> dict[None, tuple[Tensor, Tensor]]:
         return {None: (self.cos, self.sin)}
 
-    def reserve(self, length: int) -> None:
-        had = self.keys
-        super().reserve(length)
-        if self.keys is not had:
-            group = self.shape.query_heads // self.shape.kv_heads
-            pairs = self.shape.kv_heads * -(-LARGEST_WIDTH * group // PAIRS) * PAIRS
-            room = (self.capacity // SEGMENT + 2) * pairs * (self.shape.head_dim + 2)
-            self.partial = torch.zeros(room, device=self.like.device)
+    def moved(self) -> None:
+        group = self.shape.query_heads // self.shape.kv_heads
+        pairs = self.shape.kv_heads * -(-LARGEST_WIDTH * group // PAIRS) * PAIRS
+        room = (self.capacity // SEGMENT + 2) * pairs * (self.shape.head_dim + 2)
+        self.partial = torch.zeros(room, device=self.like.device)
 
 
 class CudaEagle(EagleRunner):
@@ -147,6 +144,12 @@ class CudaEagle(EagleRunner):
         return self._block_steps(self.places.of[number], self.state, self.tokens[number - 1 : number], number)
 
     def _block_steps(self, place: Place, hidden: Tensor, token: Tensor | None, number: int) -> list[Step]:
+        """The block over rows that stand at `place`, and what its last row says.
+
+        Args:
+            hidden: [rows, hidden], fused states or the head's own. token: [1] int64 on the device, what follows the one row;
+                None where the place names the tokens. number: of the step, in whose place token and entropy go.
+        """
         head, kernels, width = self.head, self.kernels, hidden.shape[0]
         block, (_, qkv, output, gate_up, down) = head.block, self.nf4
         joined, projected = self._new(width, 2 * self.size), self._new(width, qkv.outputs)
@@ -174,11 +177,6 @@ class CudaEagle(EagleRunner):
                 self.vocab,
             ),
         ]
-
-    def fork(self) -> EagleRunner:
-        other = copy.copy(self)
-        other.cache = self.cache.fork()
-        return other
 
     def warm_up(self) -> None:
         """Let the library load what reading a prompt needs, and run a chain once, so that no answer waits for that."""
@@ -237,7 +235,7 @@ def in_nf4(weight: Tensor) -> NF4Weight:
     """[out, in] -> the same in NF4."""
     from bitsandbytes.functional import quantize_4bit
 
-    packed, state = quantize_4bit(weight.detach().contiguous(), blocksize=QUANTIZED_TOGETHER, quant_type="nf4")
+    packed, state = quantize_4bit(weight.detach().contiguous(), blocksize=SCALED_TOGETHER, quant_type="nf4")
     outputs, inputs = weight.shape
     return NF4Weight(packed.view(outputs, -1), state.absmax.view(outputs, -1).contiguous(), None, outputs, inputs)
 
@@ -247,15 +245,9 @@ def cuda_eagle(head: EagleHead) -> CudaEagle | None:
     attention, mlp = head.block.self_attn, head.block.mlp
     widths = (attention.shape.query_width, attention.shape.kv_width)
     sizes = (head.state_size, head.layout.hidden, mlp.down_proj.in_features, *widths)
-    if (
-        head.fc.weight.dtype != torch.bfloat16
-        or head.lm_head_weight.dtype != torch.bfloat16
-        or mlp.activation_name != "silu"
-    ):
+    if not head.suits_kernels or attention.shape.head_dim not in HEAD_SIZES:
         return None
-    if attention.shape.head_dim not in (64, 128) or any(size % QUANTIZED_TOGETHER for size in sizes):
-        return None
-    if head.lm_head_weight.shape[0] % TILE:
+    if any(size % SCALED_TOGETHER for size in sizes) or head.lm_head_weight.shape[0] % TILE:
         return None
     if head.on_device is None:  # kept with the head: making it records some graphs
         try:

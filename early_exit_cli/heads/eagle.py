@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from early_exit_cli.backbone.output import AttentionShape, BackboneView
 from early_exit_cli.backbone.rope import scaled_rotary
-from early_exit_cli.errors import BundleError
+from early_exit_cli.errors import BundleError, said
 from early_exit_cli.files.atomic import write_atomic
 from early_exit_cli.files.schemas import EagleLayout
 from early_exit_cli.heads.attention import rotary, rotate
@@ -156,6 +156,14 @@ class EagleHead(nn.Module):
     def embedding_weight(self) -> Tensor:
         """[vocab, hidden]"""
         return self._borrowed_embedding if self.embed_tokens is None else self.embed_tokens.weight
+
+    @property
+    def suits_kernels(self) -> bool:
+        """Whether it is in bfloat16 and bends gates by SiLU, as our own code for CPUs and GPUs asks."""
+        return (
+            self.fc.weight.dtype == self.lm_head_weight.dtype == torch.bfloat16
+            and self.block.mlp.activation_name == "silu"
+        )
 
     def start_from(self, view: BackboneView) -> None:
         """Begin as the backbone's last block reading its final state; the embedding comes in from zero. Where that block has
@@ -318,6 +326,36 @@ def our_layout(view: BackboneView) -> EagleLayout:
     )
 
 
+def head_of(
+    path: Path,
+    tensors: dict[str, Tensor],
+    view: BackboneView,
+    exit_layers: Sequence[int],
+    draft_vocab: Tensor | None,
+    layout: EagleLayout | None,
+) -> EagleHead:
+    """The head that some tensors are the weights of, on the meta device: without time and memory for weights of its own.
+
+    Args:
+        path: where they were read. tensors: all but the draft vocabulary.
+
+    Raises:
+        BundleError: names or shapes that do not fit, NaN or infinite weights, a layout that no head can have.
+    """
+    if layout is not None and not layout.own_embedding and layout.hidden != view.hidden_size:
+        raise BundleError(
+            f"{path}: hidden_size {layout.hidden} without embed_tokens; {view.name} has {view.hidden_size}"
+        )
+    try:
+        with torch.device("meta"):
+            head = EagleHead(view, exit_layers, draft_vocab, layout)
+    except (RuntimeError, OverflowError) as error:  # numbers that no tensor can have
+        raise BundleError(f"{path}: no head has such a shape: {said(error)}") from error
+    shapes = {name: list(value.shape) for name, value in head.state_dict().items() if name != DRAFT_VOCAB}
+    require_tensors(path, tensors, shapes)
+    return head
+
+
 def load_eagle(
     path: Path, view: BackboneView, exit_layers: Sequence[int], layout: EagleLayout | None = None
 ) -> EagleHead:
@@ -330,12 +368,7 @@ def load_eagle(
         BundleError: damaged, or names or shapes that do not fit, NaN or infinite weights.
     """
     tensors, draft_vocab = read_tensors(path, view.vocab_size)
-    if layout is not None and not layout.own_embedding and layout.hidden != view.hidden_size:
-        raise BundleError(f"{path}: states {layout.hidden} wide, the backbone's embedding is {view.hidden_size}")
-    with torch.device("meta"):  # no time and memory for weights that are replaced
-        head = EagleHead(view, exit_layers, draft_vocab, layout)
-    shapes = {name: list(value.shape) for name, value in head.state_dict().items() if name != DRAFT_VOCAB}
-    require_tensors(path, tensors, shapes)
+    head = head_of(path, tensors, view, exit_layers, draft_vocab, layout)
     head.load_state_dict(
         tensors if draft_vocab is None else {**tensors, DRAFT_VOCAB: draft_vocab}, strict=True, assign=True
     )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from early_exit_cli.backbone.output import LogitMap
+from early_exit_cli.backbone.quantization import HEAD_STEP
 from early_exit_cli.config import UncertaintyMetric
 from early_exit_cli.heads.attention import HeadCache
 from early_exit_cli.heads.exit_heads import AdapterHead, AttentionHead, ExitHeads
@@ -186,6 +187,6 @@ def _fits(heads: ExitHeads) -> bool:
         return False
     if any(size % VOCAB_TILE for size in (*weight.shape, heads.rank)):
         return False
-    if any(isinstance(head, AttentionHead) and head.shape.head_dim % 64 for head in heads.heads):
+    if any(isinstance(head, AttentionHead) and head.shape.head_dim % HEAD_STEP for head in heads.heads):
         return False
     return has_native_code()

@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from early_exit_cli.backbone.quantization import HEAD_STEP
 from early_exit_cli.heads.cuda_eagle import cuda_eagle
 from early_exit_cli.heads.eagle import EagleHead
 from early_exit_cli.heads.eagle_runner import EagleRunner
@@ -79,6 +80,12 @@ class NativeEagle(EagleRunner):
         return self._run([token], None, hidden.data_ptr(), self.cache.length + ahead - 1)
 
     def _run(self, tokens: list[int], states: object, own: int | None, position: int) -> Tensor:
+        """The block over rows at `position` -> the last one's state, [1, hidden]; logits, token and entropy stay here.
+
+        Args:
+            tokens: the one that follows each row. states: addresses of the states that are fused, [rows, hidden] each; None
+                for one row of the head's own state, at the address `own`.
+        """
         rows, cache = len(tokens), cast(NativeHeadCache, self.cache)
         cache.reserve(position + rows)
         state = torch.empty(1, self.weights.hidden, dtype=torch.bfloat16)
@@ -109,10 +116,9 @@ def eagle_runner(head: EagleHead) -> EagleRunner:
 
 
 def _fits(head: EagleHead) -> bool:
-    weight, attention, mlp = head.fc.weight, head.block.self_attn, head.block.mlp
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or head.lm_head_weight.dtype != torch.bfloat16:
+    """Whether compiled code takes a head, by where its weights are and by its sizes."""
+    weight, shape, mlp = head.fc.weight, head.block.self_attn.shape, head.block.mlp
+    if weight.device.type != "cpu" or not head.suits_kernels:
         return False
     sizes = (weight.shape[0], head.state_size, mlp.down_proj.in_features, head.lm_head_weight.shape[0])
-    if attention.shape.head_dim % 64 or any(size % VOCAB_TILE for size in sizes) or mlp.activation_name != "silu":
-        return False
-    return has_native_code()
+    return not shape.head_dim % HEAD_STEP and not any(size % VOCAB_TILE for size in sizes) and has_native_code()

@@ -11,9 +11,6 @@ class NativeHeadCache(HeadCache):
 
     buffers: KVBuffers
 
-    def reserve(self, length: int) -> None:
-        had = self.keys
-        super().reserve(length)
-        if self.keys is not had:
-            tensors = (self.keys, self.values, self.cos, self.sin)
-            self.buffers = KVBuffers(*(tensor.data_ptr() for tensor in tensors), self.keys.shape[1])
+    def moved(self) -> None:
+        tensors = (self.keys, self.values, self.cos, self.sin)
+        self.buffers = KVBuffers(*(tensor.data_ptr() for tensor in tensors), self.keys.shape[1])

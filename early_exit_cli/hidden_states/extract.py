@@ -124,23 +124,7 @@ def extract(
             f"{estimate.free_bytes / 1e9:.2f} GB free",
             hint="shrink it with --cache-gb, --cache-tokens, --cache-steps or --store fp8",
         )
-    header = {
-        "format_version": FORMAT_VERSION,
-        "request": request,
-        "data": data.model_dump(mode="json"),
-        "fingerprint": backbone.fingerprint,
-        "layers": to_block_numbers(exit_layers),
-        "hidden_size": backbone.hidden_size,
-        "num_blocks": backbone.num_blocks,
-        "norm_eps": backbone.final_norm.eps,
-        "norm_subtracts_mean": backbone.final_norm.subtracts_mean,
-        "logit_map": backbone.logit_map.model_dump(),
-        "eos_token_ids": sorted(backbone.eos_token_ids),
-        "dtype": str(backbone.dtype).removeprefix("torch."),
-        "store": config.store,
-        "max_length": data.max_length,
-        "available_sequences": available,
-    }
+    header = _header(request, data, backbone, exit_layers, config.store, available)
     started = time.perf_counter()
     try:
         if processes.is_main_process:
@@ -165,6 +149,34 @@ def extract(
     except OSError as error:
         raise _write_error(folder, error) from error
     return Cache(folder)
+
+
+def _header(
+    request: dict[str, Any],
+    data: DataConfig,
+    backbone: Backbone,
+    exit_layers: list[int],
+    store: str,
+    available_sequences: int,
+) -> dict[str, Any]:
+    """What the manifest says before anything is computed."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "request": request,
+        "data": data.model_dump(mode="json"),
+        "fingerprint": backbone.fingerprint,
+        "layers": to_block_numbers(exit_layers),
+        "hidden_size": backbone.hidden_size,
+        "num_blocks": backbone.num_blocks,
+        "norm_eps": backbone.final_norm.eps,
+        "norm_subtracts_mean": backbone.final_norm.subtracts_mean,
+        "logit_map": backbone.logit_map.model_dump(),
+        "eos_token_ids": sorted(backbone.eos_token_ids),
+        "dtype": str(backbone.dtype).removeprefix("torch."),
+        "store": store,
+        "max_length": data.max_length,
+        "available_sequences": available_sequences,
+    }
 
 
 def repair(

@@ -21,8 +21,8 @@ from early_exit_cli.errors import UnsupportedBackboneError
 from early_exit_cli.runtime import cuda_code
 from early_exit_cli.runtime.blocks import LARGEST_WIDTH
 from early_exit_cli.runtime.cuda_kernels import (
+    HEAD_SIZES,
     PAIRS,
-    QUANTIZED_TOGETHER,
     SEGMENT,
     TILE,
     AttentionPlan,
@@ -38,10 +38,9 @@ from early_exit_cli.runtime.device_pass import BlockWeights, Buffers, block_step
 from early_exit_cli.runtime.fused_blocks import FusedBlocks, why_no_code, why_not_nf4
 from early_exit_cli.runtime.kv_cache import KVCache, Part, Rotary
 from early_exit_cli.runtime.llama_block import Norm
-from early_exit_cli.runtime.nf4_linear import MergedNF4, is_plain_nf4
+from early_exit_cli.runtime.nf4_linear import SCALED_TOGETHER, MergedNF4, is_plain_nf4
 from early_exit_cli.runtime.reference_kernels import ReferenceKernels
 
-HEAD_SIZES = (64, 128)
 PREFILL_ROWS = 2048
 SHORT_PROMPT = 128
 """Tokens up to which passes of 16 rows read a prompt sooner than unpacking the weights (an H100, 8B: 23 ms)."""
@@ -386,7 +385,7 @@ def why_not_ours(backbone: Backbone) -> str | None:
     products = [module for module in backbone.blocks.modules() if isinstance(module, nn.Linear)]
     sizes = {size for module in products for size in (module.in_features, module.out_features)}
     head_dim = int(cast(Any, backbone.blocks[0]).self_attn.head_dim)
-    if head_dim not in HEAD_SIZES or any(size % QUANTIZED_TOGETHER for size in sizes):
+    if head_dim not in HEAD_SIZES or any(size % SCALED_TOGETHER for size in sizes):
         return f"their tiles do not fit head_dim {head_dim} and products of {sorted(sizes)}"
     if len({backbone.rotary_kind(block) for block in range(backbone.num_blocks)}) > 1:
         return "its blocks read several rotary tables"

@@ -16,19 +16,20 @@ from torch import Tensor
 
 from early_exit_cli.runtime import cuda_code
 from early_exit_cli.runtime.blocks import LARGEST_WIDTH
+from early_exit_cli.runtime.nf4_linear import SCALED_TOGETHER
 
 Step = Callable[[], object]
 TILE = 16
 """Rows of a weight that are multiplied together."""
-QUANTIZED_TOGETHER = 64
-"""Weights that share a scale."""
+HEAD_SIZES = (64, 128)
+"""Dimensions of a head that attention.cu is compiled for."""
 SEGMENT, PAIRS = 256, 16
 """Keys of a text, and pairs of a row and a query head, that a block of threads attends to and for, see attention.cu."""
 THREADS = 256
 TOKENS = 8
 """Rows that a product takes at the price of one."""
 MOST_SEGMENTS_AT_ONCE = 16
-MOST_KEPT = 4 * QUANTIZED_TOGETHER
+MOST_KEPT = 4 * SCALED_TOGETHER
 """Inputs of a product that a warp keeps in registers, see product.cu."""
 
 
@@ -46,7 +47,7 @@ class NF4Weight:
         """[out, in] float32, what the numbers stand for."""
         code = NF4_VALUES.to(self.packed.device)
         packed = self.packed.view(self.outputs, -1)
-        values = code[torch.stack((packed >> 4, packed & 15), -1).long()].view(self.outputs, -1, QUANTIZED_TOGETHER)
+        values = code[torch.stack((packed >> 4, packed & 15), -1).long()].view(self.outputs, -1, SCALED_TOGETHER)
         return (values * self.scale.view(self.outputs, -1, 1)).view(self.outputs, self.inputs)
 
 

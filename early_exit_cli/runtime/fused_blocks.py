@@ -55,7 +55,7 @@ class FusedBlocks(Blocks):
         self.layout = layout = backbone.block_layout
         self.eps, self.scale = layout.eps, layout.scale
         self.rotary_kinds = [
-            UNTURNED if block in layout.unturned else kind for block, kind in enumerate(self.rotary_kinds)
+            UNTURNED if block in layout.without_rotary else kind for block, kind in enumerate(self.rotary_kinds)
         ]
         self.table_kinds = sorted(set(self.rotary_kinds), key=str)
         """The kinds of rotary tables that blocks read, in the order of `rotary_tables`."""
@@ -78,7 +78,7 @@ class FusedBlocks(Blocks):
 
     def rotary_tables(self, limit: int) -> Rotary:
         """As wide as a head, whatever part of it is turned; sin carries the sign of rotate_half."""
-        half, rest = self.layout.turned // 2, self.head_dim - self.layout.turned
+        half, rest = self.layout.rotary_dim // 2, self.head_dim - self.layout.rotary_dim
         found: Rotary = {}
         tables = super().rotary_tables(limit)
         for kind in self.table_kinds:

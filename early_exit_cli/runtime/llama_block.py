@@ -124,14 +124,14 @@ class LlamaBlock:
 
     def _other_halves(self, qk: Tensor) -> Tensor:
         """For each number of a head the one that it is turned with; behind the turned ones, whose sin is 0, itself."""
-        half = self.layout.turned // 2
+        half = self.layout.rotary_dim // 2
         if 2 * half == qk.shape[-1]:
             return qk.roll(half, -1)
         return torch.cat((qk[..., half : 2 * half], qk[..., :half], qk[..., 2 * half :]), -1)
 
     def _added(self, hidden: Tensor, made: Tensor, behind: Norm | None) -> Tensor:
         made = _normed(behind, made)
-        return hidden + (made if self.layout.residual == 1.0 else made * self.layout.residual)
+        return hidden + (made if self.layout.residual_multiplier == 1.0 else made * self.layout.residual_multiplier)
 
 
 def _normed(norm: Norm | None, x: Tensor) -> Tensor:

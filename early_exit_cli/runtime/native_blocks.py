@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from early_exit_cli.backbone.backbone import Backbone
+from early_exit_cli.backbone.quantization import HEAD_STEP
 from early_exit_cli.errors import UnsupportedBackboneError
 from early_exit_cli.files.instruction_sets import instruction_set
 from early_exit_cli.runtime.blocks import LARGEST_WIDTH, Blocks
@@ -52,7 +53,7 @@ class NativeBlocks(FusedBlocks):
         self.held = Held(self.code)
         self.model = self._model()
         self.head = self._head()
-        self.embedded = self.backbone.embedding.num_embeddings
+        self.num_embeddings = self.backbone.embedding.num_embeddings
 
     @property
     def batch_rows(self) -> int:
@@ -70,8 +71,9 @@ class NativeBlocks(FusedBlocks):
         sizes = (layout.hidden, layout.inner, self.query_heads, self.kv_heads, self.head_dim)
         return Model(
             *(blocks, self.held.address(self.backbone.embedding_weight), *sizes),
-            *(layout.turned, layout.activation == GELU, cos.dtype == torch.float32),
-            *(layout.eps, layout.scale, layout.score_cap or 0.0, layout.embedded, layout.residual),
+            *(layout.rotary_dim, layout.activation == GELU, cos.dtype == torch.float32),
+            *(layout.eps, layout.scale, layout.score_cap or 0.0),
+            *(layout.embedding_multiplier, layout.residual_multiplier),
         )
 
     def _block(self, index: int) -> Block:
@@ -137,8 +139,8 @@ class NativeBlocks(FusedBlocks):
         return self._pass(hidden, [Part(cache, position, hidden.shape[0])], first, stops)
 
     def run_tokens(self, tokens: list[int], cache: KVCache, position: int, stops: Sequence[int]) -> list[Tensor]:
-        if min(tokens) < 0 or max(tokens) >= self.embedded:
-            raise IndexError(f"tokens {min(tokens)} to {max(tokens)}, of which {self.embedded} are embedded")
+        if min(tokens) < 0 or max(tokens) >= self.num_embeddings:
+            raise IndexError(f"tokens {min(tokens)} to {max(tokens)}, of which {self.num_embeddings} are embedded")
         return self._pass(tokens, [Part(cache, position, len(tokens))], 0, stops)
 
     def run_batch(self, hidden: Tensor, parts: list[Part], stops: Sequence[int]) -> list[Tensor]:
@@ -261,11 +263,11 @@ def why_not_native(backbone: Backbone) -> str | None:
         return reason
     layout = backbone.block_layout
     head_dim, inner = layout.head_dim, layout.inner
-    if head_dim % 64 or any(size % TILE for size in (inner, layout.query_heads * head_dim, layout.hidden)):
+    if head_dim % HEAD_STEP or any(size % TILE for size in (inner, layout.query_heads * head_dim, layout.hidden)):
         return f"their tiles do not fit head_dim {head_dim} and intermediate_size {inner}"
     tables = backbone.rotary_tables(torch.zeros(1, dtype=torch.int64)).values()
     if any(cos.dtype == torch.float32 for cos, _ in tables) and not layout.norms_all_heads:
         return "they know rotary tables in float32 only behind norms over all heads"
-    if layout.turned % (2 * VECTOR):
-        return f"their vectors do not fit {layout.turned} turned numbers of a head"
+    if layout.rotary_dim % (2 * VECTOR):
+        return f"their vectors do not fit {layout.rotary_dim} turned numbers of a head"
     return why_no_native_code()

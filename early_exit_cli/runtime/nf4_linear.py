@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LinearMap = Callable[[Tensor], Tensor]
+SCALED_TOGETHER, VOCAB_TILE = 64, 16
+"""NF4 weights that share a scale, and rows of the LM head multiplied together, where a pass is code of our own."""
 
 
 def merged_linear(modules: list[Any]) -> LinearMap:
@@ -182,7 +184,3 @@ class PackedNF4:
             n,
         )
         return out if self.bias is None else out + self.bias
-
-
-SCALED_TOGETHER, VOCAB_TILE = 64, 16
-"""NF4 weights that share a scale, and rows of the LM head multiplied together, where a pass is code of our own."""

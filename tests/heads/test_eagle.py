@@ -290,7 +290,7 @@ def train(backbone, folder, steps=200, start_from=None, **changes):
 def test_training_learns_and_leaves_a_head_that_drafts(tmp_path, tiny_backbone, tiny_folder, family):
     """From the last block, and from chance where its blocks are not Llama's."""
     backbone = tiny_backbone(family)
-    trainer, texts = train(backbone, tmp_path)
+    trainer, texts = train(backbone, tmp_path, steps=120)
     start = trainer.evaluate()
     result = trainer.run()
     assert result.parts == ["draft position 1", "draft position 2"]

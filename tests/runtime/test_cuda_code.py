@@ -12,6 +12,7 @@ from early_exit_cli.runtime import cuda_code, cuda_kernels
 from early_exit_cli.runtime.blocks import LARGEST_WIDTH
 from early_exit_cli.runtime.cuda_code import NoCudaCode, compiled, options_for, product_bytes, shape_for
 from early_exit_cli.runtime.cuda_kernels import NF4_VALUES, PAIRS, SEGMENT, Place, Places
+from early_exit_cli.runtime.nf4_linear import SCALED_TOGETHER
 
 MOST_SHARED = {(8, 0): 166912, (8, 6): 101376, (9, 0): 232448, (10, 0): 232448, (12, 0): 101376}
 """Compute capability -> bytes of shared memory that a block may have there. 8.9 is as 8.6 in all that matters here."""
@@ -125,7 +126,7 @@ def test_sizes_are_the_same_in_python_and_in_the_sources():
     assert number("attention", "WARPS") * 32 == number("lm_head", "WARPS") * 32 == cuda_kernels.THREADS
     assert number("rows", "THREADS") == cuda_kernels.THREADS
     assert number("rows", "MOST_ROWS") == LARGEST_WIDTH
-    assert number("product", "CHUNK") * cuda_kernels.QUANTIZED_TOGETHER == cuda_kernels.MOST_KEPT
+    assert number("product", "CHUNK") * SCALED_TOGETHER == cuda_kernels.MOST_KEPT
     values = NF4_VALUES.bfloat16().view(torch.int16)
     (codes,) = re.findall(r"codes\[16\] = \{([^}]*)\}", text_of("product"))
     assert [int(code, 16) for code in codes.split(",")] == [bits & 0xFFFF for bits in values.tolist()]
