@@ -10,6 +10,7 @@ from early_exit_cli.drafting.drafter import Draft
 from early_exit_cli.drafting.eagle import EagleDrafter
 from early_exit_cli.drafting.reasons import Step
 from early_exit_cli.drafting.round_costs import NEED
+from early_exit_cli.heads.head_runner import HeadRunner
 from early_exit_cli.sampling import GREEDY, Sampler
 
 SURVIVAL = [
@@ -24,15 +25,18 @@ def pass_cost(rows):
     return 9.0 + 0.4 * rows
 
 
-class Runner:
+class Runner(HeadRunner):
     """Says these tokens with these entropies; with `most_steps`, all at once."""
 
     def __init__(self, tokens, entropies, most_steps=0):
         self.tokens, self.entropies, self.most_steps = tokens, entropies, most_steps
         self.read_rows, self.asked = [], []
 
-    def rewind(self):
+    def rewind(self, length=0):
         pass
+
+    def fork(self):
+        return self
 
     def read(self, tokens, states):
         self.read_rows.append((tokens, [state.tolist() for state in states]))
