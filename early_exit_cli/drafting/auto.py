@@ -31,8 +31,6 @@ class AutoDrafter(Drafter):
         for drafter, _ in self.choices:
             drafter.bind(engine)
         self.exit_layers = sorted({layer for drafter, _ in self.choices for layer in drafter.exit_layers})
-        for drafter, _ in self.choices:
-            drafter.seen_layers = self.exit_layers
 
     def begin(self, prompt_ids: list[int], chooser: Chooser = GREEDY) -> None:
         for drafter, _ in self.choices:
@@ -57,7 +55,7 @@ class AutoDrafter(Drafter):
             self.choices, key=lambda choice: -choice[0].expected_rate(min(limit, choice[1]))
         ):
             draft = drafter.draft(engine, cache, pending, min(limit, longest), stop_ids)
-            if draft.tokens or draft.rows:  # blocks that were run are not run again
+            if draft.tokens:
                 break
         return draft
 
@@ -67,6 +65,6 @@ class AutoDrafter(Drafter):
 
     def timed(self, draft: Draft, milliseconds: float) -> bool:
         claimed = [drafter.timed(draft, milliseconds) for drafter, _ in self.choices]
-        if self.times is not None and not any(claimed) and not draft.tokens and not draft.rows:
+        if self.times is not None and not any(claimed) and not draft.tokens:
             self.times.observe("", milliseconds, self.plain_cost)
         return any(claimed)

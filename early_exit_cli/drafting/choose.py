@@ -14,7 +14,6 @@ from early_exit_cli.drafting.costs import Costs, cost_table, pass_costs
 from early_exit_cli.drafting.drafter import Drafter, NoDrafter
 from early_exit_cli.drafting.eagle import EagleDrafter, MtpDrafter
 from early_exit_cli.drafting.exit import DynamicDrafter, ExitDrafter, FixedDrafter
-from early_exit_cli.drafting.exit_rounds import ExitRounds
 from early_exit_cli.drafting.lookup import LookupDrafter
 from early_exit_cli.drafting.round_costs import NEED
 from early_exit_cli.engine import Engine, default_width
@@ -25,10 +24,10 @@ from early_exit_cli.heads.uncertainty import level_key
 from early_exit_cli.runtime.blocks import LARGEST_WIDTH
 
 
-def exit_rounds(
+def expected_rate(
     costs: Costs, choice: HeadSet, exit_layers: list[int], num_blocks: int, widths: list[int], width: int
-) -> ExitRounds:
-    """Rounds in which the heads of `choice` are read and at most width - 1 tokens are drafted.
+) -> float:
+    """Expected tokens per millisecond when the heads of `choice` are read and at most width - 1 tokens are drafted.
 
     Tokens exit and agree independently of each other in this model. A round drafts k tokens with probability
     p^k (1 - p), or p^K at the cap K = width - 1, where p is the sum of exit shares; draft i counts when all before it
@@ -47,44 +46,39 @@ def exit_rounds(
     declined = layers[-1] * block + len(layers) * costs.head
     step_exit = exits / p if p else 0.0
     cap = width - 1
-    chances, tokens, milliseconds = [], [], []
+    tokens = time_spent = 0.0
     for k in range(cap + 1):
-        chances.append(p**k * (1 - p) if k < cap else p**k)
+        chance = p**k * (1 - p) if k < cap else p**k
         rows = next(w for w in widths if w >= k + 1)
         last_step = declined if k < cap else layers[0] * block
         begin = layers[0] if k else layers[-1]
         verify = (num_blocks - begin) * costs.per_block[rows] + costs.finish[rows]
-        tokens.append(1 + sum(a**i for i in range(1, k + 1)))
-        milliseconds.append(k * step_exit + last_step + verify)
-    return ExitRounds(chances, tokens, milliseconds, costs.plain(num_blocks, base))
+        tokens += chance * (1 + sum(a**i for i in range(1, k + 1)))
+        time_spent += chance * (k * step_exit + last_step + verify)
+    return tokens / time_spent
 
 
-def choose_heads(
-    engine: Engine, level: float, width: int, costs: Costs | None = None
-) -> tuple[list[int], ExitRounds | None]:
-    """The heads to read at a level on this device, and what their rounds are expected to bring; no heads when no set is
-    expected to beat plain decoding by more than the costs may be wrong, those of drafting one way and those of plain
-    decoding the other.
+def choose_heads(engine: Engine, level: float, width: int, costs: Costs | None = None) -> list[int]:
+    """The heads to read at a level on this device; none when no set is expected to beat plain decoding by more than the
+    costs may be wrong, those of drafting one way and those of plain decoding the other.
 
-    A bundle whose calibration counted no sets (one made elsewhere) has all its heads read, and nothing is expected of them.
+    A bundle whose calibration counted no sets (one made elsewhere) has all its heads read.
     """
     if engine.heads is None:
-        return [], None
+        return []
     counted = None if engine.record is None else engine.record.calibration.head_sets.get(level_key(level))
     if not counted:
-        return list(range(len(engine.heads))), None
+        return list(range(len(engine.heads)))
     width = min(width, engine.blocks.widths[-1])
     widths = [w for w in engine.blocks.widths if w <= max(width, min(engine.blocks.widths))]
     widths = widths if widths[-1] >= width else [*widths, engine.blocks.pass_width(width)]
     costs = costs or cost_table(engine)
-    heads: list[int] = []
-    best = None
-    to_beat = NEED * (1 + 2 * costs.error) / costs.plain(engine.blocks.num_blocks, min(widths))
+    best, best_rate = [], NEED * (1 + 2 * costs.error) / costs.plain(engine.blocks.num_blocks, min(widths))
     for choice in counted:
-        rounds = exit_rounds(costs, choice, engine.heads.exit_layers, engine.blocks.num_blocks, widths, width)
-        if rounds.rate > to_beat:
-            heads, best, to_beat = choice.heads, rounds, rounds.rate
-    return heads, best
+        rate = expected_rate(costs, choice, engine.heads.exit_layers, engine.blocks.num_blocks, widths, width)
+        if rate > best_rate:
+            best, best_rate = choice.heads, rate
+    return best
 
 
 def lookup_drafter(engine: Engine, corpus: Path | None = None) -> LookupDrafter:
@@ -155,8 +149,8 @@ def mtp_drafter(engine: Engine) -> MtpDrafter:
 
 
 def auto_drafter(engine: Engine, level: float, width: int, read_heads: str, corpus: Path | None = None) -> AutoDrafter:
-    """The checkpoint's MTP layer or assistant, lookup, the EAGLE head or the exits that pay, whichever promises most. On a
-    GPU no exits beside a calibrated EAGLE head: what the host adds to their many passes is not in their costs.
+    """The checkpoint's MTP layer or assistant, lookup or the EAGLE head, whichever promises most; with neither layer nor
+    calibrated EAGLE head, lookup and the exits that pay.
 
     Args:
         width: rows of a pass at most, for the exit heads; the others weigh all widths.
@@ -166,13 +160,11 @@ def auto_drafter(engine: Engine, level: float, width: int, read_heads: str, corp
     choices: list[tuple[Drafter, int]] = [(lookup, LARGEST_WIDTH - 1)]
     if engine.mtp is not None:
         choices.insert(0, (mtp_drafter(engine), LARGEST_WIDTH - 1))
-    has_eagle = engine.eagle is not None and bool(draft_chances_of(engine.record).eagle)
-    if has_eagle:
+    if engine.eagle is not None and draft_chances_of(engine.record).eagle:
         choices.append((eagle_drafter(engine), LARGEST_WIDTH - 1))
-    is_gpu = engine.backbone.device.type == "cuda"
-    if engine.thresholds is not None and engine.mtp is None and not (has_eagle and is_gpu):
+    elif engine.thresholds is not None and engine.mtp is None:
         exits = exit_drafter(engine, level, width, read_heads)
-        if exits.active != [] and not (has_eagle and exits.rounds is None):
+        if exits.active != []:
             choices.append((exits, width - 1))
     return AutoDrafter(choices, lookup.passes.in_batch(1)[1])
 
@@ -187,9 +179,8 @@ def exit_drafter(engine: Engine, level: float, width: int, read_heads: str) -> E
     if engine.thresholds is None:
         raise BundleError("the bundle is not calibrated", hint="eexit calibrate --bundle FOLDER")
     thresholds = engine.thresholds.at(level)
-    active, rounds = choose_heads(engine, level, width) if read_heads == "auto" else (None, None)
-    temperature = draft_chances_of(engine.record).exit_temperature
-    return ExitDrafter(thresholds, active, engine.thresholds.metric, temperature, rounds)
+    active = choose_heads(engine, level, width) if read_heads == "auto" else None
+    return ExitDrafter(thresholds, active, engine.thresholds.metric, draft_chances_of(engine.record).exit_temperature)
 
 
 HEADLESS = ("none", "lookup", "mtp", "auto")

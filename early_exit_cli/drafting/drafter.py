@@ -44,8 +44,6 @@ class Drafter(ABC):
     """Of the method, in records."""
     exit_layers: Sequence[int] = ()
     """Layers after which it wants to see the states of verified tokens."""
-    seen_layers: Sequence[int] = ()
-    """Layers, ascending, whose states of its rows somebody else wants to see; for a drafter that runs rows."""
     chooser: Chooser = GREEDY
     """How the text's tokens are chosen, and so the drafted ones."""
     batch_size: int = 1

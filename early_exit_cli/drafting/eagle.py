@@ -20,7 +20,7 @@ from torch import Tensor
 from early_exit_cli.drafting.chances import Survival
 from early_exit_cli.drafting.drafter import Draft, Drafter
 from early_exit_cli.drafting.reasons import MtpStep, Step
-from early_exit_cli.drafting.round_costs import FORGETTING, NEED, PassShares
+from early_exit_cli.drafting.round_costs import NEED, PassShares
 from early_exit_cli.engine import Engine, OwnHead
 from early_exit_cli.heads.assistant import AssistantHead, AssistantRunner
 from early_exit_cli.heads.eagle import EagleHead
@@ -38,6 +38,8 @@ LOOKED_AHEAD = 8
 """Tokens of a draft that a promise looks at."""
 READINGS = 8.0
 """First tokens of a text that the calibrated entropies count for against those that this text has shown."""
+FORGETTING = 0.97
+"""What is left of the text's own evidence after a round without a draft, so that drafting is tried again."""
 
 
 class _Stop(NamedTuple):

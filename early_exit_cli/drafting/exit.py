@@ -10,18 +10,12 @@ from torch import Tensor
 
 from early_exit_cli.config import UncertaintyMetric
 from early_exit_cli.drafting.drafter import Draft, Drafter
-from early_exit_cli.drafting.exit_rounds import ExitRounds
 from early_exit_cli.drafting.reasons import Exit
-from early_exit_cli.drafting.round_costs import FORGETTING, NEED
 from early_exit_cli.engine import Engine, catch_up
 from early_exit_cli.heads.exit_heads import ExitHeads
 from early_exit_cli.heads.exit_runner import ExitRunner
 from early_exit_cli.heads.uncertainty import may_exit
 from early_exit_cli.runtime.kv_cache import KVCache
-from early_exit_cli.sampling import GREEDY, Chooser
-
-ROUNDS = 8.0
-"""Rounds of a text that calibration counts for against those that this text has shown."""
 
 
 @dataclass
@@ -29,9 +23,7 @@ class ExitDrafter(Drafter):
     """Early exit with the thresholds of one target accuracy.
 
     thresholds: in the units of metric, one per head in depth order. active: the heads that are read, ascending; all by
-    default. temperature: of the heads' distributions, where tokens are sampled. rounds: what is expected of them, where
-    that is known; then nothing is drafted where this text has shown that plain decoding is faster, nor in a pass that is
-    shared with other texts, since the blocks up to an exit are run for each text alone.
+    default. temperature: of the heads' distributions, where tokens are sampled.
     """
 
     name: ClassVar[str] = "adaptive_early_exit"
@@ -39,9 +31,6 @@ class ExitDrafter(Drafter):
     active: list[int] | None = None
     metric: UncertaintyMetric = "entropy"
     temperature: float = 1.0
-    rounds: ExitRounds | None = None
-    shown: tuple[float, float] = field(default=(0.0, 0.0), init=False)
-    """Tokens that this text's own rounds brought, and the milliseconds they were expected to take."""
     reader: ExitRunner | None = field(default=None, init=False, repr=False)
     watched: list[int] = field(default_factory=list, init=False, repr=False)
     """The active heads whose attention looks at the text."""
@@ -55,10 +44,6 @@ class ExitDrafter(Drafter):
         self.exit_layers = [engine.heads.exit_layers[head] for head in self.watched]
         engine.blocks.prepare_parts([engine.heads.exit_layers[head] for head in self._active()])
 
-    def begin(self, prompt_ids: list[int], chooser: Chooser = GREEDY) -> None:
-        super().begin(prompt_ids, chooser)
-        self.shown = (0.0, 0.0)
-
     def process(self, tokens: list[int], states: list[Tensor]) -> None:
         if self.reader is not None:
             for head, seen in zip(self.watched, states):  # noqa: B905 (the final state is the last one)
@@ -67,33 +52,16 @@ class ExitDrafter(Drafter):
     def _active(self) -> list[int]:
         return list(range(len(self.thresholds))) if self.active is None else self.active
 
-    def expected_rate(self, limit: int) -> float:
-        """Of a round, by calibration and by this text; 0 where nothing is expected of the heads."""
-        if limit < 1 or self.rounds is None or self.reader is None or self.batch_size > 1:
-            return 0.0
-        tokens, milliseconds = (ROUNDS * mean + own for mean, own in zip(self.rounds.mean, self.shown, strict=True))
-        return tokens / milliseconds
-
-    def accept(self, draft: Draft, tokens: list[int], accepted: int) -> None:
-        if draft.rows and self.rounds is not None:
-            took = self.rounds.milliseconds[min(len(draft.tokens), len(self.rounds.milliseconds) - 1)]
-            self.shown = self.shown[0] + len(tokens), self.shown[1] + took
-
     def draft(self, engine: Engine, cache: KVCache, pending: int, limit: int, stop_ids: Container[int]) -> Draft:
         heads, reader, active = engine.heads, self.reader, self._active()
         if limit < 1 or heads is None or reader is None or not active:
             return Draft()
-        if self.rounds is not None and self.expected_rate(limit) * self.rounds.plain <= NEED:
-            self.shown = self.shown[0] * FORGETTING, self.shown[1] * FORGETTING
-            return Draft()
         first_layer = heads.exit_layers[active[0]]
-        stops = [*(layer for layer in self.seen_layers if layer < first_layer), first_layer]
         draft = Draft()
         token = pending
         while True:
             position = cache.length + len(draft.tokens)
-            found_there = engine.run_through(engine.embed([token]), cache, position, stops)
-            draft.rows.append(dict(zip(stops, found_there, strict=True)))
+            draft.rows.append({first_layer: engine.run(engine.embed([token]), cache, position, 0, first_layer)})
             if len(draft.tokens) == limit:
                 return draft
             found = self._read_heads(engine, heads, reader, active, cache, draft)
@@ -115,8 +83,7 @@ class ExitDrafter(Drafter):
         """
         for head in active:
             exit_layer, threshold = heads.exit_layers[head], self.thresholds[head]
-            for layer in (*(seen for seen in self.seen_layers if seen < exit_layer), exit_layer):
-                catch_up(engine, cache, draft.rows, layer)
+            catch_up(engine, cache, draft.rows, exit_layer)
             found = reader.read(head, [row[exit_layer] for row in draft.rows], self.metric)
             if may_exit(found, threshold):
                 token = reader.token(self.chooser, draft.tokens, self.temperature)

@@ -10,9 +10,6 @@ NEED = 1.03
 """A draft must be expected to beat plain decoding by this factor: what the models of its worth leave out (exits come in
 runs, they are taken as independent) is of this size, and ties should fall to the simpler side."""
 
-FORGETTING = 0.97
-"""What is left of a text's own evidence after a round without a draft, so that drafting is tried again."""
-
 
 def share_of_pass(pass_cost: Callable[[int], float], rows: int, batch_size: int) -> float:
     """Milliseconds of a pass that fall to one text with `rows` rows: an equal share of the pass in which every text has

@@ -14,7 +14,6 @@ from early_exit_cli.drafting.costs import Costs
 from early_exit_cli.drafting.drafter import NoDrafter
 from early_exit_cli.drafting.eagle import EagleDrafter
 from early_exit_cli.drafting.exit import DynamicDrafter, ExitDrafter, FixedDrafter
-from early_exit_cli.drafting.exit_rounds import ExitRounds
 from early_exit_cli.drafting.lookup import LookupDrafter
 from early_exit_cli.errors import BundleError, ConfigError, DataError
 from early_exit_cli.files.schemas import CalibratedHead, CalibrationRecord, HeadSet, RecordForm
@@ -117,24 +116,14 @@ def test_a_corpus_with_a_token_that_the_model_lacks_is_refused(model, tmp_path, 
         choose.lookup_drafter(model, tmp_path / "corpus.txt")
 
 
-def rounds_of(rate):
-    """Rounds of a millisecond."""
-    return ExitRounds([1.0], [rate], [1.0], 1.0)
-
-
 def kinds(drafter):
     return [(type(choice), longest) for choice, longest in drafter.choices]
 
 
-def test_auto_asks_lookup_and_what_is_calibrated_of_eagle_head_and_exits(model):
+def test_auto_asks_the_eagle_head_else_the_exits_that_pay_else_lookup_alone(model):
     drafter, width = make_drafter(model, SETTINGS, "auto")
     assert isinstance(drafter, AutoDrafter)
-    assert kinds(drafter) == [(LookupDrafter, 15), (EagleDrafter, 15), (ExitDrafter, 7)]
-    read = SETTINGS.model_copy(update={"read_heads": "all"})
-    assert kinds(make_drafter(model, read, "auto")[0]) == [
-        (LookupDrafter, 15),
-        (EagleDrafter, 15),
-    ]  # nothing is expected
+    assert kinds(drafter) == [(LookupDrafter, 15), (EagleDrafter, 15)]
     assert (drafter.plain_cost, width) == (pytest.approx(pass_of(1)), 16)
     uncalibrated = model.record.model_copy(update={"drafting": CHANCES.model_copy(update={"eagle": []}).model_dump()})
     drafter, _ = make_drafter(without(model, record=uncalibrated), SETTINGS, "auto")
@@ -143,6 +132,7 @@ def test_auto_asks_lookup_and_what_is_calibrated_of_eagle_head_and_exits(model):
     assert kinds(drafter) == [(LookupDrafter, 15), (ExitDrafter, 3)]
     exits = drafter.choices[1][0]
     assert (exits.active, exits.thresholds) == ([1], LEVELS["0.60"])
+    read = SETTINGS.model_copy(update={"read_heads": "all"})
     assert make_drafter(model, read, "auto")[0].choices[1][0].active is None
     model.record.calibration.head_sets["0.60"] = [HeadSet(heads=[1], exit_share=[0.0], agreement=[0.0])]
     assert kinds(make_drafter(model, SETTINGS, "auto")[0]) == [(LookupDrafter, 15)]
@@ -165,7 +155,7 @@ def test_a_level_that_was_not_calibrated_is_refused(model):
 def test_heads_are_chosen_for_the_width_that_passes_will_have(model, monkeypatch):
     """The widths that are weighed: those up to the one asked for, and the one that holds it."""
     seen = []
-    monkeypatch.setattr(choose, "exit_rounds", lambda *arguments: seen.append(arguments) or rounds_of(0.0))
+    monkeypatch.setattr(choose, "expected_rate", lambda *arguments: seen.append(arguments) or 0.0)
     for width in (1, 2, 3, 8, 16, 40):
         choose_heads(model, 0.6, width)
     assert [(widths, width) for *_, widths, width in seen] == [
@@ -182,10 +172,10 @@ def test_heads_are_chosen_for_the_width_that_passes_will_have(model, monkeypatch
 def test_heads_must_beat_plain_decoding_by_what_the_model_leaves_out(model, monkeypatch):
     plain = 1 / pass_of(2)
     for rate, chosen in ((1.02 * plain, []), (1.04 * plain, [1])):
-        monkeypatch.setattr(choose, "exit_rounds", lambda *_, rate=rate: rounds_of(rate))
-        assert choose_heads(model, 0.6, 8)[0] == chosen
+        monkeypatch.setattr(choose, "expected_rate", lambda *_, rate=rate: rate)
+        assert choose_heads(model, 0.6, 8) == chosen
     dear = dataclasses.replace(model, heads=None)
-    assert choose_heads(dear, 0.6, 8) == ([], None)
+    assert choose_heads(dear, 0.6, 8) == []
 
 
 def test_of_several_sets_the_best_is_read(model, monkeypatch):
@@ -193,5 +183,5 @@ def test_of_several_sets_the_best_is_read(model, monkeypatch):
         HeadSet(heads=[head], exit_share=[share], agreement=[1.0]) for head, share in ((0, 0.3), (2, 0.9), (1, 0.9))
     ]
     model.record.calibration.head_sets["0.60"] = sets
-    monkeypatch.setattr(choose, "exit_rounds", lambda costs, choice, *_: rounds_of(choice.exit_share[0]))
-    assert choose_heads(model, 0.6, 8) == ([2], rounds_of(0.9))
+    monkeypatch.setattr(choose, "expected_rate", lambda costs, choice, *_: choice.exit_share[0])
+    assert choose_heads(model, 0.6, 8) == [2]
