@@ -160,9 +160,10 @@ def print_draft_chances(chances: DraftChances, as_json: bool) -> None:
     if as_json:
         return
     if chances.exit_temperature != 1 or chances.eagle_temperature != 1:
+        eagle = f" and {chances.eagle_temperature:g} (EAGLE head)" if chances.eagle else ""
         console.note(
-            f"sampled drafts survive most often at {chances.exit_temperature:g} (exit heads) and "
-            f"{chances.eagle_temperature:g} (EAGLE head) times the text's temperature"
+            f"sampled drafts survive most often at {chances.exit_temperature:g} (exit heads){eagle} "
+            "times the text's temperature"
         )
     rows = [(length, f"{chance:.1%}") for length, chance in zip(SHORTEST, chances.lookup, strict=True)]
     console.table("lookup", ["match of at least", "next token right"], rows, result=True)

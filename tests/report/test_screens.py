@@ -169,3 +169,11 @@ def test_a_screen_is_as_it_was_looked_at(screen, columns, monkeypatch):
 def test_a_narrow_terminal_shows_every_word_of_a_wide_one(screen, monkeypatch):
     wide, narrow = (drawn(screen, columns, monkeypatch).split() for columns in (160, 60))
     assert not {*wide} - {*narrow}
+
+
+def test_a_bundle_without_an_eagle_head_is_told_nothing_of_one(capsys):
+    chances = DraftChances(lookup=[0.5] * 6, eagle=[], checked=[], exit_temperature=0.7)
+    calibrate.print_draft_chances(chances, as_json=False)
+    seen = capsys.readouterr()
+    assert "0.7 (exit heads) times" in " ".join((seen.out + seen.err).split())
+    assert "EAGLE" not in seen.out + seen.err
