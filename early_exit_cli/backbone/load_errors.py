@@ -168,6 +168,11 @@ def _fault_of_files(name: str, named: str, folder: Path, part: Part, *, is_whole
         return BackboneError(f"{name} is a bundle of heads, not a model", hint=f"--bundle {name}")
     if "auto_map" in settings and not is_known:
         return UnsupportedBackboneError(f"{name} brings code of its own, which is never run here")
+    if part == "configuration" and not is_known and "model_type" in settings:
+        return UnsupportedBackboneError(
+            f"{name} is of model type {shown(settings['model_type'])}, which transformers {transformers.__version__} does not know",
+            hint="a newer transformers may",
+        )
     if part == "weights":
         return _fault_of_weights(name, named, folder, is_whole)
     has_tokenizer = any(True for pattern in TOKENIZERS for _ in folder.glob(pattern))

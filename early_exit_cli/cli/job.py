@@ -24,6 +24,7 @@ class RecordFile:
 
     Raises:
         ConfigError: it cannot be written; told before anything is answered.
+        OSError: a disk that fills up, with the file's name.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,9 +37,12 @@ class RecordFile:
 
     def write(self, record: dict[str, Any]) -> None:
         """A further record, on the disk at once."""
-        self.file = self.file or self.path.open("w", encoding="utf-8")
-        self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self.file.flush()
+        try:
+            self.file = self.file or self.path.open("w", encoding="utf-8")
+            self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
 
 @dataclass(frozen=True)

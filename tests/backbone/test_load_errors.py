@@ -7,6 +7,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
+import transformers
 from commands import eexit
 from huggingface_hub import constants, errors
 from safetensors.torch import load_file
@@ -116,6 +117,10 @@ def test_what_writes_no_text_says_what_it_is(model):
             "reads with an encoder and writes with a",
         ),
         ({"quantization": {"group_size": 64, "bits": 4}}, "is quantized for MLX, which is not read here"),
+        (
+            {"model_type": "lamma9"},
+            f"is of model type 'lamma9', which transformers {transformers.__version__} does not know",
+        ),
     ):
         (model / "config.json").write_text(json.dumps(settings | changes))
         assert said in refused(model)
