@@ -121,7 +121,7 @@ def world(tiny_model, tiny_backbone):
 def use_bundle(folder: Path) -> None:
     """All that commands do with a bundle: load it, draft with all it has, find its text, check and describe it."""
     model = bundle_load.load_engine(BackboneConfig(device="cpu"), BundleConfig(bundle=str(folder)))
-    data_of_bundle(resolve({}), model.record)
+    data_of_bundle(resolve({}), folder)
     draft_with(model)
     write_card(check_bundle(folder), "org/heads", PushConfig())
 
