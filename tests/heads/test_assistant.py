@@ -7,7 +7,7 @@ import torch
 import transformers
 from assistant_files import assistant_config, nearly_right, random_assistant, rolled
 from commands import eexit, output_of
-from own_drafters import compared, repeating, willing
+from own_drafters import compared, drafted_in_part, repeating, taken_over, willing
 from packaging.version import Version
 from tiny_models import family_config
 from transformers import Gemma4AssistantForCausalLM
@@ -17,20 +17,15 @@ from early_exit_cli.calibration.mtp import read_mtp
 from early_exit_cli.config import BackboneConfig, InferenceConfig, SamplingConfig
 from early_exit_cli.data.documents import Document
 from early_exit_cli.data.packing import apart, pack
-from early_exit_cli.decoding.answer import generate
-from early_exit_cli.decoding.batch import decode_batch
 from early_exit_cli.decoding.loop import decode
-from early_exit_cli.decoding.prefixes import Prefixes
 from early_exit_cli.decoding.text import Request
 from early_exit_cli.drafting.chances import MTP_PRIOR, mtp_survival
 from early_exit_cli.drafting.choose import make_drafter
-from early_exit_cli.drafting.drafter import NoDrafter
 from early_exit_cli.drafting.eagle import runner_of
 from early_exit_cli.errors import EexitError
 from early_exit_cli.evaluation.bench_methods import Setup, load_method
 from early_exit_cli.heads.uncertainty import entropy
 from early_exit_cli.library import EarlyExitModel
-from early_exit_cli.sampling import Sampler
 
 pytestmark = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.24"),
@@ -76,22 +71,7 @@ def test_it_says_what_transformers_own_says(tiny_folder, tmp_path, family, order
 
 
 def test_partly_wrong_drafts_change_no_bit(pair):
-    engine, prompt = engine_of(*pair), repeating(150)
-    runs = compared(engine, prompt, 80)
-    assert runs["mtp"].stats.partly_rejected_drafts > 3
-    assert 0.05 < runs["mtp"].stats.acceptance_rate < 0.95
-    assert runs["auto"].stats.exit_distribution["mtp"] > 0
-    sampled = compared(engine, prompt, 24, lambda: Sampler(SamplingConfig(temperature=0.8, seed=3)))
-    assert sampled["mtp"].stats.tokens_accepted > 0
-    requests = [Request(prompt[start:], 24, stop_ids=()) for start in (0, 100, 149)]
-    alone = [generate(engine, request, NoDrafter(), mode="full").token_ids for request in requests]
-    together = [[], [], []]
-    accepted = 0
-    for number, step, _ in decode_batch(engine, requests, willing(engine), batch=3, width=4):
-        together[number] += step.tokens
-        accepted += step.accepted
-    assert together == alone
-    assert accepted > 10
+    assert drafted_in_part(engine_of(*pair), repeating(150), 149) > 10
 
 
 def test_behind_rejected_drafts_it_says_what_it_says_of_the_text_alone(pair):
@@ -108,15 +88,7 @@ def test_behind_rejected_drafts_it_says_what_it_says_of_the_text_alone(pair):
 
 
 def test_a_later_text_drafts_from_what_it_takes_over(pair):
-    engine, prefixes = engine_of(*pair), Prefixes(10**9)
-    prompt, drafter = repeating(200), willing(engine)
-    first = generate(engine, Request(prompt, 30, stop_ids=()), drafter, mode="mtp", prefixes=prefixes)
-    longer = prompt + first.token_ids + repeating(40)
-    found = generate(engine, Request(longer, 30, stop_ids=()), drafter, mode="mtp", prefixes=prefixes)
-    fresh = generate(engine, Request(longer, 30, stop_ids=()), drafter, mode="mtp")
-    assert prefixes.best(engine, longer, drafter.exit_layers) is not None
-    assert found.token_ids == fresh.token_ids
-    assert found.stats.tokens_accepted == fresh.stats.tokens_accepted > 0
+    taken_over(engine_of(*pair))
 
 
 def test_in_4_bit_it_is_too_and_keeps_nothing_of_the_text(pair):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from commands import eexit, output_of
 from mtp_files import random_layer, right_backbone, rolled, write_layer
-from own_drafters import compared, repeating, willing
+from own_drafters import compared, drafted_in_part, repeating, taken_over
 from safetensors.torch import load_file, save_file
 from tiny_models import byte_tokenizer, family_config
 
@@ -15,19 +15,15 @@ from early_exit_cli.backbone.load import load_backbone
 from early_exit_cli.bundle.load import load_engine
 from early_exit_cli.config import BackboneConfig, InferenceConfig, SamplingConfig
 from early_exit_cli.decoding.answer import generate
-from early_exit_cli.decoding.batch import decode_batch
-from early_exit_cli.decoding.prefixes import Prefixes
 from early_exit_cli.decoding.text import Request
 from early_exit_cli.drafting.chances import MTP_PRIOR, mtp_survival
 from early_exit_cli.drafting.choose import make_drafter
-from early_exit_cli.drafting.drafter import NoDrafter
 from early_exit_cli.drafting.eagle import MtpDrafter
 from early_exit_cli.errors import BackboneError
 from early_exit_cli.evaluation.bench_methods import Setup, load_method
 from early_exit_cli.heads import mtp
 from early_exit_cli.heads.exit_heads import ExitHeads
 from early_exit_cli.heads.mtp import MtpRunner
-from early_exit_cli.sampling import Sampler
 
 FAMILIES = ("qwen3_5", "qwen3_next", "qwen3_5_moe", "glm4_moe", "glm4_moe_lite", "deepseek_v3")
 TEXT = [(7 * place * place + 3 * place) % 251 for place in range(90)]
@@ -96,31 +92,11 @@ def test_the_layer_says_what_its_formula_says(with_layer, family, monkeypatch):
 def test_partly_wrong_drafts_change_no_bit_of_a_model_with_states(right_folder):
     engine = engine_of(right_folder(0.2))
     engine.heads = ExitHeads(engine.backbone, "adapter", [1], 16, None).requires_grad_(False)
-    prompt = repeating(300)
-    runs = compared(engine, prompt, 80)
-    assert runs["mtp"].stats.partly_rejected_drafts > 3
-    assert 0.05 < runs["mtp"].stats.acceptance_rate < 0.95
-    assert runs["auto"].stats.exit_distribution["mtp"] > 0
-    sampled = compared(engine, prompt, 24, lambda: Sampler(SamplingConfig(temperature=0.8, seed=3)))
-    assert sampled["mtp"].stats.tokens_accepted > 0
-    requests = [Request(prompt[start:], 24, stop_ids=()) for start in (0, 100, 290)]
-    alone = [generate(engine, request, NoDrafter(), mode="full").token_ids for request in requests]
-    together = [[], [], []]
-    for number, step, _ in decode_batch(engine, requests, willing(engine), batch=3, width=4):
-        together[number] += step.tokens
-    assert together == alone
+    drafted_in_part(engine, repeating(300), 290)
 
 
 def test_a_later_text_takes_over_what_the_layer_reads(right_folder):
-    engine, prefixes = engine_of(right_folder()), Prefixes(10**9)
-    prompt, drafter = repeating(200), willing(engine)
-    first = generate(engine, Request(prompt, 30, stop_ids=()), drafter, mode="mtp", prefixes=prefixes)
-    longer = prompt + first.token_ids + repeating(40)
-    found = generate(engine, Request(longer, 30, stop_ids=()), drafter, mode="mtp", prefixes=prefixes)
-    fresh = generate(engine, Request(longer, 30, stop_ids=()), drafter, mode="mtp")
-    assert prefixes.best(engine, longer, drafter.exit_layers) is not None
-    assert found.token_ids == fresh.token_ids
-    assert found.stats.tokens_accepted == fresh.stats.tokens_accepted > 0
+    taken_over(engine_of(right_folder()))
 
 
 @pytest.mark.slow
