@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+from collections.abc import Callable
 from typing import Any, get_args
 
 import torch
@@ -19,12 +22,35 @@ HEAD_STEP = 64
 """What compiled passes want a whole number of in a head's dimensions."""
 
 
+def import_bitsandbytes() -> None:
+    """Import bitsandbytes without PyTorch's compiler, whose import takes a second.
+
+    It has four functions compiled as it is imported; now each is when it is first called.
+    """
+    compile_now = torch.compile
+
+    def compile_later(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+        if function is None:
+            return functools.partial(compile_later, **options)
+        compiled = functools.cache(functools.partial(compile_now, function, **options))
+        return functools.wraps(function)(lambda *args, **named: compiled()(*args, **named))
+
+    torch.compile = compile_later  # type: ignore[assignment]
+    try:
+        importlib.import_module("bitsandbytes")
+    finally:
+        torch.compile = compile_now
+
+
 def settings_for(quantization: Quantization, dtype: torch.dtype, plain: tuple[str, ...] = ()) -> Any:
     """transformers' settings to quantize plain weights while they load; none where they stay as they are.
 
     Args:
         plain: modules that stay unquantized, besides the LM head.
     """
+    if quantization == "none":
+        return None
+    import_bitsandbytes()
     from transformers import BitsAndBytesConfig
 
     skipped = ["lm_head", *plain] if plain else None
@@ -36,7 +62,7 @@ def settings_for(quantization: Quantization, dtype: torch.dtype, plain: tuple[st
             bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=skipped,
         )
-    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped) if quantization == "8bit" else None
+    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
 
 
 def plain_dtype(config: Any, runner: str) -> torch.dtype:
@@ -91,6 +117,8 @@ def saved_in(name: str, config: Any, device: torch.device, dtype: torch.dtype) -
     method = quantization_of(config)
     if method is None:
         return None
+    if method in get_args(Quantization):
+        import_bitsandbytes()
     from transformers.quantizers import AutoHfQuantizer
 
     settings = _settings_in(config)
