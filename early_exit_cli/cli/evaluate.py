@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 @configured(
     *("bundle", "backbone", "data", "evaluation"),
+    without=("backbone.assistant",),
     examples=(
         "eexit evaluate --bundle runs/heads",
         "eexit evaluate --bundle runs/heads --dataset-name other.jsonl --output-path evaluation.json",

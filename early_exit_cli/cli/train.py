@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 @configured(
     *("training", "data", "heads", "backbone", "cache"),
+    without=("backbone.assistant",),
     sweeps=True,
     examples=(
         "eexit train --model-name ORG/NAME --dataset-name prompts.jsonl --on-policy --output-dir runs/heads",
