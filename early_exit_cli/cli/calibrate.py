@@ -65,7 +65,8 @@ def command(resolved: Resolved, as_json: bool) -> None:
     first, second = read_both(engine, fit, check, config.calibration.uncertainty_metric)
     chances = fit_draft_chances(fit.documents, first, second)
     save_draft_chances(chances, folder)
-    print_draft_chances(chances, as_json)
+    if not as_json:
+        print_draft_chances(chances, engine.heads is not None)
     mtp = calibrate_mtp(engine, fit, check, as_json)
     if engine.heads is None or first.exits is None or second.exits is None:
         if as_json:
@@ -151,18 +152,15 @@ def read_both(
     return first, second
 
 
-def print_draft_chances(chances: DraftChances, as_json: bool) -> None:
-    """What drafts are worth, by kind of match and by draft position."""
+def print_draft_chances(chances: DraftChances, has_exits: bool) -> None:
+    """What drafts are worth, by kind of match and by draft position; of exit heads where there are some."""
     from early_exit_cli.drafting.suffix_automaton import SHORTEST
 
-    if as_json:
-        return
-    if chances.exit_temperature != 1 or chances.eagle_temperature != 1:
-        eagle = f" and {chances.eagle_temperature:g} (EAGLE head)" if chances.eagle else ""
-        console.note(
-            f"sampled drafts survive most often at {chances.exit_temperature:g} (exit heads){eagle} "
-            "times the text's temperature"
-        )
+    exits = [(chances.exit_temperature, "exit heads")] if has_exits else []
+    found = [*exits, (chances.eagle_temperature, "EAGLE head")] if chances.eagle else exits
+    if any(temperature != 1 for temperature, _ in found):
+        named = " and ".join(f"{temperature:g} ({heads})" for temperature, heads in found)
+        console.note(f"sampled drafts survive most often at {named} times the text's temperature")
     rows = [(length, f"{chance:.1%}") for length, chance in zip(SHORTEST, chances.lookup, strict=True)]
     console.table("lookup", ["match of at least", "next token right"], rows, result=True)
     if chances.eagle:
