@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from early_exit_cli.calibration.calibrate import Calibration
     from early_exit_cli.calibration.held_out import HeldOutSample
     from early_exit_cli.cli.shared import HeldOut
-    from early_exit_cli.config import ThresholdRule, UncertaintyMetric
+    from early_exit_cli.config_training import ThresholdRule, UncertaintyMetric
     from early_exit_cli.drafting.chances import DraftChances, Survival
     from early_exit_cli.engine import Engine
 
