@@ -14,6 +14,7 @@ ORDER = (
         "config_fields",
         "config_files",
         "config_serving",
+        "config_training",
         "config",
         "resolve",
         "files",
@@ -29,7 +30,8 @@ LONGEST_CHAIN = 16
 LONGEST_FILE = 500
 HEAVY = {"torch", "transformers", "accelerate", "datasets", "bitsandbytes"}
 NEVER_TORCH = (
-    *("errors", "steps", "config_fields", "config_files", "config_serving", "config", "resolve", "files", "report"),
+    *("errors", "steps", "config_fields", "config_files", "config_serving", "config_training", "config"),
+    *("resolve", "files", "report"),
     *("backbone.families", "runtime.native_code", "bundle.files", "bundle.hub_client", "bundle.model_card"),
 )
 

@@ -25,7 +25,8 @@ from early_exit_cli.calibration.thresholds import (
     exits_in_order,
     fit_thresholds,
 )
-from early_exit_cli.config import CalibrationConfig, ThresholdRule, UncertaintyMetric
+from early_exit_cli.config import CalibrationConfig
+from early_exit_cli.config_training import ThresholdRule, UncertaintyMetric
 from early_exit_cli.files.atomic import write_json
 from early_exit_cli.files.schemas import CalibrationForm, HeadSet, Statistics
 from early_exit_cli.heads.uncertainty import level_key

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from early_exit_cli.config import UncertaintyMetric
+from early_exit_cli.config_training import UncertaintyMetric
 from early_exit_cli.data.packing import Batch
 from early_exit_cli.engine import Engine, require_heads
 from early_exit_cli.errors import DataError

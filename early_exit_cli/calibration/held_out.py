@@ -10,7 +10,7 @@ from torch import Tensor
 
 from early_exit_cli.calibration.head_outputs import BackboneReading, read_backbone
 from early_exit_cli.calibration.thresholds import Sample
-from early_exit_cli.config import UncertaintyMetric
+from early_exit_cli.config_training import UncertaintyMetric
 from early_exit_cli.data.packing import Batch
 from early_exit_cli.engine import Engine
 from early_exit_cli.errors import DataError

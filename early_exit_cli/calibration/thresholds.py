@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from early_exit_cli.calibration.intervals import independent_tokens, lower_bound
-from early_exit_cli.config import CalibrationConfig, ThresholdRule
+from early_exit_cli.config import CalibrationConfig
+from early_exit_cli.config_training import ThresholdRule
 from early_exit_cli.files.schemas import HeadSet
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 @configured(
     *("cache", "data", "heads", "backbone"),
+    without=("backbone.assistant",),
     examples=(
         "eexit cache extract --dataset-name text.jsonl --cache-gb 2",
         "eexit cache extract --dataset-name prompts.jsonl --on-policy --store fp8 --cache-dir states",
@@ -110,6 +111,7 @@ def repair(resolved: Resolved, as_json: bool) -> None:
     from early_exit_cli.backbone.load import load_backbone
     from early_exit_cli.cli.shared import load_text
     from early_exit_cli.config import BackboneConfig, CacheConfig
+    from early_exit_cli.data.rows import read_data
     from early_exit_cli.hidden_states.cache import damage_record
     from early_exit_cli.hidden_states.cache import verify as verify_files
     from early_exit_cli.hidden_states.extract import repair as repair_files
@@ -122,7 +124,7 @@ def repair(resolved: Resolved, as_json: bool) -> None:
         settings = made.model_dump(include={"model_name", "revision", "quantization"})
         kept = made.model_dump(include={"store", "shard_tokens", "held_out_rows"})
         backbone = load_backbone(BackboneConfig.model_validate(settings))
-        train, held_out = load_text(cache.data, backbone)
+        train, held_out = load_text(read_data(cache.data), backbone)
         with console.progress("computing shards", len(damaged)) as ticker:
             changed = repair_files(
                 cache,
@@ -188,7 +190,7 @@ def find_or_extract(resolved: Resolved) -> Cache:
 
     from early_exit_cli.backbone.load import load_backbone, pick_device
     from early_exit_cli.cli.shared import load_text
-    from early_exit_cli.data.rows import read_records
+    from early_exit_cli.data.rows import read_data
     from early_exit_cli.heads.exit_heads import exit_layers_of
     from early_exit_cli.hidden_states.cache import (
         MANIFEST,
@@ -214,7 +216,7 @@ def find_or_extract(resolved: Resolved) -> Cache:
         if cache.is_complete and not cache.is_shorter_than(config.cache, config.training, processes.num_processes):
             console.note(f"using the cache in {folder}")
             return cache
-    records = read_records(config.data)  # refuse unreadable data before a model loads
+    text = read_data(config.data)  # refuse unreadable data before a model loads
     backbone = load_backbone(config.backbone)
     if "backbone.content" not in request:  # of the Hub, and only now on this machine
         request = cache_request(config.backbone, config.heads, config.data, config.cache)
@@ -223,13 +225,13 @@ def find_or_extract(resolved: Resolved) -> Cache:
     if config.data.on_policy and processes.is_main_process:
         token_bytes = bytes_per_token(backbone.hidden_size, len(exit_layers), config.cache.store)
         every_turn = config.data.answer_turns == "every"
-        turns = sorted((len(record["sample"].prompts(every_turn)) for record in records), reverse=True)
+        turns = sorted((len(record["sample"].prompts(every_turn)) for record in text.records), reverse=True)
         prompts = sum(turns[: config.data.max_documents])
         longest = prompts * (config.data.prompt_tokens + config.data.answer_tokens) // config.data.max_length + 1
         bounds = (config.cache, config.training, config.data.max_length, token_bytes, longest, processes.num_processes)
         most = (wanted_sequences(*bounds) + config.cache.held_out_rows) * config.data.max_length * token_bytes
         console.note(f"answering {prompts:,} prompts first; the cache will then take {most / 1e9:.2f} GB at most")
-    train, held_out = load_text(config.data, backbone)
+    train, held_out = load_text(text, backbone)
     with console.progress("extracting shards", 1) as ticker:
         return extract_states(
             folder,

@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from early_exit_cli.calibration.calibrate import Calibration
     from early_exit_cli.calibration.held_out import HeldOutSample
     from early_exit_cli.cli.shared import HeldOut
-    from early_exit_cli.config import ThresholdRule, UncertaintyMetric
-    from early_exit_cli.data.documents import Split
+    from early_exit_cli.config_training import ThresholdRule, UncertaintyMetric
     from early_exit_cli.drafting.chances import DraftChances, Survival
     from early_exit_cli.engine import Engine
 
@@ -60,19 +59,20 @@ def command(resolved: Resolved, as_json: bool) -> None:
             hint=f"eexit pull {source.repo_id} --output-dir FOLDER, then eexit calibrate --bundle FOLDER",
         )
     folder = source.folder
-    data = data_of_bundle(resolved, folder)
+    text = data_of_bundle(resolved, folder)
     engine = load_engine(backbone_of_bundle(resolved), config.bundle, with_thresholds=False, with_mtp=True)
-    fit, check = (held_out_text(data, engine, split, config.calibration.num_samples) for split in ("calibrate", "eval"))
+    fit, check = held_out_text(text, engine, ["calibrate", "eval"], config.calibration.num_samples)
     first, second = read_both(engine, fit, check, config.calibration.uncertainty_metric)
     chances = fit_draft_chances(fit.documents, first, second)
     save_draft_chances(chances, folder)
-    print_draft_chances(chances, as_json)
+    if not as_json:
+        print_draft_chances(chances, engine.heads is not None)
     mtp = calibrate_mtp(engine, fit, check, as_json)
     if engine.heads is None or first.exits is None or second.exits is None:
         if as_json:
             console.emit_json({"drafting": chances.model_dump()} | mtp)
         return
-    layers, label = engine.heads.exit_layers, dataset_label(data)
+    layers, label = engine.heads.exit_layers, dataset_label(text.config)
     result = calibrate(first.exits, second.exits, layers, config.calibration, label, fit.sequences)
     output = config.calibration.output_path or config.bundle.calibration_path or folder / CALIBRATION_FILE
     save_calibration(result, folder, output)
@@ -98,17 +98,16 @@ def calibrate_mtp_alone(resolved: Resolved, as_json: bool) -> None:
     """
     from early_exit_cli.bundle.load import load_engine
     from early_exit_cli.cli.shared import held_out_text
-    from early_exit_cli.data.rows import read_records
+    from early_exit_cli.data.rows import read_data
 
     config = resolved.config
-    read_records(config.data)  # refuse unreadable data before a model loads
+    text = read_data(config.data)  # refuse unreadable data before a model loads
     engine = load_engine(config.backbone, None, with_mtp=True)
     if engine.mtp is None:
         name = config.backbone.model_name
         why = engine.without_mtp or f"{name} brings no layer for multi-token prediction"
         raise ConfigError(f"nothing to calibrate: {why}, and no bundle was named", hint="--bundle FOLDER")
-    splits: tuple[Split, Split] = ("calibrate", "eval")
-    fit, check = (held_out_text(config.data, engine, split, config.calibration.num_samples) for split in splits)
+    fit, check = held_out_text(text, engine, ["calibrate", "eval"], config.calibration.num_samples)
     found = calibrate_mtp(engine, fit, check, as_json)
     if as_json:
         console.emit_json(found)
@@ -153,18 +152,15 @@ def read_both(
     return first, second
 
 
-def print_draft_chances(chances: DraftChances, as_json: bool) -> None:
-    """What drafts are worth, by kind of match and by draft position."""
+def print_draft_chances(chances: DraftChances, has_exits: bool) -> None:
+    """What drafts are worth, by kind of match and by draft position; of exit heads where there are some."""
     from early_exit_cli.drafting.suffix_automaton import SHORTEST
 
-    if as_json:
-        return
-    if chances.exit_temperature != 1 or chances.eagle_temperature != 1:
-        eagle = f" and {chances.eagle_temperature:g} (EAGLE head)" if chances.eagle else ""
-        console.note(
-            f"sampled drafts survive most often at {chances.exit_temperature:g} (exit heads){eagle} "
-            "times the text's temperature"
-        )
+    exits = [(chances.exit_temperature, "exit heads")] if has_exits else []
+    found = [*exits, (chances.eagle_temperature, "EAGLE head")] if chances.eagle else exits
+    if any(temperature != 1 for temperature, _ in found):
+        named = " and ".join(f"{temperature:g} ({heads})" for temperature, heads in found)
+        console.note(f"sampled drafts survive most often at {named} times the text's temperature")
     rows = [(length, f"{chance:.1%}") for length, chance in zip(SHORTEST, chances.lookup, strict=True)]
     console.table("lookup", ["match of at least", "next token right"], rows, result=True)
     if chances.eagle:

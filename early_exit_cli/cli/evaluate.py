@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 @configured(
     *("bundle", "backbone", "data", "evaluation"),
+    without=("backbone.assistant",),
     examples=(
         "eexit evaluate --bundle runs/heads",
         "eexit evaluate --bundle runs/heads --dataset-name other.jsonl --output-path evaluation.json",
@@ -31,16 +32,16 @@ def command(resolved: Resolved, as_json: bool) -> None:
 
     config = resolved.config
     source = bundle_source(config.bundle)
-    data = data_of_bundle(resolved, source.folder)
+    reading = data_of_bundle(resolved, source.folder)
     engine = load_engine(backbone_of_bundle(resolved), config.bundle)
     if engine.thresholds is not None:
-        engine.thresholds.at(config.evaluation.accuracy_level)  # refuse an uncalibrated level before text is read
-    text = held_out_text(data, engine, "eval", config.evaluation.num_samples)
+        engine.thresholds.at(config.evaluation.accuracy_level)  # refuse an uncalibrated level before the heads read
+    (text,) = held_out_text(reading, engine, ["eval"], config.evaluation.num_samples)
     with console.progress("evaluating", text.sequences) as ticker:
         result = evaluate(engine, text.batches, text.sources, config.evaluation.accuracy_level, ticker.update)
     record = {
         **result.record(),
-        "dataset": dataset_label(data),
+        "dataset": dataset_label(reading.config),
         "bundle": source.record(),
     }
     if config.evaluation.output_path:

@@ -11,6 +11,7 @@ from early_exit_cli.resolve import Resolved
 
 @configured(
     *("export", "bundle", "backbone"),
+    without=("backbone.assistant",),
     examples=("eexit export --bundle runs/heads --output-dir runs/speculators", "eexit export --draft-tokens 5"),
 )
 def command(resolved: Resolved, as_json: bool) -> None:

@@ -86,6 +86,7 @@ def pull(resolved: Resolved, as_json: bool) -> None:
 
 @configured(
     *("dssd", "backbone"),
+    without=("backbone.assistant",),
     argument="dssd.folder",
     examples=(
         "eexit import ORG/EAGLE3-HEAD --output-dir heads --model-name ORG/BACKBONE",

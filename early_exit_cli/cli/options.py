@@ -113,19 +113,31 @@ def _metavar(field: FieldInfo) -> str:
 
 
 def configured(
-    *names: str, sweeps: bool = False, argument: str | None = None, examples: tuple[str, ...] = ()
+    *names: str,
+    without: tuple[str, ...] = (),
+    sweeps: bool = False,
+    argument: str | None = None,
+    examples: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., None]], Command]:
     """Give a command the flags of the sections `names`; it is called with the `Resolved` settings.
 
-    With `sweeps`, it is called with a list of them: `--set heads.rank=[64,256]` makes two. `argument` is a setting
+    `without` are settings of these (dotted) that do nothing there; in a shared file they count as another command's. With `sweeps`, it is called with a list of them: `--set heads.rank=[64,256]` makes two. `argument` is a setting
     (dotted) that may also be given without its flag. `examples` are shown below the command's help.
     """
 
     def decorate(function: Callable[..., None]) -> Command:
         parameters: list[inspect.Parameter] = []
         keys: dict[str, tuple[str, str]] = {}
-        for section in names:
-            for name, field in sections()[section].model_fields.items():
+        settings = {
+            section: {
+                name: field
+                for name, field in sections()[section].model_fields.items()
+                if f"{section}.{name}" not in without
+            }
+            for section in names
+        }
+        for section, fields in settings.items():
+            for name, field in fields.items():
                 kind = option_type(field)
                 flag, *others = flag_names(name, field)
                 spellings = {name: [flag if kind is not bool else f"{flag}/--no-{flag[2:]}"], f"{ALIAS}{name}": others}
@@ -143,7 +155,7 @@ def configured(
                         parameters.append(_keyword(parameter, kind, option))
         if argument is not None:
             section, name = argument.split(".")
-            given: Any = list[str] if is_text_list(sections()[section].model_fields[name]) else str
+            given: Any = list[str] if is_text_list(settings[section][name]) else str
             shown = typer.Argument(metavar=name.upper(), help=f"The same as --{name}.".replace("_", "-"))
             parameters.insert(0, _keyword(ARGUMENT, given, shown))
         fixed: list[tuple[str, Any, Any]] = [
@@ -171,12 +183,12 @@ def configured(
             variants = sweep(flags, path) if sweeps else [resolve(flags, path)]
             if show:
                 for resolved in variants:
-                    show_settings(resolved, names, as_json)
+                    show_settings(resolved, settings, as_json)
                 return
             with status_line():
                 function(variants if sweeps else variants[0], as_json)
 
-        command.sections, command.argument, command.examples = names, argument, examples  # type: ignore[attr-defined]
+        command.settings, command.argument, command.examples = settings, argument, examples  # type: ignore[attr-defined]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return command
@@ -220,9 +232,10 @@ def parse_assignments(assignments: list[str]) -> dict[str, tuple[Any, str]]:
     return found
 
 
-def show_settings(resolved: Resolved, names: tuple[str, ...], as_json: bool) -> None:
+def show_settings(resolved: Resolved, settings: dict[str, dict[str, FieldInfo]], as_json: bool) -> None:
     """The settings a command would run with, and where each comes from."""
-    rows = [row for row in resolved.rows() if row[0].split(".")[0] in names]
+    shown = {f"{section}.{name}" for section, fields in settings.items() for name in fields}
+    rows = [row for row in resolved.rows() if row[0] in shown]
     if as_json:
         console.emit_json({key: {"value": value, "origin": origin} for key, value, origin in rows})
     else:

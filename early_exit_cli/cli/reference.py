@@ -41,10 +41,9 @@ def page(name: str, help: str, function: Any) -> str:
         "```bash\n" + "\n".join([f"eexit {name}{argument} [OPTIONS]", *function.examples]) + "\n```",
         "Made from the settings themselves (`make docs`). `--dashed-name` and `--underscored_name` are the same flag.",
     ]
-    for section in function.sections:
-        model = sections()[section]
+    for section, fields in function.settings.items():
         rows = []
-        for field_name, field in model.model_fields.items():
+        for field_name, field in fields.items():
             rows.append(
                 (
                     ", ".join(f"`{flag}`" for flag in flag_names(field_name, field)),
@@ -54,7 +53,8 @@ def page(name: str, help: str, function: Any) -> str:
                 )
             )
         parts.append(
-            f"## {section}\n\n{(model.__doc__ or '').strip()}\n\n" + _table(["flag", "value", "default", ""], rows)
+            f"## {section}\n\n{(sections()[section].__doc__ or '').strip()}\n\n"
+            + _table(["flag", "value", "default", ""], rows)
         )
     parts.append("## every command\n\n" + _table(["flag", ""], [(f"`{flag}`", meaning) for flag, meaning in ALWAYS]))
     return "\n\n".join(parts) + "\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from early_exit_cli.backbone.backbone import Backbone
     from early_exit_cli.data.documents import Document, Split
     from early_exit_cli.data.packing import Batch
+    from early_exit_cli.data.rows import Reading
     from early_exit_cli.engine import Engine
 
 
@@ -55,22 +57,22 @@ def is_without_heads(resolved: Resolved) -> bool:
     return not same or backbone.revision is not None
 
 
-def data_of_bundle(resolved: Resolved, folder: Path) -> DataConfig:
-    """The data section; without a data set named, the one the bundle's heads were trained on, so that its split is the same.
+def data_of_bundle(resolved: Resolved, folder: Path) -> Reading:
+    """The data set, read before a model loads; without one named, that which the bundle's heads were trained on, so that its
+    split is the same.
 
     Raises:
-        DataError: its text cannot be read; told before a model loads.
+        DataError: its text cannot be read.
     """
     from early_exit_cli.bundle.files import read_bundle_record
-    from early_exit_cli.data.rows import read_records
+    from early_exit_cli.data.rows import read_data
 
     record = read_bundle_record(folder)
     trained = record.training.data
     if trained is None and record.eagle is not None and record.eagle.training is not None:
         trained = record.eagle.training.data
     if not resolved.is_default("data.dataset_name") or trained is None:
-        read_records(resolved.config.data)
-        return resolved.config.data
+        return read_data(resolved.config.data)
     set_here = {
         key.split(".")[1]: value
         for key, value, _ in resolved.rows()
@@ -78,20 +80,19 @@ def data_of_bundle(resolved: Resolved, folder: Path) -> DataConfig:
     }
     data = DataConfig.model_validate(trained.model_dump(exclude_unset=True) | set_here)
     try:
-        read_records(data)
+        return read_data(data)
     except DataError as error:
         raise DataError(
             f"the text that the heads of {folder} were trained on cannot be read: {error.message}",
             hint="--dataset-name FILE names another",
         ) from error
-    return data
 
 
-def load_text(data: DataConfig, backbone: Backbone) -> tuple[list[Document], list[Document]]:
+def load_text(reading: Reading, backbone: Backbone) -> tuple[list[Document], list[Document]]:
     """Training and evaluation text; the first process answers prompts, the others then read what it wrote."""
     from accelerate import PartialState
 
-    from early_exit_cli.data.load import load_documents
+    from early_exit_cli.data.load import load_splits
 
     processes = PartialState(cpu=backbone.device.type == "cpu")
     with processes.main_process_first(), console.progress("answering prompts", 1) as ticker:
@@ -101,8 +102,7 @@ def load_text(data: DataConfig, backbone: Backbone) -> tuple[list[Document], lis
             ticker.update(done, f"{tokens / (time.monotonic() - started):,.0f} tokens/s", total)
 
         on_read = console.note if processes.is_main_process else None
-        train = load_documents(data, backbone, "train", on_answers, on_read)
-        held_out = load_documents(data, backbone, "eval", on_answers)
+        train, held_out = load_splits(reading, backbone, ["train", "eval"], on_answers, on_read)
     return train, held_out
 
 
@@ -123,14 +123,18 @@ class HeldOut:
         return sum(batch.input_ids.shape[0] for batch in self.batches)
 
 
-def held_out_text(config: DataConfig, engine: Engine, split: Split, limit: int, batch_size: int = 4) -> HeldOut:
-    """At most `limit` sequences of a held-out split."""
-    from early_exit_cli.data.load import load_documents
+def held_out_text(
+    reading: Reading, engine: Engine, splits: Sequence[Split], limit: int, batch_size: int = 4
+) -> list[HeldOut]:
+    """At most `limit` sequences of each held-out split."""
+    from early_exit_cli.data.load import load_splits
     from early_exit_cli.data.packing import batches, pack
 
-    documents = load_documents(config, engine.backbone, split, on_read=console.note if split == "eval" else None)
-    rows = pack(documents, config.max_length, engine.backbone.pad_token_id)[:limit]
-    return HeldOut(list(batches(rows, batch_size)), documents)
+    found = []
+    for documents in load_splits(reading, engine.backbone, splits, on_read=console.note):
+        rows = pack(documents, reading.config.max_length, engine.backbone.pad_token_id)[:limit]
+        found.append(HeldOut(list(batches(rows, batch_size)), documents))
+    return found
 
 
 def dataset_label(config: DataConfig) -> str:

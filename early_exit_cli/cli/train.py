@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 @configured(
     *("training", "data", "heads", "backbone", "cache"),
+    without=("backbone.assistant",),
     sweeps=True,
     examples=(
         "eexit train --model-name ORG/NAME --dataset-name prompts.jsonl --on-policy --output-dir runs/heads",
@@ -112,14 +113,14 @@ def online_states(config: Config) -> StateSource:
     """The running backbone and the text."""
     from early_exit_cli.backbone.load import load_backbone
     from early_exit_cli.cli.shared import load_text
-    from early_exit_cli.data.rows import read_records
+    from early_exit_cli.data.rows import read_data
     from early_exit_cli.heads.exit_heads import exit_layers_of
     from early_exit_cli.hidden_states.live import BackboneStates
 
-    read_records(config.data)  # refuse unreadable data before a model loads
+    text = read_data(config.data)  # refuse unreadable data before a model loads
     backbone = load_backbone(config.backbone)
     exit_layers = exit_layers_of(config.heads, backbone.num_blocks)
-    train, held_out = load_text(config.data, backbone)
+    train, held_out = load_text(text, backbone)
     return BackboneStates(backbone, exit_layers, train, held_out, config.data, config.training)
 
 

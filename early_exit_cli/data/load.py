@@ -9,7 +9,7 @@ the next (`block_mask`).
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.backbone.chat import encode_conversation
@@ -30,22 +30,37 @@ def load_documents(
     progress: Progress | None = None,
     on_read: Callable[[str], None] | None = None,
 ) -> list[Document]:
-    """The documents of one split, tokenised; with `on_policy`, prompts together with the backbone's own answers.
+    """The documents of one split, as `load_splits`.
+
+    Raises:
+        DataError: as `load_splits`, or nothing to read.
+    """
+    return load_splits(read_data(config), backbone, [split], progress, on_read)[0]
+
+
+def load_splits(
+    reading: Reading,
+    backbone: Backbone,
+    splits: Sequence[Split],
+    progress: Progress | None = None,
+    on_read: Callable[[str], None] | None = None,
+) -> list[list[Document]]:
+    """The documents of each split, tokenised; with `on_policy`, prompts together with the backbone's own answers.
 
     Args:
+        reading: of the whole data set; what cannot be used after all is counted in it.
         on_read: called with one line on what was read and what was left out, before anything is answered.
 
     Raises:
-        DataError: nothing to read or nothing left, or a token that the backbone has no embedding of.
+        DataError: nothing left of one of them, or a token that the backbone has no embedding of.
     """
-    reading = read_data(config)
-    records = list(reading.records)
+    config, records = reading.config, list(reading.records)
     random.Random(config.data_seed).shuffle(records)
     if config.max_documents:
         records = records[: config.max_documents]
     if not backbone.tokenizer.chat_template and any(record["sample"].messages for record in records):
         reading.notes.append("the tokenizer has no chat template, so roles and texts are joined plainly")
-    groups = _prompts(reading, records, config, backbone) if config.on_policy else _texts(reading, records, backbone)
+    groups = _prompts(reading, records, backbone) if config.on_policy else _texts(reading, records, backbone)
     if not groups:
         raise DataError(f"{config.dataset_name} holds nothing to use; {reading.reasons()}")
     if on_read:
@@ -54,13 +69,16 @@ def load_documents(
         unanswered = [document for group in groups for document in group]
         answered = iter(answer_prompts(unanswered, config, backbone, progress))
         groups = [[next(answered) for _ in group] for group in groups]
-    part = [document for group in split_documents(groups, config.holdout, split) for document in group]
-    if not any(len(document.ids) > 1 for document in part):
-        raise DataError(
-            f"{config.dataset_name}: the {split} part of {len(groups)} texts is empty",
-            hint="use more text, or --holdout",
-        )
-    return part
+    parts = []
+    for split in splits:
+        part = [document for group in split_documents(groups, config.holdout, split) for document in group]
+        if not any(len(document.ids) > 1 for document in part):
+            raise DataError(
+                f"{config.dataset_name}: the {split} part of {len(groups)} texts is empty",
+                hint="use more text, or --holdout",
+            )
+        parts.append(part)
+    return parts
 
 
 def _texts(reading: Reading, records: list[Record], backbone: Backbone) -> list[Group]:
@@ -85,9 +103,9 @@ def _texts(reading: Reading, records: list[Record], backbone: Backbone) -> list[
     return groups
 
 
-def _prompts(reading: Reading, records: list[Record], config: DataConfig, backbone: Backbone) -> list[Group]:
+def _prompts(reading: Reading, records: list[Record], backbone: Backbone) -> list[Group]:
     """Prompts that are not too long, without their answers yet."""
-    groups = []
+    config, groups = reading.config, []
     too_long = f"longer than {config.prompt_tokens} tokens"
     later = 0
     for record in records:

@@ -34,6 +34,7 @@ class Record(TypedDict):
 class Reading:
     """What was read of a data set: its records, how many of each form, and the numbers of the rows left out, by reason."""
 
+    config: DataConfig
     name: str
     records: list[Record] = field(default_factory=list)
     forms: Counter[str] = field(default_factory=Counter)
@@ -82,7 +83,7 @@ def read_data(config: DataConfig) -> Reading:
     name = config.dataset_name
     if not name:
         raise DataError("no text to work on", hint="name it with --dataset-name: a Hub id or a local file")
-    found = Reading(Path(name).name if Path(name).expanduser().exists() else name)
+    found = Reading(config, Path(name).name if Path(name).expanduser().exists() else name)
     for number, row in _load_rows(config, name):
         try:
             sample = read_row(row, config.text_column)

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from early_exit_cli.config import UncertaintyMetric
+from early_exit_cli.config_training import UncertaintyMetric
 from early_exit_cli.drafting.drafter import Draft, Drafter
 from early_exit_cli.drafting.reasons import Exit
 from early_exit_cli.engine import Engine, catch_up

@@ -11,7 +11,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from early_exit_cli.config import DataConfig, Quantization, UncertaintyMetric
+from early_exit_cli.config import DataConfig, Quantization
+from early_exit_cli.config_training import UncertaintyMetric
 from early_exit_cli.errors import BundleError, EexitError, shown
 from early_exit_cli.files.atomic import read_json
 from early_exit_cli.files.forms import Absent, Count, Form, Name, Positive, Share, require_ascending, to_exit_layers

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from early_exit_cli.backbone.output import LogitMap
 from early_exit_cli.backbone.quantization import HEAD_STEP
-from early_exit_cli.config import UncertaintyMetric
+from early_exit_cli.config_training import UncertaintyMetric
 from early_exit_cli.heads.attention import HeadCache
 from early_exit_cli.heads.exit_heads import AdapterHead, AttentionHead, ExitHeads
 from early_exit_cli.heads.native_head_cache import NativeHeadCache

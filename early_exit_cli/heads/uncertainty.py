@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from early_exit_cli.config import UncertaintyMetric
+from early_exit_cli.config_training import UncertaintyMetric
 from early_exit_cli.errors import ConfigError
 
 NEVER = float("-inf")

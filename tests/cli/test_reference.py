@@ -15,10 +15,13 @@ def test_every_command_has_its_page_and_it_is_current():
 
 
 def test_a_page_names_every_setting_of_its_command():
-    from early_exit_cli.resolve import sections
-
     for name, help, function in commands():
         text = page(name, help, function)
-        for section in function.sections:
-            for field in sections()[section].model_fields:
+        for fields in function.settings.values():
+            for field in fields:
                 assert f"`--{field.replace('_', '-')}`" in text, (name, field)
+
+
+def test_an_assistant_is_named_only_where_it_drafts():
+    takes = {name for name, _, function in commands() if "assistant" in function.settings.get("backbone", ())}
+    assert takes == {"infer", "chat", "serve", "bench", "calibrate"}

@@ -7,9 +7,9 @@ import torch
 from early_exit_cli.config import DataConfig
 from early_exit_cli.data import on_policy
 from early_exit_cli.data.documents import Document, split_documents
-from early_exit_cli.data.load import load_documents
+from early_exit_cli.data.load import load_documents, load_splits
 from early_exit_cli.data.packing import apart, pack
-from early_exit_cli.data.rows import read_prompts, read_records
+from early_exit_cli.data.rows import read_data, read_prompts, read_records
 from early_exit_cli.errors import DataError
 
 
@@ -183,8 +183,8 @@ def test_on_policy_text_is_the_backbones_own_answer_and_is_made_once(tmp_path, t
         raise AssertionError("answered again")
 
     monkeypatch.setattr(on_policy, "answerer", forbidden)
-    again = [d for split in ("train", "eval", "calibrate") for d in load_documents(config, backbone, split)]
-    assert again == documents
+    again = load_splits(read_data(config), backbone, ["train", "eval", "calibrate"])
+    assert [document for part in again for document in part] == documents
 
 
 def test_large_batches_are_groups_of_one_kind(tmp_path, tiny_backbone, monkeypatch):

@@ -6,6 +6,8 @@ import shutil
 import pytest
 from commands import eexit
 
+from early_exit_cli.data import rows
+
 
 @pytest.fixture
 def own(bundle, tmp_path):
@@ -36,9 +38,12 @@ def test_calibrate_shows_both_rules_and_draws(own):
         assert found["coverage"] == {level: cell["coverage"] for level, cell in cells.items()}
 
 
-def test_calibrate_json_is_complete_and_the_only_thing_on_stdout(own):
+def test_calibrate_json_is_complete_the_only_thing_on_stdout_and_of_a_text_read_once(own, monkeypatch):
+    read = []
+    monkeypatch.setattr(rows, "_content", lambda path: read.append(path.name) or path.read_bytes())
     code, out, err = eexit("calibrate", "--bundle", own, "--accuracy-levels", "0.5", "--json")
     assert code == 0, err
+    assert read == ["prompts.jsonl"]
     found = json.loads(out)
     written = json.loads((own / "calibration.json").read_text())
     assert {key: found[key] for key in written} == written

@@ -107,7 +107,7 @@ def calibrated(verbose=False):
     )
     survival = Survival(intercept=2.0, slope=-1.5, mean=0.67)
     chances = DraftChances(lookup=[0.31, 0.42, 0.55, 0.6, 0.7, 0.8], eagle=[survival], checked=[(0.66, 0.67)])
-    calibrate.print_draft_chances(chances, as_json=False)
+    calibrate.print_draft_chances(chances, has_exits=True)
     calibrate.print_calibration(result, 30, verbose)
     calibrate.print_warnings(result)
 
@@ -171,9 +171,14 @@ def test_a_narrow_terminal_shows_every_word_of_a_wide_one(screen, monkeypatch):
     assert not {*wide} - {*narrow}
 
 
-def test_a_bundle_without_an_eagle_head_is_told_nothing_of_one(capsys):
-    chances = DraftChances(lookup=[0.5] * 6, eagle=[], checked=[], exit_temperature=0.7)
-    calibrate.print_draft_chances(chances, as_json=False)
-    seen = capsys.readouterr()
-    assert "0.7 (exit heads) times" in " ".join((seen.out + seen.err).split())
-    assert "EAGLE" not in seen.out + seen.err
+def test_a_bundle_is_told_nothing_of_heads_that_it_has_not(capsys):
+    survival = Survival(intercept=1.0, slope=-1.0, mean=0.5, entropies=(0.5,) * 16)
+    for eagle, has_exits, expected in (
+        ([], True, "at 0.7 (exit heads) times"),
+        ([survival], False, "at 0.9 (EAGLE head) times"),
+        ([survival], True, "at 0.7 (exit heads) and 0.9 (EAGLE head) times"),
+    ):
+        chances = DraftChances(lookup=[0.5] * 6, eagle=eagle, checked=[(0.5, 0.5)] * len(eagle))
+        chances = chances.model_copy(update={"exit_temperature": 0.7, "eagle_temperature": 0.9})
+        calibrate.print_draft_chances(chances, has_exits)
+        assert expected in " ".join(capsys.readouterr().err.split())
