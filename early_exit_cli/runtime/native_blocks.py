@@ -20,7 +20,7 @@ from early_exit_cli.files.instruction_sets import instruction_set
 from early_exit_cli.runtime.blocks import LARGEST_WIDTH, Blocks
 from early_exit_cli.runtime.fused_blocks import FusedBlocks, why_no_code, why_not_nf4
 from early_exit_cli.runtime.kv_cache import KVCache, Part, Rotary
-from early_exit_cli.runtime.native_buffers import TILE, Held, native_part
+from early_exit_cli.runtime.native_buffers import TILE, Held, native_part, parts_of
 from early_exit_cli.runtime.native_code import Block, LMHead, Model, code_key, native_code, why_no_native_code
 from early_exit_cli.runtime.native_code import Part as NativePart
 from early_exit_cli.runtime.nf4_linear import is_int8, is_packed_nf4, is_plain_nf4
@@ -95,8 +95,7 @@ class NativeBlocks(FusedBlocks):
         tiles, scale = torch.empty(vocab, hidden, dtype=torch.uint8), torch.empty(vocab)
         error, norm = torch.empty(vocab), torch.empty(vocab)
         accumulation = 2 * hidden * 2.0**-24
-        for start in range(0, vocab, 4096):  # in parts: float32 copies of the whole would double the memory
-            part = slice(start, min(start + 4096, vocab))
+        for part in parts_of(vocab):
             rows = weight[part].float()
             tiles[part], scale[part], found = self.held.int8_tiles(rows)
             norm[part] = found.norm(dim=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from early_exit_cli.runtime.native_code import Part as NativePart
 from early_exit_cli.runtime.nf4_linear import VOCAB_TILE, Int8Rows, MergedNF4, PlainRows
 
 TILE, SCALES_TOGETHER = 32, 4
+ROWS_AT_ONCE = 512
 BF16, INT8 = 1, 2
 """Kinds of weights, as in `blocks.c`; 0 is NF4."""
 
@@ -41,7 +43,10 @@ class Held:
 
     def int8_of(self, *weights: Tensor) -> Int8:
         """A product over weights [out, in], one behind another."""
-        tiles, scale, _ = self.int8_tiles(torch.cat(weights).float())
+        whole = torch.cat(weights).detach()
+        tiles, scale = torch.empty(whole.shape, dtype=torch.uint8), torch.empty(len(whole))
+        for part in parts_of(len(whole)):
+            tiles[part], scale[part], _ = self.int8_tiles(whole[part].float())
         return self.int8(tiles, scale)
 
     def attention(
@@ -71,9 +76,7 @@ class Held:
         (out, size), inputs = rows.shape, int(self.code.int8_inputs)
         whole, scales = int8_rows(rows)
         scale = scales.float()
-        tiles = (
-            (whole.to(torch.int16) + 128).to(torch.uint8).view(out // VOCAB_TILE, VOCAB_TILE, size // inputs, inputs)
-        )
+        tiles = (whole.view(torch.uint8) ^ 128).view(out // VOCAB_TILE, VOCAB_TILE, size // inputs, inputs)
         return tiles.transpose(1, 2).reshape(out, size), scale, whole.float() * scale[:, None]
 
     def product(self, product: Any) -> Product:
@@ -99,6 +102,11 @@ class Held:
     def int8(self, tiles: Tensor, scale: Tensor) -> Int8:
         """A product over what `int8_tiles` made."""
         return Int8(self.address(tiles), self.address(scale), tiles.shape[1], tiles.shape[0])
+
+
+def parts_of(rows: int) -> Iterator[slice]:
+    """Of so many rows, such as fit into a cache while they are made int8: all at once would fault in new memory."""
+    return (slice(start, min(start + ROWS_AT_ONCE, rows)) for start in range(0, rows, ROWS_AT_ONCE))
 
 
 def by_rows(packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
