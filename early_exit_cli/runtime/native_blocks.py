@@ -24,10 +24,13 @@ from early_exit_cli.runtime.native_buffers import TILE, Held, native_part, parts
 from early_exit_cli.runtime.native_code import Block, LMHead, Model, code_key, native_code, why_no_native_code
 from early_exit_cli.runtime.native_code import Part as NativePart
 from early_exit_cli.runtime.nf4_linear import is_int8, is_packed_nf4, is_plain_nf4
+from early_exit_cli.runtime.prefix import kept_of
 
 BATCH_ROWS = 64
 PROMPT_WIDTH = 128
 """Rows of a prompt's pass at most: so long another text waits that is decoded meanwhile."""
+WORTH_SHARING = 8
+"""Tokens that several texts begin with, from which on they are worth a pass of their own."""
 KEPT_AS = "_compiled_blocks"
 SILU, GELU = "silu", "gelu_pytorch_tanh"
 VECTOR = 16
@@ -214,15 +217,45 @@ class NativeBlocks(FusedBlocks):
         rows = torch.arange(len(documents))[:, None]
         owners = (documents * len(documents) + rows).flatten()[real]  # one that goes on in another row begins again
         widths = owners.unique_consecutive(return_counts=True)[1].tolist()
-        parts = [Part(self.new_cache(width), 0, width) for width in widths]
         stops = sorted({*exit_layers, self.num_blocks})
-        states = self.run_batch(self.embed(input_ids.flatten()[real]), parts, stops)
+        states = self._states_of_texts(input_ids.flatten()[real].split(widths), stops)
         found = []
         for state in (*(states[stops.index(layer)] for layer in exit_layers), self.final_norm(states[-1])):
             whole = state.new_zeros(real.numel(), state.shape[-1])
             whole[real] = state
             found.append(whole.view(*input_ids.shape, -1))
         return found
+
+    def _states_of_texts(self, texts: Sequence[Tensor], stops: Sequence[int]) -> list[Tensor]:
+        """`run_batch` over whole texts, [tokens] int64 each. What all begin with, a template's first words, is computed once."""
+        caches = [self.new_cache(len(text)) for text in texts]
+        shared = shared_beginning(texts)
+        parts = [Part(cache, shared, len(text) - shared) for cache, text in zip(caches, texts, strict=True)]
+        if shared == 0:
+            return self.run_batch(self.embed(torch.cat([*texts])), parts, stops)
+        first = self.new_cache(shared)
+        begun = self.run_batch(self.embed(texts[0][:shared]), [Part(first, 0, shared)], stops)
+        prefix = kept_of(first, texts[0][:shared].tolist(), shared, {})
+        for cache in caches:
+            prefix.copy_to(cache, shared)
+        states = self.run_batch(self.embed(torch.cat([text[shared:] for text in texts])), parts, stops)
+        sizes = [part.width for part in parts]
+        return [
+            torch.cat([piece for rest in own.split(sizes) for piece in (same, rest)])
+            for same, own in zip(begun, states, strict=True)
+        ]
+
+
+def shared_beginning(texts: Sequence[Tensor]) -> int:
+    """How many tokens all of several texts begin with, where that is worth a pass of its own: less than any of them has.
+
+    Args:
+        texts: [tokens] int64 each.
+    """
+    most = min(map(len, texts)) - 1
+    alike = torch.stack([text[:most] == texts[0][:most] for text in texts]).all(0)
+    shared = int(alike.cumprod(0).sum())
+    return shared if len(texts) > 1 and shared >= WORTH_SHARING else 0
 
 
 def compiled_blocks(backbone: Backbone) -> NativeBlocks | None:

@@ -342,6 +342,22 @@ def test_packed_text_has_the_states_of_each_document_alone(blocks, smollm2):
         assert not packed[~valid].any()
 
 
+def test_texts_that_begin_alike_have_the_states_of_each_alone(blocks, smollm2, monkeypatch):
+    ids = real_ids(smollm2, 150).tolist()
+    texts = [ids[:20] + ids[start : start + length] for start, length in ((30, 50), (60, 1), (70, 75))]
+    batch = stacked(pack([Document(text, "") for text in texts], 120, 0))
+    ran = []
+    run_batch = blocks.run_batch
+    monkeypatch.setattr(blocks, "run_batch", lambda hidden, *rest: ran.append(len(hidden)) or run_batch(hidden, *rest))
+    with torch.inference_mode():
+        together = blocks.states_of(batch.input_ids, batch.documents, [8])
+        assert ran == [20, 50 + 1 + 75]
+        for number, text in enumerate(texts):
+            alone = blocks.states_of(torch.tensor([text]), torch.zeros(1, len(text), dtype=torch.int64), [8])
+            for packed, single in zip(together, alone, strict=True):
+                assert torch.equal(packed[batch.documents == number], single[0])
+
+
 def test_other_layouts_say_why(small_backbone, monkeypatch):
     backbone = small_backbone("llama")
     block = backbone.blocks[2]
