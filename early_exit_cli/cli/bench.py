@@ -88,7 +88,7 @@ def show_costs(resolved: Resolved, as_json: bool) -> None:
     """Measure the cost table of this device, keep it, show it."""
     from early_exit_cli.bundle.load import load_engine
     from early_exit_cli.cli.shared import backbone_of_bundle, is_without_heads
-    from early_exit_cli.drafting.costs import CONTEXT, FAR_CONTEXT, cost_table
+    from early_exit_cli.drafting.costs import CONTEXT, cost_table
 
     if is_without_heads(resolved):
         engine = load_engine(resolved.config.backbone, None, with_mtp=True)
@@ -116,7 +116,6 @@ def show_costs(resolved: Resolved, as_json: bool) -> None:
                 f"{whole:.2f}",
                 f"{whole / costs.plain(depth, 1):.2f}x",
                 f"{costs.per_block[width]:.3f}",
-                f"{costs.per_block_far[width]:.3f}",
                 f"{costs.finish[width]:.2f}",
             )
         )
@@ -134,7 +133,7 @@ def show_costs(resolved: Resolved, as_json: bool) -> None:
             if engine.mtp is not None
             else ""
         ),
-        ["width", "used", "pass", "of width 1", "one block", f"one block, {FAR_CONTEXT} keys", "norm and LM head"],
+        ["width", "used", "pass", "of width 1", "one block", "norm and LM head"],
         rows,
         result=True,
     )

@@ -30,12 +30,11 @@ from early_exit_cli.heads.exit_runner import ExitRunner
 from early_exit_cli.heads.head_runner import HeadRunner
 from early_exit_cli.numerics import synchronize
 from early_exit_cli.runtime.blocks import Blocks
-from early_exit_cli.runtime.kv_cache import KVCache
 from early_exit_cli.runtime.measurements import device_identity, measurement_path
 from early_exit_cli.steps import step
 
 REPEATS = 4
-PROTOCOL = 6
+PROTOCOL = 7
 """Of the measurement: costs that were measured in another way are not taken."""
 TRIES, AGREED = 3, 0.1
 PATIENCE = 5.0
@@ -45,7 +44,7 @@ OCCASIONS, APART = 3, 600.0
 not make drafting idle for ever."""
 STARTED = time.time()
 """Of this process, nearly: it measures when it begins, never in the middle of a conversation."""
-CONTEXT, FAR_CONTEXT = 256, 1024
+CONTEXT = 256
 SAMPLE_TEXT = "The history of the lighthouse is the history of trade by sea, and of those who waited for it. "
 Call = Callable[[], Any]
 Key = TypeVar("Key")
@@ -56,7 +55,7 @@ Cost = Annotated[float, Field(gt=0.0)]
 
 
 class Costs(Form, extra="forbid"):
-    """Milliseconds on this device, by width: one block over CONTEXT keys and over FAR_CONTEXT, final norm and LM head;
+    """Milliseconds on this device, by width: one block over CONTEXT keys, final norm and LM head;
     for reading one head of one row; and of the EAGLE head and the model's own drafter (`mtp`), for reading what a pass
     verified and for a step of its own, each with its choice. All is timed where it runs: the finish after the blocks, whose
     weights have driven the LM head's out of the caches, reading right after a pass, a step after reading, which has brought
@@ -66,7 +65,6 @@ class Costs(Form, extra="forbid"):
     """
 
     per_block: dict[Width, Cost]
-    per_block_far: dict[Width, Cost]
     finish: dict[Width, Cost]
     head: float = Field(ge=0.0)
     eagle_read: float = Field(ge=0.0)
@@ -77,8 +75,8 @@ class Costs(Form, extra="forbid"):
 
     @property
     def widths(self) -> set[int]:
-        """Those that all tables have."""
-        return {*self.per_block} & {*self.per_block_far} & {*self.finish}
+        """Those that both tables have."""
+        return {*self.per_block} & {*self.finish}
 
     def plain(self, num_blocks: int, width: int) -> float:
         """A pass through the whole backbone."""
@@ -162,41 +160,37 @@ def measure_costs(engine: Engine, widths: list[int]) -> Costs:
     """Milliseconds of each part on this device: the fastest of two measurements (`fastest_in_turns`), and how far they lay
     apart."""
     blocks = engine.blocks
-    far_context = min(FAR_CONTEXT, engine.backbone.context_length)
-    near, far = (blocks.new_cache(keys) for keys in (min(CONTEXT, far_context), far_context))
+    cache = blocks.new_cache(min(CONTEXT, engine.backbone.context_length))
     words = engine.backbone.tokenizer(SAMPLE_TEXT)["input_ids"]
-    ids = torch.tensor((words * CONTEXT)[: near.limit], device=engine.backbone.device)
-    place = near.limit - max(widths)
+    ids = torch.tensor((words * CONTEXT)[: cache.limit], device=engine.backbone.device)
+    place = cache.limit - max(widths)
 
-    def run(width: int, cache: KVCache) -> Tensor:
-        hidden = blocks.embed(ids[place : place + width])
-        return blocks.run(hidden, cache, cache.limit - max(widths), 0, blocks.num_blocks)
+    def run(width: int) -> Tensor:
+        return blocks.run(blocks.embed(ids[place : place + width]), cache, place, 0, blocks.num_blocks)
 
     def a_pass() -> None:
-        blocks.finish(run(min(widths), near))
+        blocks.finish(run(min(widths)))
 
     calls: dict[tuple[str, int], tuple[Call, Call]] = {}
     with torch.inference_mode():  # states of real text: what the exact argmax takes depends on them
-        states = blocks.run(blocks.embed(ids[:place]), near, 0, 0, blocks.num_blocks)
-        near.length = place
+        states = blocks.run(blocks.embed(ids[:place]), cache, 0, 0, blocks.num_blocks)
+        cache.length = place
         for width in widths:
-            final = run(width, near)
-            calls["near", width] = (lambda: None, functools.partial(run, width, near))
-            calls["far", width] = (lambda: None, functools.partial(run, width, far))
-            calls["finish", width] = (functools.partial(run, width, near), functools.partial(blocks.finish, final))
+            calls["blocks", width] = (lambda: None, functools.partial(run, width))
+            calls["finish", width] = (lambda: None, functools.partial(blocks.finish, run(width)))  # right after them
         if engine.heads is not None:
             calls["head", 1] = (a_pass, _head_call(engine.exit_runner.fork(), states))
         chains = {}
         for name, head in (("eagle", engine.eagle), ("mtp", engine.mtp)):
             if head is not None:
                 runner = runner_of(head)
-                runner.follow(near)
-                read, step, chains[name] = _rolled_calls(runner, _no_states(engine, head, near.limit))
+                runner.follow(cache)
+                read, step, chains[name] = _rolled_calls(runner, _no_states(engine, head, cache.limit))
                 calls[f"{name} read", 1] = (a_pass, read)
                 calls[f"{name} step", 1] = (a_pass if chains[name] else _both(a_pass, read), step)
         first, second = (fastest_in_turns(calls, engine.backbone.device) for _ in range(2))
         times = {key: min(first[key], second[key]) for key in calls}
-        a_whole_pass = times["near", min(widths)]
+        a_whole_pass = times["blocks", min(widths)]
         error = max(abs(first[key] - second[key]) / max(times[key], a_whole_pass) for key in calls)
         for name, chained in chains.items():
             if chained:
@@ -207,8 +201,7 @@ def measure_costs(engine: Engine, widths: list[int]) -> Costs:
         return never_falling({width: times[kind, width] / parts for width in widths})
 
     return Costs(
-        per_block=table("near", blocks.num_blocks),
-        per_block_far=table("far", blocks.num_blocks),
+        per_block=table("blocks", blocks.num_blocks),
         finish=table("finish", 1),
         head=times.get(("head", 1), 0.0),
         eagle_read=times.get(("eagle read", 1), 0.0),

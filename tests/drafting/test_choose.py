@@ -21,7 +21,7 @@ from early_exit_cli.heads.uncertainty import Thresholds
 
 WIDTHS = (2, 4, 8, 16)
 BY_WIDTH = {1: 0.9, 2: 1.0, 4: 1.2, 8: 1.5, 16: 2.5}
-COSTS = Costs(per_block=BY_WIDTH, per_block_far=BY_WIDTH, finish=BY_WIDTH, head=0.01, eagle_read=0.6, eagle_step=0.3)
+COSTS = Costs(per_block=BY_WIDTH, finish=BY_WIDTH, head=0.01, eagle_read=0.6, eagle_step=0.3)
 LEVELS = {"0.60": [0.6, 0.5, 0.4], "0.90": [0.3, 0.2, 0.1]}
 CHANCES = DraftChances(
     lookup=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6],

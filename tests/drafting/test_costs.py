@@ -19,7 +19,6 @@ from early_exit_cli.heads.head_runner import HeadRunner
 WIDTHS = [2, 4, 8]
 COSTS = Costs(
     per_block={2: 0.25, 4: 0.28, 8: 0.4},
-    per_block_far={2: 0.3, 4: 0.34, 8: 0.5},
     finish={2: 2.5, 4: 3.0, 8: 5.0},
     head=0.6,
     eagle_read=0.0,
@@ -166,7 +165,6 @@ def test_costs_are_measured_once_and_again_when_asked(tiny_model, monkeypatch, t
     cost_table(model)
     assert set(json.loads(kept.read_text())["costs"]) == {
         "per_block",
-        "per_block_far",
         "finish",
         "head",
         "eagle_read",
@@ -192,7 +190,7 @@ def test_a_busy_first_measurement_does_not_last(tiny_model, monkeypatch, tmp_pat
         made.append(slow)
         finish = 7.0 if slow == 1.0 else 4.0
         return Costs(
-            per_block=dict.fromkeys(widths, slow), per_block_far=dict.fromkeys(widths, slow),
+            per_block=dict.fromkeys(widths, slow),
             finish=dict.fromkeys(widths, finish), head=slow, eagle_read=0.0, eagle_step=0.0, error=0.01 * slow,
         )  # fmt: skip
 
@@ -215,7 +213,7 @@ def test_a_busy_first_measurement_does_not_last(tiny_model, monkeypatch, tmp_pat
     assert len(json.loads(kept.read_text())["measured"]) == 1
 
 
-KNOWN = {("near", 1): 60.0, ("near", 8): 120.0, ("far", 1): 90.0, ("far", 8): 150.0}
+KNOWN = {("blocks", 1): 60.0, ("blocks", 8): 120.0}
 
 KNOWN |= {("finish", 1): 4.0, ("finish", 8): 5.0, ("head", 1): 0.7, ("eagle read", 1): 0.6, ("eagle step", 1): 0.2}
 
@@ -238,7 +236,6 @@ def test_what_was_timed_is_what_a_cost_says(tiny_model, monkeypatch):
     model.eagle = some_head(model.backbone)
     costs = measured(model, monkeypatch)
     assert costs.per_block == {1: 10.0, 8: 20.0}  # of six blocks
-    assert costs.per_block_far == {1: 15.0, 8: 25.0}
     assert costs.finish == {1: 4.0, 8: 5.0}
     assert (costs.head, costs.eagle_read, costs.eagle_step) == (0.7, 0.6, 0.2)
     assert costs.plain(6, 8) == 125.0
@@ -283,7 +280,7 @@ def test_a_step_of_a_chain_is_what_each_further_one_adds(tiny_model, monkeypatch
 
 def test_what_two_measurements_differ_by_must_be_expected_beyond_plain_decoding(tiny_model, monkeypatch):
     model = tiny_model("llama")
-    first = KNOWN | {("near", 8): 132.0, ("eagle step", 1): 0.5}
+    first = KNOWN | {("blocks", 8): 132.0, ("eagle step", 1): 0.5}
     slower = iter([first, KNOWN])
     monkeypatch.setattr(measuring, "fastest_in_turns", lambda calls, device: dict.fromkeys(calls, 1.0) | next(slower))
     costs = measure_costs(model, [1, 8])
@@ -306,7 +303,6 @@ def test_other_heads_have_costs_of_their_own(tiny_model, monkeypatch, tmp_path):
     monkeypatch.setenv("EEXIT_HOME", str(tmp_path))
     made = []
     known = COSTS.model_copy(update={name: dict.fromkeys(range(1, 17), 1.0) for name in ("per_block", "finish")})
-    known = known.model_copy(update={"per_block_far": known.per_block})
     monkeypatch.setattr(measuring, "measure_costs", lambda engine, widths: made.append(widths) or known)
     for heads, eagle in ((True, False), (False, False), (True, True), (False, True)):
         model = tiny_model("llama")

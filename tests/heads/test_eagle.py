@@ -382,7 +382,7 @@ def test_the_shipped_head_drafts_in_bfloat16_without_changing_a_bit(smollm2, mon
     model = load_engine(BackboneConfig(device="cpu"), BundleConfig(bundle=SHIPPED_BUNDLE))
     prompt = smollm2.encode_prompt("Explain step by step how to solve 2x + 6 = 14.")
     by_width = {width: 0.1 + 0.004 * width for width in {1, *model.blocks.widths}}
-    known = Costs(per_block=by_width, per_block_far=by_width, finish=by_width, head=0.1, eagle_read=0.2, eagle_step=0.2)
+    known = Costs(per_block=by_width, finish=by_width, head=0.1, eagle_read=0.2, eagle_step=0.2)
     monkeypatch.setattr(choose, "cost_table", lambda engine: known)
     plain = generate(model, Request(prompt, 48), NoDrafter(), mode="full", keep_states=True)
     run = generate(model, Request(prompt, 48), choose.eagle_drafter(model), mode="eagle", width=16, keep_states=True)
