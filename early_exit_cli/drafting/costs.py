@@ -38,7 +38,8 @@ PROTOCOL = 7
 """Of the measurement: costs that were measured in another way are not taken."""
 TRIES, AGREED = 3, 0.1
 PATIENCE = 5.0
-"""Seconds after which a measurement is not repeated: of a large model, or on a busy machine, few runs have to do."""
+"""Seconds after which nothing is repeated, since somebody waits for an answer: of a large model, or on a busy machine, few runs
+have to do until the next occasion."""
 OCCASIONS, APART = 3, 600.0
 """A table is made on so many occasions at most, so many seconds apart: a busy hour that slowed one measurement evenly does
 not make drafting idle for ever."""
@@ -145,12 +146,11 @@ def _shape_of(head: EagleHead) -> list[Any]:
 
 
 def quietest(measure: Callable[[], Costs]) -> Costs:
-    """The measurement that was disturbed the least, of up to TRIES: the first one whose halves agree is enough, or that takes
-    longer than PATIENCE allows for each of them."""
+    """The measurement that was disturbed the least, of up to TRIES within PATIENCE: the first one whose halves agree is enough."""
     started = time.perf_counter()
     found = measure()
     for _ in range(TRIES - 1):
-        if found.error <= AGREED or time.perf_counter() - started > TRIES * PATIENCE:
+        if found.error <= AGREED or time.perf_counter() - started > PATIENCE:
             break
         found = min(found, measure(), key=lambda costs: costs.error)
     return found
@@ -216,7 +216,7 @@ def fastest_in_turns(calls: dict[Key, tuple[Call, Call]], device: torch.device) 
     """Milliseconds of calls, the fastest of some runs each, since whatever else the machine does only adds.
 
     The runs of all calls take turns: a busy moment falls on one run of several calls, not on all runs of one. The first turn
-    warms up, and counts only where it alone takes longer than PATIENCE: then it is the last.
+    warms up, and counts only where it alone takes longer than half of PATIENCE: then it is the last.
 
     Args:
         calls: for each, what comes before it untimed, and the call.
@@ -232,7 +232,7 @@ def fastest_in_turns(calls: dict[Key, tuple[Call, Call]], device: torch.device) 
             synchronize(device)
             taken = (time.perf_counter() - started) * 1000
             times[key] = min(times[key], taken) if turn > 1 else taken
-        if time.perf_counter() - began > PATIENCE:
+        if time.perf_counter() - began > PATIENCE / 2:
             break
     return times
 
