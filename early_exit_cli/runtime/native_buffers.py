@@ -15,7 +15,7 @@ from early_exit_cli.runtime.native_code import Attention, Int8, Norm, Product
 from early_exit_cli.runtime.native_code import Part as NativePart
 from early_exit_cli.runtime.nf4_linear import VOCAB_TILE, Int8Rows, MergedNF4, PlainRows
 
-TILE, SCALES_TOGETHER, PART_ROWS = 32, 4, 4096
+TILE, SCALES_TOGETHER = 32, 4
 BF16, INT8 = 1, 2
 """Kinds of weights, as in `blocks.c`; 0 is NF4."""
 
@@ -41,9 +41,8 @@ class Held:
 
     def int8_of(self, *weights: Tensor) -> Int8:
         """A product over weights [out, in], one behind another."""
-        parts = torch.cat(weights).split(PART_ROWS)  # float32 copies of the whole would take four times its memory
-        tiles, scales, _ = zip(*(self.int8_tiles(part.float()) for part in parts), strict=True)
-        return self.int8(torch.cat(tiles), torch.cat(scales))
+        tiles, scale, _ = self.int8_tiles(torch.cat(weights).float())
+        return self.int8(tiles, scale)
 
     def attention(
         self,
