@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from early_exit_cli.backbone.auto_model import auto_model
+from early_exit_cli.backbone.auto_model import read_model
 from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.backbone.chat import Prompt, encode_prompt
 from early_exit_cli.backbone.contents import SETTINGS, content_of, files_of
@@ -127,21 +127,18 @@ def _load(config: BackboneConfig, check: Callable[[Any], None] | None) -> Backbo
                 return ready(model)
             del model
     try:
-        loaded: Any = auto_model(settings).from_pretrained(
+        model, report = read_model(
             source,
-            config=settings,
+            settings,
+            dtype,
+            device,
             revision=revision,
-            trust_remote_code=False,
-            dtype=dtype,
-            device_map={"": device},
             quantization_config=quantization,
             key_mapping=NAMES,
             ignore_mismatched_sizes=True,
-            output_loading_info=True,
         )
     except Exception as error:  # the library raises whatever a damaged file provokes
         raise load_error(config.model_name, source, revision, "weights", error) from error
-    model, report = loaded
     require_all_weights(config.model_name, report)
     with kept.keeping(model) if kept is not None else contextlib.nullcontext():
         return ready(model)

@@ -9,6 +9,7 @@ from typing import Any, get_args
 from torch import Tensor
 
 from early_exit_cli.backbone.assistant import Assistant, Clusters
+from early_exit_cli.backbone.auto_model import read_model
 from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.backbone.contents import content_of, content_of_tensors
 from early_exit_cli.backbone.families import ASSISTANTS
@@ -69,26 +70,21 @@ def load_assistant(name: str, backbone: Backbone) -> tuple[Assistant, Tensor]:
 
 def _load(name: str, backbone: Backbone, settings: Any) -> Any:
     """transformers' model of an assistant."""
-    from transformers import AutoModelForCausalLM
-
     source, revision = _located(name)
     asked = backbone.quantization if backbone.quantization in get_args(Quantization) else "4bit"
     saved = saved_in(name, settings, backbone.device, backbone.dtype)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        model, report = read_model(
             source,
-            config=settings,
+            settings,
+            backbone.dtype,
+            backbone.device,
             revision=revision,
-            trust_remote_code=False,
-            dtype=backbone.dtype,
-            device_map={"": backbone.device},
             quantization_config=settings_for(asked, backbone.dtype, (CLUSTERS,)) if saved is None else None,  # type: ignore[arg-type]
             ignore_mismatched_sizes=True,
-            output_loading_info=True,
         )
     except Exception as error:  # the library raises whatever a damaged file provokes
         raise load_error(name, source, revision, "weights", error, "assistant") from error
-    model, report = loaded
     require_all_weights(name, report)
     return model.eval().requires_grad_(False)
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from early_exit_cli.backbone.auto_model import auto_model
+from early_exit_cli.backbone.auto_model import read_model
 from early_exit_cli.backbone.contents import SETTINGS, contents_of, files_of, unread_bytes, weights_folder
 from early_exit_cli.backbone.multimodal import NAMES
 from early_exit_cli.errors import BackboneError, BundleError
@@ -168,17 +168,7 @@ def load_copy(
     """
     settings = copy.deepcopy(settings)
     settings.quantization_config = quantization
-    loaded: Any = auto_model(settings).from_pretrained(
-        folder,
-        config=settings,
-        trust_remote_code=False,
-        use_safetensors=True,
-        dtype=dtype,
-        device_map={"": device},
-        key_mapping=NAMES,
-        output_loading_info=True,
-    )
-    model, report = loaded
+    model, report = read_model(folder, settings, dtype, device, use_safetensors=True, key_mapping=NAMES)
     faults = [name for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[name]]
     if faults:
         raise BackboneError(f"the copy in {folder} is not whole: {', '.join(faults)}")

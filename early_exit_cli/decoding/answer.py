@@ -57,8 +57,6 @@ class Generation:
     stats: Stats
     rounds: list[Round]
     states: Tensor | None = None
-    stop: tuple[str, ...] = ()
-    """Texts that it was to stop at."""
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -112,15 +110,23 @@ def generate(
     first_token = 0.0
     synchronize(engine.backbone.device)
     reason: Reason | None = None
-    steps = decode(engine, request, drafter, width=width, keep_states=keep_states, trace=trace, prefixes=prefixes)
+    steps = decode(
+        engine,
+        request,
+        drafter,
+        width=width,
+        keep_states=keep_states,
+        trace=trace,
+        prefixes=prefixes,
+        stream=stream,
+    )
     started = time.perf_counter()
     interrupted = False
     try:
         for step in steps:
             rounds.append(step)
             first_token = first_token or time.perf_counter() - started
-            for token, reason in zip(step.tokens, step.decided_by, strict=True):
-                piece = stream.push([token])
+            for token, piece, reason in zip(step.tokens, step.pieces, step.decided_by, strict=True):
                 if on_token:
                     on_token(token)
                 if on_text and piece:
@@ -133,12 +139,14 @@ def generate(
         steps.close()
     synchronize(engine.backbone.device)
     seconds = time.perf_counter() - started
-    rest = stream.finish()
+    ids = [token for step in rounds for token in step.tokens]
+    rest = stream.finish() if len(stream.ids) == len(ids) else ""  # it is ahead where Ctrl-C came inside a commit
     if on_text and rest:
         on_text(rest, decider(reason))
+    text = "".join(piece for step in rounds for piece in step.pieces) + rest
     states = torch.cat([step.states for step in rounds if step.states is not None]) if keep_states else None
     stats = collect_stats(engine, mode, rounds, len(request.prompt_ids), seconds, first_token)
-    answer = Generation(stream.text, stream.ids, stats, rounds, states, request.stop)
+    answer = Generation(text, ids, stats, rounds, states)
     if interrupted:
         raise Interrupted(answer)
     return answer

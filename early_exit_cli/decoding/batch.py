@@ -45,17 +45,16 @@ def generate_batch(
     answers: list[Generation | None] = [None] * len(requests)
     synchronize(engine.backbone.device)
     started = time.perf_counter()
-    for number, step, is_last in decode_batch(engine, requests, drafter, batch=batch, width=width):
+    for number, step, is_last in decode_batch(engine, requests, drafter, batch=batch, width=width, streams=streams):
         seconds = time.perf_counter() - started
         first[number] = first[number] or seconds
         rounds[number].append(step)
-        stream = streams[number]
-        stream.push(step.tokens)
         if is_last:
+            stream = streams[number]
             stream.finish()
             request, own = requests[number], rounds[number]
             stats = collect_stats(engine, mode, own, len(request.prompt_ids), seconds, first[number], waited=True)
-            answer = answers[number] = Generation(stream.text, stream.ids, stats, own, stop=request.stop)
+            answer = answers[number] = Generation(stream.text, stream.ids, stats, own)
             if on_end:
                 on_end(number, answer)
     return [answer for answer in answers if answer is not None]
@@ -69,12 +68,14 @@ def decode_batch(
     batch: int,
     width: int,
     keep_states: bool = False,
+    streams: Sequence[TextStream] | None = None,
 ) -> Iterator[tuple[int, Round, bool]]:
     """Decode all texts, at most `batch` at a time.
 
     Args:
         drafter: every text gets a `fork` of it.
         width: rows of one text in a pass, at most; fewer where the texts would not all fit into one pass.
+        streams: a new one for each text, which its tokens become text in.
 
     Returns:
         (number of the request, one Round of it, whether it was the last), as they come.
@@ -89,7 +90,8 @@ def decode_batch(
     while waiting or texts.live:
         while waiting and len(texts.live) < batch:
             number, request = waiting.popleft()
-            numbers[texts.join(request, drafter.fork())] = number
+            stream = None if streams is None else streams[number]
+            numbers[texts.join(request, drafter.fork(), stream=stream)] = number
         for text, step in texts.step():
             if isinstance(step, Exception):
                 raise step
@@ -119,18 +121,21 @@ class Batch:
         """Those whose prefill is finished."""
         return [text for text in self.live if text.prefill.done]
 
-    def join(self, request: Request, drafter: Drafter, *, prefill: bool = True) -> Text:
+    def join(
+        self, request: Request, drafter: Drafter, *, prefill: bool = True, stream: TextStream | None = None
+    ) -> Text:
         """A further text.
 
         Args:
             drafter: the text's own.
             prefill: finish it now. Else its passes (`Text.prefill`) are the caller's to run before the text's first round,
                 in between rounds of the others.
+            stream: a new one, which its tokens become text in.
 
         Raises:
             ConfigError: an empty prompt, or one beyond the context.
         """
-        text = Text(self.engine, request, drafter, prefixes=self.prefixes)
+        text = Text(self.engine, request, drafter, prefixes=self.prefixes, stream=stream)
         if prefill:
             with torch.inference_mode():
                 text.prefill.finish()

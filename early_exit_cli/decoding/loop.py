@@ -16,6 +16,7 @@ from torch import Tensor
 from early_exit_cli.decoding.head_trace import TracedHead
 from early_exit_cli.decoding.prefixes import Prefixes
 from early_exit_cli.decoding.text import Request, Round, Text, Verified
+from early_exit_cli.decoding.text_stream import TextStream
 from early_exit_cli.drafting.drafter import Draft, Drafter
 from early_exit_cli.engine import DEFAULT_WIDTH, Engine, Row, catch_up, checked_width
 from early_exit_cli.runtime.kv_cache import KVCache
@@ -30,6 +31,7 @@ def decode(
     keep_states: bool = False,
     trace: bool = False,
     prefixes: Prefixes | None = None,
+    stream: TextStream | None = None,
 ) -> Generator[Round]:
     """Decode one text, a Round at a time.
 
@@ -37,13 +39,14 @@ def decode(
         width: rows of a verifying pass, at most LARGEST_WIDTH; at most width - 1 tokens are drafted.
         keep_states: keep the final state that decided each token. trace: read every head for each token.
         prefixes: what earlier texts left; this one leaves its own there, also when it is not decoded to the end.
+        stream: a new one, which the tokens become text in.
 
     Raises:
         ConfigError: empty prompt, beyond the context, width out of range.
         NumericsError: the backbone's logits are not finite.
     """
     width = checked_width(engine, width)
-    text = Text(engine, request, drafter, trace, prefixes)
+    text = Text(engine, request, drafter, trace, prefixes, stream)
     with torch.inference_mode():
         text.prefill.finish()
     try:

@@ -8,7 +8,6 @@ from typing import Any
 from early_exit_cli.decoding.answer import Generation
 from early_exit_cli.decoding.head_trace import TracedHead
 from early_exit_cli.decoding.text import Round
-from early_exit_cli.decoding.text_stream import TextStream
 from early_exit_cli.drafting.reasons import Exit, Reason, decider
 from early_exit_cli.engine import Engine
 
@@ -18,23 +17,24 @@ def round_records(engine: Engine, generation: Generation, prompt_length: int) ->
 
     A committed token's `text` is what became certain with it: joined, they are the text of the answer.
     """
-    stream = TextStream(engine, generation.stop)
     records: list[dict[str, Any]] = []
     position = prompt_length
     for step in generation.rounds:
-        records.append(round_record(engine, stream, step, position))
+        records.append(round_record(engine, step, position))
         position += len(step.tokens)
-    records[-1]["tokens"][-1]["text"] += stream.finish()
+    certain = sum(len(piece) for step in generation.rounds for piece in step.pieces)
+    records[-1]["tokens"][-1]["text"] += generation.text[certain:]
     return records
 
 
-def round_record(engine: Engine, stream: TextStream, step: Round, position: int) -> dict[str, Any]:
-    """A round whose first token stands at `position`; `stream` has the answer's tokens before it, and then its own."""
+def round_record(engine: Engine, step: Round, position: int) -> dict[str, Any]:
+    """A round of a text with a stream; its first token stands at `position`."""
     tokens = []
     views = step.traced or [[]] * len(step.tokens)
-    for place, (token, reason, traced) in enumerate(zip(step.tokens, step.decided_by, views, strict=True)):
+    committed = zip(step.tokens, step.pieces, step.decided_by, views, strict=True)
+    for place, (token, piece, reason, traced) in enumerate(committed):
         record = token_record(engine, token, reason, traced)
-        tokens.append({"position": position + place, **record, "text": stream.push([token])})
+        tokens.append({"position": position + place, **record, "text": piece})
     rejected = [token_record(engine, token, reason, []) for token, reason in step.rejected]
     return {"accepted": step.accepted, "tokens": tokens, "rejected": rejected}
 

@@ -71,6 +71,7 @@ class Round:
     was drafted, None where the backbone decided. states: [len(tokens), hidden], the final normed state that decided each
     token, when asked for. traced: what every head says of each committed token, when traced. rejected: the proposals
     from the first one on that the backbone did not choose, and why each was made. finish_reason: of the last round.
+    pieces: the text that became certain with each token, where the text has a stream.
     """
 
     tokens: list[int]
@@ -81,6 +82,7 @@ class Round:
     traced: list[list[TracedHead]] = field(default_factory=list)
     rejected: list[tuple[int, Reason | None]] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    pieces: list[str] = field(default_factory=list)
 
 
 class Text:
@@ -89,6 +91,7 @@ class Text:
     Args:
         trace: read every head for each token.
         prefixes: of earlier texts; `prefix` leaves what is here to later ones.
+        stream: turns the tokens into text as they are committed; one of the request's `stop` is made where none is given.
 
     Raises:
         ConfigError: empty prompt, or beyond the context.
@@ -101,10 +104,14 @@ class Text:
         drafter: Drafter,
         trace: bool = False,
         prefixes: Prefixes | None = None,
+        stream: TextStream | None = None,
     ) -> None:
         self.engine, self.drafter, self.chooser = engine, drafter, request.chooser
         self.stops = engine.backbone.eos_token_ids if request.stop_ids is None else request.stop_ids
-        self.stops_after = rule_of(engine, request)
+        self.stops_after = request.stops_after
+        self.stream = stream or (TextStream(engine, request.stop) if request.stop else None)
+        self.pieces: list[str] = []
+        """Of the round that is being committed."""
         self.remaining = request.max_new_tokens
         self.finish_reason: FinishReason | None = None
         prompt_ids = request.prompt_ids
@@ -145,8 +152,8 @@ class Text:
     def commit(self, draft: Draft, verified: Verified, keep_states: bool) -> Round:
         """Take over the drafted tokens that the backbone chose too, and its own next one."""
         matched = accepted_length(draft.tokens, verified.choices)
-        choices = verified.choices[: matched + 1]
-        tokens, self.finish_reason = cut_at_stop(choices, self.stops, self.remaining, self.stops_after)
+        choices, self.pieces = verified.choices[: matched + 1], []
+        tokens, self.finish_reason = cut_at_stop(choices, self.stops, self.remaining, self._ends_with)
         count, accepted = len(tokens), min(matched, len(tokens))
         self.cache.length += count
         self.tokens += tokens
@@ -165,7 +172,16 @@ class Text:
             traced=verified.traced[:count],
             rejected=list(zip_longest(draft.tokens[matched:], draft.reasons[matched:])),
             finish_reason=self.finish_reason,
+            pieces=self.pieces,
         )
+
+    def _ends_with(self, token: int) -> bool:
+        """Whether the request's rule, or a text to stop at, ends the text with a further token; it is text from now on."""
+        asked = self.stops_after is not None and self.stops_after(token)
+        if self.stream is None:
+            return asked
+        self.pieces.append(self.stream.push([token]))
+        return asked or self.stream.stopped
 
     def prefix(self) -> Prefix:
         """What a later text that begins like this one need not compute again."""
@@ -186,21 +202,6 @@ def accepted_length(draft: list[int], choices: list[int]) -> int:
     while length < min(len(draft), len(choices)) and draft[length] == choices[length]:
         length += 1
     return length
-
-
-def rule_of(engine: Engine, request: Request) -> StopsAfter | None:
-    """What ends a text besides its stop tokens: the request's rule, and the texts it is to stop at."""
-    rule = request.stops_after
-    if not request.stop:
-        return rule
-    stream = TextStream(engine, request.stop)
-
-    def stops_after(token: int) -> bool:
-        asked = rule is not None and rule(token)
-        stream.push([token])
-        return asked or stream.stopped
-
-    return stops_after
 
 
 def cut_at_stop(

@@ -19,11 +19,11 @@ from early_exit_cli.backbone.output import LogitMap
 from early_exit_cli.backbone.quantization import HEAD_STEP
 from early_exit_cli.config_training import UncertaintyMetric
 from early_exit_cli.heads.attention import HeadCache
-from early_exit_cli.heads.exit_heads import AdapterHead, AttentionHead, ExitHeads
+from early_exit_cli.heads.exit_heads import AdapterHead, AttentionHead, ExitHeads, LinearHead
 from early_exit_cli.heads.native_head_cache import NativeHeadCache
 from early_exit_cli.heads.uncertainty import uncertainty
 from early_exit_cli.runtime.native_buffers import Held
-from early_exit_cli.runtime.native_code import Attention, ExitHead, has_native_code, native_code
+from early_exit_cli.runtime.native_code import Attention, ExitHead, Int8, has_native_code, native_code
 from early_exit_cli.runtime.nf4_linear import VOCAB_TILE
 from early_exit_cli.sampling import GREEDY, Chooser
 
@@ -124,11 +124,18 @@ class NativeExitRunner(ExitRunner):
         super().__init__(heads)
         self.code = native_code()
         self.held = Held(self.code)
-        self.lm_head = self.held.int8_of(heads.lm_head.weight)
-        self.weights = [self._weights(head) for head in cast("list[AdapterHead]", list(heads.heads))]
+        if heads.kind == "linear":
+            self.weights = [self._linear_weights(head) for head in cast("list[LinearHead]", list(heads.heads))]
+        else:
+            lm_head = self.held.int8_of(heads.lm_head.weight)
+            self.weights = [self._weights(head, lm_head) for head in cast("list[AdapterHead]", list(heads.heads))]
         self._hold_results()
 
-    def _weights(self, head: AdapterHead) -> ExitHead:
+    def _linear_weights(self, head: LinearHead) -> ExitHead:
+        linear, norm = self.held.int8_of(head.linear.weight), self.held.address(head.norm["weight"])
+        return ExitHead(Attention(), Int8(), Int8(), linear, None, None, norm, 0.0, head.eps)
+
+    def _weights(self, head: AdapterHead, lm_head: Int8) -> ExitHead:
         held, final_norm = self.held, self.heads.lm_head.norm
         attention, attention_norm = Attention(), None
         if isinstance(head, AttentionHead):
@@ -136,13 +143,13 @@ class NativeExitRunner(ExitRunner):
             attention = held.attention(head.shape, projections)
             attention_norm = head.attention_norm["weight"]
         return ExitHead(
-            *(attention, held.int8_of(head.down.weight), held.int8_of(head.up.weight), self.lm_head),
+            *(attention, held.int8_of(head.down.weight), held.int8_of(head.up.weight), lm_head),
             *map(held.address, (attention_norm, head.norm["weight"], final_norm.weight)),
             *(head.eps, final_norm.eps),
         )
 
     def _hold_results(self) -> None:
-        self.logits = torch.empty(1, self.heads.lm_head.weight.shape[0])
+        self.logits = torch.empty(1, self.weights[0].lm_head.outputs)
         self.column, self.entropy, self.confidence = ctypes.c_int64(), ctypes.c_float(), ctypes.c_float()
 
     def fork(self) -> ExitRunner:
@@ -176,16 +183,15 @@ def exit_runner(heads: ExitHeads) -> ExitRunner:
 
 
 def _fits(heads: ExitHeads) -> bool:
-    weight, norm = heads.lm_head.weight, heads.lm_head.norm
-    if heads.kind == "linear" or weight.device.type != "cpu" or heads.lm_head.logit_map != LogitMap():
+    read: list[Tensor] = list(heads.parameters())
+    if heads.kind != "linear":
+        lm_head = heads.lm_head
+        if lm_head.norm.subtracts_mean or lm_head.bias is not None or lm_head.logit_map != LogitMap():
+            return False
+        read += [lm_head.weight, lm_head.norm.weight]
+    if any(weight.device.type != "cpu" or weight.dtype != torch.bfloat16 for weight in read):
         return False
-    if (
-        norm.subtracts_mean
-        or heads.lm_head.bias is not None
-        or {weight.dtype, norm.weight.dtype, *(p.dtype for p in heads.parameters())} != {torch.bfloat16}
-    ):
-        return False
-    if any(size % VOCAB_TILE for size in (*weight.shape, heads.rank)):
+    if any(size % VOCAB_TILE for weight in read for size in weight.shape):
         return False
     if any(isinstance(head, AttentionHead) and head.shape.head_dim % HEAD_STEP for head in heads.heads):
         return False

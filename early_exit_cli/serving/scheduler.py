@@ -30,9 +30,8 @@ PATIENCE_SECONDS = 60
 class Live:
     """What there is of a live request's answer."""
 
-    def __init__(self, engine: Engine, handle: Handle, text: Text, joined: float) -> None:
-        self.engine, self.handle, self.text = engine, handle, text
-        self.stream = TextStream(engine, handle.request.stop)
+    def __init__(self, engine: Engine, handle: Handle, text: Text, stream: TextStream, joined: float) -> None:
+        self.engine, self.handle, self.text, self.stream = engine, handle, text, stream
         self.rounds: list[Round] = []
         self.joined = joined
         self.prefilled: float | None = None
@@ -48,12 +47,9 @@ class Live:
         record: dict[str, Any] | None = None
         if self.handle.trace:
             position = self.text.prompt_tokens + sum(len(known.tokens) for known in self.rounds)
-            record = round_record(self.engine, self.stream, step, position)
-            text = "".join(token["text"] for token in record["tokens"])
-        else:
-            text = self.stream.push(step.tokens)
+            record = round_record(self.engine, step, position)
         self.rounds.append(step)
-        return Piece(text, record)
+        return Piece("".join(step.pieces), record)
 
     def end(self, mode: str, error: Exception | None, plain_pass: float | None) -> Ended:
         """It is over, and how it went."""
@@ -214,11 +210,12 @@ class Scheduler:
             handle = self.line.popleft()
         joined = time.perf_counter()
         try:
-            text = self.texts.join(handle.request, self.drafter.fork(), prefill=False)
+            stream = TextStream(self.engine, handle.request.stop)
+            text = self.texts.join(handle.request, self.drafter.fork(), prefill=False, stream=stream)
         except Exception as error:
             self._tell(handle, Ended(times=Times(queue=joined - handle.asked), error=error))
             return
-        self.answers[text] = Live(self.engine, handle, text, joined)
+        self.answers[text] = Live(self.engine, handle, text, stream, joined)
 
     def _reading(self) -> Live | None:
         """Whose prompt is being read; one at a time."""

@@ -160,17 +160,19 @@ def test_statistics_count_committed_tokens_only(model, plain):
 
 
 @pytest.mark.parametrize("drafter", [NoDrafter(), ExitDrafter([1e9] * 3)], ids=["plain", "drafted"])
-def test_an_answer_says_why_it_ends_and_ends_before_a_stop_text(model, drafter):
+def test_an_answer_says_why_it_ends_and_ends_before_a_stop_text(model, drafter, monkeypatch):
     ended = generate(model, Request(PROMPT, 40), drafter, mode="x")
     whole = generate(model, Request(PROMPT, len(ended.token_ids) - 1), drafter, mode="x")
     assert (ended.finish_reason, whole.finish_reason) == ("stop", "length")
     word = whole.text[len(whole.text) // 2 :][:3]
     place = whole.text.index(word)
-    pieces = []
+    pieces, decoded = [], []
+    push = TextStream.push
+    monkeypatch.setattr(TextStream, "push", lambda stream, tokens: decoded.extend(tokens) or push(stream, tokens))
     request = Request(PROMPT, len(whole.token_ids), stop=("never in there", word))
     cut = generate(model, request, drafter, mode="x", on_text=lambda piece, decider: pieces.append(piece))
     assert (cut.finish_reason, cut.text, "".join(pieces)) == ("stop", whole.text[:place], whole.text[:place])
-    assert cut.token_ids == whole.token_ids[: len(cut.token_ids)]
+    assert cut.token_ids == decoded == whole.token_ids[: len(cut.token_ids)]
     assert len(cut.token_ids) < len(whole.token_ids)
     assert "".join(record["text"] for record in trace_records(model, cut, len(PROMPT))) == cut.text
     assert cut.record()["finish_reason"] == "stop"

@@ -1,11 +1,11 @@
-/* An exit head on a CPU, as `exit_heads.AdapterHead` and `exit_heads.AttentionHead` compute it, with
- * its products in int8: drafts may be approximate.
+/* An exit head on a CPU, as `exit_heads.LinearHead`, `exit_heads.AdapterHead` and `exit_heads.AttentionHead` compute
+ * it, with its products in int8: drafts may be approximate.
  */
 #include "kernels.h"
 
 typedef struct {
     Attention attention; /* of no heads where there is none */
-    Int8 down, up, lm_head;
+    Int8 down, up, lm_head; /* a linear head has no `down` and `up`; `final_norm` and `lm_head` are its own */
     const bf16 *attention_norm, *norm, *final_norm; /* [hidden] */
     float eps, final_eps;
 } ExitHead;
@@ -15,7 +15,7 @@ typedef struct {
  * no memory. */
 int eexit_read_head(const ExitHead *h, const bf16 *states, int64_t rows, int64_t position, const KVBuffers *buffers,
                     float *logits, int64_t *choice, float *entropy, float *confidence, int threads) {
-    int64_t hidden = h->down.in, rank = h->up.in, widest = max(max(hidden, rank), h->attention.output.in),
+    int64_t hidden = h->lm_head.in, rank = h->up.in, widest = max(max(hidden, rank), h->attention.output.in),
             chunk = min(rows, PIECE);
     int attends = h->attention.query_heads > 0;
     bf16 *inner = scratch_of(rank * sizeof(bf16)), *state = scratch_of(hidden * sizeof(bf16)),
@@ -42,13 +42,15 @@ int eexit_read_head(const ExitHead *h, const bf16 *states, int64_t rows, int64_t
             attend_last(&h->attention, input, rows, position, buffers, &scratch, state, state, &mine, &barrier);
             barrier_wait(&barrier);
         }
-        rms_norm(state, h->norm, input, hidden, h->eps);
-        int8_product(&h->down, input, NULL, inner, 1, &mine);
-        barrier_wait(&barrier);
-        for (int64_t i = 0; i < rank; i += 16) store16(input + i, silu(load16(inner + i)));
-        int8_product(&h->up, input, state, moved, 1, &mine);
-        barrier_wait(&barrier);
-        rms_norm(moved, h->final_norm, input, hidden, h->final_eps);
+        if (rank) {
+            rms_norm(state, h->norm, input, hidden, h->eps);
+            int8_product(&h->down, input, NULL, inner, 1, &mine);
+            barrier_wait(&barrier);
+            for (int64_t i = 0; i < rank; i += 16) store16(input + i, silu(load16(inner + i)));
+            int8_product(&h->up, input, state, moved, 1, &mine);
+            barrier_wait(&barrier);
+        }
+        rms_norm(rank ? moved : state, h->final_norm, input, hidden, h->final_eps);
         int8_logits(&h->lm_head, input, logits, &mine);
     }
     if (!failed) choice_and_entropy(logits, h->lm_head.out, choice, entropy, confidence);
