@@ -5,6 +5,8 @@ Nothing heavy is imported here: each command's file imports torch when it runs.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import logging
 import os
 import sys
@@ -98,6 +100,7 @@ def root(
 
 def main() -> None:
     """Entry point of `eexit` and `python -m early_exit_cli`. Typer ends an interrupted run with 130."""
+    atexit.register(gc.freeze)  # or Python ends with a search for garbage among torch's objects, which takes a second
     console.accept_any_text()
     console.show_warnings(EexitWarning)
     if not os.environ.get("EEXIT_DEBUG"):
