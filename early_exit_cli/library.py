@@ -149,6 +149,8 @@ class EarlyExitModel:
                 with_mtp=drafter in DRAFTS_BY_MTP,
                 backbone=None if model is None else adopt_backbone(model, tokenizer),
             )
+            if accuracy_level is not None and engine.thresholds is not None:
+                engine.thresholds.at(accuracy_level)  # one that was not calibrated is refused, whoever will draft
             return cls(engine, *make_drafter(engine, config.inference, drafter))
 
     @property

@@ -401,6 +401,12 @@ def test_a_bundle_brings_its_backbone(tiny_bundle, plain, drafter):
     assert early.last.stats.mode == early.drafter.name
 
 
+@pytest.mark.parametrize("drafter", ["auto", "exit"])
+def test_refuses_a_level_that_was_not_calibrated(tiny_bundle, drafter):
+    with pytest.raises(ConfigError, match=r"accuracy level 0\.12 was not calibrated; calibrated: "):
+        EarlyExitModel.from_pretrained(str(tiny_bundle), device="cpu", drafter=drafter, accuracy_level=0.12)
+
+
 def test_a_backbone_without_a_bundle_drafts_by_lookup(tiny_folder):
     early = EarlyExitModel.from_pretrained(None, backbone=str(tiny_folder("qwen2")), quantization="none", device="cpu")
     prompt = torch.tensor([[65, 66, 67] * 12])

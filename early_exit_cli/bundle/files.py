@@ -33,11 +33,15 @@ FORMER_EAGLE_FILE = "lookahead.safetensors"
 
 @dataclass(frozen=True)
 class BundleSource:
-    """Where a bundle lies; for one of the Hub also its repository and commit."""
+    """Where a bundle lies; for one of the Hub also its repository and commit.
+
+    is_shipped: it is the program's own, under its name.
+    """
 
     folder: Path
     repo_id: str | None = None
     commit: str | None = None
+    is_shipped: bool = False
 
     def record(self) -> dict[str, str]:
         """What results keep of it: where it is from, and which heads it held (SHA-256 of their files)."""

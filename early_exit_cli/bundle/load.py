@@ -65,7 +65,7 @@ def bundle_source(config: BundleConfig) -> BundleSource:
         return BundleSource(path)
     shipped = Path(__file__).parent.parent / "bundles" / config.bundle
     if config.bundle == SHIPPED_BUNDLE and shipped.is_dir():
-        return BundleSource(shipped)
+        return BundleSource(shipped, is_shipped=True)
     repo_id, _, revision = config.bundle.partition("@")
     if HUB_ID.fullmatch(repo_id):
         try:

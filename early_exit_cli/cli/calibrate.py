@@ -59,6 +59,11 @@ def command(resolved: Resolved, as_json: bool) -> None:
             hint=f"eexit pull {source.repo_id} --output-dir FOLDER, then eexit calibrate --bundle FOLDER",
         )
     folder = source.folder
+    if source.is_shipped:
+        raise ConfigError(
+            f"calibration writes into the bundle, and {config.bundle.bundle} is the program's own",
+            hint=f"copy {folder} to a FOLDER, then eexit calibrate --bundle FOLDER",
+        )
     text = data_of_bundle(resolved, folder)
     engine = load_engine(backbone_of_bundle(resolved), config.bundle, with_thresholds=False, with_mtp=True)
     fit, check = held_out_text(text, engine, ["calibrate", "eval"], config.calibration.num_samples)

@@ -216,7 +216,8 @@ class Api:
         try:
             self.engine.check_length(len(ids), limit)
         except ConfigError as error:
-            raise Refusal(400, error.message, param=param, code="context_length_exceeded") from None
+            code = "context_length_exceeded" if ids else None
+            raise Refusal(400, error.message, param=param, code=code) from None
         chooser = make_chooser(options.sampling(), options.bias(backbone.vocab_size))
         return options, Request(ids, limit, chooser, stop=options.ends(self.tokenizer))
 
@@ -364,7 +365,7 @@ def refusal_of(error: Exception) -> Refusal:
 
 def route_of(scope: Any) -> str:
     """Which route a request is for, in the words of metrics and log."""
-    path = scope["path"]
+    path = MODELS if scope["path"].startswith(f"{MODELS}/") else scope["path"]
     return path if path in (PAGE, CHAT, TEXT, MODELS, LOAD_MODEL, *QUIET) else "other"
 
 

@@ -14,6 +14,7 @@ from early_exit_cli.serving.refusal import Refusal
 
 OPEN_ROUTES = ("/health", "/")
 """That need no key: they say nothing of the model, and run nothing."""
+MOST_HEADER_BYTES = 32 * 1024
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
@@ -57,8 +58,11 @@ class Guard:
     def check(self, scope: Any) -> None:
         """
         Raises:
-            Refusal: 401, 403.
+            Refusal: 401, 403, 431.
         """
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADER_BYTES:
+            message = f"the headers have more than {MOST_HEADER_BYTES:,} bytes"
+            raise Refusal(431, message, code="headers_too_large")
         headers = Headers(scope=scope)
         host, origin = headers.get("host", ""), headers.get("origin")
         if self.names and _name_of(host) not in self.names:

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import uvicorn
 
 from early_exit_cli.errors import ConfigError
+from early_exit_cli.serving.security import MOST_HEADER_BYTES
 
-MOST_HEADER_BYTES = 32 * 1024
 GRACE_SECONDS = 10
 """For answers that are whole to be sent, once nothing is decoded any more."""
 IDLE_SECONDS = 30.0
@@ -37,7 +37,9 @@ def listening_socket(host: str, port: int) -> socket.socket:
         is_v6 = ipaddress.ip_address(host).version == 6
     except ValueError:  # a name
         is_v6 = False
-    found = socket.socket(socket.AF_INET6 if is_v6 else socket.AF_INET)
+    # TCP by name: asyncio turns Nagle's algorithm off on such sockets alone, and with it a chunk may wait 40 ms for the client
+    family = socket.AF_INET6 if is_v6 else socket.AF_INET
+    found = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         found.bind((host, port))
@@ -71,7 +73,7 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                h11_max_incomplete_event_size=MOST_HEADER_BYTES,
+                h11_max_incomplete_event_size=MOST_HEADER_BYTES,  # of a head that comes in pieces
                 timeout_graceful_shutdown=GRACE_SECONDS,
             )
         )

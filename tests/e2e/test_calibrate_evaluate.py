@@ -63,6 +63,13 @@ def test_strict_names_the_cells_and_ends_with_3_after_writing(own):
     assert json.loads((own / "calibration.json").read_text())["accuracy_levels"] == [0.2, 0.99]
 
 
+def test_the_programs_own_bundle_is_not_written_into():
+    code, out, err = eexit("calibrate", "--dataset-name", "prompts.jsonl")
+    assert (code, out) == (2, "")
+    assert "smollm2-135m is the program's own" in err
+    assert "eexit calibrate --bundle FOLDER" in err
+
+
 def test_strict_ends_well_where_nothing_is_amiss(own):
     """A level and a margin so low that the little text of a test is enough."""
     code, _, err = eexit("calibrate", "--bundle", own, "--accuracy-levels", "0.31", "--margin", "0.3", "--strict")

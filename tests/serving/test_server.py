@@ -280,7 +280,7 @@ def test_model_health_and_metrics(server, ask, client):
     client.completions.create(model=model.id, prompt="one two one two", max_tokens=12)
     page = ask("/metrics")[2]
     for name in (
-        "requests_total{route=\"/v1/completions\",status=\"200\"}", "generated_tokens_total", "prompt_tokens_total",
+        "requests_total{route=\"/v1/completions\",status=\"200\"}", "requests_total{route=\"/v1/models\",status=\"200\"}", "generated_tokens_total", "prompt_tokens_total",
         "drafted_tokens_total", "accepted_tokens_total", "prefix_hits_total", "prefix_saved_tokens_total", "prefix_bytes",
         "request_seconds_count", "first_token_seconds_sum", "queue_seconds_count",
     ):  # fmt: skip
@@ -321,7 +321,7 @@ def test_a_line_a_request_with_statistics_and_without_its_text(engine):
         (CHAT, {"messages": MESSAGES, "tools": [{}]}, 400, "unsupported_parameter"),
         (CHAT, {"messages": MESSAGES, "max_tokens": 600}, 400, "context_length_exceeded"),
         (CHAT, {"messages": [{"role": "user", "content": "x" * 600}]}, 400, "context_length_exceeded"),
-        (TEXT, {"prompt": ""}, 400, "context_length_exceeded"),
+        (TEXT, {"prompt": ""}, 400, None),
         (TEXT, {"prompt": [320]}, 400, None),
         (TEXT, {"prompt": [-1]}, 400, None),
         (CHAT, {"messages": MESSAGES, "logit_bias": {"320": 1}}, 400, None),
@@ -460,6 +460,22 @@ def test_a_connection_that_asks_nothing_is_closed(engine):
                 each.settimeout(SECONDS)
                 assert each.recv(100) == b""
         assert server.ask("/health")[0] == 200
+
+
+def test_pieces_of_a_stream_do_not_wait_for_the_client(engine):
+    """Nagle's algorithm held the second piece of a connection's second answer back for 40 ms."""
+    with LiveServer(engine) as server, socket.create_connection(server.socket.getsockname()) as client:
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert client.recv(100)
+        (connection,) = server.server.server_state.connections
+        on_servers_side = connection.transport.get_extra_info("socket")
+        assert on_servers_side.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
+
+
+def test_headers_have_a_limit(ask):
+    assert ask("/health", X_Long="x" * 30_000)[0] == 200
+    status, _, answer = ask("/health", X_Long="x" * 40_000)  # in one piece, which h11's own limit does not see
+    assert (status, answer["error"]["code"]) == (431, "headers_too_large")
 
 
 @pytest.mark.parametrize("bodies", [300, pytest.param(10_000, marks=pytest.mark.slow)])

@@ -33,8 +33,8 @@ def tables() -> dict[str, str]:
             for name, family in SUPPORTED.items()
         ),
     ]
-    wholes = ["| whole | models |", "|---|---|", *(f"| `{name}` | {models} |" for name, models in WRAPPERS.items())]
-    return {"family": "\n".join(families), "whole": "\n".join(wholes)}
+    wholes = ["| checkpoint | models |", "|---|---|", *(f"| `{name}` | {models} |" for name, models in WRAPPERS.items())]
+    return {"family": "\n".join(families), "checkpoint": "\n".join(wholes)}
 
 
 def with_tables(page: str) -> str:
