@@ -34,7 +34,7 @@ from early_exit_cli.runtime.measurements import device_identity, measurement_pat
 from early_exit_cli.steps import step
 
 REPEATS = 4
-PROTOCOL = 7
+PROTOCOL = 8
 """Of the measurement: costs that were measured in another way are not taken."""
 TRIES, AGREED = 3, 0.1
 PATIENCE = 5.0
