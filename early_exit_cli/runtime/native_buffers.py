@@ -17,7 +17,7 @@ from early_exit_cli.runtime.native_code import Part as NativePart
 from early_exit_cli.runtime.nf4_linear import VOCAB_TILE, Int8Rows, MergedNF4, PlainRows
 
 TILE, SCALES_TOGETHER = 32, 4
-ROWS_AT_ONCE = 512
+ROWS_AT_ONCE = 4096
 BF16, INT8 = 1, 2
 """Kinds of weights, as in `blocks.c`; 0 is NF4."""
 
@@ -105,7 +105,7 @@ class Held:
 
 
 def parts_of(rows: int) -> Iterator[slice]:
-    """Of so many rows, such as fit into a cache while they are made int8: all at once would fault in new memory."""
+    """Of so many rows, to be made int8 one after another: float32 copies of all would take several times their memory."""
     return (slice(start, min(start + ROWS_AT_ONCE, rows)) for start in range(0, rows, ROWS_AT_ONCE))
 
 
