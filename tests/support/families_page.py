@@ -33,7 +33,11 @@ def tables() -> dict[str, str]:
             for name, family in SUPPORTED.items()
         ),
     ]
-    wholes = ["| checkpoint | models |", "|---|---|", *(f"| `{name}` | {models} |" for name, models in WRAPPERS.items())]
+    wholes = [
+        "| checkpoint | models |",
+        "|---|---|",
+        *(f"| `{name}` | {models} |" for name, models in WRAPPERS.items()),
+    ]
     return {"family": "\n".join(families), "checkpoint": "\n".join(wholes)}
 
 
