@@ -302,7 +302,8 @@ def read_tensors(path: Path, vocab_size: int) -> tuple[dict[str, Tensor], Tensor
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
     except Exception as error:  # besides its own, the reader raises what torch does with a strange dtype or shape
         raise BundleError(
-            f"{path} is damaged: {' '.join(str(error).split())[:300]}", hint="copy or pull the bundle again, or train anew"
+            f"{path} is damaged: {' '.join(str(error).split())[:300]}",
+            hint="copy or pull the bundle again, or train anew",
         ) from error
     draft_vocab = tensors.pop(DRAFT_VOCAB, None)
     if draft_vocab is not None:
