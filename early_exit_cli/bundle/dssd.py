@@ -71,7 +71,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise BundleError(f"{path} holds more than tensors; it is not loaded, because it could run code") from error
     except Exception as error:  # a damaged or hostile file fails in any way it likes
-        raise BundleError(f"{path} is damaged: {type(error).__name__}") from error
+        raise BundleError(f"{path} is damaged: {type(error).__name__}", hint="copy or download it again") from error
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
         for name, value in state.items()

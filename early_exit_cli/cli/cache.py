@@ -332,8 +332,11 @@ def show(cache: Cache, as_json: bool) -> None:
     rows = [
         ("backbone", f"{facts['model_name']}, {facts['quantization']}"),
         ("states after blocks", f"{', '.join(map(str, facts['layers']))}, and the last"),
-        ("sequences", f"{facts['sequences']:,} of {facts['available_sequences']:,} that the text gives"),
-        ("tokens", f"{facts['tokens']:,} in {facts['shards']} shards"),
+        (
+            "sequences",
+            f"{facts['sequences']:,} of {facts['available_sequences']:,} that the text gives, beside those held out",
+        ),
+        ("tokens", f"{facts['tokens']:,} in {facts['shards']} shards, with those held out"),
         ("size", f"{facts['bytes'] / 1e9:.3f} GB, {facts['store']}"),
         (
             "bytes a token",

@@ -128,7 +128,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise BundleError(f"no file {path}") from None
     except (OSError, ValueError) as error:
-        raise BundleError(f"{path} is not readable JSON: {error}") from error
+        raise BundleError(f"{path} is not readable JSON: {error}", hint="restore the file, or make it again") from error
     if not isinstance(value, dict):
         raise BundleError(f"{path} must hold a JSON object, not {type(value).__name__}")
     return value

@@ -301,7 +301,10 @@ def read_tensors(path: Path, vocab_size: int) -> tuple[dict[str, Tensor], Tensor
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
     except Exception as error:  # besides its own, the reader raises what torch does with a strange dtype or shape
-        raise BundleError(f"{path} is damaged: {' '.join(str(error).split())[:300]}") from error
+        raise BundleError(
+            f"{path} is damaged: {' '.join(str(error).split())[:300]}",
+            hint="copy or pull the bundle again, or train anew",
+        ) from error
     draft_vocab = tensors.pop(DRAFT_VOCAB, None)
     if draft_vocab is not None:
         if draft_vocab.dtype not in (torch.int32, torch.int64) or draft_vocab.ndim != 1 or not draft_vocab.numel():
