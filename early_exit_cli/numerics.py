@@ -1,6 +1,9 @@
-"""Finite logits, products in bfloat16, and clocks that wait for the device."""
+"""Finite logits, products in bfloat16, clocks that wait for the device, and work for one thread."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -17,6 +20,19 @@ def synchronize(device: torch.device) -> None:
 def bfloat16_products(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Heads' products in bfloat16 where the backbone computes in it, `dtype`; weights and losses stay float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For small operations one after another, as while loading: beside one busy program the threads of PyTorch wait for each
+    other at the end of each, and a start of six seconds takes more than thirty. Not for sums whose bits count.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def require_finite(best_logits: Tensor) -> None:

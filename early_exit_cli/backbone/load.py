@@ -28,6 +28,7 @@ from early_exit_cli.backbone.weight_cache import WeightCopy
 from early_exit_cli.config import EMBEDDED_MODEL, BackboneConfig
 from early_exit_cli.errors import BackboneError, BundleError, ConfigError, NumericsError, UnsupportedBackboneError
 from early_exit_cli.files.instruction_sets import instruction_set
+from early_exit_cli.numerics import one_thread
 from early_exit_cli.steps import step
 
 COMPILED_PRODUCTS = "16"
@@ -121,11 +122,14 @@ def _load(config: BackboneConfig, check: Callable[[Any], None] | None) -> Backbo
     kept = None
     if config.weight_cache and config.quantization == "4bit" and saved is None:
         kept = WeightCopy(source, revision, settings, quantization, dtype, device)
-        model = kept.read()
-        if model is not None:
-            with contextlib.suppress(BackboneError, NumericsError):  # a damaged copy; the original has the last word
-                return ready(model)
-            del model
+        with one_thread():  # nothing is summed up: the copy has been quantized
+            model = kept.read()
+            if model is not None:
+                with contextlib.suppress(
+                    BackboneError, NumericsError
+                ):  # a damaged copy; the original has the last word
+                    return ready(model)
+                del model
     try:
         model, report = read_model(
             source,

@@ -17,6 +17,7 @@ from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.backbone.quantization import HEAD_STEP
 from early_exit_cli.errors import UnsupportedBackboneError
 from early_exit_cli.files.instruction_sets import instruction_set
+from early_exit_cli.numerics import one_thread
 from early_exit_cli.runtime.blocks import LARGEST_WIDTH, Blocks
 from early_exit_cli.runtime.fused_blocks import FusedBlocks, why_no_code, why_not_nf4
 from early_exit_cli.runtime.kv_cache import KVCache, Part, Rotary
@@ -54,8 +55,9 @@ class NativeBlocks(FusedBlocks):
         self.variant = getattr(instruction_set(), "name", "")
         self.code = native_code()
         self.held = Held(self.code)
-        self.model = self._model()
-        self.head = self._head()
+        with one_thread():
+            self.model = self._model()
+            self.head = self._head()
         self.num_embeddings = self.backbone.embedding.num_embeddings
 
     @property

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from early_exit_cli.backbone.output import AttentionShape
+from early_exit_cli.numerics import one_thread
 from early_exit_cli.runtime.exact_argmax import int8_rows
 from early_exit_cli.runtime.kv_cache import KVCache, Part
 from early_exit_cli.runtime.native_code import Attention, Int8, Norm, Product
@@ -45,8 +46,9 @@ class Held:
         """A product over weights [out, in], one behind another."""
         whole = torch.cat(weights).detach()
         tiles, scale = torch.empty(whole.shape, dtype=torch.uint8), torch.empty(len(whole))
-        for part in parts_of(len(whole)):
-            tiles[part], scale[part], _ = self.int8_tiles(whole[part].float())
+        with one_thread():
+            for part in parts_of(len(whole)):
+                tiles[part], scale[part], _ = self.int8_tiles(whole[part].float())
         return self.int8(tiles, scale)
 
     def attention(
