@@ -171,6 +171,12 @@ class CudaBlocks(FusedBlocks):
         for start in range(0, length, rows):
             yield slice(start, min(start + rows, length))
 
+    def shared_positions(self, prefilled: int, same: int, length: int) -> int:
+        """Of prompts that recorded passes read all positions, decoded ones too: these give a token the same bits anywhere."""
+        if self.is_invariant and max(prefilled, length) <= SHORT_PROMPT:
+            return same
+        return super().shared_positions(prefilled, same, length)
+
     def new_cache(self, limit: int) -> KVCache:
         """One allocation for all blocks: a pass finds them from the first one's address. Whole steps of keys, so that how many a
         prefill's piece reads does not depend on the request, and texts that are kept fit into each other's."""
