@@ -20,11 +20,16 @@ from tiny_models import family_config
 from early_exit_cli.backbone import load_assistant, mtp
 from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.backbone.load import load_backbone
+from early_exit_cli.calibration.head_outputs import read_batch
+from early_exit_cli.calibration.held_out import read_held_out
 from early_exit_cli.config import BackboneConfig, SamplingConfig
+from early_exit_cli.data.documents import Document
+from early_exit_cli.data.packing import pack
 from early_exit_cli.decoding.answer import generate
 from early_exit_cli.decoding.batch import generate_batch
 from early_exit_cli.decoding.prefixes import Prefixes
 from early_exit_cli.decoding.text import Request
+from early_exit_cli.drafting import costs
 from early_exit_cli.drafting.drafter import NoDrafter
 from early_exit_cli.engine import Engine
 from early_exit_cli.files.schemas import EagleLayout
@@ -116,6 +121,34 @@ def test_the_librarys_blocks_decode_there(tiny_folder, tiny_model, family):
         engine, prefixes = Engine(backbone, HFBlocks(backbone)), Prefixes(10**9)
         assert said(engine, NoDrafter(), LONG[:70], prefixes).token_ids == expected
         assert said(engine, NoDrafter(), LONG[:70], prefixes).token_ids == expected
+
+
+def test_calibration_and_costs_are_measured_there(tiny_folder, monkeypatch):
+    for name, fewer in {"REPEATS": 0, "CONTEXT": 64, "FAR_CONTEXT": 128}.items():
+        monkeypatch.setattr(costs, name, fewer)
+    batches, vocab = (
+        pack([Document(LONG[:40], "a text"), Document(LONG[3:33], "another")], 64, 0),
+        torch.arange(0, 320, 2),
+    )
+    found = []
+
+    def measured(backbone):
+        engine = Engine(backbone, FusedBlocks(backbone), ExitHeads(backbone, "attention", [1, 3], 16, vocab))
+        torch.manual_seed(4)
+        for parameter in engine.heads.parameters():
+            parameter.data = torch.randn(parameter.shape) * 0.1
+        engine.heads.to(backbone.device).requires_grad_(False)
+        engine.eagle = some_head(backbone, vocab)
+        held_out = read_held_out(engine, batches, "entropy")
+        costs.measure_costs(engine, [4])
+        found.append((held_out.exits.uncertainties, held_out.rolled[0][0], read_batch(engine, batches[0]).tokens))
+
+    backbone = loaded(tiny_folder("llama"))
+    measured(backbone)
+    with a_card():
+        measured(on_the_card(backbone))
+    for expected, there in zip(*found, strict=True):
+        torch.testing.assert_close(there, expected)
 
 
 def carried(load):
