@@ -306,7 +306,7 @@ def load(body: str, device: str) -> tuple[Engine, dict[str, float]]:
         seconds["runner"] = time.perf_counter() - started
         heads = large_exits(engine.heads, small, large)
         eagle = large_eagle(engine.eagle, small, large)
-        engine = Engine(large, blocks, heads, engine.thresholds, eagle, engine.record)
+        engine = Engine(large, blocks, heads, engine.thresholds, eagle, record=engine.record)
     return engine, seconds
 
 

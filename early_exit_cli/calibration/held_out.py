@@ -95,7 +95,7 @@ def read_held_out(
     return HeldOutSample(
         None if heads is None else _joined(exits),
         [(entropies, agreed) for entropies, agreed in joined if agreed.numel()],
-        {kind: torch.cat(found) for kind, found in overlaps.items()},
+        {kind: torch.cat(found).cpu() for kind, found in overlaps.items()},
     )
 
 

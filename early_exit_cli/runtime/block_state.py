@@ -169,8 +169,9 @@ def use_block_states(model: Any) -> None:
 
 
 def _scanning(original: Callable[..., Any], scan: Scan) -> Callable[..., Any]:
-    """The library's function for a recurrence, which continues from a memory of ours too."""
-    signature = inspect.signature(original)
+    """The library's function for a recurrence, which continues from a memory of ours too: by its own code in PyTorch, also
+    where packages with kernels for it are installed, whose arguments have other names."""
+    signature, plain = inspect.signature(original), inspect.unwrap(original)
 
     @functools.wraps(original)
     def function(*args: Any, **kwargs: Any) -> Any:
@@ -183,7 +184,7 @@ def _scanning(original: Callable[..., Any], scan: Scan) -> Callable[..., Any]:
         given |= {"chunk_size": CHUNK, scan.wants_state: True}
 
         def run(chunk: dict[str, Tensor], state: Tensor | None) -> Any:
-            return original(**chunk, **given, **{scan.state: state})
+            return plain(**chunk, **given, **{scan.state: state})
 
         return at.memory.scan(rows, at.position, run), None
 

@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from early_exit_cli.backbone.backbone import Backbone
 from early_exit_cli.errors import UnsupportedBackboneError
 from early_exit_cli.runtime import cuda_code
-from early_exit_cli.runtime.blocks import LARGEST_WIDTH
+from early_exit_cli.runtime.blocks import KEY_STEP, LARGEST_WIDTH
 from early_exit_cli.runtime.cuda_kernels import (
     HEAD_SIZES,
     PAIRS,
     SEGMENT,
-    TILE,
     AttentionPlan,
     CudaKernels,
     Kernels,
@@ -172,9 +171,16 @@ class CudaBlocks(FusedBlocks):
         for start in range(0, length, rows):
             yield slice(start, min(start + rows, length))
 
+    def shared_positions(self, prefilled: int, same: int, length: int) -> int:
+        """Of prompts that recorded passes read all positions, decoded ones too: these give a token the same bits anywhere."""
+        if self.is_invariant and max(prefilled, length) <= SHORT_PROMPT:
+            return same
+        return super().shared_positions(prefilled, same, length)
+
     def new_cache(self, limit: int) -> KVCache:
-        """One allocation for all blocks: a pass finds them from the first one's address."""
-        limit = -(-limit // TILE) * TILE
+        """One allocation for all blocks: a pass finds them from the first one's address. Whole steps of keys, so that how many a
+        prefill's piece reads does not depend on the request, and texts that are kept fit into each other's."""
+        limit = -(-limit // KEY_STEP) * KEY_STEP
         device, dtype = self.backbone.device, self.backbone.dtype
         with torch.inference_mode(False):
             shape = (2, self.num_blocks, self.kv_heads, limit, self.head_dim)

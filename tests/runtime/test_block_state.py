@@ -1,5 +1,6 @@
 """Blocks with a state: rolled back, run in parts and in other widths, a token keeps its bits."""
 
+import functools
 import random
 
 import pytest
@@ -155,3 +156,19 @@ def test_another_way_of_computing_them_is_refused(tiny_backbone, monkeypatch):
     monkeypatch.delattr(modeling_lfm2, block_state.CONVOLUTION)
     with pytest.raises(UnsupportedBackboneError, match="Lfm2ShortConv of this transformers"):
         HFBlocks(backbone)
+
+
+def test_kernels_of_other_packages_have_no_part_in_them():
+    """With mamba-ssm or fla installed, transformers' functions call theirs, whose arguments have other names."""
+
+    def in_pytorch(query, key, value, g, beta, chunk_size=64, initial_state=None, output_final_state=False):
+        return query + value, torch.ones(1)
+
+    @functools.wraps(in_pytorch)
+    def by_a_package(x):
+        raise AssertionError
+
+    rows = {name: torch.randn(1, 5, 2) for name in ("query", "key", "value", "g", "beta")}
+    scan = block_state._scanning(by_a_package, block_state.SCANS["torch_chunk_gated_delta_rule"])
+    found, _ = scan(**rows, initial_state=block_state.StateAt(block_state.BlockState(), 0))
+    assert torch.equal(found, rows["query"] + rows["value"])

@@ -7,9 +7,13 @@ what, where a pass stands, what is recorded, and that every drafter says plain d
 import pytest
 import torch
 from nf4_models import KINDS, nf4_backbone, on_reference  # noqa: F401 (a fixture)
-from runs import almost_known, answer, distance, ids_of
+from runs import almost_known, answer, distance, ids_of, same
 from tiny_models import VOCAB
 
+from early_exit_cli.decoding.answer import generate
+from early_exit_cli.decoding.prefixes import Prefixes
+from early_exit_cli.decoding.text import Request
+from early_exit_cli.drafting.drafter import NoDrafter
 from early_exit_cli.drafting.exit import ExitDrafter
 from early_exit_cli.engine import Engine
 from early_exit_cli.errors import UnsupportedBackboneError
@@ -146,3 +150,34 @@ def test_a_prompt_longer_than_a_pass_goes_through_pytorch_in_large_pieces(backbo
     drafted = answer(model, almost_known([0] * 8, prompt), prompt=prompt, tokens=8)
     assert drafted.token_ids == plain.token_ids
     assert torch.equal(drafted.states, plain.states)
+
+
+def test_a_short_conversation_takes_over_all_that_was_read_and_said(backbone):
+    model, prefixes, read = Engine(backbone(), on_reference(backbone())), Prefixes(10**9), []
+    run = model.blocks.run_tokens
+    model.blocks.run_tokens = lambda tokens, *rest: read.append(len(tokens)) or run(tokens, *rest)
+
+    def said(prompt, kept=None, tokens=8):
+        read.clear()
+        request = Request(prompt, tokens, stop_ids=())
+        return generate(model, request, NoDrafter(), mode="", keep_states=True, prefixes=kept)
+
+    prompt = ids_of(90, vocab=256).tolist()
+    first = said(prompt, prefixes)
+    second = [*prompt, *first.token_ids, *prompt[3:10]]
+    taken_over = said(second, prefixes)
+    assert read[0] <= 8  # what is new, and the last token of the first answer
+    assert same(taken_over, said(second))
+    assert len(read) > 8 + 6
+    beyond = [*second, *prompt]  # which PyTorch reads, as it would anew
+    assert same(said(beyond, prefixes), said(beyond))
+    assert read[0] == len(beyond) - 1
+
+
+def test_a_prompt_may_come_again_with_room_for_a_longer_answer(backbone):
+    model, prefixes = Engine(backbone(), on_reference(backbone())), Prefixes(10**9)
+    prompt = ids_of(260, vocab=256).tolist()  # the last step of 64 keys reaches beyond what a short answer needs
+    for tokens in (8, 70, 8):
+        request = Request(prompt, tokens, stop_ids=())
+        found = generate(model, request, NoDrafter(), mode="", keep_states=True, prefixes=prefixes)
+        assert same(found, generate(model, request, NoDrafter(), mode="", keep_states=True))

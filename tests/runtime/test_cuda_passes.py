@@ -9,8 +9,10 @@ from runs import answer, ids_of, same
 
 from early_exit_cli.bundle.load import load_engine
 from early_exit_cli.config import BackboneConfig, BundleConfig, InferenceConfig
+from early_exit_cli.decoding.answer import generate
 from early_exit_cli.decoding.batch import decode_batch, generate_batch
 from early_exit_cli.decoding.loop import decode
+from early_exit_cli.decoding.prefixes import Prefixes
 from early_exit_cli.decoding.text import Request
 from early_exit_cli.drafting.chances import Survival
 from early_exit_cli.drafting.choose import make_drafter
@@ -18,7 +20,7 @@ from early_exit_cli.drafting.drafter import NoDrafter
 from early_exit_cli.drafting.eagle import EagleDrafter
 from early_exit_cli.drafting.lookup import LookupDrafter
 from early_exit_cli.heads.cuda_eagle import CudaEagle
-from early_exit_cli.runtime.cuda_blocks import CudaBlocks
+from early_exit_cli.runtime.cuda_blocks import SHORT_PROMPT, CudaBlocks
 
 pytestmark = pytest.mark.gpu
 
@@ -164,3 +166,20 @@ def test_a_pass_does_not_wait_for_the_gpu(model):
                 blocks.finish(blocks.run_tokens([2] * 8, cache, at, [blocks.num_blocks])[0])
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("kind", ["none", "eager eagle"])
+def test_a_short_conversation_takes_over_all_that_was_read_and_said(model, kind):
+    prefixes = Prefixes(10**9)
+    prompt = model.backbone.encode_prompt(TEXTS[0])
+
+    def said(prompt, kept=None):
+        drafter, width = drafter_of(model, kind)
+        request = Request(prompt, 24, stop_ids=())
+        return generate(model, request, drafter, mode="", width=width, keep_states=True, prefixes=kept)
+
+    first = said(prompt, prefixes)
+    second = [*prompt, *first.token_ids, *prompt[-8:]]
+    assert len(second) <= SHORT_PROMPT
+    assert prefixes.kept[0].reusable(model.blocks, second, []) >= len(prompt) + 22
+    assert same(said(second, prefixes), said(second))

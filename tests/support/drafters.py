@@ -48,7 +48,7 @@ def some_head(backbone, draft_vocab=None):
     head.start_from(backbone)
     for parameter in head.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
-    return head.to(backbone.dtype).requires_grad_(False)
+    return head.to(backbone.device, backbone.dtype).requires_grad_(False)
 
 
 def always(limit=4):
