@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import atexit
 import gc
-from typing import TYPE_CHECKING
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from early_exit_cli.steps import Step
@@ -16,13 +19,18 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Entry point of `eexit`."""
+    if "LOCAL_RANK" not in os.environ:  # one process of several may wait for the others where no handler runs
+        signal.signal(signal.SIGTERM, _end)
     gc.disable()
     atexit.register(gc.freeze)
-    from early_exit_cli.cli import app  # now: its libraries, too, load unsearched
-    from early_exit_cli.steps import told_to
+    try:
+        from early_exit_cli.cli import app  # now: it takes half a second, in which somebody may press Ctrl-C
+        from early_exit_cli.steps import told_to
 
-    with told_to(_search_between_steps):
-        app.main()
+        with told_to(_search_between_steps):
+            app.main()
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def _search_between_steps(now: Step | None) -> None:
@@ -32,6 +40,11 @@ def _search_between_steps(now: Step | None) -> None:
     else:
         gc.freeze()
         gc.enable()
+
+
+def _end(number: int, _frame: Any) -> NoReturn:
+    """End as a shell expects it of a signal, with what is half written removed and child processes ended."""
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

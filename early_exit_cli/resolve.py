@@ -124,7 +124,9 @@ def _read_yaml(path: Path, faults: list[str]) -> dict[str, dict[str, Any]]:
     for section, fields in tree.items():
         if section not in sections():
             name = section if isinstance(section, str) else shown(section)
-            faults.append(f"{path}: unknown section {shown(section)}{nearest(name, list(sections()))}")
+            owners = [f"'{owner}: {name}:'" for owner, form in sections().items() if name in form.model_fields]
+            meant = f", a setting that stands in a section: {' or '.join(owners)}" if owners else None
+            faults.append(f"{path}: unknown section {shown(section)}{meant or nearest(name, list(sections()))}")
         elif not isinstance(fields, dict):
             faults.append(f"{path}: section {section!r} must hold settings, not {type(fields).__name__}")
     return {name: fields for name, fields in tree.items() if name in sections() and isinstance(fields, dict)}

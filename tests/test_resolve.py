@@ -49,11 +49,12 @@ def test_the_shipped_heads_are_left_where_another_backbone_or_precision_is_named
 
 
 def test_all_faults_come_at_once_with_file_key_and_nearest_name(tmp_path):
-    path = write(tmp_path, {"training": {"max_stepps": 7, "lr": -1}, "trainin": {}})
+    path = write(tmp_path, {"training": {"max_stepps": 7, "lr": -1}, "trainin": {}, "lr": 1})
     with pytest.raises(ConfigError) as caught:
         resolve({"heads.num_heads": (0, "--num-heads")}, path)
     lines = caught.value.message.splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 5
+    assert f"{path}: unknown section 'lr', a setting that stands in a section: 'training: lr:'" in lines
     assert f"{path}: unknown key 'training.max_stepps', did you mean 'training.max_steps'?" in lines
     assert f"{path}: unknown section 'trainin', did you mean 'training'?" in lines
     assert any(line.startswith(f"{path}: training.lr = -1") for line in lines)

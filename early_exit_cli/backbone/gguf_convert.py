@@ -6,6 +6,7 @@ A model may be split over several files, `NAME-00001-of-00003.gguf`; what belong
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import re
 import tempfile
@@ -22,7 +23,7 @@ from early_exit_cli.backbone.gguf_reader import field_of, read_fast, reader_of
 from early_exit_cli.backbone.gguf_rotary import rotary_scaling
 from early_exit_cli.backbone.load_errors import require_all_weights
 from early_exit_cli.errors import BackboneError, UnsupportedBackboneError
-from early_exit_cli.files.atomic import atomic_folder
+from early_exit_cli.files.atomic import atomic_folder, write_errno
 from early_exit_cli.steps import Step
 
 ROTARY = "rope_"
@@ -85,10 +86,23 @@ def convert(path: Path, parts: list[Path], places: list[str], target: Path, now:
     fresh.generation_config = model.generation_config
     now.say(f"{doing}: writing it")
     with atomic_folder(target, keep=True) as folder:
-        fresh.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        try:
+            fresh.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        except Exception as error:
+            raise _no_room(path, target, error) or error from None
         if [place_of(part) for part in parts] != places:
             raise changing(path)
+
+
+def _no_room(path: Path, target: Path, error: Exception) -> BackboneError | None:
+    """What a person is told where a full disk stopped the writing; None for any other error."""
+    if write_errno(error) != errno.ENOSPC:
+        return None
+    return BackboneError(
+        f"no room for the converted {path.name}: the disk of {target.parent} is full",
+        hint="EEXIT_HOME=FOLDER names another cache folder; eexit cache ls shows what this one holds",
+    )
 
 
 def _loaded(path: Path, parts: list[Path], now: Step) -> tuple[Any, Any]:

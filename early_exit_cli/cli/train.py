@@ -32,7 +32,7 @@ def command(variants: list[Resolved], as_json: bool) -> None:
     """Train exit heads on hidden states, of the running backbone or from a cache."""
     load_libraries()
     from early_exit_cli.backbone.backbone import device_name
-    from early_exit_cli.training.checkpoints import half_written_checkpoints
+    from early_exit_cli.training.checkpoints import complete_checkpoints, half_written_checkpoints
     from early_exit_cli.training.launch import check_launcher, check_tracker
     from early_exit_cli.training.trainer import Lessons, Trainer, result_record, train_together
 
@@ -61,6 +61,8 @@ def command(variants: list[Resolved], as_json: bool) -> None:
     for trainer, variant in zip(trainers, variants, strict=True):
         if trainer.step:
             console.note(f"resuming at step {trainer.step}")
+        elif trainer.accelerator.is_main_process and (older := complete_checkpoints(trainer.config.output_dir)):
+            console.note(f"starting over: --resume would go on from {older[-1]}, which this run replaces")
         if trainer.accelerator.is_main_process:
             record = run_record(variant.rows(), device_name(source.view.device), device=str(source.view.device))
             write_json(trainer.config.output_dir / "run.json", record)
@@ -83,7 +85,14 @@ def command(variants: list[Resolved], as_json: bool) -> None:
                     f"{report.tokens_per_second:,.0f} tokens/s"
                 )
 
-        results = train_together(trainers, on_step)
+        try:
+            results = train_together(trainers, on_step)
+        except KeyboardInterrupt:
+            if first.accelerator.is_main_process:
+                console.note(
+                    f"interrupted; kept at step {first.step}: the same command with --resume goes on from there"
+                )
+            raise
     if not first.accelerator.is_main_process:
         return
     if as_json:

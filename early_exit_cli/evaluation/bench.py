@@ -118,6 +118,8 @@ def run_bench(
         write_lines(config.output_dir / "records.jsonl", records)
     finally:
         for worker in workers.values():
+            worker.dismiss()
+        for worker in workers.values():
             worker.close()
     return records, costs
 

@@ -7,11 +7,15 @@ hash of the final states that decided their tokens, so that equal bits can be se
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import multiprocessing
 import os
+import signal
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
@@ -27,6 +31,8 @@ PACKAGES = {"llama.cpp": "xllamacpp", "economize": "economize"}
 LOOKUP_TOKENS = 10
 WARM_UP_TOKENS = 8
 LLAMA_CONTEXT = 4096
+SECONDS_TO_END = 2.0
+"""How long a process may take to end by itself once nobody asks it any more."""
 
 
 @dataclass(frozen=True)
@@ -298,7 +304,8 @@ class Worker:
         self.name = name
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, name, setup), daemon=True)
-        self.process.start()
+        with deaf_to_interrupts():
+            self.process.start()
         theirs.close()
 
     def ready(self) -> dict[str, float]:
@@ -324,12 +331,29 @@ class Worker:
             raise BackboneError(f"method {self.name}: {value}")
         return value
 
-    def close(self) -> None:
-        """End the process."""
+    def dismiss(self) -> None:
+        """Ask it nothing any more, upon which it ends."""
         self.pipe.close()
-        self.process.join(timeout=10)
+
+    def close(self) -> None:
+        """Wait for its end; one that is busy is ended."""
+        self.dismiss()
+        self.process.join(timeout=SECONDS_TO_END)
         if self.process.is_alive():
             self.process.kill()
+
+
+@contextlib.contextmanager
+def deaf_to_interrupts() -> Iterator[None]:
+    """Processes that are started meanwhile ignore Ctrl-C, which a terminal sends to all: the parent ends them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _serve(pipe: Connection, name: str, setup: Setup) -> None:
@@ -345,9 +369,14 @@ def _serve(pipe: Connection, name: str, setup: Setup) -> None:
             request, *arguments = pipe.recv()
             result = getattr(method, request)(*arguments)
             pipe.send((request, asdict(result) if isinstance(result, Answer) else result))
-    except EOFError:
+    except (EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
         return
     except EexitError as error:
-        pipe.send(("error", error.message))
+        _tell(pipe, error.message)
     except Exception as error:  # whatever a peer raises is told to the parent, which names the method
-        pipe.send(("error", f"{type(error).__name__}: {error}"))
+        _tell(pipe, f"{type(error).__name__}: {error}")
+
+
+def _tell(pipe: Connection, fault: str) -> None:
+    with contextlib.suppress(OSError):  # the parent is gone
+        pipe.send(("error", fault))

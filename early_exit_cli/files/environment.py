@@ -21,6 +21,8 @@ import platformdirs
 from early_exit_cli import __version__
 
 RECORDED_PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "datasets", "safetensors")
+LEAST_FREE = 1_000_000
+"""Bytes: a disk with less counts as one that cannot be written, since not even compiled code fits."""
 
 
 def user_cache_dir() -> Path:
@@ -72,7 +74,7 @@ def unsaved() -> str | None:
     """What to tell a person where this process could keep nothing; None where it could, or had nothing to keep."""
     if not _folder_of_process.cache_info().currsize:
         return None
-    return "nothing was kept for the next time: there is no cache folder that can be written; name one with EEXIT_HOME"
+    return "nothing was kept for the next time: there is no cache folder that can be written, or its disk is full; name one with EEXIT_HOME"
 
 
 def is_writable(folder: Path) -> bool:
@@ -93,7 +95,7 @@ def _can_write(folder: Path) -> bool:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            return True
+            return shutil.disk_usage(folder).free >= LEAST_FREE
     except OSError:
         return False
 

@@ -326,7 +326,9 @@ class Trainer:
                 hint="earlier ones are kept: --resume goes on from there",
             ) from error
         if self.accelerator.is_main_process:
-            for old in complete_checkpoints(self.config.output_dir)[:-KEPT_CHECKPOINTS]:
+            there = complete_checkpoints(self.config.output_dir)
+            ours = there[: there.index(target) + 1]  # later ones are of a run that this one began anew
+            for old in {*there} - {*ours[-KEPT_CHECKPOINTS:]}:
                 shutil.rmtree(old, ignore_errors=True)
 
     def _resume(self) -> None:

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from gguf_files import write_gguf
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer, LlamaConfig
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedModel
 from transformers.integrations.gguf.dequant import GGML_BLOCK
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -44,6 +45,21 @@ def test_a_file_is_converted_once_and_in_silence(tmp_path, tiny_folder, monkeypa
     written = (folder / "model.safetensors").stat().st_mtime_ns
     assert converted_gguf(path) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_a_disk_without_room_for_the_converted_model_is_named(tmp_path, tiny_folder, monkeypatch):
+    (path,) = write_gguf(
+        tmp_path / "a.gguf", tiny_folder("llama"), load_file(tiny_folder("llama") / "model.safetensors")
+    )
+    monkeypatch.setenv("EEXIT_HOME", str(tmp_path / "home"))
+
+    def full(self, folder, **kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    with pytest.raises(BackboneError, match=r"no room for the converted a\.gguf: the disk of .*home/gguf is full"):
+        converted_gguf(path)
+    assert not list((tmp_path / "home" / "gguf").iterdir())
 
 
 def test_the_embedded_model_is_a_folder_like_any_other():

@@ -437,10 +437,11 @@ def test_ctrl_c_saves_a_checkpoint_and_ends_with_130(tiny_folder, prompts, tmp_p
         if line.startswith("step 5:"):
             break
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert (checkpoint / "complete.json").exists()
+    assert f"kept at step {int(checkpoint.name[5:])}: the same command with --resume goes on from there" in err
 
 
 def test_a_closed_pipe_ends_quietly(bundle):

@@ -1,8 +1,11 @@
 """What somebody meets first: the prompt as an argument, answers to many prompts, help, an interruption."""
 
 import json
+import os
 import re
 import signal
+import subprocess
+import sys
 
 import pytest
 from commands import eexit, started
@@ -140,3 +143,30 @@ def test_ctrl_c_keeps_what_there_is_and_its_statistics(base):
     assert re.search(r"ended +interrupted", err)
     assert "decode tokens/s" in err
     assert "Traceback" not in err
+
+
+def test_ctrl_c_while_the_program_itself_loads_is_no_traceback():
+    interrupted = (
+        "import sys\n"
+        "class Pressed:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'early_exit_cli.cli.app': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Pressed())\n"
+        "from early_exit_cli.__main__ import main\n"
+        "main()"
+    )
+    result = subprocess.run([sys.executable, "-c", interrupted], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
+
+
+def test_sigterm_ends_an_answer_and_what_was_only_for_this_process_goes(base, tmp_path):
+    (tmp_path / "home").write_text("")
+    places = {"EEXIT_HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path)}
+    process = started(*base[:-1], 400, "hello", "--drafter", "none", env={**os.environ, **places})
+    process.stdout.read(20)
+    assert list(tmp_path.glob("eexit-*"))
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "Traceback" not in err
+    assert not list(tmp_path.glob("eexit-*"))

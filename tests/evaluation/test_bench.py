@@ -1,11 +1,16 @@
 """The report from raw records: worked by hand, so that no speed can be claimed that the records do not hold."""
 
+import os
+import signal
+import subprocess
+import sys
+
 import pytest
 
 from early_exit_cli.config import BackboneConfig, BenchConfig, BundleConfig, SamplingConfig
 from early_exit_cli.errors import ConfigError, DataError
 from early_exit_cli.evaluation.bench import category_of, compare_with_baseline, select_prompts, summarize
-from early_exit_cli.evaluation.bench_methods import Setup, check_methods
+from early_exit_cli.evaluation.bench_methods import Setup, check_methods, deaf_to_interrupts
 from early_exit_cli.report import plots
 
 SETUP = Setup(BackboneConfig(), BundleConfig(), SamplingConfig(), 0.9, "auto")
@@ -120,3 +125,12 @@ def test_repeats_count_each_token_once():
     assert repeated_tokens(line + line[:15]) == 0
     assert repeated_tokens([7] * 40) == 39
     assert repeated_tokens([*line, 99, *line[2:19], 98, *line[2:19]]) == 34
+
+
+def test_ctrl_c_reaches_no_method_but_still_the_parent():
+    child = "import os, signal; os.kill(os.getpid(), signal.SIGINT); print('lives')"
+    with deaf_to_interrupts():
+        process = subprocess.Popen([sys.executable, "-S", "-c", child], stdout=subprocess.PIPE, text=True)
+    assert process.communicate(timeout=20)[0] == "lives\n"
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)

@@ -101,3 +101,11 @@ def test_a_folder_that_may_not_be_written_is_still_read(monkeypatch, tmp_path):
     assert kept_path("widths", "known.json") == tmp_path / "widths" / "known.json"
     assert not kept_path("widths", "new.json").is_relative_to(tmp_path)
     assert "EEXIT_HOME" in unsaved()
+
+
+def test_a_full_disk_is_one_that_cannot_be_written(monkeypatch, tmp_path):
+    surroundings(monkeypatch, EEXIT_HOME=tmp_path)
+    usage = environment.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(environment.shutil, "disk_usage", lambda folder: usage._replace(free=4096))
+    assert not kept_path("native", "new.so").is_relative_to(tmp_path)
+    assert "full" in unsaved()

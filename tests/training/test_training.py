@@ -138,6 +138,13 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path, tiny_backbone):
     assert json.loads((tmp_path / "checkpoints" / "step-0000012" / MARKER).read_text())["step"] == 12
 
 
+def test_a_run_that_begins_anew_leaves_no_checkpoint_of_the_one_before(tmp_path, tiny_backbone):
+    trainer(tiny_backbone("llama"), tmp_path, save_every=2).run()
+    trainer(tiny_backbone("llama"), tmp_path, max_steps=4, save_every=2).run()
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-0000002", "step-0000004"]
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-0000002", "step-0000004"]
+
+
 def test_linear_heads_leave_the_file_that_dssd_loads(tmp_path, tiny_backbone):
     backbone = tiny_backbone("llama")
     config = TrainingConfig(output_dir=tmp_path, max_steps=0)
