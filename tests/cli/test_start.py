@@ -7,11 +7,8 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from early_exit_cli.__main__ import _search_between_steps
-from early_exit_cli.numerics import one_thread
-from early_exit_cli.runtime.native_blocks import compiled_blocks
 from early_exit_cli.steps import Step
 
 
@@ -61,16 +58,3 @@ def printed_by(program: str) -> str:
     """By a process of its own."""
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     return result.stdout or result.stderr
-
-
-def test_loading_leaves_the_number_of_threads(small_backbone):
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        with pytest.raises(ValueError, match="damaged"), one_thread():
-            assert torch.get_num_threads() == 1
-            raise ValueError("damaged")
-        compiled_blocks(small_backbone("llama"))
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)

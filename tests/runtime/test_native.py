@@ -31,6 +31,7 @@ from early_exit_cli.runtime import native_code as native_module
 from early_exit_cli.runtime.fused_blocks import FusedBlocks
 from early_exit_cli.runtime.kv_cache import Part
 from early_exit_cli.runtime.native_blocks import NativeBlocks, why_not_native
+from early_exit_cli.runtime.native_buffers import Held
 from early_exit_cli.runtime.native_code import NoNativeCode, native_code
 from early_exit_cli.runtime.nf4_linear import is_packed_nf4, is_plain_nf4
 from early_exit_cli.runtime.select import make_blocks
@@ -356,6 +357,22 @@ def test_texts_that_begin_alike_have_the_states_of_each_alone(blocks, smollm2, m
             alone = blocks.states_of(torch.tensor([text]), torch.zeros(1, len(text), dtype=torch.int64), [8])
             for packed, single in zip(together, alone, strict=True):
                 assert torch.equal(packed[batch.documents == number], single[0])
+
+
+def test_loading_is_one_threads_work_and_leaves_their_number(small_backbone, monkeypatch):
+    before = torch.get_num_threads()
+    seen = []
+    int8_tiles = Held.int8_tiles
+    monkeypatch.setattr(
+        Held, "int8_tiles", lambda self, rows: seen.append(torch.get_num_threads()) or int8_tiles(self, rows)
+    )
+    torch.set_num_threads(3)
+    try:
+        NativeBlocks(small_backbone("llama"))
+        assert set(seen) == {1}
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_other_layouts_say_why(small_backbone, monkeypatch):
