@@ -25,6 +25,7 @@ from early_exit_cli.heads.uncertainty import uncertainty
 from early_exit_cli.runtime.native_buffers import Held
 from early_exit_cli.runtime.native_code import Attention, ExitHead, Int8, has_native_code, native_code
 from early_exit_cli.runtime.nf4_linear import VOCAB_TILE
+from early_exit_cli.runtime.thread_count import pass_threads
 from early_exit_cli.sampling import GREEDY, Chooser
 
 
@@ -166,7 +167,7 @@ class NativeExitRunner(ExitRunner):
             buffers = cache.buffers
         results = (self.logits.data_ptr(), self.column, self.entropy, self.confidence)
         given = (self.weights[head], new.data_ptr(), len(new), position, buffers)
-        if self.code.eexit_read_head(*given, *results, torch.get_num_threads()):
+        if self.code.eexit_read_head(*given, *results, pass_threads.now):
             raise MemoryError
         return self.entropy.value if metric == "entropy" else -self.confidence.value
 

@@ -17,6 +17,7 @@ from early_exit_cli.heads.native_head_cache import NativeHeadCache
 from early_exit_cli.runtime.native_buffers import Held
 from early_exit_cli.runtime.native_code import Eagle, has_native_code, native_code
 from early_exit_cli.runtime.nf4_linear import VOCAB_TILE
+from early_exit_cli.runtime.thread_count import pass_threads
 from early_exit_cli.sampling import GREEDY, Chooser
 
 
@@ -91,7 +92,7 @@ class NativeEagle(EagleRunner):
         state = torch.empty(1, self.weights.hidden, dtype=torch.bfloat16)
         failed = self.code.eexit_eagle(
             *(self.weights, states, own, (ctypes.c_int64 * rows)(*tokens), rows, position, cache.buffers),
-            *(state.data_ptr(), self.logits.data_ptr(), self.token, self.entropy, torch.get_num_threads()),
+            *(state.data_ptr(), self.logits.data_ptr(), self.token, self.entropy, pass_threads.now),
         )
         if failed:
             raise MemoryError

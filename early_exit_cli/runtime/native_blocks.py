@@ -26,6 +26,7 @@ from early_exit_cli.runtime.native_code import Block, LMHead, Model, code_key, n
 from early_exit_cli.runtime.native_code import Part as NativePart
 from early_exit_cli.runtime.nf4_linear import is_int8, is_packed_nf4, is_plain_nf4
 from early_exit_cli.runtime.prefix import kept_of
+from early_exit_cli.runtime.thread_count import pass_threads
 
 BATCH_ROWS = 64
 PROMPT_WIDTH = 128
@@ -164,12 +165,17 @@ class NativeBlocks(FusedBlocks):
             states[-1] = rows
         kept = len(stops) - 1
         base, size = states.data_ptr(), states.nbytes // len(stops)
-        failed = self.code.eexit_run(
+        given = (
             *(self.model, tokens, base + kept * size),
             *((NativePart * len(parts))(*map(native_part, parts)), len(parts), first, stops[-1]),
             *((ctypes.c_int64 * kept)(*stops[:-1]), (ctypes.c_void_p * kept)(*(base + i * size for i in range(kept)))),
-            *(kept, torch.get_num_threads()),
+            kept,
         )
+        if len(rows) > LARGEST_WIDTH:
+            failed = self.code.eexit_run(*given, torch.get_num_threads())
+        else:
+            with pass_threads.timed((len(rows), first, stops[-1])) as threads:
+                failed = self.code.eexit_run(*given, threads)
         if failed:
             raise MemoryError
         return list(states.unbind())
@@ -200,7 +206,7 @@ class NativeBlocks(FusedBlocks):
         choices, best = torch.empty(width, dtype=torch.int64), torch.empty(width)
         failed = self.code.eexit_choose(
             *(self.head, states, normed.data_ptr(), choices.data_ptr(), best.data_ptr()),
-            *(width, torch.get_num_threads()),
+            *(width, pass_threads.now),
         )
         if failed:
             raise MemoryError
