@@ -36,10 +36,6 @@ class Chooser(ABC):
     def commit(self, tokens: list[int]) -> None:  # noqa: B027
         """These tokens were appended to the text."""
 
-    def fork(self) -> Chooser:
-        """The same choice for another text at the same time."""
-        return self
-
     @abstractmethod
     def choose(self, said: Tensor, drafted: list[int]) -> list[int]:
         """The text's next token after the pending one and after each of the drafted ones, from what the backbone says.
@@ -97,9 +93,6 @@ class Sampler(Chooser):
         self.noise: list[Tensor] = []
         """Gumbel noise [vocab] of the places after the committed text that were looked at."""
         self.vocab_size = 0
-
-    def fork(self) -> Chooser:
-        return Sampler(self.settings, self.processors, self.bias)
 
     def begin(self, vocab_size: int, prompt_ids: list[int]) -> None:
         self.vocab_size = vocab_size
@@ -165,7 +158,8 @@ def penalized(scores: Tensor, token_ids: Tensor, text: list[int], penalty: float
 def truncated(scores: Tensor, settings: SamplingConfig) -> tuple[Tensor, Tensor | None]:
     """What top-k, then the nucleus of top-p, then min-p leave of scores [n]: (scores [kept], their places; None: all).
 
-    The same tokens as transformers' warpers keep, in that order; where scores tie at an edge, top-k keeps all of them.
+    The same tokens as transformers' warpers keep, in that order; where scores tie at an edge, top-k keeps all of them. Something
+    is always left, of scores that are NaN too, as a head's may be.
     """
     kept: Tensor | None = None
 
@@ -174,11 +168,11 @@ def truncated(scores: Tensor, settings: SamplingConfig) -> tuple[Tensor, Tensor 
         scores, kept = scores[places], places if kept is None else kept[places]
 
     if 0 < settings.top_k < scores.numel():
-        keep((scores >= scores.topk(settings.top_k).values[-1]).nonzero()[:, 0])
+        keep((~(scores < scores.topk(settings.top_k).values[-1])).nonzero()[:, 0])
     if settings.top_p < 1:
         keep(nucleus(scores, settings.top_p))
     if settings.min_p:
-        keep((scores >= scores.max() + torch.tensor(settings.min_p).log()).nonzero()[:, 0])
+        keep((~(scores < scores.max() + torch.tensor(settings.min_p).log())).nonzero()[:, 0])
     return scores, kept
 
 
