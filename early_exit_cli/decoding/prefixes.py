@@ -38,6 +38,8 @@ class Prefixes:
     def keep(self, prefix: Prefix) -> None:
         """A further one, in the place of those that it continues; the ones unused for longest make room."""
         tokens, layers = prefix.tokens, {*prefix.states}
+        if not tokens:
+            return
         self.kept = [
             old
             for old in self.kept
