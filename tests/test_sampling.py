@@ -132,11 +132,13 @@ def test_a_nucleus_wider_than_the_first_guess_is_found_in_the_whole_vocabulary()
 def test_the_repetition_penalty_is_the_librarys():
     scores = torch.randn(300, generator=torch.Generator().manual_seed(0))
     text = [5, 7, 7, 299]
+    repeated = torch.zeros(300, dtype=torch.bool)
+    repeated[text] = True
     expected = RepetitionPenaltyLogitsProcessor(1.4)(torch.tensor([text]), scores[None].clone())[0]
-    ours = penalized(scores, torch.arange(300), text, 1.4)
+    ours = penalized(scores, repeated, 1.4)
     assert torch.equal(ours, expected)
     vocab = torch.tensor([299, 3, 5])  # a draft vocabulary: the same tokens, elsewhere
-    assert torch.equal(penalized(scores[vocab], vocab, text, 1.4), expected[vocab])
+    assert torch.equal(penalized(scores[vocab], repeated[vocab], 1.4), expected[vocab])
 
 
 @pytest.fixture(scope="module")

@@ -108,9 +108,10 @@ def test_the_newest_stay_and_continuations_replace_what_they_continue(tiny_model
         answer(engine, prompt, NoDrafter(), small)
     assert small.bytes <= 3 * one
     assert [kept.tokens[0] for kept in small.kept] == [2, 3, 4][-len(small.kept) :]
-    assert Prefixes(10).kept == []
-    answer(engine, LONG, NoDrafter(), tiny := Prefixes(10))
-    assert tiny.kept == []
+    less = Prefixes(one)
+    for prompt in (LONG, LONG * 2):  # the second is too large: the first stays
+        answer(engine, prompt, NoDrafter(), less)
+    assert [kept.prefilled for kept in less.kept] == [len(LONG) - 1]
 
 
 def test_what_is_kept_of_blocks_with_a_state_takes_what_it_says(tiny_model):
