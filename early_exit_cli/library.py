@@ -366,7 +366,8 @@ def chooser_of(config: GenerationConfig, processors: LogitsProcessorList, paddin
     if config.do_sample:
         settings |= {name: getattr(config, name) for name in ("top_k", "min_p")}
         temperature, top_p = (1.0 if value is None else value for value in (config.temperature, config.top_p))
-        settings |= {"temperature": temperature, "top_p": max(top_p, 1e-9), "seed": int(torch.randint(2**63 - 1, ()))}
+        settings |= {"temperature": temperature, "seed": int(torch.randint(2**63 - 1, ()))}
+        settings["top_p"] = min(max(top_p, 1e-9), 1.0)  # transformers takes any, and cuts nothing from 1 on
     known = SamplingConfig.model_validate({name: value for name, value in settings.items() if value is not None})
     apply: Any = processors
     return Sampler(known, lambda ids, scores: apply(torch.cat([padding.to(ids.device), ids], -1), scores))

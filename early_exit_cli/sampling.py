@@ -36,10 +36,6 @@ class Chooser(ABC):
     def commit(self, tokens: list[int]) -> None:  # noqa: B027
         """These tokens were appended to the text."""
 
-    def fork(self) -> Chooser:
-        """The same choice for another text at the same time."""
-        return self
-
     @abstractmethod
     def choose(self, said: Tensor, drafted: list[int]) -> list[int]:
         """The text's next token after the pending one and after each of the drafted ones, from what the backbone says.
@@ -97,22 +93,29 @@ class Sampler(Chooser):
         self.noise: list[Tensor] = []
         """Gumbel noise [vocab] of the places after the committed text that were looked at."""
         self.vocab_size = 0
-
-    def fork(self) -> Chooser:
-        return Sampler(self.settings, self.processors, self.bias)
+        self.held = torch.empty(0, dtype=torch.bool)
+        """Which tokens of the vocabulary the text holds, [vocab]."""
 
     def begin(self, vocab_size: int, prompt_ids: list[int]) -> None:
         self.vocab_size = vocab_size
         self.generator.manual_seed(self.settings.seed)
         self.text = list(prompt_ids)
         self.noise = []
+        self.held = torch.zeros(vocab_size, dtype=torch.bool)
+        self.held = self._held_with(prompt_ids)
         if self.bias:
             self.added = torch.zeros(vocab_size)
             self.added[[*self.bias]] = torch.tensor([*self.bias.values()])
 
     def commit(self, tokens: list[int]) -> None:
         self.text += tokens
+        self.held = self._held_with(tokens)
         self.noise = self.noise[len(tokens) :]
+
+    def _held_with(self, tokens: list[int]) -> Tensor:
+        """`held` after further tokens, of which some may stand for no logit."""
+        known = [token for token in tokens if 0 <= token < self.vocab_size]
+        return self.held.index_fill(0, torch.tensor(known, dtype=torch.int64), True)
 
     def choose(self, said: Tensor, drafted: list[int]) -> list[int]:
         choices: list[int] = []
@@ -138,7 +141,8 @@ class Sampler(Chooser):
         if self.added is not None:
             scores = scores + self.added.to(scores.device)[token_ids]
         if settings.repetition_penalty != 1.0:
-            scores = penalized(scores, token_ids, self.text + before, settings.repetition_penalty)
+            repeated = self._held_with(before).to(scores.device)[token_ids]
+            scores = penalized(scores, repeated, settings.repetition_penalty)
         if temperature:
             scores, kept = truncated(scores / temperature, settings)
             token_ids = token_ids if kept is None else token_ids[kept]
@@ -156,16 +160,16 @@ class Sampler(Chooser):
         return self.noise[ahead]
 
 
-def penalized(scores: Tensor, token_ids: Tensor, text: list[int], penalty: float) -> Tensor:
-    """Scores [n] of tokens that the text holds over the penalty, times it where negative (Keskar et al. 2019)."""
-    repeated = torch.isin(token_ids, torch.tensor(text, device=token_ids.device))
+def penalized(scores: Tensor, repeated: Tensor, penalty: float) -> Tensor:
+    """Scores [n] over the penalty, times it where negative, of those tokens that are repeated, [n] bool (Keskar et al. 2019)."""
     return torch.where(repeated, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
 def truncated(scores: Tensor, settings: SamplingConfig) -> tuple[Tensor, Tensor | None]:
     """What top-k, then the nucleus of top-p, then min-p leave of scores [n]: (scores [kept], their places; None: all).
 
-    The same tokens as transformers' warpers keep, in that order; where scores tie at an edge, top-k keeps all of them.
+    The same tokens as transformers' warpers keep, in that order; where scores tie at an edge, top-k keeps all of them. Something
+    is always left, of scores that are NaN too, as a head's may be.
     """
     kept: Tensor | None = None
 
@@ -174,11 +178,11 @@ def truncated(scores: Tensor, settings: SamplingConfig) -> tuple[Tensor, Tensor 
         scores, kept = scores[places], places if kept is None else kept[places]
 
     if 0 < settings.top_k < scores.numel():
-        keep((scores >= scores.topk(settings.top_k).values[-1]).nonzero()[:, 0])
+        keep((~(scores < scores.topk(settings.top_k).values[-1])).nonzero()[:, 0])
     if settings.top_p < 1:
         keep(nucleus(scores, settings.top_p))
     if settings.min_p:
-        keep((scores >= scores.max() + torch.tensor(settings.min_p).log()).nonzero()[:, 0])
+        keep((~(scores < scores.max() + torch.tensor(settings.min_p).log())).nonzero()[:, 0])
     return scores, kept
 
 

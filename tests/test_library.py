@@ -232,6 +232,11 @@ def test_torchs_seed_decides_what_is_sampled_whoever_drafts(early):
     assert torch.equal(texts[0], texts[1])
     assert len({tuple(text[0].tolist()) for text in texts}) == 3
     assert accepted > 0
+    whole = []
+    for top_p in (1.0, 7.0):  # transformers takes both
+        torch.manual_seed(0)
+        whole.append(early.generate(PROMPT, **settings | {"top_p": top_p}))
+    assert torch.equal(*whole)
 
 
 def test_two_tokens_are_sampled_from_the_distribution_of_transformers(early, plain):

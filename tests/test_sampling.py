@@ -117,6 +117,13 @@ def test_the_same_tokens_survive_as_in_the_library(temperature, top_k, top_p, mi
         assert torch.equal(ours, expected)
 
 
+@pytest.mark.parametrize("cut", [{"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}])
+def test_something_is_left_of_scores_that_are_no_numbers(cut):
+    sampler = Sampler(SamplingConfig(temperature=0.7, **cut))
+    sampler.begin(9, [1])
+    assert 0 <= sampler.draft(torch.full((1, 9), math.nan), None, []) < 9
+
+
 def test_a_nucleus_wider_than_the_first_guess_is_found_in_the_whole_vocabulary():
     scores = torch.randn(20_000, generator=torch.Generator().manual_seed(0)) * 0.1
     assert len(nucleus(scores, 0.9)) > 10_000
@@ -125,11 +132,13 @@ def test_a_nucleus_wider_than_the_first_guess_is_found_in_the_whole_vocabulary()
 def test_the_repetition_penalty_is_the_librarys():
     scores = torch.randn(300, generator=torch.Generator().manual_seed(0))
     text = [5, 7, 7, 299]
+    repeated = torch.zeros(300, dtype=torch.bool)
+    repeated[text] = True
     expected = RepetitionPenaltyLogitsProcessor(1.4)(torch.tensor([text]), scores[None].clone())[0]
-    ours = penalized(scores, torch.arange(300), text, 1.4)
+    ours = penalized(scores, repeated, 1.4)
     assert torch.equal(ours, expected)
     vocab = torch.tensor([299, 3, 5])  # a draft vocabulary: the same tokens, elsewhere
-    assert torch.equal(penalized(scores[vocab], vocab, text, 1.4), expected[vocab])
+    assert torch.equal(penalized(scores[vocab], repeated[vocab], 1.4), expected[vocab])
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +313,7 @@ def test_processors_of_the_caller_see_the_text_so_far_and_stand_for_the_settings
         return processors(ids, scores)
 
     theirs, ours = Sampler(settings, watched), Sampler(settings)
-    for chooser in (theirs, theirs.fork(), ours):
+    for chooser in (theirs, ours):
         chooser.begin(50, [3, 3])
         text = [3, 3]
         generator = torch.Generator().manual_seed(0)

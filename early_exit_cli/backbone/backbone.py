@@ -268,7 +268,8 @@ class Backbone:
         rotary = getattr(self.trunk, self.family.rotary, None)
         if rotary is None:
             return {}
-        if hasattr(rotary, "embed_positions"):  # a table that ends, where padding may stand behind its end
+        # padding may stand behind the context, where a table ends (GPT-J) or another one begins (longrope)
+        if hasattr(rotary, "embed_positions") or longest_alike(self.config):
             positions = positions.clamp(max=self.context_length - 1)
         like, places = torch.empty(0, dtype=self.dtype, device=self.device), positions[None]
         tables = {}

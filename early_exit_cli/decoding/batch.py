@@ -150,8 +150,7 @@ class Batch:
         """
         self.live.remove(text)
         if keep and self.prefixes is not None and text.prefill.done:
-            with torch.inference_mode():
-                self.prefixes.keep(text.prefix())
+            text.leave_to(self.prefixes)
 
     def step(self, texts: Sequence[Text] | None = None) -> list[tuple[Text, Round | Exception]]:
         """A round of each text that is ready, or of some of them, in the same passes. One alone is decoded as `decode` does.

@@ -60,8 +60,7 @@ def decode(
             yield committed
     finally:
         if prefixes is not None:
-            with torch.inference_mode():
-                prefixes.keep(text.prefix())
+            text.leave_to(prefixes)
 
 
 def verify(engine: Engine, text: Text, draft: Draft) -> Verified:

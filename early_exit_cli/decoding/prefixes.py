@@ -36,8 +36,12 @@ class Prefixes:
         return found, most
 
     def keep(self, prefix: Prefix) -> None:
-        """A further one, in the place of those that it continues; the ones unused for longest make room."""
+        """A further one, in the place of those that it continues; the ones unused for longest make room. One that saves nothing,
+        or finds no room in all that there is, changes nothing.
+        """
         tokens, layers = prefix.tokens, {*prefix.states}
+        if not tokens or prefix.bytes > self.most_bytes:
+            return
         self.kept = [
             old
             for old in self.kept
@@ -46,7 +50,7 @@ class Prefixes:
             or old.prefilled > prefix.prefilled
         ]
         self.kept.append(prefix)
-        while self.kept and self.bytes > self.most_bytes:
+        while self.bytes > self.most_bytes:
             self.kept.pop(0)
 
     def clear(self) -> None:

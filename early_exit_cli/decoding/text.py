@@ -183,6 +183,14 @@ class Text:
         self.pieces.append(self.stream.push([token]))
         return asked or self.stream.stopped
 
+    def leave_to(self, prefixes: Prefixes) -> None:
+        """Leave `prefix` to later texts. Where there is no memory for a copy, all that earlier ones left is forgotten instead."""
+        try:
+            with torch.inference_mode():
+                prefixes.keep(self.prefix())
+        except (MemoryError, torch.OutOfMemoryError):
+            prefixes.clear()
+
     def prefix(self) -> Prefix:
         """What a later text that begins like this one need not compute again."""
         length = self.cache.length

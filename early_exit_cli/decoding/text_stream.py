@@ -45,10 +45,10 @@ class TextStream:
     def push(self, tokens: list[int]) -> str:
         """Text that became certain with these tokens."""
         self.ids += tokens
-        pieces = [
-            self._add(token) for token in tokens if token < self.known
-        ]  # padded vocabularies hold rows without one
-        return self._up_to_stop("".join(pieces))
+        said = [
+            token for token in tokens if token < self.known and token not in self.silent
+        ]  # padded vocabularies have rows without one
+        return self._up_to_stop("".join(map(self._add, said)))
 
     def finish(self) -> str:
         """What is left; a character whose bytes never became complete is dropped."""
@@ -60,7 +60,7 @@ class TextStream:
     def _add(self, token: int) -> str:
         self.window.append(token)
         text = self._decoded(self.window)
-        may_go_on = token in self.silent or text.endswith(REPLACEMENT) or BYTE_TOKEN.fullmatch(self._name(token))
+        may_go_on = text.endswith(REPLACEMENT) or BYTE_TOKEN.fullmatch(self._name(token))
         if may_go_on or len(text) <= len(self.shown):
             return ""
         piece = text[len(self.shown) :]

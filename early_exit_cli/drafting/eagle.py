@@ -8,6 +8,7 @@ measured; the draft of the highest expected tokens per millisecond is proposed, 
 from __future__ import annotations
 
 import copy
+import math
 from bisect import bisect
 from collections.abc import Callable, Container
 from itertools import pairwise
@@ -36,6 +37,8 @@ ADAPTATIONS = 20
 """Steps of a text's adaptation that a promise tells apart."""
 LOOKED_AHEAD = 8
 """Tokens of a draft that a promise looks at."""
+MOST_PROMISES = 4096
+"""Kept; all are worked out anew when there are more, since a server goes on for ever and what rounds take changes."""
 READINGS = 8.0
 """First tokens of a text that the calibrated entropies count for against those that this text has shown."""
 FORGETTING = 0.97
@@ -91,8 +94,8 @@ class EagleDrafter(Drafter):
         self.temperature = temperature
         self.waiting: list[tuple[list[int], list[Tensor]]] = []
         self.hits = self.expected = 0.0
-        self.guess: tuple[int, float] | None = None
-        """A first token that was not worth drafting, and its chance: the text will tell whether it was right."""
+        self.guess: tuple[int | None, float] | None = None
+        """A first token that was not worth drafting this round, and its chance: the text will tell whether it was right."""
         known = survival[0].entropies or (0.0,)
         self.between = [(low + high) / 2 for low, high in pairwise(known)]
         """What tells apart the entropies that a promise looks at."""
@@ -101,7 +104,8 @@ class EagleDrafter(Drafter):
         """How often each of them is expected to be met in this text."""
         self.promises: dict[tuple[int, int, int, float], tuple[list[float], list[float]]] = {}
         self.spent: float | None = None
-        """Milliseconds that this round's drafting was expected to take; none where nothing was asked of the head."""
+        """Milliseconds that this round's drafting was expected to take; none where nothing was asked of the head, or where
+        nobody will tell what the round took."""
 
     def begin(self, prompt_ids: list[int], chooser: Chooser = GREEDY) -> None:
         self.chooser = chooser
@@ -130,6 +134,8 @@ class EagleDrafter(Drafter):
             return 0.0
         key = (round(ADAPTATIONS * self._adaptation), min(limit, LOOKED_AHEAD), self.batch_size, self._reading)
         if key not in self.promises:
+            if len(self.promises) >= MOST_PROMISES:
+                self.promises.clear()
             chances = [self._chance(0, uncertainty) for uncertainty in self._at(0).entropies] or [self._chance(0)]
             stops = [self._best_stop([chance], 1, key[1]) for chance in chances]
             self.promises[key] = [stop.tokens for stop in stops], [stop.milliseconds for stop in stops]
@@ -150,16 +156,17 @@ class EagleDrafter(Drafter):
         reasons: list[Step] = []
         while True:
             token, uncertainty = self.runner.choose(hidden, self.chooser, tokens, self.temperature)
+            if not math.isfinite(uncertainty):  # the head has left the range of its numbers
+                made = len(tokens) + 1
+                best = self._best_stop([reason.chance for reason in reasons], made, len(tokens)).length
+                return self._cut(tokens, reasons, best)
             if not tokens:
                 self.met[bisect(self.between, uncertainty)] += 1
             tokens.append(token)
             reasons.append(self.step(len(tokens), uncertainty, self._chance(len(tokens) - 1, uncertainty)))
             best = self._best_stop([reason.chance for reason in reasons], len(tokens), limit).length
             if best <= len(tokens) or token in stop_ids:
-                best = min(best, len(tokens))
-                if best == 0:
-                    self.guess = (tokens[0], reasons[0].chance)
-                return Draft(tokens=tokens[:best], reasons=list(reasons[:best]))
+                return self._cut(tokens, reasons, min(best, len(tokens)))
             hidden = self.runner.step(token, hidden, len(tokens))
 
     def _propose_chain(self, limit: int, stop_ids: Container[int]) -> Draft:
@@ -167,16 +174,22 @@ class EagleDrafter(Drafter):
         count = self._chain_length(min(limit, self.runner.most_steps))
         self.spent = self.read_cost + (count - 1) * self.step_cost
         tokens, entropies = self.runner.chain(*self._waiting(), count)
-        if entropies:
-            self.met[bisect(self.between, entropies[0])] += 1
         end = next((place + 1 for place, token in enumerate(tokens) if token in stop_ids), len(tokens))
+        end = next((place for place, found in enumerate(entropies[:end]) if not math.isfinite(found)), end)
+        if end:
+            self.met[bisect(self.between, entropies[0])] += 1
         reasons = [
             self.step(place + 1, found, self._chance(place, found)) for place, found in enumerate(entropies[:end])
         ]
         best = self._best_stop([reason.chance for reason in reasons], max(count, 1), end).length
-        if best == 0 and tokens:
-            self.guess = (tokens[0], reasons[0].chance)
-        return Draft(tokens=tokens[:best], reasons=list(reasons[:best]))
+        return self._cut(tokens[:end], reasons, best)
+
+    def _cut(self, tokens: list[int], reasons: list[Step], length: int) -> Draft:
+        """The first `length` of what the head said. Where that is none, the text will tell whether its first token was right; a
+        head that said nothing finite was wrong."""
+        if length == 0:
+            self.guess = (tokens[0], reasons[0].chance) if tokens else (None, self._chance(0))
+        return Draft(tokens=tokens[:length], reasons=list(reasons[:length]))
 
     def _chain_length(self, limit: int) -> int:
         """The chain of the highest expected tokens per millisecond, by the mean chances of its positions."""
@@ -209,13 +222,16 @@ class EagleDrafter(Drafter):
         elif self.guess is not None:
             self.expected += self.guess[1]
             self.hits += self.guess[0] == tokens[0]
+        self.guess = None  # it may not be asked in the next round
+        if self.batch_size > 1:
+            self.spent = None
 
     def timed(self, draft: Draft, milliseconds: float) -> bool:
-        if self.spent is None:
+        spent, self.spent = self.spent, None
+        if spent is None:
             return False
         if self.times is not None:
-            expected = self.passes.in_batch(1)[len(draft.tokens) + 1] + self.spent
-            self.times.observe(self.name, milliseconds, expected)
+            self.times.observe(self.name, milliseconds, self.passes.in_batch(1)[len(draft.tokens) + 1] + spent)
         return True
 
     @property

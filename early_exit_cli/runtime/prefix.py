@@ -81,7 +81,7 @@ def kept_of(cache: KVCache, tokens: list[int], prefilled: int, states: dict[int,
     length = len(tokens)
     whole = _whole(length, KEY_STEP)
     keys, values = ([held[:, :whole].clone() for held in buffers] for buffers in (cache.keys, cache.values))
-    seen = {layer: kept[:length] for layer, kept in states.items()}
+    seen = {layer: kept if len(kept) == length else kept[:length].clone() for layer, kept in states.items()}
     return Prefix(tokens, prefilled, keys, values, seen, cache.kept)
 
 

@@ -177,7 +177,7 @@ class Scheduler:
                 self._step()
         finally:  # closed, or by a fault of this file: nobody is left waiting
             with self.changed:
-                self.closing = True
+                self.draining = self.closing = True
             stopped = Stopping("the server was stopped before the answer was whole")
             for answer in [*self.answers.values()]:
                 self._leave(answer, stopped)

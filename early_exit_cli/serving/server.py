@@ -79,8 +79,8 @@ class Server(uvicorn.Server):
         )
         self.scheduler, self.idle_seconds = scheduler, idle_seconds
         self.signals = 0
-        self.idle: dict[tuple[Any, int], float] = {}
-        """When each connection was first seen without a request, since its last one."""
+        self.idle: dict[tuple[Any, Any], float] = {}
+        """When each connection was first seen without a request, by its last one."""
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         self.signals += 1
@@ -98,7 +98,7 @@ class Server(uvicorn.Server):
         now = time.monotonic()
         connections: list[Any] = [*self.server_state.connections]
         asking_nothing = [one for one in connections if one.cycle is None or one.cycle.response_complete]
-        self.idle = {(one, id(one.cycle)): self.idle.get((one, id(one.cycle)), now) for one in asking_nothing}
+        self.idle = {(one, one.cycle): self.idle.get((one, one.cycle), now) for one in asking_nothing}
         for (connection, _), since in self.idle.items():
             if now - since > self.idle_seconds:
                 connection.transport.close()

@@ -9,7 +9,7 @@ from early_exit_cli.bundle.load import load_engine
 from early_exit_cli.config import BackboneConfig, BundleConfig
 from early_exit_cli.decoding.answer import Interrupted, generate
 from early_exit_cli.decoding.prefixes import Prefixes
-from early_exit_cli.decoding.text import Request
+from early_exit_cli.decoding.text import Request, Text
 from early_exit_cli.drafting.drafter import NoDrafter
 from early_exit_cli.drafting.eagle import EagleDrafter
 from early_exit_cli.runtime.native_blocks import NativeBlocks
@@ -108,9 +108,35 @@ def test_the_newest_stay_and_continuations_replace_what_they_continue(tiny_model
         answer(engine, prompt, NoDrafter(), small)
     assert small.bytes <= 3 * one
     assert [kept.tokens[0] for kept in small.kept] == [2, 3, 4][-len(small.kept) :]
-    assert Prefixes(10).kept == []
-    answer(engine, LONG, NoDrafter(), tiny := Prefixes(10))
-    assert tiny.kept == []
+    less = Prefixes(one)
+    for prompt in (LONG, LONG * 2):  # the second is too large: the first stays
+        answer(engine, prompt, NoDrafter(), less)
+    assert [kept.prefilled for kept in less.kept] == [len(LONG) - 1]
+
+
+def test_what_is_kept_of_blocks_with_a_state_takes_what_it_says(tiny_model):
+    """No more than the tokens whose states were kept, and nothing of a prompt that is too short for that."""
+    engine, prefixes, looking = tiny_model("lfm2", "hf"), Prefixes(PLENTY), NoDrafter()
+    looking.exit_layers = [2]
+    answer(engine, PROMPT, looking, prefixes)
+    assert prefixes.kept == []
+    answer(engine, LONG, looking, prefixes)
+    (kept,) = prefixes.kept
+    held = [*kept.keys, *kept.values, *kept.states.values()]
+    assert sum(each.untyped_storage().nbytes() for each in held) + kept.kept.bytes == kept.bytes
+
+
+def test_an_answer_is_not_lost_where_no_memory_is_left_to_keep_it(tiny_model, monkeypatch):
+    engine, prefixes = tiny_model("llama"), Prefixes(PLENTY)
+    first = answer(engine, LONG, NoDrafter(), prefixes)
+    assert prefixes.kept
+
+    def full(text):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Text, "prefix", full)
+    assert same(answer(engine, LONG, NoDrafter(), prefixes), first)
+    assert prefixes.kept == []
 
 
 @pytest.mark.parametrize("drafting", [False, True], ids=["plain", "eagle"])

@@ -1,5 +1,6 @@
 """How far an EAGLE head drafts: against all draft lengths tried one by one, with a head whose steps are known."""
 
+import math
 import random
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from early_exit_cli.drafting.chances import Survival
 from early_exit_cli.drafting.drafter import Draft
 from early_exit_cli.drafting.eagle import EagleDrafter
-from early_exit_cli.drafting.reasons import Step
+from early_exit_cli.drafting.reasons import Match, Step
 from early_exit_cli.drafting.round_costs import NEED
 from early_exit_cli.heads.head_runner import HeadRunner
 from early_exit_cli.sampling import GREEDY, Sampler
@@ -172,6 +173,18 @@ def test_the_promise_is_the_mean_of_tokens_over_the_mean_of_times(make):
     assert drafter.expected_rate(0) == 0.0
 
 
+def test_promises_are_not_kept_for_ever(make, monkeypatch):
+    monkeypatch.setattr("early_exit_cli.drafting.eagle.MOST_PROMISES", 5)
+    drafter, _ = make([10] * 9, [SURE] * 9)
+    first = drafter.expected_rate(6)
+    for number in range(1, 12):
+        drafter.read_cost = READ + number
+        assert drafter.expected_rate(6) < first
+    assert len(drafter.promises) <= 5
+    drafter.read_cost = READ
+    assert drafter.expected_rate(6) == first
+
+
 def test_a_head_that_promises_less_than_plain_decoding_is_not_asked_and_tried_again_later(make):
     hopeless = [Survival(intercept=0.0, slope=0.0, mean=0.02)]
     drafter, runner = make([10] * 9, [SURE] * 9, hopeless, cost=lambda rows: 9.0 + rows)
@@ -198,6 +211,42 @@ def test_text_adapted_chances_are_counts_over_what_was_expected(make):
     drafter.begin([1, 2])
     assert (drafter.hits, drafter.expected, drafter.guess) == (0.0, 0.0, None)
     assert drafter._chance(0) == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize("most_steps", [0, 4])
+def test_a_round_in_which_another_one_drafts_is_not_counted_or_timed(make, most_steps):
+    drafter, _ = make([10] * 4, [UNSURE] * 4, most_steps=most_steps)
+    matched = Draft([7], [Match(3)])
+    assert not drafter.draft(None, None, 3, 4, ()).tokens
+    drafter.accept(Draft(), [10], 0)
+    counted = drafter.hits, drafter.expected
+    assert counted == (1.0, pytest.approx(chance(0, UNSURE)))
+    assert drafter.timed(Draft(), 9.0) == bool(most_steps)
+    drafter.accept(matched, [7, 8], 1)
+    assert (drafter.hits, drafter.expected) == counted
+    assert not drafter.timed(matched, 9.0)
+    drafter.process([10], [torch.zeros(1, 2)])
+    drafter.resize_batch(2)
+    drafter.draft(None, None, 3, 4, ())
+    drafter.accept(Draft(), [10], 0)  # nobody tells what a round of two texts took
+    assert not drafter.timed(matched, 9.0)
+
+
+@pytest.mark.parametrize("most_steps", [0, 4])
+@pytest.mark.parametrize("known", [0, 2])
+def test_what_a_head_says_beyond_its_numbers_is_not_drafted_and_counts_against_it(make, known, most_steps):
+    tokens = [10, 11, 12, 13]
+    drafter, _ = make(tokens, [SURE] * known + [math.nan] * (4 - known), most_steps=most_steps)
+    draft = drafter.draft(None, None, 3, 4, ())
+    assert draft.tokens == tokens[:known]
+    drafter.accept(draft, [*draft.tokens, 0], known)
+    assert (drafter.hits, drafter.expected) == (
+        known,
+        pytest.approx(2 * chance(0, SURE) if known else chance(0), abs=0.2),
+    )
+    assert sum(drafter.met) == pytest.approx(sum(drafter.prior) + bool(known))
+    drafter.process([10], [torch.zeros(1, 2)])
+    assert math.isfinite(drafter.expected_rate(4))
 
 
 @pytest.mark.parametrize("limit", [1, 3, 8])

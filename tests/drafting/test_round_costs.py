@@ -77,8 +77,8 @@ def test_the_eagle_head_pays_for_a_chain_that_was_not_worth_verifying(monkeypatc
     drafter = EagleDrafter(Head(), [Survival(intercept=0, slope=0, mean=0.8)], lambda rows: 1.0 + rows, 0.5, 0.1)
     drafter.times = times_of([0.0] * 3)
     assert not drafter.timed(Draft(), 9.0)
-    drafter.spent = 0.7
     for _ in range(3):
+        drafter.spent = 0.7
         assert drafter.timed(Draft(), 4.0)  # a pass of one row costs 2
     assert drafter.times.extra("eagle") == pytest.approx(1.3)
     drafter.waiting = [([1], [])]

@@ -416,6 +416,14 @@ def test_the_engine_that_fails_is_a_500_and_the_next_request_is_answered(engine,
         assert server.ask(CHAT, {"messages": MESSAGES, "max_tokens": 4})[0] == 200
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_health_tells_that_nobody_decodes_any_more(engine, monkeypatch):
+    with LiveServer(engine) as server:
+        monkeypatch.setattr(server.scheduler, "_read", lambda: 1 / 0)
+        assert server.ask(CHAT, {"messages": MESSAGES, "max_tokens": 4})[0] == 503
+        assert server.ask("/health")[0] == 503
+
+
 def test_stopping_finishes_what_was_taken_and_refuses_what_is_new(engine):
     held = Held()
     with LiveServer(engine, held, batch=1) as server:
