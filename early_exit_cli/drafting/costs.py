@@ -175,9 +175,10 @@ def measure_costs(engine: Engine, widths: list[int]) -> Costs:
     with torch.inference_mode():  # states of real text: what the exact argmax takes depends on them
         states = blocks.run(blocks.embed(ids[:place]), cache, 0, 0, blocks.num_blocks)
         cache.length = place
+        last = run(max(widths))
         for width in widths:
             calls["blocks", width] = (lambda: None, functools.partial(run, width))
-            calls["finish", width] = (lambda: None, functools.partial(blocks.finish, run(width)))  # right after them
+            calls["finish", width] = (lambda: None, functools.partial(blocks.finish, last[:width]))  # right after them
         if engine.heads is not None:
             calls["head", 1] = (a_pass, _head_call(engine.exit_runner.fork(), states))
         chains = {}

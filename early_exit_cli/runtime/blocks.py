@@ -86,6 +86,11 @@ class Blocks(ABC):
             )
 
     @property
+    def probed_blocks(self) -> int:
+        """How many blocks, from the first on, a search for invariant widths runs."""
+        return self.num_blocks
+
+    @property
     def name(self) -> str:
         """What measurements are remembered under."""
         return type(self).__name__

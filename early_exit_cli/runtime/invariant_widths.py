@@ -16,8 +16,8 @@ def measure_widths(blocks: Blocks) -> None:
     """Find the widths at which a token's bits depend on nothing but the tokens before it, and set them on `blocks`.
 
     Candidates are those of `fused_widths`. The same tokens are run at the largest one, then at every other one in
-    windows that put each token into other rows with other neighbours: all blocks and the LM head, compared bit for bit;
-    and one block over random keys, at many lengths and positions. Where even the largest width disagrees with itself in
+    windows that put each token into other rows with other neighbours: `probed_blocks` and the LM head, compared bit for
+    bit; and one block over random keys, at many lengths and positions. Where even the largest width disagrees with itself in
     other rows, it is the only one used and `is_invariant` is false: nothing is promised there.
     """
     *others, largest = fused_widths(blocks, blocks.candidate_widths)
@@ -48,6 +48,7 @@ class _Probe:
     def __init__(self, blocks: Blocks, largest: int) -> None:
         self.blocks = blocks
         self.largest = largest
+        self.far_caches: dict[tuple[int, bool], KVCache] = {}
         self.length = -(-2 * LARGEST_WIDTH // largest) * largest
         backbone = blocks.backbone
         generator = torch.Generator().manual_seed(0)
@@ -61,23 +62,26 @@ class _Probe:
         self.hidden = random(largest, blocks.embed(self.ids[:1]).shape[1] if self.block == 0 else backbone.hidden_size)
         shapes = blocks.kv_shapes[self.block]
         self.far_keys, self.far_values = (random(heads, self.far[-1][0], size) for heads, size in shapes)
-        self.reference = self._outputs(largest, 0, None)
+        self.reference = self._outputs(largest, 0, self._cache(), self.length)
         self.far_reference = self._far(largest, 0)
 
-    def _outputs(self, width: int, offset: int, prefix: KVCache | None) -> tuple[Tensor, Tensor, KVCache]:
-        """Normed final states and logits of tokens `offset` and on, in windows of `width`, over an earlier KV cache."""
+    def _outputs(self, width: int, offset: int, cache: KVCache, most: int) -> tuple[Tensor, Tensor]:
+        """Normed states of tokens `offset` and on, in windows of `width`, over a KV cache that holds those before; logits of
+        `most` of them, or a few more.
+        """
         blocks = self.blocks
-        cache = prefix or blocks.new_cache(self.length + KEY_STEP)
-        states = torch.cat(
-            [
-                blocks.final_norm(
-                    blocks.run(blocks.embed(self.ids[start : start + width]), cache, start, 0, blocks.num_blocks)
-                )
-                for start in range(offset, self.length - width + 1, width)
-            ]
-        )
-        logits = torch.cat([blocks.logits(states[start : start + width]) for start in range(0, states.shape[0], width)])
-        return states, logits, cache
+        starts = range(offset, self.length - width + 1, width)
+        states = torch.cat([blocks.final_norm(self._window(start, width, cache)) for start in starts])
+        read = range(0, min(len(states), most), width)
+        return states, torch.cat([blocks.logits(states[start : start + width]) for start in read])
+
+    def _cache(self) -> KVCache:
+        return self.blocks.new_cache(self.length + KEY_STEP)
+
+    def _window(self, start: int, width: int, cache: KVCache) -> Tensor:
+        """States after the probed blocks of `width` tokens from `start` on."""
+        blocks = self.blocks
+        return blocks.run(blocks.embed(self.ids[start : start + width]), cache, start, 0, blocks.probed_blocks)
 
     def _far(self, width: int, offset: int) -> list[Tensor]:
         """`width` of the random states, from the `offset`-th on, through one block over the random keys."""
@@ -91,7 +95,9 @@ class _Probe:
 
     def _far_cache(self, limit: int, end: int | None = None) -> KVCache:
         """The random keys and values in that block of a cache for `limit` tokens; its buffers just hold `end`."""
-        cache = self.blocks.new_cache(limit)
+        cache = self.far_caches.get((limit, end is None))
+        if cache is None:  # made once: it has buffers for all blocks, which only a large model's memory notices
+            cache = self.far_caches[limit, end is None] = self.blocks.new_cache(limit)
         capacity = limit if end is None else -(-end // KEY_STEP) * KEY_STEP
         cache.keys, cache.values = (
             [far[: len(held), :capacity].clone() for held in buffers[: self.block + 1]]
@@ -104,11 +110,14 @@ class _Probe:
 
     def agrees(self, width: int) -> bool:
         """Whether this width gives the reference's bits, in windows shifted against it."""
-        states, logits, _ = self._outputs(width, self.offset, self._outputs(self.largest, 0, None)[2])
-        end = self.offset + states.shape[0]
+        cache = self._cache()
+        self._window(0, self.largest, cache)  # the rows before `offset`
+        found = self._outputs(width, self.offset, cache, LARGEST_WIDTH)
         return (
-            torch.equal(states, self.reference[0][self.offset : end])
-            and torch.equal(logits, self.reference[1][self.offset : end])
+            all(
+                torch.equal(ours, theirs[self.offset :][: len(ours)])
+                for ours, theirs in zip(found, self.reference, strict=True)
+            )
             and self._far_agrees(width, 0)
             and (width == self.largest or self._far_agrees(width, min(self.offset, self.largest - width)))
         )

@@ -33,6 +33,8 @@ PROMPT_WIDTH = 128
 """Rows of a prompt's pass at most: so long another text waits that is decoded meanwhile."""
 WORTH_SHARING = 8
 """Tokens that several texts begin with, from which on they are worth a pass of their own."""
+PROBED_BLOCKS = 8
+"""Enough for one of each kind, full attention and windows, in the families that mix them (Gemma 3: every sixth)."""
 KEPT_AS = "_compiled_blocks"
 SILU, GELU = "silu", "gelu_pytorch_tanh"
 VECTOR = 16
@@ -65,6 +67,11 @@ class NativeBlocks(FusedBlocks):
     def batch_rows(self) -> int:
         """Any number has the same bits; more than these hardly cost less for each."""
         return BATCH_ROWS
+
+    @property
+    def probed_blocks(self) -> int:
+        """Some: the order of every sum is written down in the code, and all blocks run the same code."""
+        return min(self.num_blocks, PROBED_BLOCKS)
 
     @property
     def name(self) -> str:

@@ -52,11 +52,22 @@ def native_code() -> ctypes.CDLL:
     variant = instruction_set()
     if lacking is not None or variant is None:
         raise NoNativeCode(lacking)
-    return _loaded(variant)
+    found = _loaded(variant)
+    if isinstance(found, str):
+        raise NoNativeCode(found)
+    return found
 
 
 @functools.cache
-def _loaded(variant: InstructionSet) -> ctypes.CDLL:
+def _loaded(variant: InstructionSet) -> ctypes.CDLL | str:
+    """The library, or why it cannot be had: a compiler that failed, or hung for SECONDS, is not asked again."""
+    try:
+        return _load(variant)
+    except NoNativeCode as error:
+        return str(error)
+
+
+def _load(variant: InstructionSet) -> ctypes.CDLL:
     compiler = find_compiler()
     path = kept_path("native", f"{_key(variant)}.so")
     if not path.exists():

@@ -180,3 +180,23 @@ def test_the_measurement_finds_a_runner_that_is_not_invariant(tiny_backbone):
         measure_widths(blocks)
     assert not blocks.is_invariant
     assert blocks.widths == (LARGEST_WIDTH,)
+
+
+@pytest.mark.parametrize("part", ["logits", "block"])
+def test_the_measurement_finds_one_width_that_differs(part, tiny_backbone):
+    """Only in the LM head, or only in a block far from the first token: the others are still invariant."""
+
+    class OneDiffers(HFBlocks):
+        def logits(self, normed):
+            return super().logits(normed) + 1e-3 * (part == "logits" and len(normed) == 5)
+
+        def run(self, hidden, cache, position, first, last):
+            other = part == "block" and len(hidden) == 5 and position > 1000
+            return super().run(hidden, cache, position, first, last) + 1e-3 * other
+
+    blocks = OneDiffers(tiny_backbone("llama"))
+    with torch.inference_mode():
+        measure_widths(blocks)
+    assert blocks.is_invariant
+    assert 5 not in blocks.widths
+    assert 4 in blocks.widths

@@ -280,6 +280,18 @@ def test_a_compiler_that_fails_is_named(without_code, monkeypatch, small_backbon
     assert not list((without_code / "native").iterdir())
 
 
+def test_a_compiler_that_hangs_is_waited_for_once(without_code, monkeypatch, small_backbone):
+    script = without_code / "cc"
+    script.write_text(f"#!/bin/sh\necho >> {without_code}/calls\nexec sleep 60\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("CC", str(script))
+    monkeypatch.setattr(native_module, "SECONDS", 0.5)
+    backbone = small_backbone("llama")
+    assert type(make_blocks(backbone)) is FusedBlocks
+    assert "timed out" in why_not_native(backbone)
+    assert (without_code / "calls").read_text() == "\n"
+
+
 def test_both_packings_of_bitsandbytes_are_read_with_the_same_bits(small_backbone, monkeypatch):
     """That for AVX512-BF16 unpacked, and the plain one of all other processors in its own memory."""
     packed = small_backbone("llama")
