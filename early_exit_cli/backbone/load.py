@@ -24,6 +24,7 @@ from early_exit_cli.backbone.gguf import converted_gguf, embedded_gguf
 from early_exit_cli.backbone.load_errors import load_error, refuse_adapter, require_all_weights, require_tokenizer
 from early_exit_cli.backbone.multimodal import NAMES, language_part, processor_template
 from early_exit_cli.backbone.quantization import plain_dtype, plain_modules, quantization_of, saved_in, settings_for
+from early_exit_cli.backbone.repacking import repack
 from early_exit_cli.backbone.weight_cache import WeightCopy
 from early_exit_cli.config import EMBEDDED_MODEL, BackboneConfig
 from early_exit_cli.errors import BackboneError, BundleError, ConfigError, NumericsError, UnsupportedBackboneError
@@ -105,8 +106,12 @@ def _load(config: BackboneConfig, check: Callable[[Any], None] | None) -> Backbo
     quantization = settings_for(config.quantization, dtype, plain_modules(settings)) if saved is None else None
     tokenizer = _tokenizer(config.model_name, source, revision)
 
+    threads = torch.get_num_threads()
+
     def ready(model: Any) -> Backbone:
         model.eval().requires_grad_(False)
+        if (saved or config.quantization) == "4bit":
+            repack(model, threads)
         backbone = Backbone(
             model=model,
             tokenizer=tokenizer,
