@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from early_exit_cli.runtime.block_state import BlockState
 from early_exit_cli.runtime.blocks import KEY_STEP, LARGEST_WIDTH, Blocks
 from early_exit_cli.runtime.exact_argmax import ExactArgmax, faster_widths, usable
 from early_exit_cli.runtime.kv_cache import KVCache
@@ -98,6 +99,7 @@ class _Probe:
         cache = self.far_caches.get((limit, end is None))
         if cache is None:  # made once: it has buffers for all blocks, which only a large model's memory notices
             cache = self.far_caches[limit, end is None] = self.blocks.new_cache(limit)
+        cache.states = {block: BlockState() for block in cache.states}
         capacity = limit if end is None else -(-end // KEY_STEP) * KEY_STEP
         cache.keys, cache.values = (
             [far[: len(held), :capacity].clone() for held in buffers[: self.block + 1]]

@@ -345,7 +345,7 @@ def test_a_command_does_not_end_with_a_search_for_garbage():
     program = (
         "import atexit, gc, sys; sys.argv = ['eexit', '--version']\n"
         "atexit.register(lambda: print('SPARED', gc.get_freeze_count() > 0))\n"
-        "from early_exit_cli.cli.app import main\n"
+        "from early_exit_cli.__main__ import main\n"
         "main()"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

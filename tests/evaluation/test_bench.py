@@ -128,9 +128,11 @@ def test_repeats_count_each_token_once():
 
 
 def test_ctrl_c_reaches_no_method_but_still_the_parent():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background is deaf itself
     child = "import os, signal; os.kill(os.getpid(), signal.SIGINT); print('lives')"
     with deaf_to_interrupts():
         process = subprocess.Popen([sys.executable, "-S", "-c", child], stdout=subprocess.PIPE, text=True)
     assert process.communicate(timeout=20)[0] == "lives\n"
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
+    signal.signal(signal.SIGINT, before)

@@ -124,7 +124,7 @@ def test_the_librarys_blocks_decode_there(tiny_folder, tiny_model, family):
 
 
 def test_calibration_and_costs_are_measured_there(tiny_folder, monkeypatch):
-    for name, fewer in {"REPEATS": 0, "CONTEXT": 64, "FAR_CONTEXT": 128}.items():
+    for name, fewer in {"REPEATS": 0, "CONTEXT": 64}.items():
         monkeypatch.setattr(costs, name, fewer)
     batches, vocab = (
         pack([Document(LONG[:40], "a text"), Document(LONG[3:33], "another")], 64, 0),
