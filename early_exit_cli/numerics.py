@@ -24,7 +24,7 @@ def bfloat16_products(device: torch.device, dtype: torch.dtype) -> torch.autocas
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """For small operations one after another, as while loading: beside one busy program the threads of PyTorch wait for each
+    """For small operations one after another, as while loading: beside busy programs the threads of PyTorch wait for each
     other at the end of each, and a start of six seconds takes more than thirty. Not for sums whose bits count.
     """
     before = torch.get_num_threads()
