@@ -106,17 +106,17 @@ def _load(config: BackboneConfig, check: Callable[[Any], None] | None) -> Backbo
     quantization = settings_for(config.quantization, dtype, plain_modules(settings)) if saved is None else None
     tokenizer = _tokenizer(config.model_name, source, revision)
 
-    threads = torch.get_num_threads()
+    threads, precision = torch.get_num_threads(), saved or config.quantization
 
     def ready(model: Any) -> Backbone:
         model.eval().requires_grad_(False)
-        if (saved or config.quantization) == "4bit":
+        if precision == "4bit":
             repack(model, threads)
         backbone = Backbone(
             model=model,
             tokenizer=tokenizer,
             name=config.model_name,
-            quantization=saved or config.quantization,
+            quantization=precision,
             revision=getattr(model.config, "_commit_hash", None) or config.revision,
             files=files_behind(source, revision),
         )
@@ -130,9 +130,8 @@ def _load(config: BackboneConfig, check: Callable[[Any], None] | None) -> Backbo
         with one_thread():  # nothing is summed up: the copy has been quantized
             model = kept.read()
             if model is not None:
-                with contextlib.suppress(
-                    BackboneError, NumericsError
-                ):  # a damaged copy; the original has the last word
+                # damaged, perhaps: the original has the last word
+                with contextlib.suppress(BackboneError, NumericsError):
                     return ready(model)
                 del model
     try:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from early_exit_cli.numerics import one_thread
+
 ROWS_TOGETHER = 32
 """Outputs that lie together; a byte holds two of them, 16 apart."""
 
@@ -23,7 +25,7 @@ def repack(model: nn.Module, threads: int) -> None:
     waiting: list[Any] = [module.weight for module in model.modules() if _is_to_be_repacked(module)]
     if not waiting or not _is_as_expected(min(waiting, key=Tensor.numel)):
         return
-    with ThreadPoolExecutor(threads) as pool:
+    with one_thread(), ThreadPoolExecutor(threads) as pool:
         for done in [pool.submit(_repack, weight) for weight in waiting]:
             done.result()
 

@@ -31,7 +31,6 @@ class ThreadCount:
     """Follows what passes take. One of a process: what it follows is the machine."""
 
     def __init__(self) -> None:
-        self.all = 0
         self._begin(1)
 
     def _begin(self, threads: int) -> None:

@@ -37,6 +37,17 @@ def test_a_command_searches_again_once_it_has_loaded():
     assert found == "1 True True\n"
 
 
+def test_a_command_does_not_end_with_a_search_for_garbage():
+    """Among torch's objects it takes a second."""
+    found = printed_by(
+        "import atexit, gc, sys; sys.argv = ['eexit', '--version']\n"
+        "atexit.register(lambda: print('SPARED', gc.get_freeze_count() > 0))\n"
+        "from early_exit_cli.__main__ import main\n"
+        "main()"
+    )
+    assert "SPARED True" in found
+
+
 def test_bitsandbytes_comes_without_the_compiler_which_is_asked_at_a_first_call():
     found = printed_by(
         "import sys, torch\n"

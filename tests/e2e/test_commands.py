@@ -340,18 +340,6 @@ def test_help_needs_neither_torch_nor_transformers():
     assert "infer" in result.stdout
 
 
-def test_a_command_does_not_end_with_a_search_for_garbage():
-    """Among torch's objects it takes a second."""
-    program = (
-        "import atexit, gc, sys; sys.argv = ['eexit', '--version']\n"
-        "atexit.register(lambda: print('SPARED', gc.get_freeze_count() > 0))\n"
-        "from early_exit_cli.__main__ import main\n"
-        "main()"
-    )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert "SPARED True" in result.stdout
-
-
 def test_bench_measures_each_method_in_its_own_process(bundle, prompts, tmp_path):
     code, out, err = eexit_process(
         "bench", "--bundle", bundle, "--prompts", prompts, "--limit", 2, "--max-tokens", 12, "--repeats", 2,
